@@ -1,0 +1,322 @@
+"""data.py: from pictures and conversations to tensors. Imports no other file of the project.
+
+1. images        pad to square, resize, normalise as LLaVA and CLIP do
+2. chat          templates, token ids, and labels from character offsets
+3. drawn world   the default's data: scenes of shapes and signs, drawn on the fly, with captions, questions and one right answer each
+4. datasets      the drawn world, and LLaVA's JSON with images on disk
+5. batches       padding, and a sampler that can be resumed in the middle of an epoch
+
+A sample, everywhere: {"images": [path or PIL image], "conversations": [{"from": "human" | "gpt", "value": text}, ...]}; "<image>" in
+a text marks the place of the next image.
+"""
+import json
+import os
+import random
+import re
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+IMAGE, AUDIO, PAD, IGNORE = -200, -201, -1, -100     # as in model.py: image slot, audio slot, padding, label that is not learnt
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Images
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)      # of the pixels CLIP was trained on, RGB in 0..1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_image(image, size: int) -> torch.Tensor:
+    """A path or PIL image -> (3, size, size) float32, padded to a square with CLIP's mean colour, resized (bicubic), normalised.
+
+    Padding instead of cropping keeps what is at the edges (LLaVA's image_aspect_ratio "pad"). Raises ValueError, naming the file, if
+    it is missing, truncated, no picture, smaller than 2 pixels a side, or so large that it must be a decompression bomb."""
+    name = image if isinstance(image, (str, os.PathLike)) else "the image"
+    try:
+        if isinstance(image, (str, os.PathLike)):
+            image = Image.open(image)
+        if min(image.size) < 2:
+            raise ValueError(f"it is {image.width} x {image.height} pixels, too small to be a picture")
+        image = image.convert("RGB")                                               # decodes: a truncated file fails here
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file; check the path, and --images") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{name}: cannot be read as an image: {e}") from None
+    w, h = image.size
+    if w != h:
+        square = Image.new("RGB", (max(w, h),) * 2, tuple(int(m * 255) for m in CLIP_MEAN))
+        square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
+        image = square
+    if image.width != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255           # (3, size, size)
+    return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Chat: templates, ids, labels
+
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+TEMPLATES = ("plain", "tiny", "mistral", "vicuna")
+SLOTS = {"<image>": IMAGE, "<audio>": AUDIO}
+EOS = {"plain": "\n", "tiny": "</s>", "mistral": "</s>", "vicuna": "</s>"}         # what ends an answer
+
+
+def render(conversations: list, template: str) -> list[tuple[str, bool]]:
+    """Turns -> [(text, learnt?), ...]. Their concatenation is what the model reads; it learns to write the learnt pieces.
+
+    A conversation that ends with the human's turn is a prompt: the text stops where the assistant begins to speak.
+    Raises ValueError for an unknown template, a turn without "from" or "value", and turns that do not alternate from human on."""
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+    if not conversations:
+        raise ValueError("the conversation is empty")
+    pieces = []
+    for i, turn in enumerate(conversations):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
+            raise ValueError(f"turn {i + 1} must be an object with the texts 'from' and 'value', not {str(turn)[:80]}")
+        speaker, text = turn["from"], turn["value"]
+        if speaker != ("human", "gpt")[i % 2]:
+            raise ValueError(f"turn {i + 1} is from {speaker!r}; turns must alternate human, gpt, human, ...")
+        if speaker == "human":
+            if text.count("<image>") == 1:                     # as LLaVA: a single image is put at the head of its turn
+                text = "<image>\n" + text.replace("<image>", "").strip()
+            text = text.strip() if template != "plain" else "".join(re.findall("<image>|<audio>", text))
+        last = i == len(conversations) - 1
+        match template, speaker:
+            # plain: LLaVA's pre-training. The question is dropped; image, caption, newline.
+            case "plain", "human": pieces.append((text, False))
+            case "plain", _: pieces.append((text + "\n", True))
+            case "tiny", "human": pieces.append((f"<q>{text}<a>", False))
+            case "tiny", _: pieces.append((f" {text}</s>", True))
+            # mistral: CuMo's "mistral_instruct_system". The released code spells "<s>" out although its tokenizer adds one too.
+            case "mistral", "human":
+                head = f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if i == 0 else "[INST] "
+                pieces.append((f"{head}{text} [/INST]" + " " * (not last), False))
+            case "mistral", _: pieces.append((text + " </s>", True))
+            # vicuna: LLaVA-1.5's "v1".
+            case "vicuna", "human":
+                pieces.append(((SYSTEM + " ") * (i == 0) + f"USER: {text} ASSISTANT:" + " " * (not last), False))
+            case "vicuna", _: pieces.append((text + "</s>", True))
+    return pieces
+
+
+def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: int, n_audio_tokens: int = 0):
+    """Turns -> (ids, labels), lists of int of equal length; each "<image>" becomes n_image_tokens times IMAGE.
+
+    LLaVA finds the answers by tokenizing pieces again and adding up lengths; where a tokenizer merges across a border the sums
+    differ and the sample is dropped with "tokenization mismatch". Here the text is tokenized once, and a token is learnt if its
+    characters reach into an answer. Raises ValueError as `render` does, and if a complete conversation leaves nothing to learn."""
+    pieces = render(conversations, template)
+    spans, end = [], 0                                                             # (start, end) characters of the answers
+    for text, learnt in pieces:
+        if learnt:
+            spans.append((end, end + len(text)))
+        end += len(text)
+    ids, labels, at = [], [], 0                                                    # at: characters before this chunk
+    for chunk in re.split("(<image>|<audio>)", "".join(text for text, _ in pieces)):
+        if chunk in SLOTS:
+            n = n_image_tokens if chunk == "<image>" else n_audio_tokens
+            ids += [SLOTS[chunk]] * n
+            labels += [IGNORE] * n
+        else:                                                                      # each chunk alone, as LLaVA does
+            encoding = tokenizer.encode(chunk, add_special_tokens=True)
+            for token, (a, b), special in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask):
+                if special and a == b and at > 0:                                  # the tokenizer's own <s>: only at the very start
+                    continue
+                ids.append(token)
+                learnt = any(at + b > start and at + a < stop for start, stop in spans)
+                labels.append(token if learnt and a < b else IGNORE)
+        at += len(chunk)
+    if spans and all(label == IGNORE for label in labels):
+        raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
+    return ids, labels
+
+
+def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer (any text in, the same text out) with the specials of the tiny template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[AddedToken(s, special=True) for s in ("</s>", "<q>", "<a>")],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The drawn world: a CLEVR for a laptop
+#
+# One to five objects stand in the cells of a 3 x 3 grid, a little off centre; in a third of the scenes a sign with a printed word
+# fills a row. Every question has one right answer, and no answer can be guessed from the question.
+
+COLORS = {"red": (220, 50, 47), "green": (60, 170, 60), "blue": (50, 90, 220), "yellow": (235, 210, 50), "purple": (150, 60, 190),
+          "orange": (240, 140, 30), "cyan": (70, 205, 215), "white": (240, 240, 240)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"large": 6.3, "small": 3.9}                                               # radius in pixels
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+WORDS = ("stop", "open", "exit", "taxi", "cafe", "bank", "park", "hotel", "zoo", "bus", "shop", "gym", "bar", "spa", "farm", "port",
+         "gate", "news", "milk", "bread", "books", "music", "pizza", "sale")
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+DRAWN_SIZE = 48
+TYPES = ("color", "color at", "shape at", "size", "where", "count", "exists", "relation", "sign")
+
+
+def make_scene(seed: int, held_out: bool = False) -> dict:
+    """{"objects": [(cell, size, color, shape), ...] by cell, "sign": None or (row, word), "seed"}: a pure function of its arguments.
+
+    Training and held-out scenes differ by content, not by seed alone: one description in ten is held out, by its checksum, so no
+    held-out combination of objects and places is ever trained on."""
+    for attempt in range(10_000):
+        rng = random.Random(seed * 10_007 + attempt)
+        sign = (rng.randrange(3), rng.choice(WORDS)) if rng.random() < 0.35 else None
+        cells = [c for c in range(9) if sign is None or c // 3 != sign[0]]
+        n = rng.choices((1, 2, 3, 4, 5), (1, 2, 3, 3, 2))[0]
+        # Few colours and shapes to a scene, so that "the red one" and "the circle" are often not enough to tell which
+        colors, shapes = rng.sample(list(COLORS), min(n, 3)), rng.sample(SHAPES, min(n, 3))
+        objects = [(c, rng.choice(list(SIZES)), rng.choice(colors), rng.choice(shapes)) for c in sorted(rng.sample(cells, n))]
+        scene = {"objects": objects, "sign": sign, "seed": seed}
+        if (zlib.crc32(describe(scene).encode()) % 10 == 0) == held_out:
+            return scene
+
+
+def draw_scene(scene: dict) -> Image.Image:
+    """The scene as a 48 x 48 RGB image. Position in the cell, shade, background and noise vary with the scene's seed."""
+    rng, scale = random.Random(scene["seed"] * 10_007 + 1), 2                      # drawn twice as large, then averaged: soft edges
+    base = rng.randrange(20, 70)
+    img = Image.new("RGB", (DRAWN_SIZE * scale,) * 2, tuple(base + rng.randrange(-15, 16) for _ in range(3)))
+    draw = ImageDraw.Draw(img)
+    for cell, size, color, shape in scene["objects"]:
+        r = SIZES[size] * rng.uniform(0.9, 1.1)
+        x, y = (16 * (i + 0.5) + rng.uniform(-1.5, 1.5) for i in (cell % 3, cell // 3))
+        fill = tuple(min(255, max(0, v + rng.randrange(-14, 15))) for v in COLORS[color])
+        at = lambda *points: [((x + r * a) * scale, (y + r * b) * scale) for a, b in points]
+        box = at((-1, -1), (1, 1))
+        match shape:
+            case "circle": draw.ellipse(box, fill)
+            case "ring": draw.ellipse(box, outline=fill, width=round(0.42 * r * scale))
+            case "square": draw.rectangle(at((-0.85, -0.85), (0.85, 0.85)), fill)
+            case "triangle": draw.polygon(at((0, -1), (1, 0.85), (-1, 0.85)), fill)
+            case "cross":
+                draw.rectangle(at((-0.35, -1), (0.35, 1)), fill)
+                draw.rectangle(at((-1, -0.35), (1, 0.35)), fill)
+            case "star": draw.polygon(at(*STAR), fill)
+    img = img.reduce(scale)
+    if scene["sign"]:
+        row, word = scene["sign"]
+        draw, width = ImageDraw.Draw(img), 6 * len(word)
+        x, y = rng.randrange(2, DRAWN_SIZE - width - 2), 16 * row + rng.randrange(1, 4)
+        ink, paper = rng.choice((((20, 20, 20), (225, 225, 215)), ((245, 245, 240), (30, 70, 40)), ((250, 240, 90), (40, 40, 60))))
+        draw.rectangle((x - 2, y, x + width + 1, y + 11), paper)
+        draw.text((x, y), word, ink, font=FONT)
+    noise = np.frombuffer(rng.randbytes(DRAWN_SIZE * DRAWN_SIZE * 3), np.uint8).reshape(DRAWN_SIZE, DRAWN_SIZE, 3) % 13
+    return Image.fromarray((np.asarray(img).astype(np.int16) + noise - 6).clip(0, 255).astype(np.uint8))
+
+
+STAR = [(np.sin(i * np.pi / 5) * (1.12, 0.45)[i % 2], -np.cos(i * np.pi / 5) * (1.12, 0.45)[i % 2]) for i in range(10)]
+FONT = ImageFont.load_default_imagefont()                                          # 6 x 11 pixels a letter, inside Pillow: the same everywhere
+
+
+def phrases(scene: dict) -> dict:
+    """{cell: "top left: large red circle"}, in scan order; a sign's phrase stands at its row's first cell: "middle: sign open"."""
+    out = {cell: f"{PLACES[cell]}: {size} {color} {shape}" for cell, size, color, shape in scene["objects"]}
+    if scene["sign"]:
+        row, word = scene["sign"]
+        out[3 * row] = f"{('top', 'middle', 'bottom')[row]}: sign {word}"
+    return dict(sorted(out.items()))
+
+
+def describe(scene: dict) -> str:
+    """The caption, place first, in scan order: "top left: large red circle. middle: sign open."."""
+    return " ".join(p + "." for p in phrases(scene).values())
+
+
+def ask(scene: dict, kind: str, rng: random.Random):
+    """A question of that type and its answer, or None where the scene offers none."""
+    objects, pick = scene["objects"], rng.choice
+    unique = lambda i: [o for o in objects if sum(p[i] == o[i] for p in objects) == 1]
+    named = [o for o in objects if sum(p[2:] == o[2:] for p in objects) == 1]      # "the red circle" names exactly one
+    thing = lambda o: f"{o[2]} {o[3]}"
+    match kind:
+        case "color" if unique(3):
+            o = pick(unique(3))
+            return f"What color is the {o[3]}?", o[2]
+        case "color at":
+            o = pick(objects)
+            return f"What color is the shape at the {PLACES[o[0]]}?", o[2]
+        case "shape at":
+            o = pick(objects)
+            return f"What shape is at the {PLACES[o[0]]}?", o[3]
+        case "size" if named:
+            o = pick(named)
+            return f"Is the {thing(o)} large or small?", o[1]
+        case "where" if named:
+            o = pick(named)
+            return f"Where is the {thing(o)}?", PLACES[o[0]]
+        case "count":
+            i, o = rng.randrange(4), pick(objects)
+            word = (o[2], o[3], pick(list(COLORS)), pick(SHAPES))[i]               # half of them about something that is there
+            n = sum(word in p for p in objects)
+            return f"How many {word}{' shapes' if word in COLORS else 'es' if word == 'cross' else 's'} are there?", NUMBERS[n]
+        case "exists":
+            there = {o[2:] for o in objects}
+            # A "no" is a near miss where there is one: a colour and a shape that are both there, but not together
+            near = sorted({(a[2], b[3]) for a in objects for b in objects} - there)
+            yes = rng.random() < 0.5
+            o = pick(sorted(there)) if yes else pick(near) if near and rng.random() < 0.7 else (pick(list(COLORS)), pick(SHAPES))
+            return f"Is there a {o[0]} {o[1]}?", "yes" if tuple(o) in there else "no"
+        case "relation" if len(named) > 1:
+            a, b = rng.sample(named, 2)
+            axis = pick([i for i in (0, 1) if (a[0] % 3, a[0] // 3)[i] != (b[0] % 3, b[0] // 3)[i]])
+            less = (a[0] % 3 < b[0] % 3) if axis == 0 else (a[0] // 3 < b[0] // 3)
+            yes = rng.random() < 0.5
+            word = (("right of", "left of"), ("below", "above"))[axis][less == yes]
+            return f"Is the {thing(a)} {word} the {thing(b)}?", "yes" if yes else "no"
+        case "sign":
+            return "What does the sign say?", scene["sign"][1] if scene["sign"] else "no sign"
+    return None
+
+
+def ask_many(scene: dict, n: int, rng: random.Random) -> list[tuple[str, str, str]]:
+    """n different questions about a scene where it offers so many: [(type, question, answer), ...], types drawn evenly."""
+    out, seen = [], set()
+    for _ in range(4 * n):
+        kind = rng.choice(TYPES if scene["sign"] or rng.random() < 0.3 else TYPES[:-1])     # "no sign" must not be the usual answer
+        if (qa := ask(scene, kind, rng)) and qa[0] not in seen and len(out) < n:
+            seen.add(qa[0])
+            out.append((kind, *qa))
+    return out
+
+
+def as_turns(pairs, head: str = "<image>\n") -> list[dict]:
+    """[(question, answer), ...] -> conversations; `head` stands before the first question."""
+    return [turn for i, (q, a) in enumerate(pairs)
+            for turn in ({"from": "human", "value": head * (i == 0) + q}, {"from": "gpt", "value": a})]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Datasets: something with a length, whose items are samples
+
+
+class Drawn:
+    """The drawn world. kind "caption": describe the scene; "chat": questions and answers, several turns. Item i is always the same."""
+
+    def __init__(self, kind: str, size: int, seed: int = 0, held_out: bool = False, n_questions: int = 6):
+        self.kind, self.size, self.seed, self.held_out, self.n_questions = kind, size, seed, held_out, n_questions
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i: int) -> dict:
+        seed = self.seed * 100_000_007 + i
+        scene, rng = make_scene(seed, self.held_out), random.Random(seed)
+        if self.kind == "caption":
+            pairs, types = [("Describe the scene.", describe(scene))], ["caption"]
+        else:
+            asked = ask_many(scene, self.n_questions, rng)
+            pairs, types = [(q, a) for _, q, a in asked], [t for t, _, _ in asked]
+        return {"id": str(seed), "images": [draw_scene(scene)], "conversations": as_turns(pairs), "types": types, "scene": scene}

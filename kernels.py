@@ -1,0 +1,218 @@
+"""kernels.py: the hot path of a mixture of experts. Route tokens, send them to experts, bring the answers back.
+
+A mixture-of-experts (MoE) block replaces one feed-forward network (FFN) by E of them, the experts, and a router that picks K for
+each token. Parameters grow E-fold and arithmetic only K-fold. In plain words, for each token x:
+
+    p = softmax(router(x))                     how much does x want each expert?
+    pick the K largest p, rescale them to sum to 1
+    y = sum over those K of  p_k * expert_k(x)
+
+The mathematics is that short. What makes MoE code hard to read is speed: experts want big matrix products, but tokens choose them
+one by one. `moe_ffn` has three backends that give the same answer:
+
+    loop      the definition, one expert after the other. Read this one.
+    sorted    sort the (token, choice) pairs by expert once; each expert then owns a contiguous slice. Any device, any dtype.
+    grouped   the same order, but one `grouped_mm` kernel multiplies all slices at once; nothing waits for the host (CUDA bf16).
+
+The released CuMo code loops over samples *and* experts in Python; MoE-LLaVA's lives inside DeepSpeed. This file needs torch only
+and can be lifted out alone. `python kernels.py` checks the backends against each other and times them.
+
+Shapes, used throughout: N tokens, D width, F FFN width, E experts, K top-k, "..." any leading dimensions (images, say).
+"""
+import argparse
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Routing: logits -> who goes where, how much it counts, and how even the load is
+
+
+class Routing(NamedTuple):
+    """What a router decided. `weights` (..., N, K) float32, 0 where a choice was dropped or the token is masked; `experts`
+    (..., N, K) int64, best choice first; `balance` and `z` the two auxiliary losses, float32 scalars."""
+    weights: Tensor
+    experts: Tensor
+    balance: Tensor
+    z: Tensor
+
+
+def route(logits: Tensor, top_k: int, mask: Tensor | None = None, capacity_factor: float | None = None,
+          min_capacity: int = 0) -> Routing:
+    """Top-k routing with the balance and z losses of CuMo (section 3.2; ST-MoE eq. 5 for z).
+
+    logits (..., N, E), any float dtype. mask (..., N) bool, False for padding, which gets weight 0 and counts nowhere.
+    capacity_factor: None drops nothing; else expert slots are limited as in DeepSpeed's top-2 gate, which MoE-LLaVA uses.
+    Raises ValueError for a top_k outside 1..E and a capacity factor that is not positive.
+
+    The losses are means over the N tokens of each leading index and then over the leading indices: with (images, tokens, E) the
+    load is evened out inside every single image, which is what the released CuMo code does.
+    """
+    n_experts = logits.shape[-1]
+    if not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k = {top_k} must lie between 1 and the number of experts, {n_experts}")
+    if capacity_factor is not None and capacity_factor <= 0:
+        raise ValueError(f"capacity_factor = {capacity_factor} must be positive, or None to drop nothing")
+    logits = logits.float()                                                  # bf16 has too few digits for a softmax
+    p = logits.softmax(-1)                                                   # (..., N, E)
+    weights, experts = p.topk(top_k, dim=-1)                                 # (..., N, K) twice, largest first
+    real = torch.ones_like(p[..., 0]) if mask is None else mask.to(p.dtype)  # (..., N) 1 for tokens, 0 for padding
+
+    # Balance: fraction of tokens whose first choice is e, times mean probability of e. Only the second factor carries gradient:
+    # an expert that is chosen too often has its probability pushed down. Perfectly even gives exactly 1.
+    count = real.sum(-1, keepdim=True).clamp(min=1)                          # (..., 1)
+    first = F.one_hot(experts[..., 0], n_experts).to(p.dtype)                # (..., N, E)
+    mean_p = torch.einsum("...ne,...n->...e", p, real) / count               # (..., E)
+    mean_first = torch.einsum("...ne,...n->...e", first, real) / count       # (..., E)
+    balance = n_experts * (mean_p * mean_first).sum(-1)                      # (...)
+    # z: keeps the logits small, where float rounding cannot flip a choice and the softmax still has gradient.
+    z = (logits.logsumexp(-1).square() * real).sum(-1) / count[..., 0]       # (...)
+    if mask is not None:                                                     # rows that are padding only count nowhere
+        row = (real.sum(-1) > 0).to(p.dtype)
+        balance, z = (balance * row).sum() / row.sum().clamp(min=1), (z * row).sum() / row.sum().clamp(min=1)
+    kept = real.unsqueeze(-1).expand_as(weights)                             # (..., N, K) 1 where the choice is served
+    if capacity_factor is not None:
+        kept = kept * _within_capacity(experts, real, n_experts, capacity_factor, min_capacity)
+    weights = weights * kept
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return Routing(weights, experts, balance.mean(), z.mean())
+
+
+def _within_capacity(experts: Tensor, real: Tensor, n_experts: int, factor: float, min_capacity: int) -> Tensor:
+    """1 where a choice still finds a free slot at its expert, else 0: (..., N, K).
+
+    Every expert has `capacity` slots. They fill in token order, all first choices before any second choice; who comes too late is
+    dropped. DeepSpeed counts padding as tokens; here padding takes no slot.
+    """
+    top_k = experts.shape[-1]
+    n_real = real.sum(-1, keepdim=True).double()                                     # (..., 1) float64: ceil must be exact
+    capacity = (n_real / n_experts * top_k * factor).ceil().clamp(min=min_capacity)  # (..., 1)
+    queue = F.one_hot(experts.transpose(-1, -2), n_experts) * real.long()[..., None, :, None]   # (..., K, N, E)
+    place = queue.flatten(-3, -2).cumsum(-2).view_as(queue) * queue                  # 1 for the first in line at its expert
+    return (place.sum(-1).transpose(-1, -2) <= capacity.unsqueeze(-1)).to(real.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. One FFN, and E of them
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "silu": F.silu}
+
+
+def ffn(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None, b_in: Tensor | None = None,
+        b_out: Tensor | None = None, act: str = "gelu") -> Tensor:
+    """A dense FFN. x (..., D), w_in (F, D), w_out (D_out, F), biases (F,), (D_out,) -> (..., D_out).
+
+    With w_gate (F, D) it is the gated FFN of LLaMA (act "silu" makes it SwiGLU): act(x W_gate) * (x W_in), then W_out."""
+    h = F.linear(x, w_in, b_in)                                              # (..., F)
+    h = ACTIVATIONS[act](h) if w_gate is None else ACTIVATIONS[act](F.linear(x, w_gate)) * h
+    return F.linear(h, w_out, b_out)
+
+
+def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None, b_in: Tensor | None = None,
+            b_out: Tensor | None = None, act: str = "gelu", backend: str | None = None) -> Tensor:
+    """y = sum_k weights[:, k] * FFN_{experts[:, k]}(x).
+
+    x (..., N, D); r as `route` gave it for those tokens; w_in, w_gate (E, F, D), w_out (E, D_out, F), b_in (E, F),
+    b_out (E, D_out). Returns (..., N, D_out) in x's dtype (autocast's inside autocast). backend: "loop", "sorted", "grouped",
+    or None to choose: grouped for bf16 on CUDA, else sorted. Raises ValueError for an unknown backend or activation, and for
+    grouped with another dtype than bf16."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {act!r}; known: {', '.join(ACTIVATIONS)}")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if backend is None:
+        backend = "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "sorted"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if r.experts.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"routing is for tokens {tuple(r.experts.shape[:-1])}, x has tokens {tuple(x.shape[:-1])}")
+    top_k = r.experts.shape[-1]
+    y = BACKENDS[backend](x.reshape(-1, x.shape[-1]), r.weights.reshape(-1, top_k).to(x.dtype), r.experts.reshape(-1, top_k),
+                          w_in, w_out, w_gate, b_in, b_out, act)
+    return y.view(*x.shape[:-1], w_out.shape[1])
+
+
+def _pick(e: int, *weights):
+    """Expert e's slice of each stacked weight (None stays None)."""
+    return [None if w is None else w[e] for w in weights]
+
+
+def moe_loop(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
+    """The definition. x (N, D), weights and experts (N, K) -> (N, D_out)."""
+    y = x.new_zeros(x.shape[0], w_out.shape[1])
+    for e in range(w_in.shape[0]):
+        token, choice = torch.where(experts == e)                            # who chose expert e, and as which choice
+        w = weights[token, choice].unsqueeze(-1)                             # (n_e, 1)
+        y = y.index_add(0, token, w * ffn(x[token], *_pick(e, w_in, w_out, w_gate, b_in, b_out), act))
+    return y
+
+
+class _Gather(torch.autograd.Function):
+    """rows[index], for an index that holds every row K times, grouped by `inverse` (rows.shape[0] * K,) into K per row.
+
+    The gradient of indexing is a scatter-add, slow on a CPU and non-deterministic on a GPU. But we know where each row's K copies
+    went, so the gradient is a gather too, followed by a sum over K."""
+    @staticmethod
+    def forward(ctx, rows, index, inverse):
+        ctx.save_for_backward(inverse)
+        ctx.n = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inverse, = ctx.saved_tensors
+        grad = grad.index_select(0, inverse)
+        return (grad if grad.shape[0] == ctx.n else grad.view(ctx.n, -1, grad.shape[-1]).sum(1)), None, None
+
+
+def _sort_by_expert(x, experts, n_experts):
+    """Copies of x's rows in expert order (N*K, D), tokens per expert (E,), the order and its inverse (N*K,)."""
+    flat = experts.flatten()                                                 # (N*K,) token 0's choices, token 1's, ...
+    order = flat.argsort(stable=True)                                        # pairs by expert, in token order inside each
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    counts = F.one_hot(flat, n_experts).sum(0)                               # bincount, without a wait for the host
+    return _Gather.apply(x, order // experts.shape[-1], inverse), counts, order, inverse
+
+
+def _combine(out, weights, order, inverse):
+    """Expert outputs in sorted order (N*K, D_out) -> back in token order, weighted and summed over K: (N, D_out)."""
+    n, k = weights.shape
+    return torch.bmm(weights.unsqueeze(1), _Gather.apply(out, inverse, order).view(n, k, -1)).squeeze(1)
+
+
+def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
+    """As moe_loop, with one sort and E contiguous slices. The sizes of the slices come to the host: one wait on CUDA."""
+    x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
+    parts = [ffn(part, *_pick(e, w_in, w_out, w_gate, b_in, b_out), act) for e, part in enumerate(x.split(counts.tolist()))]
+    return _combine(torch.cat(parts), weights, order, inverse)
+
+
+def moe_grouped(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
+    """As moe_sorted, with all E products in one kernel: only the int32 ends of the slices go in, and they stay on the device.
+
+    grouped_mm wants bf16 and row strides that are multiples of 16 bytes, so widths that are not multiples of 8 are padded with
+    zeros, which change no product. It takes no bias, so each row fetches its expert's."""
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"backend 'grouped' computes in bfloat16, x is {x.dtype}; use backend 'sorted' or cast x")
+    n_experts = w_in.shape[0]
+    x, counts, order, inverse = _sort_by_expert(x, experts, n_experts)
+    ends = counts.cumsum(0).to(torch.int32)                                  # (E,) an expert without tokens repeats the last end
+    expert = experts.flatten()[order]                                        # (N*K,) the expert of each sorted row
+
+    def product(a, w, b):                                                    # a (N*K, I), w (E, O, I), b (E, O) -> (N*K, O)
+        pad_i, pad_o = -w.shape[2] % 8, -w.shape[1] % 8
+        if pad_i or pad_o:
+            a, w = F.pad(a, (0, pad_i)), F.pad(w, (0, pad_i, 0, pad_o))
+        out = F.grouped_mm(a.contiguous(), w.to(a.dtype).contiguous().transpose(-2, -1), offs=ends)
+        out = out[:, :w.shape[1] - pad_o]
+        return out if b is None else out + b.to(out.dtype).index_select(0, expert)
+
+    h = product(x, w_in, b_in)
+    h = ACTIVATIONS[act](h) if w_gate is None else ACTIVATIONS[act](product(x, w_gate, None)) * h
+    return _combine(product(h, w_out, b_out), weights, order, inverse)
+
+
+BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}

@@ -1,0 +1,570 @@
+"""model.py: the whole architecture. A CLIP vision transformer, a connector, a LLaMA-style decoder, each dense or with experts.
+
+    pixels ──► VisionTransformer ──► Connector ──┐
+    text   ──► embedding ────────────────────────┴──► token embeddings ──► Decoder ──► logits
+
+CuMo (arXiv 2405.05949) is LLaVA with the FFNs of the vision tower and of the connector turned into mixtures of experts. So there
+is one block, attention + feed-forward, used by tower and decoder alike, and its feed-forward is an `FFN` or a `MoE`. The number
+of experts in a config, layer by layer, is the only switch: 0 is dense.
+
+A batch of conversations is one tensor: tokens (B, T). Ids >= 0 are text, IMAGE marks the slots that image features take, PAD
+fills the right-hand end. Features are written over the slots in one masked scatter: no loop over samples, static shapes.
+
+Shapes: B batch, T tokens in a sequence, N tokens of an image (with or without CLS), D width, F FFN width, E experts, K top-k,
+H heads, V vocabulary, n images, S image side. `python model.py` prints each preset's parameter counts.
+"""
+import dataclasses
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels import ACTIVATIONS, ffn, moe_ffn, route
+
+IMAGE, AUDIO, PAD, IGNORE = -200, -201, -1, -100     # slots for features, padding, label that is not learnt (also in data.py)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Configuration: three parts, plain numbers
+
+
+@dataclass
+class VisionConfig:
+    image_size: int = 336           # S, pixels
+    patch_size: int = 14
+    dim: int = 1024
+    n_layers: int = 24
+    n_heads: int = 16
+    ffn_dim: int = 4096
+    act: str = "quick_gelu"
+    norm_eps: float = 1e-5
+    select_layer: int = -2          # which hidden state are the features: -2 is the input of the last layer (LLaVA's choice)
+    scales: list = field(default_factory=lambda: [1])    # S2 (arXiv 2403.13043): [1, 3] also reads the image 3x enlarged, in 9 crops
+    n_experts: list | int = 0       # per layer; 0 is dense. One number is repeated for all layers
+    top_k: int = 2
+
+
+@dataclass
+class ConnectorConfig:
+    act: str = "gelu"
+    n_experts: int = 0
+    top_k: int = 2
+
+
+@dataclass
+class TextConfig:
+    vocab_size: int = 32000
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 8             # grouped-query attention: several query heads share a key/value head
+    head_dim: int | None = None     # default dim / n_heads
+    ffn_dim: int = 14336
+    act: str = "silu"
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    sliding_window: int | None = None
+    tie_embeddings: bool = False
+    n_experts: list | int = 0
+    top_k: int = 2
+    capacity_factor: float | None = None       # None: nothing is dropped
+    aux: str = "mean"               # auxiliary losses over the layers: "mean" (CuMo-Mixtral) or "sum" (MoE-LLaVA)
+
+
+@dataclass
+class Config:
+    vision: VisionConfig | None = field(default_factory=VisionConfig)          # None: a language model alone
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    template: str = "mistral"       # chat template, see data.py
+    balance_coef: float = 0.1       # CuMo, section 4.1
+    z_coef: float = 0.01
+
+    def __post_init__(self):
+        for name, kind in (("vision", VisionConfig), ("connector", ConnectorConfig), ("text", TextConfig)):
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, _from_dict(kind, getattr(self, name), f"{name}."))
+        for name in ("vision", "text"):
+            part = getattr(self, name)
+            if part is None:
+                continue
+            if isinstance(part.n_experts, int):
+                part.n_experts = [part.n_experts] * part.n_layers
+            if len(part.n_experts) != part.n_layers:
+                raise ValueError(f"{name}.n_experts lists {len(part.n_experts)} layers, {name}.n_layers is {part.n_layers}")
+            if part.dim % part.n_heads:
+                raise ValueError(f"{name}.dim = {part.dim} is not a multiple of {name}.n_heads = {part.n_heads}")
+        for name in ("vision", "connector", "text"):
+            part = getattr(self, name)
+            if part is None:
+                continue
+            for e in [part.n_experts] if isinstance(part.n_experts, int) else part.n_experts:
+                if e < 0 or (e and not 1 <= part.top_k <= e):
+                    raise ValueError(f"{name}: top_k = {part.top_k} of n_experts = {e}; need 1 <= top_k <= n_experts, or 0 experts")
+            if part.act not in ACTIVATIONS:
+                raise ValueError(f"{name}.act = {part.act!r}; known: {', '.join(ACTIVATIONS)}")
+        if v := self.vision:
+            if v.image_size % v.patch_size:
+                raise ValueError(f"vision.image_size = {v.image_size} is not a multiple of vision.patch_size = {v.patch_size}")
+            if not -v.n_layers - 1 <= v.select_layer <= -1:
+                raise ValueError(f"vision.select_layer = {v.select_layer} must lie between {-v.n_layers - 1} and -1")
+            if not v.scales or v.scales[0] != 1 or any(not isinstance(s, int) or s < 1 for s in v.scales):
+                raise ValueError(f"vision.scales = {v.scales} must be whole numbers that begin with 1, for example [1, 3]")
+        t = self.text
+        t.head_dim = t.head_dim or t.dim // t.n_heads
+        if t.n_heads % t.n_kv_heads:
+            raise ValueError(f"text.n_heads = {t.n_heads} is not a multiple of text.n_kv_heads = {t.n_kv_heads}")
+        if t.aux not in ("mean", "sum"):
+            raise ValueError(f"text.aux = {t.aux!r}; known: mean, sum")
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "Config":
+        """From config.json. Raises ValueError naming an unknown key."""
+        return _from_dict(cls, d)
+
+    @classmethod
+    def from_preset(cls, name: str) -> "Config":
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        return cls.from_dict(PRESETS[name])
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @property
+    def n_image_tokens(self) -> int:
+        return (self.vision.image_size // self.vision.patch_size) ** 2 if self.vision else 0
+
+
+def _from_dict(kind, d: dict, where: str = ""):
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in d:
+        if key not in known:
+            raise ValueError(f"unknown config key {where + key!r}; known: {', '.join(known)}")
+    return kind(**d)
+
+
+PRESETS = {
+    # Trains on a laptop CPU in minutes: 48 x 48 pixels, 36 patches of 8 x 8.
+    "tiny": dict(
+        vision=dict(image_size=48, patch_size=8, dim=128, n_layers=4, n_heads=4, ffn_dim=512, scales=[1]),
+        text=dict(vocab_size=512, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, rope_theta=1e4),
+        template="tiny"),
+    # CuMo, Table 1: CLIP ViT-L/14-336 with S2 scales 1 and 3, and Mistral-7B-Instruct-v0.2 (no sliding window since v0.2).
+    # These are stage 3's shapes; train.py begins stages 1 and 2 with the experts taken out.
+    "cumo-mistral-7b": dict(
+        vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), text=dict()),
+    "cumo-mixtral-8x7b": dict(
+        vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), text=dict(n_experts=8)),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The feed-forward part: dense, or experts
+
+
+class FFN(nn.Module):
+    """Dense. Weights lie as in nn.Linear, (out, in), and carry the names that MoE stacks, so upcycling is one torch.stack."""
+
+    def __init__(self, dim, ffn_dim, act, dim_out=None, gated=False, bias=False):
+        super().__init__()
+        self.act, dim_out = act, dim_out or dim
+        self.w_in = nn.Parameter(torch.empty(ffn_dim, dim))
+        self.w_gate = nn.Parameter(torch.empty(ffn_dim, dim)) if gated else None
+        self.w_out = nn.Parameter(torch.empty(dim_out, ffn_dim))
+        self.b_in = nn.Parameter(torch.zeros(ffn_dim)) if bias else None
+        self.b_out = nn.Parameter(torch.zeros(dim_out)) if bias else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None):
+        """x (..., D) -> (..., D_out), and no routing."""
+        return ffn(x, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act), None
+
+
+class MoE(nn.Module):
+    """E such FFNs and a router. The router has no bias, and its softmax is float32 (kernels.route)."""
+
+    def __init__(self, dim, ffn_dim, act, n_experts, top_k, dim_out=None, gated=False, bias=False, capacity_factor=None):
+        super().__init__()
+        self.act, self.top_k, self.capacity_factor, dim_out = act, top_k, capacity_factor, dim_out or dim
+        self.backend = None                                            # None lets kernels.moe_ffn choose
+        self.router = nn.Parameter(torch.empty(n_experts, dim))        # (E, D)
+        self.w_in = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
+        self.w_gate = nn.Parameter(torch.empty(n_experts, ffn_dim, dim)) if gated else None
+        self.w_out = nn.Parameter(torch.empty(n_experts, dim_out, ffn_dim))
+        self.b_in = nn.Parameter(torch.zeros(n_experts, ffn_dim)) if bias else None
+        self.b_out = nn.Parameter(torch.zeros(n_experts, dim_out)) if bias else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None):
+        """x (..., N, D), mask (..., N) False at padding -> (..., N, D_out) and the Routing."""
+        r = route(F.linear(x, self.router), self.top_k, mask, self.capacity_factor)
+        return moe_ffn(x, r, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act, self.backend), r
+
+
+def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, capacity_factor=None, **kw):
+    if n_experts == 0:
+        return FFN(dim, ffn_dim, act, **kw)
+    return MoE(dim, ffn_dim, act, n_experts, top_k, capacity_factor=capacity_factor, **kw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Vision: CLIP's ViT
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm block, bidirectional attention, biases everywhere (CLIP)."""
+
+    def __init__(self, c: VisionConfig, layer: int):
+        super().__init__()
+        self.n_heads = c.n_heads
+        self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps), nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
+        self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, bias=True)
+
+    def forward(self, x: Tensor):
+        """x (n, N, D) -> the same, and the Routing or None."""
+        h = self.norm1(x)
+        q, k, v = (w(h).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))   # (n, H, N, D/H)
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h, r = self.ffn(self.norm2(x))
+        return x + h, r
+
+
+class VisionTransformer(nn.Module):
+    """Images (n, 3, S, S) -> patch features of the select layer (n, N, D * len(scales)), N = (S / patch)^2, CLS dropped."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.config = c
+        n = (c.image_size // c.patch_size) ** 2
+        self.patch = nn.Conv2d(3, c.dim, c.patch_size, stride=c.patch_size, bias=False)
+        self.cls = nn.Parameter(torch.empty(c.dim))
+        self.pos = nn.Parameter(torch.empty(n + 1, c.dim))
+        self.pre_norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.layers = nn.ModuleList(VisionBlock(c, i) for i in range(c.n_layers))
+        self.checkpointing = False
+
+    def encode(self, images: Tensor, aux: list | None = None, last: bool = False):
+        """One pass at base size: images (n, 3, S, S) -> hidden state of the select layer (n, 1 + N, D); CLS first.
+
+        `aux` collects a Routing for every MoE layer. Layers behind the select layer do not touch the features; but the released
+        CuMo counts their routers in the auxiliary losses, so they run when somebody collects. last=True gives the last hidden
+        state (for contrastive training)."""
+        x = self.patch(images).flatten(2).transpose(1, 2)                          # (n, N, D)
+        x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.pos.to(x.dtype)
+        x = self.pre_norm(x)
+        n_used = self.config.n_layers + 1 + self.config.select_layer               # -1: all layers, -2: all but the last
+        for i, layer in enumerate(self.layers):
+            if i == n_used:
+                selected = x
+                if not last and not (aux is not None and any(isinstance(b.ffn, MoE) for b in self.layers[i:])):
+                    return selected
+            x, r = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and self.training else layer(x)
+            if aux is not None and r is not None:
+                aux.append(r)
+        return x if last or n_used == self.config.n_layers else selected
+
+    def forward(self, images: Tensor, aux: list | None = None) -> Tensor:
+        """images (n, 3, S, S) float, normalised (data.load_image) -> features (n, N, D * len(scales)).
+
+        S2: a scale s > 1 enlarges the image s-fold, cuts it into s x s crops of size S that are encoded each for itself, lays the
+        crops' feature maps side by side, and averages them back onto the base grid. Scales are concatenated channel-wise."""
+        side, features = self.config.image_size // self.config.patch_size, []
+        if images.shape[1:] != (3, self.config.image_size, self.config.image_size):
+            raise ValueError(f"images are {tuple(images.shape)}, the tower reads (n, 3, {self.config.image_size}, {self.config.image_size})")
+        images = images.to(self.patch.weight.dtype)
+        for s in self.config.scales:
+            if s == 1:
+                features.append(self.encode(images, aux)[:, 1:])                   # (n, N, D)
+                continue
+            n, size = len(images), self.config.image_size
+            big = F.interpolate(images.float(), scale_factor=s, mode="bicubic").to(images.dtype)     # (n, 3, s S, s S)
+            crops = big.view(n, 3, s, size, s, size).permute(0, 2, 4, 1, 3, 5).reshape(n * s * s, 3, size, size)
+            f = self.encode(crops, aux)[:, 1:]                                     # (n s s, N, D)
+            f = f.view(n, s, s, side, side, -1).permute(0, 5, 1, 3, 2, 4).reshape(n, -1, s * side, s * side)
+            f = F.interpolate(f.float(), size=(side, side), mode="area").to(f.dtype)
+            features.append(f.flatten(2).transpose(1, 2))                          # (n, N, D)
+        return torch.cat(features, -1)
+
+
+class Connector(nn.Module):
+    """Vision features (n, N, D_v) -> decoder width (n, N, D): LLaVA-1.5's two-layer MLP, or experts of that shape."""
+
+    def __init__(self, c: ConnectorConfig, dim_in: int, dim_out: int):
+        super().__init__()
+        self.ffn = feed_forward(dim_in, dim_out, c.act, c.n_experts, c.top_k, dim_out=dim_out, bias=True)
+
+    def forward(self, x: Tensor, aux: list | None = None) -> Tensor:
+        y, r = self.ffn(x)
+        if aux is not None and r is not None:
+            aux.append(r)
+        return y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Decoder: LLaMA / Mistral / Mixtral
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (B or 1, T, head_dim) float32 for rotary embeddings, in the half-split layout of Hugging Face's LLaMA."""
+    freq = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions.float().unsqueeze(-1) * freq                                 # (B, T, head_dim / 2)
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, T, d): each pair (x_i, x_{i + d/2}) turned by its position's angle, so q.k depends on the distance only."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class Cache:
+    """Keys and values of every layer, at fixed size: (layers, B, H_kv, T_max, head_dim) each."""
+
+    def __init__(self, c: TextConfig, batch: int, length: int, device, dtype):
+        shape = (c.n_layers, batch, c.n_kv_heads, length, c.head_dim)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor):
+        """k, v (B, H_kv, T, d) to positions (B or 1, T) of their rows; returns the whole layer's keys and values."""
+        rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer], self.v[layer]
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, c: TextConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        self.norm1, self.norm2 = nn.RMSNorm(c.dim, eps=c.norm_eps), nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self.q = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.k = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, c.capacity_factor, gated=True)
+
+    def forward(self, x, rope, real, attend=None, cache=None, positions=None):
+        """x (B, T, D), rope (cos, sin), real (B, T) False at PAD, attend None (causal) or (B or 1, 1, T, keys) bool."""
+        h = self.norm1(x)
+        q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.q, self.k, self.v))   # (B, H, T, d)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.write(self.layer, positions, k, v)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None, enable_gqa=True)
+        x = x + self.o(h.transpose(1, 2).flatten(2))
+        h, r = self.ffn(self.norm2(x).flatten(0, 1), real.flatten())               # one row of B*T tokens: batch-wide statistics
+        return x + h.view_as(x), r
+
+
+class Decoder(nn.Module):
+    """Token embeddings (B, T, D) -> logits (B, T, V)."""
+
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.config = c
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.layers = nn.ModuleList(DecoderBlock(c, i) for i in range(c.n_layers))
+        self.norm = nn.RMSNorm(c.dim, eps=c.norm_eps)
+        self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.checkpointing = False
+
+    def forward(self, x, real, aux=None, cache=None, positions=None):
+        """x (B, T, D), real (B, T) bool. With a cache: positions (B, T), each row's own, where x is written before attending.
+
+        Why padding needs no attention mask: it lies to the right of every real token, and causal attention never looks right."""
+        window, attend = self.config.sliding_window, None
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)     # (1, T)
+        n_keys = x.shape[1] if cache is None else cache.k.shape[3]
+        if cache is not None or (window is not None and window < n_keys):
+            keys = torch.arange(n_keys, device=x.device)
+            ago = positions.unsqueeze(-1) - keys                                   # (B, T, keys) how far back a key lies
+            attend = ((ago >= 0) & (ago < (window or n_keys))).unsqueeze(1)        # (B, 1, T, keys)
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            if self.checkpointing and self.training:
+                x, r = checkpoint(layer, x, rope, real, attend, use_reentrant=False)
+            else:
+                x, r = layer(x, rope, real, attend, cache, positions)
+            if aux is not None and r is not None:
+                aux.append(r)
+        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The whole
+
+
+class Output(NamedTuple):
+    logits: Tensor                  # (B, T, V)
+    loss: Tensor | None             # parts["lm"] + balance_coef * sum of balance + z_coef * sum of z; None without labels
+    parts: dict                     # "lm", "vision/balance", "vision/z", "connector/balance", ...: raw scalars
+    image_embeds: Tensor | None     # (n, N, D) what the connector gave
+    routing: dict                   # part -> list of Routing: one a layer (vision: for each scale in turn)
+
+
+class CuMo(nn.Module):
+    """The multimodal model. Built on the current default device: `with torch.device("meta")` costs no memory."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        v, t = config.vision, config.text
+        self.vision = VisionTransformer(v) if v else None
+        self.connector = Connector(config.connector, v.dim * len(v.scales), t.dim) if v else None
+        self.text = Decoder(t)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, std: float = 0.02):
+        """Normal(0, 0.02) for matrices, with the two projections that write to the residual stream scaled down by depth (GPT-2)."""
+        for name, p in self.named_parameters():
+            part = name.split(".")[0]
+            depth = 1 if part == "connector" else 2 * getattr(self.config, part).n_layers
+            if name.endswith(("o.weight", "w_out")):
+                nn.init.normal_(p, std=std / depth ** 0.5)
+            elif p.dim() > 1 or name == "vision.cls":                # what is left are norms (ones) and biases (zeros)
+                nn.init.normal_(p, std=0.02 if name != "vision.patch.weight" else p[0].numel() ** -0.5)
+            elif "b_" in name or name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def checkpointing(self, on: bool = True):
+        """Activation checkpointing: keep each block's input only, and compute the block again in the backward pass."""
+        self.text.checkpointing = on
+        if self.vision:
+            self.vision.checkpointing = on
+
+    def encode_images(self, images: Tensor, aux: dict | None = None) -> Tensor:
+        """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D)."""
+        if self.vision is None:
+            raise ValueError("this model is a language model alone; it was given images")
+        aux = aux if aux is not None else {"vision": None, "connector": None}
+        return self.connector(self.vision(images, aux["vision"]), aux["connector"])
+
+    def embed(self, tokens: Tensor, image_embeds: Tensor | None) -> Tensor:
+        """tokens (B, T), image_embeds (n, N, D) -> (B, T, D): word embeddings, and image features written over the IMAGE slots."""
+        x = self.text.embed(tokens.clamp(min=0))                                   # (B, T, D)
+        slots = tokens == IMAGE                                                    # (B, T)
+        if not torch.compiler.is_compiling():
+            n_slots, n_features = int(slots.sum()), 0 if image_embeds is None else image_embeds.shape[:2].numel()
+            if n_slots != n_features:
+                raise ValueError(f"tokens have {n_slots} IMAGE slots, the images give {n_features} features "
+                                 f"({self.config.n_image_tokens} an image)")
+            if (tokens == AUDIO).any():
+                raise ValueError("tokens have AUDIO slots, this model hears nothing")
+        if image_embeds is None:
+            return x
+        return x.masked_scatter(slots.unsqueeze(-1), image_embeds.to(x.dtype).reshape(-1, x.shape[-1]))
+
+    def forward(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, labels: Tensor | None = None,
+                image_embeds: Tensor | None = None) -> Output:
+        """tokens (B, T) int64, images (n, 3, S, S) float in order of appearance, labels (B, T) int64 with -100 where nothing is
+        learnt (shifted here, not by the caller). image_embeds (n, N, D) takes the place of images that were encoded before.
+        Raises ValueError when slots and features do not match."""
+        if audio is not None:
+            raise ValueError("this model hears nothing; it was given audio")
+        aux = {"vision": [], "connector": [], "text": []}
+        idle = 0.
+        if images is not None and len(images):
+            image_embeds = self.encode_images(images, aux)
+        elif self.vision is not None and self.training and image_embeds is None:
+            # A text-only batch on one rank while others see images: DDP and FSDP need every parameter in every backward pass, so a
+            # blank image is encoded, and counts zero times. LLaVA does likewise.
+            blank = torch.zeros(1, 3, *[self.config.vision.image_size] * 2, device=tokens.device)
+            trail = {"vision": [], "connector": []}
+            idle = 0. * (self.encode_images(blank, trail).sum() + sum(r.balance + r.z for rs in trail.values() for r in rs))
+        real = tokens != PAD
+        logits = self.text(self.embed(tokens, image_embeds), real, aux["text"])    # (B, T, V)
+        zero = torch.zeros((), device=tokens.device)
+        parts, loss = {"lm": zero}, None
+        for name, routings in aux.items():
+            reduce = torch.sum if name == "text" and self.config.text.aux == "sum" else torch.mean
+            for kind in ("balance", "z"):
+                parts[f"{name}/{kind}"] = reduce(torch.stack([getattr(r, kind) for r in routings])) if routings else zero
+        if labels is not None:
+            target = labels[:, 1:].flatten()                                       # the logits at t speak of the token at t + 1
+            lm = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
+            parts["lm"] = lm / (target != IGNORE).sum().clamp(min=1) + idle
+            loss = parts["lm"] + sum(coef * parts[f"{name}/{kind}"] for name in aux
+                                     for kind, coef in (("balance", self.config.balance_coef), ("z", self.config.z_coef)))
+        return Output(logits, loss, parts, image_embeds, aux)
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, max_new_tokens: int = 64,
+                 temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, image_embeds: Tensor | None = None,
+                 on_token=None, generator: torch.Generator | None = None) -> Tensor:
+        """Continue tokens (B, T), right-padded with PAD -> (B, <= max_new_tokens) int64; behind an eos a row holds eos.
+
+        temperature 0 is greedy; top_p < 1 samples from the smallest set of tokens with that much probability. `on_token` is called
+        with each step's (B,) tokens, to stream. Rows may differ in length: each row's next token is written at its own position,
+        over its padding, so nothing is ever shifted or re-computed."""
+        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got {max_new_tokens}, {temperature}, {top_p}")
+        if audio is not None:
+            raise ValueError("this model hears nothing; it was given audio")
+        if images is not None and len(images):
+            image_embeds = self.encode_images(images)
+        real = tokens != PAD
+        length = real.sum(1)                                                       # (B,)
+        if not torch.equal(real, torch.arange(tokens.shape[1], device=tokens.device) < length.unsqueeze(1)) or not (length > 0).all():
+            raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be empty")
+        x = self.embed(tokens, image_embeds)
+        cache = Cache(self.config.text, len(x), tokens.shape[1] + max_new_tokens, x.device,
+                      torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
+        positions = torch.arange(tokens.shape[1], device=x.device).expand(len(x), -1)
+        logits = self.text(x, real, cache=cache, positions=positions)              # prefill: the whole prompt at once
+        logits = logits[torch.arange(len(x), device=x.device), length - 1]         # (B, V) at each row's last token
+        done, out = torch.zeros_like(length, dtype=torch.bool), []
+        for step in range(max_new_tokens):
+            token = sample(logits, temperature, top_p, generator)                  # (B,)
+            if eos is not None:
+                token = torch.where(done, eos, token)
+                done |= token == eos
+            out.append(token)
+            if on_token is not None:
+                on_token(token)
+            if done.all() or step == max_new_tokens - 1:
+                break
+            positions = (length + step).unsqueeze(1)                               # (B, 1)
+            logits = self.text(self.text.embed(token.unsqueeze(1)), torch.ones_like(positions, dtype=torch.bool),
+                               cache=cache, positions=positions)[:, 0]
+        return torch.stack(out, 1)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
+    """logits (B, V) -> token (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                                # drop what lies behind the first top_p of mass
+    return ids.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """{part: (total, activated)}: a token passes through K of a MoE's E experts, so K / E of their weights are activated."""
+    counts = {}
+    for part, module in model.named_children():
+        total = sum(p.numel() for p in module.parameters())
+        idle = sum(p.numel() // len(p) * (len(p) - m.top_k) for m in module.modules() if isinstance(m, MoE)
+                   for name, p in m.named_parameters() if name != "router")
+        counts[part] = (total, total - idle)
+    return counts
+
+
+def main():
+    print(f"{'preset':20} {'part':10} {'total':>16} {'activated':>16}")
+    for name in PRESETS:
+        with torch.device("meta"):
+            counts = count_parameters(CuMo(Config.from_preset(name)))
+        for part, (total, activated) in counts.items():
+            print(f"{name:20} {part:10} {total:16,} {activated:16,}")
+        total, activated = (sum(c[i] for c in counts.values()) for i in (0, 1))
+        print(f"{name:20} {'all':10} {total:16,} {activated:16,}   = {total / 1e9:.2f}B / {activated / 1e9:.2f}B\n")
+
+
+if __name__ == "__main__":
+    main()
