@@ -312,6 +312,8 @@ class Drawn:
         return self.size
 
     def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < self.size:
+            raise IndexError(i)
         seed = self.seed * 100_000_007 + i
         scene, rng = make_scene(seed, self.held_out), random.Random(seed)
         if self.kind == "caption":
@@ -320,3 +322,149 @@ class Drawn:
             asked = ask_many(scene, self.n_questions, rng)
             pairs, types = [(q, a) for _, q, a in asked], [t for t, _, _ in asked]
         return {"id": str(seed), "images": [draw_scene(scene)], "conversations": as_turns(pairs), "types": types, "scene": scene}
+
+
+class LlavaJson:
+    """LLaVA's format: a JSON list, or JSONL, of {"id", "image": path | [paths] | absent, "conversations"}; paths below image_dir.
+
+    Raises ValueError naming the file, and the line where the JSON is malformed."""
+
+    def __init__(self, file: str, image_dir: str = ""):
+        self.file, self.image_dir = str(file), image_dir
+        try:
+            with open(file, encoding="utf-8") as f:
+                text = f.read()
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"{file}: cannot be read: {e}") from None
+        try:
+            if text.lstrip().startswith("["):
+                self.samples = json.loads(text)
+            else:
+                number = 0
+                self.samples = [json.loads(line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        except json.JSONDecodeError as e:
+            line = e.lineno if text.lstrip().startswith("[") else number
+            raise ValueError(f"{file}: malformed JSON in line {line}: {e.msg}") from None
+        if not self.samples:
+            raise ValueError(f"{file}: holds no samples")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def lengths(self) -> list[int]:
+        """Words per sample: enough to put samples of like length into one batch."""
+        return [sum(len(str(t.get("value", "")).split()) for t in s["conversations"] if isinstance(t, dict))
+                if isinstance(s, dict) and isinstance(s.get("conversations"), list) else 0 for s in self.samples]
+
+    def __getitem__(self, i: int) -> dict:
+        sample = self.samples[i]
+        where = f"{self.file}: sample {i + 1}"
+        if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
+            raise ValueError(f"{where}: must be an object with a list 'conversations'")
+        images = sample.get("image") or []
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(p, str) for p in images):
+            raise ValueError(f"{where}: 'image' must be a path or a list of paths")
+        return {"id": f"{where} (id {sample.get('id', '-')})", "images": [os.path.join(self.image_dir, p) for p in images],
+                "conversations": sample["conversations"]}
+
+
+class Encoded(torch.utils.data.Dataset):
+    """Samples as tensors: {"tokens" (T,), "labels" (T,), "images" (k, 3, S, S), "broken": [messages], "truncated": bool}.
+
+    A sample that cannot be used is reported in "broken" and replaced by its successor; the trainer prints and counts it.
+    strict=True raises instead. Too long a sample is cut on the right; a cut that would lose image slots makes it broken."""
+
+    def __init__(self, data, tokenizer, template: str, image_size: int, n_image_tokens: int, max_length: int, strict: bool = False):
+        if len(data) == 0:
+            raise ValueError("the data set is empty")
+        self.data, self.tokenizer, self.template, self.strict = data, tokenizer, template, strict
+        self.image_size, self.n_image_tokens, self.max_length = image_size, n_image_tokens, max_length
+
+    def __len__(self):
+        return len(self.data)
+
+    def encode(self, sample: dict) -> dict:
+        n_marks = sum(str(t.get("value", "")).count("<image>") for t in sample["conversations"] if isinstance(t, dict))
+        if n_marks != len(sample["images"]):
+            raise ValueError(f"the text has {n_marks} <image>, the sample has {len(sample['images'])} images")
+        ids, labels = encode_chat(sample["conversations"], self.tokenizer, self.template, self.n_image_tokens)
+        if truncated := len(ids) > self.max_length:
+            if IMAGE in ids[self.max_length:]:
+                raise ValueError(f"{len(ids)} tokens, over the limit of {self.max_length}, and cutting would lose an image")
+            ids, labels = ids[:self.max_length], labels[:self.max_length]
+            if all(label == IGNORE for label in labels):
+                raise ValueError(f"nothing to learn in the first {self.max_length} tokens; raise --max-length")
+        images = [load_image(image, self.image_size) for image in sample["images"]]
+        return {"tokens": torch.tensor(ids), "labels": torch.tensor(labels), "truncated": truncated,
+                "images": torch.stack(images) if images else torch.empty(0, 3, self.image_size, self.image_size)}
+
+    def __getitem__(self, i: int) -> dict:
+        broken = []
+        for j in range(i, i + 100):
+            name = f"sample {j % len(self) + 1}"
+            try:
+                sample = self.data[j % len(self)]
+                name = sample["id"]
+                return {**self.encode(sample), "broken": broken}
+            except ValueError as e:
+                message = str(e) if name in str(e) else f"{name}: {e}"
+                if self.strict:
+                    raise ValueError(message) from None
+                broken.append(message)
+        raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Batches
+
+
+def pad_rows(rows: list, fill: int, multiple: int = 8) -> torch.Tensor:
+    """Lists or (T_i,) tensors -> (B, T) int64, filled on the right; T is rounded up so that few different lengths occur."""
+    length = -(-max(len(r) for r in rows) // multiple) * multiple
+    out = torch.full((len(rows), length), fill)
+    for row, r in zip(out, rows):
+        row[:len(r)] = torch.as_tensor(r)
+    return out
+
+
+def collate(samples: list) -> dict:
+    """Encoded samples -> tokens (B, T), labels (B, T), images (n, 3, S, S) in order of appearance, broken, truncated."""
+    return {"tokens": pad_rows([s["tokens"] for s in samples], PAD), "labels": pad_rows([s["labels"] for s in samples], IGNORE),
+            "images": torch.cat([s["images"] for s in samples]), "broken": sum((s["broken"] for s in samples), []),
+            "truncated": sum(s["truncated"] for s in samples)}
+
+
+class Batches:
+    """Endless lists of indices, one a micro-batch: a pure function of (seed, step), so a run can go on anywhere.
+
+    A step's global batch is cut the same way whatever the number of processes: each takes every world-th sample and goes through
+    its share in micro-batches. With `lengths`, samples of like length share a batch (less padding): as LLaVA, the shuffled
+    epoch is cut into groups of 50 batches, each group is sorted by length, and the batches are shuffled again."""
+
+    def __init__(self, n: int, batch_size: int, micro_batch: int, seed: int = 0, start_step: int = 0, rank: int = 0, world: int = 1,
+                 lengths: list | None = None):
+        if batch_size % (micro_batch * world):
+            raise ValueError(f"batch size {batch_size} is not a multiple of {world} processes x {micro_batch} samples at a time")
+        self.n, self.batch_size, self.micro_batch, self.seed, self.start_step = n, batch_size, micro_batch, seed, start_step
+        self.rank, self.world, self.lengths = rank, world, lengths
+        self.per_epoch = max(1, n // batch_size)                                   # the last, incomplete batch is left out
+
+    def epoch(self, number: int) -> torch.Tensor:
+        """(per_epoch, batch_size) indices."""
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        order = torch.randperm(self.n, generator=g)
+        order = order.repeat(-(-self.batch_size // self.n))[:self.per_epoch * self.batch_size]
+        if self.lengths is not None:
+            length = torch.tensor(self.lengths)
+            order = torch.cat([part[length[part].argsort(stable=True)] for part in order.split(50 * self.batch_size)])
+        order = order.view(self.per_epoch, self.batch_size)
+        return order if self.lengths is None else order[torch.randperm(self.per_epoch, generator=g)]
+
+    def __iter__(self):
+        step = self.start_step
+        while True:
+            epoch = self.epoch(step // self.per_epoch)
+            for batch in epoch[step % self.per_epoch:]:
+                yield from batch[self.rank::self.world].reshape(-1, self.micro_batch).tolist()
+                step += 1

@@ -245,12 +245,12 @@ class VisionTransformer(nn.Module):
         self.layers = nn.ModuleList(VisionBlock(c, i) for i in range(c.n_layers))
         self.checkpointing = False
 
-    def encode(self, images: Tensor, aux: list | None = None, last: bool = False):
+    def encode(self, images: Tensor, aux: list | None = None, both: bool = False):
         """One pass at base size: images (n, 3, S, S) -> hidden state of the select layer (n, 1 + N, D); CLS first.
 
         `aux` collects a Routing for every MoE layer. Layers behind the select layer do not touch the features; but the released
-        CuMo counts their routers in the auxiliary losses, so they run when somebody collects. last=True gives the last hidden
-        state (for contrastive training)."""
+        CuMo counts their routers in the auxiliary losses, so they run when somebody collects. both=True gives (last hidden state,
+        selected one), for contrastive training."""
         x = self.patch(images).flatten(2).transpose(1, 2)                          # (n, N, D)
         x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.pos.to(x.dtype)
         x = self.pre_norm(x)
@@ -258,12 +258,14 @@ class VisionTransformer(nn.Module):
         for i, layer in enumerate(self.layers):
             if i == n_used:
                 selected = x
-                if not last and not (aux is not None and any(isinstance(b.ffn, MoE) for b in self.layers[i:])):
+                if not both and not (aux is not None and any(isinstance(b.ffn, MoE) for b in self.layers[i:])):
                     return selected
             x, r = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and self.training else layer(x)
             if aux is not None and r is not None:
                 aux.append(r)
-        return x if last or n_used == self.config.n_layers else selected
+        if n_used == self.config.n_layers:
+            selected = x
+        return (x, selected) if both else selected
 
     def forward(self, images: Tensor, aux: list | None = None) -> Tensor:
         """images (n, 3, S, S) float, normalised (data.load_image) -> features (n, N, D * len(scales)).
@@ -428,7 +430,7 @@ class CuMo(nn.Module):
             if name.endswith(("o.weight", "w_out")):
                 nn.init.normal_(p, std=std / depth ** 0.5)
             elif p.dim() > 1 or name == "vision.cls":                # what is left are norms (ones) and biases (zeros)
-                nn.init.normal_(p, std=0.02 if name != "vision.patch.weight" else p[0].numel() ** -0.5)
+                nn.init.normal_(p, std=std if name != "vision.patch.weight" else p[0].numel() ** -0.5)
             elif "b_" in name or name.endswith("bias"):
                 nn.init.zeros_(p)
 
