@@ -145,7 +145,8 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
         raise ValueError("this model is dense: there is no routing to draw")
     load = routing_of(model, population) if population else shown
     names = [n for n in shown if n != "connector"]
-    names = [names[round(i * (len(names) - 1) / max(1, n_layers - 1))] for i in range(min(n_layers, len(names)))] + ["connector"] * ("connector" in shown)
+    n_layers = min(n_layers, len(names))                                           # spread over the depth
+    names = [names[round(i * (len(names) - 1) / max(1, n_layers - 1))] for i in range(n_layers)] + ["connector"] * ("connector" in shown)
     n_experts = max([*model.config.vision.n_experts, model.config.connector.n_experts])
     panel, gap, top, bars = 192, 16, 64, 150
     width = max(640, (len(names) + 1) * (panel + gap) + gap)
