@@ -135,18 +135,19 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
     return y.view(*x.shape[:-1], w_out.shape[1])
 
 
-def _pick(e: int, *weights):
-    """Expert e's slice of each stacked weight (None stays None)."""
-    return [None if w is None else w[e] for w in weights]
+def _per_expert(*weights):
+    """[(w_in, w_out, ...) of expert 0, of expert 1, ...]; None stays None. With unbind the backward pass stacks the experts'
+    gradients once; with w[e] it would fill a whole (E, ...) tensor with zeros for every expert."""
+    return list(zip(*([None] * len(weights[0]) if w is None else w.unbind(0) for w in weights)))
 
 
 def moe_loop(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
     """The definition. x (N, D), weights and experts (N, K) -> (N, D_out)."""
     y = x.new_zeros(x.shape[0], w_out.shape[1])
-    for e in range(w_in.shape[0]):
+    for e, expert in enumerate(_per_expert(w_in, w_out, w_gate, b_in, b_out)):
         token, choice = torch.where(experts == e)                            # who chose expert e, and as which choice
         w = weights[token, choice].unsqueeze(-1)                             # (n_e, 1)
-        y = y.index_add(0, token, w * ffn(x[token], *_pick(e, w_in, w_out, w_gate, b_in, b_out), act))
+        y = y.index_add(0, token, w * ffn(x[token], *expert, act))
     return y
 
 
@@ -186,7 +187,7 @@ def _combine(out, weights, order, inverse):
 def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
     """As moe_loop, with one sort and E contiguous slices. The sizes of the slices come to the host: one wait on CUDA."""
     x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
-    parts = [ffn(part, *_pick(e, w_in, w_out, w_gate, b_in, b_out), act) for e, part in enumerate(x.split(counts.tolist()))]
+    parts = [ffn(part, *expert, act) for part, expert in zip(x.split(counts.tolist()), _per_expert(w_in, w_out, w_gate, b_in, b_out))]
     return _combine(torch.cat(parts), weights, order, inverse)
 
 
@@ -216,3 +217,100 @@ def moe_grouped(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
 
 
 BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. `python kernels.py`: are the backends right, and what does sparsity cost?
+
+
+def samples_and_experts(x, r, w_in, w_out, w_gate, b_in, b_out, act):
+    """How the released CuMo dispatches, as a yardstick: x (B, N, D), a Python loop over samples, and in it over experts."""
+    rows = [moe_loop(x_b, w_b.to(x.dtype), e_b, w_in, w_out, w_gate, b_in, b_out, act)
+            for x_b, w_b, e_b in zip(x, r.weights, r.experts)]
+    return torch.stack(rows)
+
+
+def _problem(b, n, d, f, d_out, e, k, gated, bias, device, dtype, seed=0):
+    """Random x (B, N, D), a routing, and expert weights that want gradients."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape, scale=1.0: (torch.randn(*shape, generator=g) * scale).to(device, dtype).requires_grad_()
+    x, logits = draw(b, n, d), draw(b, n, e)
+    weights = [draw(e, f, d, scale=d**-0.5), draw(e, d_out, f, scale=f**-0.5), draw(e, f, d, scale=d**-0.5) if gated else None,
+               draw(e, f) if bias else None, draw(e, d_out) if bias else None]
+    return x, logits, weights
+
+
+def check(device: str) -> float:
+    """Each backend's output and gradients against `loop` in float64: the largest relative error, asserted and printed."""
+    print(f"{'backend':10} {'dtype':10} {'error':>10}   largest |difference| / |reference| of output and all gradients, against loop in float64")
+    for backend, dtype, limit in (("loop", torch.float32, 1e-5), ("sorted", torch.float64, 1e-12), ("sorted", torch.float32, 1e-5),
+                                  ("grouped", torch.bfloat16, 3e-2)):
+        worst = 0.0
+        for act, gated in (("gelu", False), ("quick_gelu", False), ("silu", True)):
+            for bias in (False, True):
+                for n, d, f, e, k in ((33, 16, 24, 4, 2), (5, 10, 7, 8, 3), (1, 8, 8, 4, 1)):    # some experts stay empty
+                    results = []
+                    for which, kind in (("loop", torch.float64), (backend, dtype)):
+                        x, logits, weights = _problem(2, n, d, f, d, e, k, gated, bias, device, dtype)
+                        x, logits, *weights = [None if t is None else t.detach().to(kind).requires_grad_() for t in (x, logits, *weights)]
+                        y = moe_ffn(x, route(logits, k), *weights, act=act, backend=which)
+                        (y * torch.linspace(-1, 1, y.numel(), device=device, dtype=kind).view_as(y)).sum().backward()
+                        results.append([t.detach().double() for t in (y, x.grad, *(w.grad for w in weights if w is not None))])
+                    for got, want in zip(results[1], results[0]):
+                        worst = max(worst, float((got - want).norm() / want.norm().clamp(min=1e-9)))
+        print(f"{backend:10} {str(dtype)[6:]:10} {worst:10.1e}")
+        assert worst < limit, f"{backend} in {dtype} is wrong: {worst} over {limit}"
+
+
+def _seconds(runs: dict, device: str, repeat: int) -> dict:
+    """{name: median seconds} of the callables, run in turn, so that a slow moment of the machine hits all of them."""
+    times = {name: [] for name in runs}
+    for i in range(repeat + 1):
+        for name, run in runs.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if i:                                                            # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int):
+    """Forward + backward of a MoE layer, 4 experts, top-2, against one dense FFN over K x tokens: the same arithmetic."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{name}, {str(dtype)[6:]}, forward + backward, median of {repeat}; x is the time over the dense FFN's")
+    print(f"{'layer':12} {'tokens':>7} {'D':>5} {'F':>5}" + "".join(f"{c:>20}" for c in ("dense, K x tokens", "sorted", "grouped", "loop",
+                                                                                         "samples x experts")))
+    many = 80 if device == "cuda" else 4
+    for layer, b, n, d, f, d_out in (("tiny", 64, 37, 128, 512, 128), ("CLIP ViT-L", many, 577, 1024, 4096, 1024),
+                                     ("connector", many, 576, 2048, 4096, 4096)):
+        x, logits, weights = _problem(b, n, d, f, d_out, 4, 2, False, True, device, dtype)
+        twice, (w_in, w_out, w_gate, b_in, b_out) = torch.cat([x.detach()] * 2).requires_grad_(), weights
+        runs = {"dense": lambda: ffn(twice, w_in[0], w_out[0], None, b_in[0], b_out[0])}
+        for backend in ("sorted", "grouped", "loop"):
+            if backend != "grouped" or dtype == torch.bfloat16:
+                runs[backend] = lambda backend=backend: moe_ffn(x, route(logits, 2), *weights, backend=backend)
+        runs["samples"] = lambda: samples_and_experts(x, route(logits, 2), *weights, "gelu")
+        if compiled:
+            runs = {k: torch.compile(run) if k in ("dense", "sorted", "grouped") else run for k, run in runs.items()}
+        y = torch.randn(b, n, d_out, device=device, dtype=dtype)
+        grads = {"dense": torch.cat([y] * 2)}
+        t = _seconds({k: lambda k=k, run=run: torch.autograd.backward(run(), grads.get(k, y)) for k, run in runs.items()}, device, repeat)
+        cell = lambda k: f"{t[k] * 1e3:9.2f} ms {t[k] / t['dense']:6.2f}x" if k in t else "-"
+        print(f"{layer:12} {b * n:7} {d:5} {f:5}" + "".join(f"{cell(k):>20}" for k in ("dense", "sorted", "grouped", "loop", "samples")))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=7, help="timed runs of each (default: 7)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the dense, sorted and grouped rows")
+    args = parser.parse_args()
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        check(device)
+        bench(device, torch.bfloat16 if device == "cuda" else torch.float32, args.compile, args.repeat)
+
+
+if __name__ == "__main__":
+    main()
