@@ -164,6 +164,7 @@ WORDS = ("stop", "open", "exit", "taxi", "cafe", "bank", "park", "hotel", "zoo",
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 DRAWN_SIZE = 48
 TYPES = ("color", "color at", "shape at", "size", "where", "count", "exists", "relation", "sign")
+WEIGHTS = (1, 1, 1, 2, 2, 2, 2, 3, 1)                                              # how often each is asked in training: the hard ones more
 
 
 def make_scene(seed: int, held_out: bool = False) -> dict:
@@ -282,10 +283,11 @@ def ask(scene: dict, kind: str, rng: random.Random):
 
 
 def ask_many(scene: dict, n: int, rng: random.Random) -> list[tuple[str, str, str]]:
-    """n different questions about a scene where it offers so many: [(type, question, answer), ...], types drawn evenly."""
+    """n different questions about a scene where it offers so many: [(type, question, answer), ...], types drawn by WEIGHTS."""
     out, seen = [], set()
-    for _ in range(4 * n):
-        kind = rng.choice(TYPES if scene["sign"] or rng.random() < 0.3 else TYPES[:-1])     # "no sign" must not be the usual answer
+    for kind in rng.choices(TYPES, WEIGHTS, k=4 * n):
+        if kind == "sign" and not scene["sign"] and rng.random() < 0.7:            # "no sign" must not be the usual answer
+            continue
         if (qa := ask(scene, kind, rng)) and qa[0] not in seen and len(out) < n:
             seen.add(qa[0])
             out.append((kind, *qa))

@@ -65,8 +65,8 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None, capacity_facto
     # an expert that is chosen too often has its probability pushed down. Perfectly even gives exactly 1.
     count = real.sum(-1, keepdim=True).clamp(min=1)                          # (..., 1)
     first = F.one_hot(experts[..., 0], n_experts).to(p.dtype)                # (..., N, E)
-    mean_p = torch.einsum("...ne,...n->...e", p, real) / count               # (..., E)
-    mean_first = torch.einsum("...ne,...n->...e", first, real) / count       # (..., E)
+    mean_p = (p * real.unsqueeze(-1)).sum(-2) / count                        # (..., E) no einsum: autocast makes it bf16
+    mean_first = (first * real.unsqueeze(-1)).sum(-2) / count                # (..., E)
     balance = n_experts * (mean_p * mean_first).sum(-1)                      # (...)
     # z: keeps the logits small, where float rounding cannot flip a choice and the softmax still has gradient.
     z = (logits.logsumexp(-1).square() * real).sum(-1) / count[..., 0]       # (...)
@@ -77,7 +77,8 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None, capacity_facto
     if capacity_factor is not None:
         kept = kept * _within_capacity(experts, real, n_experts, capacity_factor, min_capacity)
     weights = weights * kept
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total > 0, total, 1)                     # not a clamp to tiny: its gradient overflows
     return Routing(weights, experts, balance.mean(), z.mean())
 
 
@@ -89,7 +90,7 @@ def _within_capacity(experts: Tensor, real: Tensor, n_experts: int, factor: floa
     """
     top_k = experts.shape[-1]
     n_real = real.sum(-1, keepdim=True).double()                                     # (..., 1) float64: ceil must be exact
-    capacity = (n_real / n_experts * top_k * factor).ceil().clamp(min=min_capacity)  # (..., 1)
+    capacity = (n_real * top_k * factor / n_experts).ceil().clamp(min=min_capacity)  # (..., 1)
     queue = F.one_hot(experts.transpose(-1, -2), n_experts) * real.long()[..., None, :, None]   # (..., K, N, E)
     place = queue.flatten(-3, -2).cumsum(-2).view_as(queue) * queue                  # 1 for the first in line at its expert
     return (place.sum(-1).transpose(-1, -2) <= capacity.unsqueeze(-1)).to(real.dtype)
@@ -181,7 +182,7 @@ def _sort_by_expert(x, experts, n_experts):
 def _combine(out, weights, order, inverse):
     """Expert outputs in sorted order (N*K, D_out) -> back in token order, weighted and summed over K: (N, D_out)."""
     n, k = weights.shape
-    return torch.bmm(weights.unsqueeze(1), _Gather.apply(out, inverse, order).view(n, k, -1)).squeeze(1)
+    return torch.bmm(weights.unsqueeze(1), _Gather.apply(out, inverse, order).view(n, k, out.shape[-1])).squeeze(1)
 
 
 def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):

@@ -13,6 +13,7 @@ fills the right-hand end. Features are written over the slots in one masked scat
 Shapes: B batch, T tokens in a sequence, N tokens of an image (with or without CLS), D width, F FFN width, E experts, K top-k,
 H heads, V vocabulary, n images, S image side. `python model.py` prints each preset's parameter counts.
 """
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -87,6 +88,12 @@ class Config:
         for name, kind in (("vision", VisionConfig), ("connector", ConnectorConfig), ("text", TextConfig)):
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, _from_dict(kind, getattr(self, name), f"{name}."))
+            part = getattr(self, name)
+            if not isinstance(part, kind) and not (name == "vision" and part is None):
+                raise ValueError(f"{name} must be an object with {kind.__name__}'s fields, not {part!r}")
+            for key in ("image_size", "patch_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+                if part is not None and hasattr(part, key) and not (isinstance(getattr(part, key), int) and getattr(part, key) > 0):
+                    raise ValueError(f"{name}.{key} = {getattr(part, key)!r} must be a whole number above 0")
         for name in ("vision", "text"):
             part = getattr(self, name)
             if part is None:
@@ -129,7 +136,7 @@ class Config:
     def from_preset(cls, name: str) -> "Config":
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-        return cls.from_dict(PRESETS[name])
+        return cls.from_dict(copy.deepcopy(PRESETS[name]))
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -151,7 +158,7 @@ PRESETS = {
     # Trains on a laptop CPU in minutes: 48 x 48 pixels, 36 patches of 8 x 8.
     "tiny": dict(
         vision=dict(image_size=48, patch_size=8, dim=128, n_layers=4, n_heads=4, ffn_dim=512, scales=[1]),
-        text=dict(vocab_size=512, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384, rope_theta=1e4),
+        text=dict(vocab_size=512, dim=128, n_layers=5, n_heads=4, n_kv_heads=2, ffn_dim=384, rope_theta=1e4),
         template="tiny"),
     # CuMo, Table 1: CLIP ViT-L/14-336 with S2 scales 1 and 3, and Mistral-7B-Instruct-v0.2 (no sliding window since v0.2).
     # These are stage 3's shapes; train.py begins stages 1 and 2 with the experts taken out.
@@ -388,7 +395,7 @@ class Decoder(nn.Module):
             attend = ((ago >= 0) & (ago < (window or n_keys))).unsqueeze(1)        # (B, 1, T, keys)
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         for layer in self.layers:
-            if self.checkpointing and self.training:
+            if self.checkpointing and self.training and cache is None:
                 x, r = checkpoint(layer, x, rope, real, attend, use_reentrant=False)
             else:
                 x, r = layer(x, rope, real, attend, cache, positions)
@@ -414,7 +421,7 @@ class CuMo(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
+        self.config = config = copy.deepcopy(config)                 # upcycling changes it: no other model's business
         v, t = config.vision, config.text
         self.vision = VisionTransformer(v) if v else None
         self.connector = Connector(config.connector, v.dim * len(v.scales), t.dim) if v else None
@@ -422,17 +429,19 @@ class CuMo(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, std: float = 0.02):
-        """Normal(0, 0.02) for matrices, with the two projections that write to the residual stream scaled down by depth (GPT-2)."""
+    def init_weights(self, gain: float = 0.64):
+        """Normal(0, gain / sqrt(fan in)): GPT-2's 0.02 at width 1024, and the same output scale at every other width (with 0.02 a
+        width of 128 starts with nearly uniform attention and learns late). The two projections that write to the residual stream
+        are scaled down by depth, as in GPT-2."""
         for name, p in self.named_parameters():
             part = name.split(".")[0]
-            depth = 1 if part == "connector" else 2 * getattr(self.config, part).n_layers
-            if name.endswith(("o.weight", "w_out")):
-                nn.init.normal_(p, std=std / depth ** 0.5)
-            elif p.dim() > 1 or name == "vision.cls":                # what is left are norms (ones) and biases (zeros)
-                nn.init.normal_(p, std=std if name != "vision.patch.weight" else p[0].numel() ** -0.5)
-            elif "b_" in name or name.endswith("bias"):
+            if name.split(".")[-1].startswith("b"):                  # first: a MoE's biases are stacked, (E, F)
                 nn.init.zeros_(p)
+            elif p.dim() > 1 or name == "vision.cls":                # what is left are norms (ones) and biases (zeros)
+                std = gain * (p[0].numel() if p.dim() == 4 else p.shape[-1]) ** -0.5
+                if part != "connector" and name.endswith(("o.weight", "w_out")):
+                    std /= (2 * getattr(self.config, part).n_layers) ** 0.5
+                nn.init.normal_(p, std=std)
 
     def checkpointing(self, on: bool = True):
         """Activation checkpointing: keep each block's input only, and compute the block again in the backward pass."""

@@ -52,8 +52,8 @@ RECIPE = {    # the paper's numbers (section 4.1 and the released scripts), for 
     3: dict(trains=EVERYTHING, kind="chat", template=None, lr=4e-6, batch_size=256, max_length=4096, experts=True),
 }
 TINY = {      # the same stages for a model four thousand times smaller, which wants larger steps
-    "0a": dict(lr=1e-3, batch_size=64, steps=5000),
-    "0b": dict(lr=1.5e-3, batch_size=64, steps=5000),
+    "0a": dict(lr=1e-3, batch_size=64, steps=3000),
+    "0b": dict(lr=2e-3, batch_size=64, steps=4500),
     1: dict(lr=2e-3, batch_size=64, steps=150, max_length=256),
     2: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
     3: dict(lr=5e-4, batch_size=64, steps=700, max_length=256),
@@ -94,6 +94,7 @@ class Args:
     device: str | None = arg(None, "cuda or cpu; default: cuda where there is one")
     fsdp: bool = arg(False, "with torchrun: shard weights, gradients and optimizer over the processes (FSDP2) instead of DDP")
     checkpointing: bool = arg(False, "activation checkpointing: less memory, a third more arithmetic")
+    matmul: str = arg("highest", "float32 matrix products: highest, or medium: in bfloat16 where the CPU can (AMX), a third faster")
     compile: bool | None = arg(None, "torch.compile the blocks; default: on CUDA (on a CPU a short run ends before it pays)")
     workers: int = arg(0, "processes that load data; 0 loads between the steps")
     save_every: int = arg(200, "steps between checkpoints")
@@ -116,8 +117,15 @@ def parse(argv=None) -> Args:
     for name in ("steps", "batch_size", "micro_batch", "max_length", "epochs", "save_every", "eval_questions"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)} must be at least 1")
+    if args.matmul not in ("highest", "high", "medium"):
+        raise ValueError(f"--matmul {args.matmul}: known are highest, high and medium")
     if args.stage not in (None, 0, 1, 2, 3):
         raise ValueError(f"--stage {args.stage}: the stages are 0, 1, 2 and 3")
+    if not 1 <= args.top_k <= args.n_experts:                                      # now, not when stage 3 begins
+        raise ValueError(f"top_k = {args.top_k} of {args.n_experts} experts; need 1 <= --top-k <= --n-experts")
+    if args.device not in (None, "cuda", "cpu"):
+        raise ValueError(f"--device {args.device}: cuda or cpu")
+    args.out = os.path.normpath(args.out)                                          # "out/tiny/" must not become "out/tiny/.1"
     return args
 
 
@@ -215,12 +223,14 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
     coef = lambda name: config.balance_coef if name.endswith("/balance") else config.z_coef if name.endswith("/z") else 1.0
     start, file, full = 0, os.path.join(out, "checkpoint.pt"), StateDictOptions(full_state_dict=True, cpu_offload=True)
     counts = {"skipped": 0, "broken": 0, "truncated": 0, "samples": 0}
-    identity = {"stage": stage, "steps": steps, "batch_size": s["batch_size"], "lr": s["lr"], "seed": args.seed}
+    identity = {"stage": stage, **{k: s.get(k) for k in ("steps", "batch_size", "lr", "max_length", "template")},
+                **{k: getattr(args, k) for k in ("preset", "init", "seed", "data", "dense", "n_experts", "top_k", "balance_coef", "z_coef",
+                                                 "warmup", "weight_decay", "grad_clip")}}      # what the numbers depend on
     if args.resume and os.path.exists(file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["identity"]["stage"] == stage:
-            if saved["identity"] != identity:
-                raise ValueError(f"{file} was written with {saved['identity']}, this run has {identity}: give the same flags")
+            if other := [f"{k} {saved['identity'].get(k)} (now {v})" for k, v in identity.items() if saved["identity"].get(k) != v]:
+                raise ValueError(f"{file} was written with {', '.join(other)}: give the same flags")
             set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=full)
             start, counts = saved["step"], saved["counts"]
             say(f"stage {stage}: going on after step {start} of {steps}")
@@ -243,6 +253,7 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
     bar = tqdm(total=steps, initial=start, desc=f"stage {stage}", disable=RANK != 0, dynamic_ncols=True, mininterval=1)
     for step in range(start, steps):
         begin = time.perf_counter()
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)           # a resumed run draws the same noise (stage 0)
         lr = lr_at(step, steps, s["lr"], args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -316,8 +327,12 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
     counts = {k: v for k, v in counts.items() if v and k != "samples"}
     say(f"stage {stage}: {steps} steps done" + (f" ({', '.join(f'{v} {k}' for k, v in counts.items())})" if counts else ""))
     save_result(get_model_state_dict(model, options=full))
+    if RANK == 0 and os.path.exists(file):
+        os.remove(file)                                                            # the stage's folder has taken its place
     if WORLD > 1:
         dist.barrier()
+    if stopping or total[4] > 0:                                                   # Ctrl-C in the last step
+        raise KeyboardInterrupt
 
 
 def short(name: str) -> str:
@@ -444,7 +459,7 @@ class Regions(torch.utils.data.Dataset):
 class TextOnly(nn.Module):
     """Stage 0b. The decoder learns language, and the questions, from descriptions in place of images.
 
-    Half of the descriptions are spelled out, phrases in any order. The other half come in the layout of an image: one slot a
+    A quarter of the descriptions are spelled out, phrases in any order. The others come in the layout of an image: one slot a
     patch, holding the sum of the embeddings of its cell's words, with noise. Both are text; the second has the decoder look things
     up by place among slots that hold many words at once, which is what patches are once the connector makes them read like words."""
 
@@ -474,16 +489,16 @@ class Described(torch.utils.data.Dataset):
     def __getitem__(self, i):
         seed = self.seed * 100_000_007 + i
         scene, rng = d.make_scene(seed), random.Random(seed + 1)
-        merged, kind = rng.random() < 0.7, rng.choices(("questions", "caption", "plain"), (8, 1, 1))[0]
+        merged, kind = rng.random() < 0.75, rng.choices(("questions", "caption", "plain"), (8, 1, 1))[0]
         spoken = [p + "." for p in d.phrases(scene).values()]
         head = "<image>\n" if merged else " ".join(rng.sample(spoken, len(spoken))) + "\n"
         pairs = [("Describe the scene.", d.describe(scene))] if kind != "questions" else \
-            [(q, a) for _, q, a in d.ask_many(scene, 6, rng)]
+            [(q, a) for _, q, a in d.ask_many(scene, 8, rng)]
         ids, labels = d.encode_chat(d.as_turns(pairs, head), self.tokenizer, "plain" if kind == "plain" and merged else "tiny", self.n)
         if not merged:
             return ids, labels, None
-        phrases = cell_phrases(scene)                                              # a patch may miss what its cell shows
-        return ids, labels, [ids_of(phrases[c] if rng.random() < 0.85 else f"{d.PLACES[c]} empty", self.tokenizer) for c in self.cells]
+        phrases = cell_phrases(scene)
+        return ids, labels, [ids_of(phrases[c], self.tokenizer) for c in self.cells]
 
     def collate(self, samples):
         bags = [slot for _, _, slots in samples if slots for slot in slots] or [[PAD]] * self.n
@@ -552,6 +567,8 @@ def run_stage(args: Args, stage: int, source: str, device):
     model, tokenizer = load_backbones(source) if source.endswith(".safetensors") else load(source)
     if tokenizer is None:
         raise ValueError(f"{source}: has no tokenizer.json, which training needs")
+    if model.vision is None:
+        raise ValueError(f"{source}: a language model alone, without the vision tower and connector that training needs")
     model = model.float()                                                          # master weights
     c = model.config
     for name in ("balance_coef", "z_coef"):
@@ -562,9 +579,13 @@ def run_stage(args: Args, stage: int, source: str, device):
     model.to(device)
     choose_trainable(model, s["trains"])
     template = s["template"] or c.template
+    if args.template and args.template != "plain":
+        c.template = args.template                                                 # the model is asked in the layout that it learnt
     if args.data:
         data = d.LlavaJson(args.data, args.images)
         lengths, s["steps"] = data.lengths(), s.get("steps") if args.steps else max(1, args.epochs * len(data) // s["batch_size"])
+    elif "steps" not in s:
+        raise ValueError(f"{args.preset} on drawn scenes needs --steps; or give your own with --data")
     else:                                                                          # every drawn scene is seen once
         data, lengths = d.Drawn(s["kind"], s["steps"] * s["batch_size"], args.seed + stage), None
     encoded = d.Encoded(data, tokenizer, template, c.vision.image_size, c.n_image_tokens, s["max_length"], args.strict)
@@ -621,6 +642,9 @@ def main(argv=None):
     args = parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device here; leave the flag out for the CPU")
+    torch.set_float32_matmul_precision(args.matmul)
+    if args.matmul == "medium":                                                    # the CPU's flash kernel multiplies small blocks,
+        torch.backends.cuda.enable_flash_sdp(False)                                # for which AMX is slow (the switch is the CPU's too)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if WORLD > 1:
         if device.type == "cuda":
@@ -633,6 +657,8 @@ def main(argv=None):
         stages = ["0a", "0b", *stages[1:]]
     if "0a" in stages and args.preset != "tiny":
         raise ValueError(f"stage 0 makes the tiny preset's backbones; {args.preset} starts from real weights, given with --init")
+    if "0a" in stages and args.fsdp:
+        raise ValueError("stage 0 makes backbones too small to shard: leave --fsdp out")
     began, first, file = time.time(), stages[0], os.path.join(args.out, "checkpoint.pt")
     finished = [s for s in stages if os.path.exists(os.path.join(place(args, s), "config.json")) or os.path.isfile(place(args, s))]
     if args.resume:                                                                # skip what is finished
@@ -664,16 +690,15 @@ def main(argv=None):
                 raise ValueError(f"{args.preset} starts from pre-trained weights: give a model folder with --init")
             before = BACKBONES if stage == 1 and i == 0 else place(args, stages[i - 1] if i else stage - 1)
             run_stage(args, stage, args.init if args.init and i == 0 else before, device)
-        if RANK == 0 and os.path.exists(file):
-            os.remove(file)                                                        # the stage's folder has taken its place
     if RANK == 0:
         draw_curves(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "loss.png"))
         if stages[-1] == 3 and not args.dense and not args.data:
             model, _ = load(args.out)
             scenes = [s["images"][0] for s in d.Drawn("caption", 256, args.seed, held_out=True)]
             generate.draw_routing(model, scenes[:3], os.path.join(args.out, "routing.png"), population=scenes)
-        say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds the model, log.jsonl and pictures. Try:\n"
-            f"  python generate.py --model {args.out} --image X.png --prompt \"What color is the circle?\"")
+        last = place(args, stages[-1])
+        say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures." + (
+            "" if stages[-1] == "0b" else f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""))
     if WORLD > 1:
         dist.destroy_process_group()
 
@@ -681,7 +706,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"train.py: {e}")
+    except (ValueError, OSError) as e:                                             # one line; a loading process wraps its traceback around it
+        sys.exit(f"train.py: {str(e).rsplit('ValueError: ', 1)[-1].strip()}")
     except KeyboardInterrupt:
         sys.exit(130)

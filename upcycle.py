@@ -32,6 +32,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     jobs = []                                                                      # (config part, its FFN owner, layer, experts)
     for name, wanted in (("vision", vision), ("connector", connector), ("text", text)):
         module, part = getattr(model, name), getattr(model.config, name)
+        if module is None and (wanted if isinstance(wanted, int) else any(wanted)):
+            raise ValueError(f"{name}: this model has no such part to upcycle")
         owners = [] if module is None else [module] if name == "connector" else list(module.layers)
         wanted = [wanted] * len(owners) if isinstance(wanted, int) else list(wanted)
         if len(wanted) != len(owners):
@@ -41,6 +43,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
                 raise ValueError(f"{name}: top_k = {top_k} of {n_experts} experts; need 1 <= top_k <= experts")
             if n_experts and isinstance(owner.ffn, MoE):
                 raise ValueError(f"{name} layer {layer} already has {len(owner.ffn.router)} experts")
+            if n_experts and part.top_k != top_k and (any(part.n_experts) if isinstance(part.n_experts, list) else part.n_experts):
+                raise ValueError(f"{name} already has experts with top_k = {part.top_k}; all its layers share one, got {top_k}")
             if n_experts:
                 jobs.append((part, owner, layer, n_experts))
     generator = torch.Generator().manual_seed(seed)                                # the same routers on every rank
@@ -118,6 +122,8 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
         write_json(os.path.join(folder, "model.safetensors.index.json"),
                    {"metadata": {"total_size": sum(t.nbytes for t in state.values())},
                     "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}})
+    elif os.path.exists(index := os.path.join(folder, "model.safetensors.index.json")):
+        os.remove(index)                                                           # of an older, larger model: load would follow it
     if tokenizer is not None:
         write_atomically(os.path.join(folder, "tokenizer.json"), lambda name: tokenizer.save(name))
     write_json(os.path.join(folder, "config.json"), model.config.to_dict())        # last: a folder with a config is complete
@@ -160,7 +166,10 @@ def read_tensors(path: str, device="cpu", dtype=None) -> dict:
     files = ["model.safetensors"]
     if os.path.exists(index):
         with open(index, encoding="utf-8") as f:
-            files = sorted(set(json.load(f)["weight_map"].values()))
+            try:
+                files = sorted(set(json.load(f)["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f"{index}: not an index of shards: {e!r}") from None
     tensors = {}
     for file in files:
         file = os.path.join(path, file)
@@ -208,6 +217,8 @@ def load_backbones(file: str):
             tensors, meta = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
     except (FileNotFoundError, SafetensorError) as e:
         raise ValueError(f"{file}: cannot be read ({e}); make it again with `python train.py --from-scratch`") from None
+    if not meta or not {"config", "tokenizer"} <= meta.keys():
+        raise ValueError(f"{file}: has no config and tokenizer in its header; make it again with `python train.py --from-scratch`")
     model = CuMo(Config.from_dict(json.loads(meta["config"])))
     fill(model, {**{k: v for k, v in model.state_dict().items() if k.startswith("connector.")}, **tensors}, file)
     return model, Tokenizer.from_str(meta["tokenizer"])
