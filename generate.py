@@ -148,7 +148,7 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     n_layers = min(n_layers, len(names))                                           # spread over the depth
     names = [names[round(i * (len(names) - 1) / max(1, n_layers - 1))] for i in range(n_layers)] + ["connector"] * ("connector" in shown)
     n_experts = max([*model.config.vision.n_experts, model.config.connector.n_experts])
-    panel, gap, top, bars = 192, 16, 64, 150
+    panel, gap, top, bars = 192, 16, 64, 110
     width = max(640, (len(names) + 1) * (panel + gap) + gap)
     height = top + len(images) * (panel + gap) + bars + 76
     img = d.Image.new("RGB", (width, height), "white")
@@ -180,15 +180,15 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     n_tokens = load[names[0]].shape[0]
     draw.text((gap, base - bars - 26), f"Expert load: share of first choices, {n_tokens} image{'s' * (n_tokens > 1)}; the line is an even load",
               "black", font)
+    shares = {name: torch.bincount(load[name][..., 0].flatten(), minlength=n_experts) / load[name][..., 0].numel() for name in names}
+    high = max(2 / n_experts, *(float(s.max()) for s in shares.values()))
     for column, name in enumerate(names, 1):
-        share = torch.bincount(load[name][..., 0].flatten(), minlength=n_experts).float()
-        share = share / share.sum()
-        x = gap + column * (panel + gap)
-        for e, v in enumerate(share.tolist()):
-            w = panel / n_experts
-            draw.rectangle((x + e * w + 3, base - v * bars, x + (e + 1) * w - 3, base), color(e))
-            draw.text((x + (e + 0.5) * w, base - v * bars - 9), f"{100 * v:.0f}%", "black", small, anchor="mm")
-        draw.line((x, base - bars / n_experts, x + panel, base - bars / n_experts), "#444444")
+        x, w = gap + column * (panel + gap), panel / n_experts
+        for e, v in enumerate(shares[name].tolist()):
+            draw.rectangle((x + e * w + 3, base - v / high * bars, x + (e + 1) * w - 3, base), color(e))
+            draw.text((x + (e + 0.5) * w, base - 10), f"{100 * v:.0f}%", "black", small, anchor="mm")
+        even = base - bars / n_experts / high
+        draw.line((x, even, x + panel, even), "#444444")
         draw.text((x + panel / 2, base + 16), name, "black", font, anchor="mm")
     write_atomically(png, lambda name: img.save(name, "PNG"))
 

@@ -459,7 +459,7 @@ class Regions(torch.utils.data.Dataset):
 class TextOnly(nn.Module):
     """Stage 0b. The decoder learns language, and the questions, from descriptions in place of images.
 
-    A quarter of the descriptions are spelled out, phrases in any order. The others come in the layout of an image: one slot a
+    One in ten descriptions is spelled out, phrases in any order. The others come in the layout of an image: one slot a
     patch, holding the sum of the embeddings of its cell's words, with noise. Both are text; the second has the decoder look things
     up by place among slots that hold many words at once, which is what patches are once the connector makes them read like words."""
 
@@ -489,7 +489,7 @@ class Described(torch.utils.data.Dataset):
     def __getitem__(self, i):
         seed = self.seed * 100_000_007 + i
         scene, rng = d.make_scene(seed), random.Random(seed + 1)
-        merged, kind = rng.random() < 0.75, rng.choices(("questions", "caption", "plain"), (8, 1, 1))[0]
+        merged, kind = rng.random() < 0.9, rng.choices(("questions", "caption", "plain"), (18, 1, 1))[0]
         spoken = [p + "." for p in d.phrases(scene).values()]
         head = "<image>\n" if merged else " ".join(rng.sample(spoken, len(spoken))) + "\n"
         pairs = [("Describe the scene.", d.describe(scene))] if kind != "questions" else \
@@ -623,10 +623,10 @@ def draw_curves(log_file: str, png: str):
         losses = [l if math.isfinite(l) else 0. for l in losses]
         high = max(losses[len(losses) // 50:] or losses) * 1.05 or 1.
         at = lambda i, v: (x0 + (x1 - x0) * i / max(1, len(losses) - 1), y1 - (y1 - y0) * min(v, high) / high)
-        mean, smooth = losses[0], []
-        for v in losses:
+        mean, smooth = 0., []
+        for i, v in enumerate(losses, 1):
             mean = 0.95 * mean + 0.05 * v
-            smooth.append(mean)
+            smooth.append(mean / (1 - 0.95**i))                                    # as Adam corrects its mean
         for k in range(5):                                                         # grid, and the axis' numbers
             y = at(0, high * k / 4)[1]
             draw.line((x0, y, x1, y), "#dddddd")
