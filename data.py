@@ -84,24 +84,24 @@ def render(conversations: list, template: str) -> list[tuple[str, bool]]:
             raise ValueError(f"turn {i + 1} is from {speaker!r}; turns must alternate human, gpt, human, ...")
         if speaker == "human":
             if text.count("<image>") == 1:                     # as LLaVA: a single image is put at the head of its turn
-                text = "<image>\n" + text.replace("<image>", "").strip()
-            text = text.strip() if template != "plain" else "".join(re.findall("<image>|<audio>", text))
-        last = i == len(conversations) - 1
+                text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
+            if template == "plain":
+                text = "".join(re.findall("<image>|<audio>", text))
         match template, speaker:
             # plain: LLaVA's pre-training. The question is dropped; image, caption, newline.
             case "plain", "human": pieces.append((text, False))
             case "plain", _: pieces.append((text + "\n", True))
             case "tiny", "human": pieces.append((f"<q>{text}<a>", False))
             case "tiny", _: pieces.append((f" {text}</s>", True))
+            # The space before an answer belongs to what is learnt: most tokenizers merge it into the answer's first word.
             # mistral: CuMo's "mistral_instruct_system". The released code spells "<s>" out although its tokenizer adds one too.
             case "mistral", "human":
                 head = f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if i == 0 else "[INST] "
-                pieces.append((f"{head}{text} [/INST]" + " " * (not last), False))
-            case "mistral", _: pieces.append((text + " </s>", True))
+                pieces.append((f"{head}{text} [/INST]", False))
+            case "mistral", _: pieces.append((f" {text} </s>", True))
             # vicuna: LLaVA-1.5's "v1".
-            case "vicuna", "human":
-                pieces.append(((SYSTEM + " ") * (i == 0) + f"USER: {text} ASSISTANT:" + " " * (not last), False))
-            case "vicuna", _: pieces.append((text + "</s>", True))
+            case "vicuna", "human": pieces.append(((SYSTEM + " ") * (i == 0) + f"USER: {text} ASSISTANT:", False))
+            case "vicuna", _: pieces.append((f" {text}</s>", True))
     return pieces
 
 

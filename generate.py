@@ -162,7 +162,7 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     for column, name in enumerate(["image", *names]):
         draw.text((gap + column * (panel + gap) + panel / 2, top - 14), name, "black", font, anchor="mm")
     for row, image in enumerate(images):
-        if isinstance(image, str):
+        if not isinstance(image, d.Image.Image):
             image = d.Image.open(image)
         side = max(image.size)                                                     # padded to a square, as the model sees it
         square = d.Image.new("RGB", (side, side), (122, 116, 104))
@@ -210,6 +210,10 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args(argv)
     model, tokenizer = load(args.model, args.device)
+    if tokenizer is None:
+        raise ValueError(f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
+    if args.image and model.vision is None:
+        raise ValueError(f"{args.model} is a language model alone; it cannot see --image")
     if args.routing:
         if not args.image:
             raise ValueError("--routing needs at least one --image")

@@ -54,9 +54,9 @@ RECIPE = {    # the paper's numbers (section 4.1 and the released scripts), for 
 TINY = {      # the same stages for a model four thousand times smaller, which wants larger steps
     "0a": dict(lr=1e-3, batch_size=64, steps=3000),
     "0b": dict(lr=2e-3, batch_size=64, steps=4500),
-    1: dict(lr=2e-3, batch_size=64, steps=150, max_length=256),
-    2: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
-    3: dict(lr=5e-4, batch_size=64, steps=700, max_length=256),
+    1: dict(lr=2e-3, batch_size=64, steps=100, max_length=256),
+    2: dict(lr=5e-4, batch_size=64, steps=120, max_length=256),
+    3: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
 }
 
 

@@ -1,0 +1,676 @@
+"""data.py: pictures, conversations, the drawn world, datasets and batches."""
+import io
+import itertools
+import json
+import random
+import re
+import struct
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import data as d
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def picture(w, h, mode="RGB"):
+    """Gradients with some noise: bicubic filters that differ give different pixels."""
+    y, x = np.mgrid[:h, :w]
+    rgb = np.stack([255 * x / w, 255 * y / h, 127 + 120 * np.sin(x / 3 + y / 5)], -1)
+    rgb += np.random.default_rng(0).normal(0, 12, (h, w, 3))
+    image = Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray((255 * x / w).astype(np.uint8)))
+    return image.convert(mode)
+
+
+def llava_pixels(image, size):
+    """LLaVA's "pad": expand2square with the mean colour, then CLIP's own image processor (but for its last step, mean and std)."""
+    transformers = pytest.importorskip("transformers", reason="the reference is transformers' CLIP image processor")
+    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    image = image.convert("RGB")
+    (w, h), side = image.size, max(image.size)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, (0, (w - h) // 2) if w > h else ((h - w) // 2, 0))
+    processor = processor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_normalize=False)
+    return torch.as_tensor(np.asarray(processor(square, return_tensors="np")["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("w, h, mode", [(100, 61, "RGB"), (50, 133, "RGB"), (80, 80, "RGB"), (48, 48, "RGB"), (30, 20, "RGB"),
+                                        (90, 70, "L"), (64, 99, "RGBA"), (75, 40, "P"), (40, 41, "1"), (60, 50, "CMYK")])
+def test_pixels_equal_llavas(w, h, mode, tmp_path):
+    image = picture(w, h, mode)
+    x = d.load_image(image, 48)
+    assert x.shape == (3, 48, 48) and x.dtype == torch.float32
+    pixels = x * torch.tensor(d.CLIP_STD).view(3, 1, 1) + torch.tensor(d.CLIP_MEAN).view(3, 1, 1)
+    assert (pixels - llava_pixels(image, 48)).abs().max() <= 1 / 255 + 1e-6
+    if mode != "CMYK":                                                             # PNG knows no CMYK
+        image.save(tmp_path / "x.png")
+        assert torch.equal(d.load_image(tmp_path / "x.png", 48), x) and torch.equal(d.load_image(str(tmp_path / "x.png"), 48), x)
+
+
+def encoded_image(kind):
+    out = io.BytesIO()
+    picture(90, 70).save(out, kind)
+    return out.getvalue()
+
+
+def png_header(w, h):
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr))
+
+
+def one_pixel():
+    out = io.BytesIO()
+    Image.new("RGB", (1, 1), "red").save(out, "PNG")
+    return out.getvalue()
+
+
+BAD_IMAGES = {"missing": lambda: None, "empty": lambda: b"", "text": lambda: b"no picture at all\n" * 50, "one pixel": one_pixel,
+              "half a JPEG": lambda: encoded_image("JPEG")[:1500], "half a PNG": lambda: encoded_image("PNG")[:6000],
+              "30,000 x 30,000": lambda: png_header(30_000, 30_000)}
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_bad_image_is_a_value_error_naming_the_file(kind, tmp_path):
+    file, content = tmp_path / "bad-picture.png", BAD_IMAGES[kind]()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match="bad-picture.png"):
+        d.load_image(str(file), 48)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_image_cut_anywhere_raises_nothing_but_value_errors(kind, tmp_path):
+    content, failed = encoded_image(kind), 0
+    for cut in range(1, len(content), len(content) // 40):
+        (tmp_path / "cut").write_bytes(content[:cut])
+        try:
+            d.load_image(str(tmp_path / "cut"), 48)
+        except ValueError as e:
+            failed += "cut" in str(e)
+    assert failed >= 20                                                            # (a decoder may forgive a short tail)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat. In the expected texts «...» marks what is learnt: the answer, the space that leads to it, and the end mark. A model that
+# is asked stops reading before that space, so it has to write it.
+
+SYS = ("A chat between a curious user and an artificial intelligence assistant. "
+       "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+INST = f"<s>[INST] <<SYS>>\n{SYS}\n<</SYS>>\n\n"                                    # CuMo's mistral_instruct_system; then LLaVA's v1
+CHATS = {
+    "one turn": (["<image>\nWhat is it?", "A red ring."], {
+        "plain": "<image>«A red ring.\n»",
+        "tiny": "<q><image>\nWhat is it?<a>« A red ring.</s>»",
+        "mistral": INST + "<image>\nWhat is it? [/INST]« A red ring. </s>»",
+        "vicuna": SYS + " USER: <image>\nWhat is it? ASSISTANT:« A red ring.</s>»"}),
+    "several turns": (["<image>\nWhat?", "A ring.", "Which color?", "Red,\n\nI think. ", "Sure?", "Yes."], {
+        "plain": "<image>«A ring.\nRed,\n\nI think. \nYes.\n»",
+        "tiny": "<q><image>\nWhat?<a>« A ring.</s>»<q>Which color?<a>« Red,\n\nI think. </s>»<q>Sure?<a>« Yes.</s>»",
+        "mistral": INST + "<image>\nWhat? [/INST]« A ring. </s>»[INST] Which color? [/INST]« Red,\n\nI think.  </s>»"
+                          "[INST] Sure? [/INST]« Yes. </s>»",
+        "vicuna": SYS + " USER: <image>\nWhat? ASSISTANT:« A ring.</s>»USER: Which color? ASSISTANT:« Red,\n\nI think. </s>»"
+                        "USER: Sure? ASSISTANT:« Yes.</s>»"}),
+    "prompt": (["<image>\nWhat?", "A ring.", "Which color?"], {
+        "plain": "<image>«A ring.\n»",
+        "tiny": "<q><image>\nWhat?<a>« A ring.</s>»<q>Which color?<a>",
+        "mistral": INST + "<image>\nWhat? [/INST]« A ring. </s>»[INST] Which color? [/INST]",
+        "vicuna": SYS + " USER: <image>\nWhat? ASSISTANT:« A ring.</s>»USER: Which color? ASSISTANT:"}),
+    "first prompt": (["<image>\nWhat?"], {
+        "plain": "<image>",
+        "tiny": "<q><image>\nWhat?<a>",
+        "mistral": INST + "<image>\nWhat? [/INST]",
+        "vicuna": SYS + " USER: <image>\nWhat? ASSISTANT:"}),
+    "text only": (["Two plus two?", "Four."], {
+        "plain": "«Four.\n»",
+        "tiny": "<q>Two plus two?<a>« Four.</s>»",
+        "mistral": INST + "Two plus two? [/INST]« Four. </s>»",
+        "vicuna": SYS + " USER: Two plus two? ASSISTANT:« Four.</s>»"}),
+    "image behind the words": ([" What is <image> it?  ", "A ring."], {            # LLaVA puts it at the head
+        "plain": "<image>«A ring.\n»",
+        "tiny": "<q><image>\nWhat is  it?<a>« A ring.</s>»",
+        "mistral": INST + "<image>\nWhat is  it? [/INST]« A ring. </s>»",
+        "vicuna": SYS + " USER: <image>\nWhat is  it? ASSISTANT:« A ring.</s>»"}),
+    "image alone": (["<image>", "A ring."], {
+        "plain": "<image>«A ring.\n»",
+        "tiny": "<q><image><a>« A ring.</s>»",
+        "mistral": INST + "<image> [/INST]« A ring. </s>»",
+        "vicuna": SYS + " USER: <image> ASSISTANT:« A ring.</s>»"}),
+    "several images": (["<image>\n<image>\nThe same?", "No.", "And <image>", "Yes."], {
+        "plain": "<image><image>«No.\n»<image>«Yes.\n»",
+        "tiny": "<q><image>\n<image>\nThe same?<a>« No.</s>»<q><image>\nAnd<a>« Yes.</s>»",
+        "mistral": INST + "<image>\n<image>\nThe same? [/INST]« No. </s>»[INST] <image>\nAnd [/INST]« Yes. </s>»",
+        "vicuna": SYS + " USER: <image>\n<image>\nThe same? ASSISTANT:« No.</s>»USER: <image>\nAnd ASSISTANT:« Yes.</s>»"}),
+    "other scripts": (["<image>\n這是什麼？ 🙂", "猫とЖ 🐈‍⬛!", "Où ça 👍🏽", "Là, à côté é🙂"], {
+        "plain": "<image>«猫とЖ 🐈‍⬛!\nLà, à côté é🙂\n»",
+        "tiny": "<q><image>\n這是什麼？ 🙂<a>« 猫とЖ 🐈‍⬛!</s>»<q>Où ça 👍🏽<a>« Là, à côté é🙂</s>»",
+        "mistral": INST + "<image>\n這是什麼？ 🙂 [/INST]« 猫とЖ 🐈‍⬛! </s>»[INST] Où ça 👍🏽 [/INST]« Là, à côté é🙂 </s>»",
+        "vicuna": SYS + " USER: <image>\n這是什麼？ 🙂 ASSISTANT:« 猫とЖ 🐈‍⬛!</s>»USER: Où ça 👍🏽 ASSISTANT:« Là, à côté é🙂</s>»"}),
+    "empty answer": (["<image>\nWhat?", "", "So?", "No."], {
+        "plain": "<image>«\nNo.\n»",
+        "tiny": "<q><image>\nWhat?<a>« </s>»<q>So?<a>« No.</s>»",
+        "mistral": INST + "<image>\nWhat? [/INST]«  </s>»[INST] So? [/INST]« No. </s>»",
+        "vicuna": SYS + " USER: <image>\nWhat? ASSISTANT:« </s>»USER: So? ASSISTANT:« No.</s>»"}),
+}
+EVERY = pytest.mark.parametrize("name, template", [(n, t) for n in CHATS for t in d.TEMPLATES])
+
+
+def turns(texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def words():
+    """Text for tokenizers: common words get tokens of their own, those of the other scripts do not."""
+    return [SYS, "USER: What is it? ASSISTANT: A red ring. [INST] Which color? [/INST] Yes, sure. No, two plus two is four. "] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return d.train_tokenizer(words(), 400)
+
+
+def sentencepiece(kind):
+    """LLaMA's and Mistral's kind of tokenizer: spaces are "▁", one stands before the first word, unknown characters fall back to
+    bytes, a <s> goes in front. prepend: as LLaMA's were converted ("legacy"); metaspace: as they are now."""
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer = pre_tokenizers.Metaspace()
+    t.train_from_iterator(words(), trainers.BpeTrainer(vocab_size=250, show_progress=False))
+    learnt = json.loads(t.to_str())["model"]
+    vocab = {}
+    for token in ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *learnt["vocab"]]:
+        vocab.setdefault(token, len(vocab))
+    t = Tokenizer(models.BPE(vocab, [tuple(m) for m in learnt["merges"]], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if kind == "prepend":
+        t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>")])
+    t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return t
+
+
+@pytest.fixture(scope="module", params=["prepend", "metaspace"])
+def spm(request):
+    return sentencepiece(request.param)
+
+
+def unmark(marked):
+    return re.sub("[«»]", "", marked), "".join(re.findall("«(.*?)»", marked, re.S))
+
+
+def llava_ids(text, tokenizer, n):
+    """The text between the images is tokenized chunk by chunk; a <s> that the tokenizer adds stays at the first only."""
+    ids = []
+    for i, chunk in enumerate(text.split("<image>")):
+        new = tokenizer.encode(chunk).ids
+        has_bos = tokenizer.post_processor is not None
+        ids += new if i == 0 else [-200] * n + new[has_bos:]
+    return ids
+
+
+@EVERY
+def test_ids_are_the_spelled_out_text_and_labels_the_answers(name, template, tokenizer):
+    conversation, expected = CHATS[name][0], CHATS[name][1][template]
+    text, answers = unmark(expected)
+    ids, labels = d.encode_chat(turns(conversation), tokenizer, template, 5)
+    assert ids == llava_ids(text, tokenizer, 5)
+    assert len(labels) == len(ids) and all(label in (-100, i) for i, label in zip(ids, labels))
+    assert all(label == -100 for i, label in zip(ids, labels) if i < 0)
+    assert tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False) == answers
+    masked = [i for i, label in zip(ids, labels) if label == -100 and i >= 0]
+    assert tokenizer.decode(masked, skip_special_tokens=False) == re.sub("«.*?»|<image>", "", expected, flags=re.S)
+
+
+@EVERY
+def test_sentencepiece_ids_equal_llavas_with_one_bos_in_front(name, template, spm):
+    text, answers = unmark(CHATS[name][1][template])
+    ids, labels = d.encode_chat(turns(CHATS[name][0]), spm, template, 3)
+    assert ids == llava_ids(text, spm, 3)
+    # The released CuMo spells "<s>" out though its tokenizer adds one, too: for mistral there are two
+    n = 2 if template == "mistral" else 1
+    assert ids[:n] == [1] * n and ids.count(1) == n and labels[:n] == [-100] * n
+    learnt = spm.decode([label for label in labels if label != -100], skip_special_tokens=False)
+    # This kind puts a space before each chunk, and drops the first when decoding
+    assert learnt.replace("\n ", "\n") == answers.removeprefix(" ")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
+@pytest.mark.parametrize("template", ["tiny", "mistral", "vicuna"])
+@pytest.mark.parametrize("name", [n for n in CHATS if "prompt" not in n])
+def test_a_prompt_is_what_stands_before_the_learnt_answer(name, template, kind, tokenizer):
+    conversation, t = turns(CHATS[name][0]), tokenizer if kind == "bytes" else sentencepiece(kind)
+    for n in range(2, len(conversation) + 1, 2):
+        ids, labels = d.encode_chat(conversation[:n], t, template, 2)
+        prompt, _ = d.encode_chat(conversation[:n - 1], t, template, 2)
+        assert ids[:len(prompt)] == prompt and labels[len(prompt):] == ids[len(prompt):] != []
+
+
+def labels_by_lengths(text, tokenizer, answer_begins):
+    """LLaVA's algorithm: tokenize each round and each question again, alone, and add up their lengths. A round's own <s> makes up
+    for the </s> that it was cut off from; a question's for nothing, and its last space belongs to the answer: so minus 2."""
+    ids = llava_ids(text, tokenizer, 1)
+    labels, at = [-100] * len(ids), 1
+    for turn in text.split("</s>")[:-1]:
+        question, _ = turn.split(answer_begins)
+        start = at + len(llava_ids(question + answer_begins, tokenizer, 1)) - 2
+        at += len(llava_ids(turn, tokenizer, 1))
+        labels[start:at] = ids[start:at]
+    assert at == len(ids), "tokenization mismatch"
+    return ids, labels
+
+
+@pytest.mark.parametrize("template, answer_begins", [("vicuna", " ASSISTANT: "), ("mistral", "[/INST] ")])
+@pytest.mark.parametrize("name", [n for n in CHATS if "prompt" not in n and n != "empty answer"])
+def test_labels_equal_llavas_length_counting(name, template, answer_begins):
+    tokenizer = sentencepiece("prepend")
+    ids, labels = labels_by_lengths(unmark(CHATS[name][1][template])[0], tokenizer, answer_begins)
+    assert d.encode_chat(turns(CHATS[name][0]), tokenizer, template, 1) == (ids, labels)
+
+
+def test_labels_of_plain_are_all_behind_the_image_as_llavas(spm):
+    for caption in ("A ring.", "猫", "🙂 A", " red"):
+        ids, labels = d.encode_chat(turns(["<image>\nDescribe.", caption]), spm, "plain", 4)
+        assert labels == [-100] * 5 + ids[5:] and ids[:5] == [1] + [-200] * 4
+
+
+@pytest.mark.parametrize("template, text", [("mistral", INST + "  Why?\n [/INST] No. </s>"),
+                                            ("vicuna", SYS + " USER:   Why?\n ASSISTANT: No.</s>")])
+def test_a_turn_without_image_keeps_its_white_space_as_llavas(template, text, tokenizer):
+    assert d.encode_chat(turns(["  Why?\n", "No."]), tokenizer, template, 1)[0] == tokenizer.encode(text).ids
+
+
+def test_audio_slots_are_expanded_and_masked(tokenizer):
+    ids, labels = d.encode_chat(turns(["<image>\n<audio>\nWhat?", "Yes."]), tokenizer, "tiny", 4, n_audio_tokens=3)
+    assert Counter(i for i in ids if i < 0) == {-200: 4, -201: 3}
+    assert all(label == -100 for i, label in zip(ids, labels) if i < 0)
+
+
+ASK, SAY = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "No."}
+BAD_CHATS = {"starts with gpt": ([SAY, ASK], "turn 1.*gpt"), "two human turns": ([ASK, ASK], "turn 2.*human"),
+             "two answers": ([ASK, SAY, SAY], "turn 3"), "missing value": ([ASK, {"from": "gpt"}], "turn 2.*value"),
+             "value no text": ([{"from": "human", "value": None}], "turn 1"), "missing from": ([{"value": "Why?"}], "turn 1.*from"),
+             "unknown speaker": ([{"from": "system", "value": "x"}], "system"),
+             "turn no object": ([ASK, "No."], "turn 2"), "empty": ([], "empty")}
+
+
+@pytest.mark.parametrize("kind", BAD_CHATS)
+@pytest.mark.parametrize("template", d.TEMPLATES)
+def test_bad_conversation_is_a_value_error_that_says_where(kind, template, tokenizer):
+    conversation, message = BAD_CHATS[kind]
+    with pytest.raises(ValueError, match=message):
+        d.encode_chat(conversation, tokenizer, template, 4)
+
+
+def test_unknown_template_is_a_value_error_naming_the_known_ones(tokenizer):
+    with pytest.raises(ValueError, match="chatml.*mistral"):
+        d.encode_chat([ASK, SAY], tokenizer, "chatml", 4)
+
+
+def test_nothing_to_learn_is_a_value_error_that_shows_the_sample():
+    silent = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))          # drops the answer "\n": no characters, no tokens
+    silent.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(ValueError, match="all labels are masked.*Why"):
+        d.encode_chat(turns(["Why?", ""]), silent, "plain", 4)
+
+
+@pytest.mark.parametrize("text", ["plain words", "  two\n\tlines  \r\n", "naïve façade 猫とЖ", "🙂👍🏽🐈‍⬛ é\u0301",
+                                  "\x00\x7f\ufffd\u2028", "a" * 300])
+def test_trained_tokenizer_gives_any_text_back(text, tokenizer):
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.get_vocab_size() <= 400
+    assert tokenizer.encode("<q><a></s>").tokens == ["<q>", "<a>", "</s>"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The drawn world
+
+PLACES = {"top left": (0, 0), "top": (0, 1), "top right": (0, 2), "left": (1, 0), "center": (1, 1), "right": (1, 2),
+          "bottom left": (2, 0), "bottom": (2, 1), "bottom right": (2, 2)}
+
+
+def truth(scene, question):
+    """The answer, read from the scene's objects by somebody who knows nothing of data.ask."""
+    objects = [dict(place=(o[0] // 3, o[0] % 3), size=o[1], color=o[2], shape=o[3]) for o in scene["objects"]]
+    found = lambda **wanted: [o for o in objects if all(o[k] == v for k, v in wanted.items())]
+
+    def the(**wanted):
+        assert len(found(**wanted)) == 1, f"ambiguous: {question}"
+        return found(**wanted)[0]
+    is_ = lambda pattern: re.fullmatch(pattern, question)
+    if m := is_(r"What color is the (\w+)\?"):
+        colors = {o["color"] for o in found(shape=m[1])}
+        assert len(colors) == 1, f"ambiguous: {question}"
+        return colors.pop()
+    if m := is_(r"What color is the shape at the (.+)\?"):
+        return the(place=PLACES[m[1]])["color"]
+    if m := is_(r"What shape is at the (.+)\?"):
+        return the(place=PLACES[m[1]])["shape"]
+    if m := is_(r"Is the (\w+) (\w+) large or small\?"):
+        return the(color=m[1], shape=m[2])["size"]
+    if m := is_(r"Where is the (\w+) (\w+)\?"):
+        place = the(color=m[1], shape=m[2])["place"]
+        return next(name for name, p in PLACES.items() if p == place)
+    if m := is_(r"How many (\w+) shapes are there\?"):
+        return "zero one two three four five".split()[len(found(color=m[1]))]
+    if m := is_(r"How many (circle|square|triangle|star|cross|ring)(s|es) are there\?"):
+        return "zero one two three four five".split()[len(found(shape=m[1]))]
+    if m := is_(r"Is there a (\w+) (\w+)\?"):
+        return "yes" if found(color=m[1], shape=m[2]) else "no"
+    if m := is_(r"Is the (\w+) (\w+) (above|below|left of|right of) the (\w+) (\w+)\?"):
+        (r1, c1), (r2, c2) = the(color=m[1], shape=m[2])["place"], the(color=m[4], shape=m[5])["place"]
+        return "yes" if {"above": r1 < r2, "below": r1 > r2, "left of": c1 < c2, "right of": c1 > c2}[m[3]] else "no"
+    if is_(r"What does the sign say\?"):
+        return scene["sign"][1] if scene["sign"] else "no sign"
+    raise AssertionError(f"unknown question: {question}")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [d.make_scene(i) for i in range(2000)]
+
+
+@pytest.fixture(scope="module")
+def asked(scenes):
+    """[(scene, type, question, answer)]"""
+    return [(scene, *qa) for i, scene in enumerate(scenes) for qa in d.ask_many(scene, 6, random.Random(i))]
+
+
+def test_scenes_and_samples_are_functions_of_their_seed():
+    assert d.make_scene(7) == d.make_scene(7) and d.make_scene(7, True) == d.make_scene(7, True) != d.make_scene(7)
+    a, b, other = d.Drawn("chat", 20, seed=1), d.Drawn("chat", 20, seed=1), d.Drawn("chat", 20, seed=2)
+    for i in (19, 3, 0):
+        assert a[i]["conversations"] == b[i]["conversations"] and a[i]["images"][0].tobytes() == b[i]["images"][0].tobytes()
+        assert a[i]["scene"] != other[i]["scene"]
+    assert len(list(a)) == 20                                                      # iteration ends: IndexError behind the last
+
+
+def test_held_out_descriptions_are_never_trained_on(scenes):
+    # One-object scenes repeat so often that among thousands a leak would show
+    held_out = {d.describe(d.make_scene(s, held_out=True)) for s in range(100_000, 103_000)}
+    train = {d.describe(s) for s in scenes} | {d.describe(d.make_scene(s)) for s in range(50_000, 52_000)}
+    assert len(held_out) > 1000 and not held_out & train
+    assert all(s["scene"] == d.make_scene(int(s["id"]), True) for s in d.Drawn("chat", 5, seed=3, held_out=True))
+
+
+def test_scenes_are_rich_and_their_objects_apart(scenes):
+    for scene in scenes:
+        cells = [o[0] for o in scene["objects"]]
+        assert 1 <= len(cells) <= 5 and len(set(cells)) == len(cells) and set(cells) <= set(range(9))
+        assert all(o[1] in d.SIZES and o[2] in d.COLORS and o[3] in d.SHAPES for o in scene["objects"])
+        assert not scene["sign"] or all(cell // 3 != scene["sign"][0] for cell in cells)
+    assert sum(len(s["objects"]) >= 3 for s in scenes) >= len(scenes) / 3
+    assert 0.2 < sum(s["sign"] is not None for s in scenes) / len(scenes) < 0.5
+
+
+def test_every_answer_is_what_the_scene_says(asked):
+    for scene, kind, question, answer in asked:
+        assert truth(scene, question) == answer, (scene, question)
+    counts = Counter(kind for _, kind, _, _ in asked)
+    assert set(counts) == set(d.TYPES) and len(counts) >= 8 and min(counts.values()) > 100
+
+
+def test_samples_ask_what_their_types_say_about_the_scene_shown():
+    for sample in d.Drawn("chat", 60, seed=5):
+        conversation = sample["conversations"]
+        pairs = [(q["value"], a["value"]) for q, a in zip(conversation[::2], conversation[1::2])]
+        assert [t["from"] for t in conversation] == ["human", "gpt"] * len(pairs) and len(sample["types"]) == len(pairs) >= 1
+        assert pairs[0][0].startswith("<image>\n") and sum(q.count("<image>") for q, _ in pairs) == len(sample["images"]) == 1
+        for q, a in pairs:
+            assert truth(sample["scene"], q.removeprefix("<image>\n")) == a
+        assert len({q for q, _ in pairs}) == len(pairs)                            # no question twice
+
+
+def test_captions_tell_every_object_and_sign_in_scan_order(scenes):
+    names = list(PLACES)
+    for scene in scenes[:200]:
+        said = {c: f"{names[c]}: {size} {color} {shape}" for c, size, color, shape in scene["objects"]}
+        if scene["sign"]:                                                          # its row is otherwise empty
+            said[3 * scene["sign"][0]] = f"{('top', 'middle', 'bottom')[scene['sign'][0]]}: sign {scene['sign'][1]}"
+        assert d.describe(scene) == " ".join(said[c] + "." for c in sorted(said))
+    sample = d.Drawn("caption", 3)[1]
+    assert [t["value"] for t in sample["conversations"]] == ["<image>\nDescribe the scene.", d.describe(sample["scene"])]
+
+
+@pytest.mark.parametrize("kind, answers", [("exists", {"yes", "no"}), ("relation", {"yes", "no"}), ("size", {"large", "small"})])
+def test_answers_to_two_way_questions_are_balanced(kind, answers, asked):
+    said = Counter(answer for _, k, _, answer in asked if k == kind)
+    assert set(said) == answers and all(0.4 <= n / said.total() <= 0.6 for n in said.values())
+
+
+def test_objects_are_drawn_in_their_color_at_their_place(scenes):
+    distance = lambda window, color: np.abs(window - np.array(color)).max(-1).min()
+    seen = 0
+    for scene in scenes[:300]:
+        pixels = np.asarray(d.draw_scene(scene)).astype(int)
+        assert pixels.shape == (48, 48, 3)
+        for cell, _, color, shape in scene["objects"]:
+            if shape != "ring":                                                    # hollow: its middle shows the background
+                y, x = 16 * (cell // 3) + 8, 16 * (cell % 3) + 8
+                window = pixels[y - 2:y + 2, x - 2:x + 2].reshape(-1, 3)           # placed with some jitter
+                own = distance(window, d.COLORS[color])
+                assert own <= 25 and own < min(distance(window, v) for name, v in d.COLORS.items() if name != color), (scene, cell)
+                seen += 1
+    assert seen > 500
+
+
+def test_empty_cells_are_background_and_signs_are_drawn(scenes):
+    for scene in scenes[:100]:
+        pixels = np.asarray(d.draw_scene(scene)).astype(int)
+        row = scene["sign"][0] if scene["sign"] else None
+        for cell in set(range(9)) - {o[0] for o in scene["objects"]}:
+            y, x = 16 * (cell // 3) + 8, 16 * (cell % 3) + 8
+            if cell // 3 != row:
+                assert np.ptp(pixels[y - 4:y + 4, x - 4:x + 4], axis=(0, 1)).max() <= 14    # noise alone
+        if row is not None:
+            blank = np.asarray(d.draw_scene({**scene, "sign": None})).astype(int)
+            assert np.ptp(pixels[16 * row:16 * row + 16], axis=(0, 1)).max() > 150   # ink on paper
+            assert [r for r in range(3) if np.abs(pixels - blank)[16 * r:16 * r + 16].max() > 30] == [row]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA's JSON
+
+
+def sample(image=None, texts=("Why?", "No."), **more):
+    return {**({} if image is None else {"image": image}), "conversations": turns(texts), **more}
+
+
+SAMPLES = [sample("a.png", ("<image>\nWhat?", "Ring."), id="x"), sample(),
+           sample(["a.png", "b.png"], ("<image><image>\nSame?", "No. 猫\u2028")), sample(["a.png"], ("<image>", "ça va"))]
+
+
+@pytest.mark.parametrize("form", ["json", "pretty json", "jsonl", "jsonl, escaped", "jsonl, blank lines", "jsonl, CRLF"])
+def test_json_and_jsonl_give_the_same_samples(form, tmp_path):
+    lines = [json.dumps(s, ensure_ascii="escaped" in form) for s in SAMPLES]
+    text = {"json": json.dumps(SAMPLES), "pretty json": "\n " + json.dumps(SAMPLES, indent=2, ensure_ascii=False),
+            "jsonl, blank lines": "\n\n".join(lines) + "\n\n", "jsonl, CRLF": "\r\n".join(lines)}.get(form, "\n".join(lines) + "\n")
+    (tmp_path / "x.json").write_bytes(text.encode())
+    data = d.LlavaJson(tmp_path / "x.json", "/pictures")
+    assert len(data) == 4 and [data[i]["conversations"] for i in range(4)] == [s["conversations"] for s in SAMPLES]
+    a, b = "/pictures/a.png", "/pictures/b.png"
+    assert [data[i]["images"] for i in range(4)] == [[a], [], [a, b], [a]]
+    assert data.lengths() == [3, 2, 4, 3]
+    assert "x.json" in data[0]["id"] and "id x" in data[0]["id"]
+
+
+GOOD = json.dumps(sample())
+BAD_FILES = {"malformed jsonl": (f"{GOOD}\n{GOOD}\n{{broken\n{GOOD}", "line 3"), "cut jsonl": (f"{GOOD}\n{GOOD[:30]}", "line 2"),
+             "malformed json": ('[\n{"id": 1},\n{"id": }\n]', "line 3"), "cut json": (f"[{GOOD},\n", "line 2"),
+             "text": ("hello", "line 1"), "empty": ("", "no samples"), "white space": ("\n \n", "no samples"),
+             "empty list": ("[]", "no samples"), "not utf-8": (b'[{"id": "\xff\xfe"}]', "utf-8"), "missing": (None, "No such file")}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_data_file_is_a_value_error_naming_file_and_line(kind, tmp_path):
+    content, message = BAD_FILES[kind]
+    file = tmp_path / "train-data.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"train-data.json.*{message}"):
+        d.LlavaJson(str(file))
+
+
+@pytest.mark.parametrize("wrong", [3, "text", [1], {"id": 1}, {"conversations": "text"}, sample(5), sample([5]), sample({"a": 1})])
+def test_sample_of_wrong_type_is_a_value_error_naming_it(wrong, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([sample(), wrong]))
+    data = d.LlavaJson(tmp_path / "x.json")
+    assert data[0]["conversations"] and len(data.lengths()) == 2
+    with pytest.raises(ValueError, match="x.json: sample 2"):
+        data[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoded and collate
+
+RED, BLUE = Image.new("RGB", (20, 20), "red"), Image.new("RGB", (20, 10), "blue")
+
+
+def item(images=(), texts=("Why?", "No."), name="n"):
+    return {"id": name, "images": list(images), "conversations": turns(texts)}
+
+
+def encoded(samples, tokenizer, **kw):
+    return d.Encoded(samples, **{**dict(tokenizer=tokenizer, template="tiny", image_size=16, n_image_tokens=4, max_length=64), **kw})
+
+
+BROKEN = {"too few images": (item([RED], ("<image><image>\nWhat?", "No.")), "2 <image>.*1 images"),
+          "too many images": (item([RED, BLUE], ("<image>\nWhat?", "No.")), "1 <image>.*2 images"),
+          "image without mark": (item([RED]), "0 <image>"),
+          "missing image": (item(["/nowhere/gone.png"], ("<image>\nWhat?", "No.")), "gone.png: no such file"),
+          "bad turns": ({"id": "n", "images": [], "conversations": [ASK, ASK]}, "turn 2"),
+          "turn of wrong type": ({"id": "n", "images": [], "conversations": [ASK, 5]}, "turn 2"),
+          "image over the limit": (item([RED, RED], ("<image> " + "Why? " * 40 + "<image>", "No.")), "over the limit of 64"),
+          "answer cut off": (item([], ("Why? " * 60, "No.")), "nothing to learn")}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_sample_is_reported_and_replaced_by_its_successor(kind, tokenizer):
+    bad, message = BROKEN[kind]
+    bad = {**bad, "id": "the bad one"}
+    good = item([BLUE], ("<image>\nWhat?", "Blue."))
+    data = encoded([good, bad], tokenizer)                                         # its successor is the first again
+    x, y = data[0], data[1]
+    assert torch.equal(x["tokens"], y["tokens"]) and torch.equal(x["images"], y["images"]) and x["broken"] == []
+    assert len(y["broken"]) == 1 and "the bad one" in y["broken"][0] and re.search(message, y["broken"][0])
+    with pytest.raises(ValueError, match=f"the bad one.*{message}"):
+        encoded([good, bad], tokenizer, strict=True)[1]
+    with pytest.raises(ValueError, match=f"in a row are broken.*{message}"):
+        encoded([bad], tokenizer)[0]
+
+
+def test_broken_json_sample_is_reported_by_file_and_place(tmp_path, tokenizer):
+    (tmp_path / "x.json").write_text(json.dumps([sample(), sample("gone.png", ("<image>\nWhat?", "No.")), 5]))
+    data = encoded(d.LlavaJson(tmp_path / "x.json", str(tmp_path)), tokenizer)
+    assert len(data) == 3
+    broken = data[1]["broken"]
+    assert len(broken) == 2 and "x.json: sample 2" in broken[0] and "gone.png" in broken[0] and "x.json: sample 3" in broken[1]
+
+
+def test_too_long_a_sample_is_cut_on_the_right_and_counted(tokenizer):
+    long = item([RED], ("<image>\nWhy?", "No, " * 100))
+    whole, cut = encoded([long], tokenizer, max_length=1000)[0], encoded([long, item()], tokenizer)
+    assert not whole["truncated"] and len(whole["tokens"]) > 64
+    assert cut[0]["truncated"] and not cut[1]["truncated"] and cut[0]["broken"] == []
+    assert torch.equal(cut[0]["tokens"], whole["tokens"][:64]) and torch.equal(cut[0]["labels"], whole["labels"][:64])
+    assert d.collate([cut[0], cut[1], cut[0]])["truncated"] == 2
+    exact = encoded([long], tokenizer, max_length=len(whole["tokens"]))[0]
+    assert not exact["truncated"] and torch.equal(exact["tokens"], whole["tokens"])
+
+
+def test_empty_data_set_is_a_value_error(tokenizer):
+    with pytest.raises(ValueError, match="empty"):
+        encoded([], tokenizer)
+
+
+def test_collate_mixes_several_images_one_and_none(tokenizer):
+    samples = [item([RED, BLUE], ("<image><image>\nSame?", "No.")), item([], ("Why?", "No, " * 5)),
+               item([BLUE], ("<image>\nWhat?", "Blue."))]
+    data = encoded(samples, tokenizer)
+    rows = [data[i] for i in range(3)]
+    batch = d.collate(rows)
+    longest = max(len(r["tokens"]) for r in rows)
+    assert batch["tokens"].shape == batch["labels"].shape == (3, -(-longest // 8) * 8) and batch["tokens"].dtype == torch.int64
+    for row, tokens, labels in zip(rows, batch["tokens"], batch["labels"]):
+        n = len(row["tokens"])
+        assert torch.equal(tokens[:n], row["tokens"]) and (tokens[n:] == -1).all()
+        assert torch.equal(labels[:n], row["labels"]) and (labels[n:] == -100).all()
+    red, blue = d.load_image(RED, 16), d.load_image(BLUE, 16)
+    assert not torch.equal(red, blue) and torch.equal(batch["images"], torch.stack([red, blue, blue]))
+    assert (batch["tokens"] == -200).sum(1).tolist() == [8, 0, 4]
+    assert batch["broken"] == [] and batch["truncated"] == 0
+    assert d.collate([rows[1]])["images"].shape == (0, 3, 16, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def take(n, *args, **kw):
+    return list(itertools.islice(iter(d.Batches(*args, **kw)), n))
+
+
+LENGTHS = [random.Random(i).randrange(5, 500) for i in range(90)]
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+@pytest.mark.parametrize("world, micro", [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])
+def test_global_batches_do_not_depend_on_the_number_of_processes(world, micro, lengths):
+    steps, reference = 25, take(25, 90, 8, 8, seed=3, lengths=lengths)             # 11 steps an epoch
+    per_step = 8 // (world * micro)
+    ranks = [take(steps * per_step, 90, 8, micro, seed=3, rank=r, world=world, lengths=lengths) for r in range(world)]
+    assert all(len(batch) == micro for rank in ranks for batch in rank)
+    for step in range(steps):
+        union = [i for rank in ranks for batch in rank[step * per_step:(step + 1) * per_step] for i in batch]
+        assert sorted(union) == sorted(reference[step])
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_resuming_at_any_step_goes_on_with_the_same_sequence(lengths):
+    kw = dict(seed=5, rank=1, world=2, lengths=lengths)
+    whole = take(60, 90, 8, 2, **kw)                                               # 30 steps of two micro-batches, over two borders
+    for start in (0, 1, 10, 11, 12, 21, 22, 23):
+        assert take(60 - 2 * start, 90, 8, 2, start_step=start, **kw) == whole[2 * start:]
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS[:80]])
+def test_every_sample_comes_once_an_epoch_in_a_new_order(lengths):
+    batches = take(30, 80, 8, 8, lengths=lengths)
+    epochs = [sum(batches[i:i + 10], []) for i in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(80)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and take(30, 80, 8, 8, seed=1, lengths=lengths) != batches
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 1, 2]])
+def test_data_set_smaller_than_a_batch_is_repeated(lengths):
+    for batch in take(5, 3, 8, 8, lengths=lengths):
+        assert len(batch) == 8 and all(count in (2, 3) for count in Counter(batch).values()) and set(batch) == {0, 1, 2}
+
+
+def test_incomplete_last_batch_leaves_out_other_samples_each_epoch():
+    batches = take(20, 19, 10, 10)                                                 # one batch an epoch
+    assert all(len(set(batch)) == 10 for batch in batches) and set(sum(batches, [])) == set(range(19))
+
+
+def test_length_grouping_puts_like_lengths_together():
+    lengths = [random.Random(i).randrange(1000) for i in range(1000)]
+    spread = lambda batches: sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
+    grouped, mixed = take(100, 1000, 10, 10, lengths=lengths), take(100, 1000, 10, 10)
+    assert sorted(sum(grouped, [])) == list(range(1000))
+    assert spread(mixed) > 600 and spread(grouped) < 60
+    means = [sum(lengths[i] for i in b) / 10 for b in grouped]
+    assert means != sorted(means) and np.corrcoef(means, range(100))[0, 1] < 0.5   # but the batches come in any order
+
+
+@pytest.mark.parametrize("batch, micro, world", [(8, 3, 1), (8, 8, 2), (9, 2, 1), (6, 1, 4)])
+def test_indivisible_batch_is_a_value_error(batch, micro, world):
+    with pytest.raises(ValueError, match=f"{batch}.*{world} processes x {micro}"):
+        d.Batches(100, batch, micro, world=world)

@@ -1,0 +1,364 @@
+"""generate.py: answers, chat, measuring, pictures of the routing, and the command line."""
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data as d
+import generate
+from model import Config, CuMo
+from upcycle import load, save
+from test_data import truth
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build(vocab_size, n_experts=4, connector=4, n_layers=2, scales=(1,)):
+    """A model small enough to be made anew in every test, with weights so loud that its words depend on what it reads."""
+    torch.manual_seed(0)
+    model = CuMo(Config(
+        vision=dict(image_size=48, patch_size=8, dim=32, n_layers=n_layers, n_heads=2, ffn_dim=48, n_experts=n_experts,
+                    scales=list(scales)),
+        connector=dict(n_experts=connector),
+        text=dict(vocab_size=vocab_size, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, rope_theta=1e4),
+        template="tiny"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, p.shape[-1] ** -0.5) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model with its tokenizer."""
+    tokenizer = d.train_tokenizer([t["value"] for s in d.Drawn("chat", 50) for t in s["conversations"]], 320)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save(build(tokenizer.get_vocab_size()), str(path), tokenizer)
+    return str(path)
+
+
+@pytest.fixture
+def model(folder):
+    return load(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load(folder)[1]
+
+
+def picture(i):
+    return d.draw_scene(d.make_scene(i))
+
+
+def prompt(text, *images):
+    return {"images": list(images), "conversations": [{"from": "human", "value": text}]}
+
+
+def scripted(tokenizer, text, cut=None, template="tiny"):
+    """A stand-in for the model that says a given text, token by token."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids[:cut]
+
+    def generate(tokens, images=None, max_new_tokens=64, on_token=None, **_):
+        for i in ids:
+            if on_token is not None:
+                on_token(torch.tensor([i]))
+        return torch.tensor([ids])
+    config = SimpleNamespace(template=template, n_image_tokens=36, vision=SimpleNamespace(image_size=48))
+    return SimpleNamespace(config=config, text=SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1))), generate=generate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_a_batch_of_different_lengths_is_answered_as_one_at_a_time(model, tokenizer):
+    samples = [prompt("<image>\nWhat color is the ring?", picture(0)), prompt("Why?"), prompt("Where is the star? " * 5),
+               prompt("<image><image>\nThe same?", picture(1), picture(2)),
+               prompt("<image>\nIs there a red circle below the blue one, or are there two?", picture(3))]
+    together = generate.answer(model, tokenizer, samples, max_new_tokens=12)
+    alone = [generate.answer(model, tokenizer, [s], max_new_tokens=12)[0] for s in samples]
+    assert together == alone and len(set(together)) == 5 and all(together)
+
+
+def test_the_answer_depends_on_the_picture_and_on_the_order_of_pictures(model, tokenizer):
+    ask = lambda *images: generate.answer(model, tokenizer, [prompt("<image>" * len(images) + "\nWhat?", *images)])[0]
+    assert len({ask(picture(0)), ask(picture(1)), ask(picture(0), picture(1)), ask(picture(1), picture(0))}) == 4
+
+
+def test_images_encoded_before_give_the_same_answer(model, tokenizer):
+    sample = prompt("<image>\nWhat?", picture(4))
+    with torch.no_grad():
+        embeds = model.encode_images(d.load_image(picture(4), 48).unsqueeze(0))
+    assert generate.answer(model, tokenizer, [sample], image_embeds=embeds) == generate.answer(model, tokenizer, [sample])
+
+
+def test_the_answer_ends_before_the_end_mark_and_is_stripped(tokenizer):
+    assert generate.answer(scripted(tokenizer, " red circle \n</s></s></s>"), tokenizer, [prompt("What?")]) == ["red circle"]
+
+
+def test_sampling_depends_on_the_seed_alone(model, tokenizer):
+    say = lambda seed: generate.answer(model, tokenizer, [prompt("Why?")], max_new_tokens=10, temperature=1.0, top_p=0.9,
+                                       generator=torch.Generator().manual_seed(seed))[0]
+    assert say(1) == say(1) != say(2)
+
+
+@pytest.mark.parametrize("text", [" red</s>", " a blue cross, and 猫 🙂👍🏽 é!</s>", " one\ntwo  three</s>"])
+def test_streamed_pieces_are_whole_characters_and_add_up_to_the_answer(text, tokenizer):
+    pieces = []
+    reply = generate.answer(scripted(tokenizer, text), tokenizer, [prompt("What?")], stream=pieces.append)[0]
+    assert "".join(pieces).strip() == reply == text.removesuffix("</s>").strip()
+    assert not any("\ufffd" in p for p in pieces) and len(pieces) > 2
+
+
+def test_streamed_pieces_of_a_model_add_up_to_its_answer(model, tokenizer):
+    pieces = []
+    reply = generate.answer(model, tokenizer, [prompt("<image>\nWhat?", picture(0))], stream=pieces.append, max_new_tokens=24)[0]
+    assert "".join(pieces).strip() == reply.rstrip("\ufffd").strip() != ""              # an unfinished character is not shown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat
+
+
+def test_chat_keeps_the_turns_and_encodes_the_images_once(model, tokenizer, monkeypatch, capsys):
+    lines, asked, replies, encoded = iter(["What is it?", "", "  And where? ", "Sure?"]), [], [], []
+    answer, encode = generate.answer, model.encode_images
+
+    def read(_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    def recorded(model, tokenizer, samples, **kw):
+        asked.append([dict(t) for t in samples[0]["conversations"]])
+        replies.append(answer(model, tokenizer, samples, **kw)[0])
+        return replies[-1:]
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(generate, "answer", recorded)
+    monkeypatch.setattr(model, "encode_images", lambda images, *a: encoded.append(len(images)) or encode(images, *a))
+    generate.chat(model, tokenizer, [picture(0), picture(1)], None, max_new_tokens=6)
+    assert encoded == [2] and [len(c) for c in asked] == [1, 3, 5]
+    assert [t["value"] for t in asked[-1][::2]] == ["<image>\n<image>\nWhat is it?", "And where?", "Sure?"]
+    assert [t["value"] for t in asked[-1][1::2]] == replies[:2]
+    assert [t["from"] for t in asked[-1]] == ["human", "gpt", "human", "gpt", "human"]
+    shown = capsys.readouterr().out
+    assert all(reply.rstrip("\ufffd") in shown for reply in replies)
+
+
+def test_a_prompt_given_is_answered_once_and_may_place_its_images(model, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked for input"))
+    generate.chat(model, tokenizer, [picture(0)], "What is <image> it?", max_new_tokens=6)
+    expected = generate.answer(model, tokenizer, [prompt("<image>\nWhat is  it?", picture(0))], max_new_tokens=6)[0]
+    assert capsys.readouterr().out.strip() == expected.rstrip("\ufffd").strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def test_drawn_questions_ask_held_out_scenes_every_type_in_turn():
+    questions = generate.drawn_questions(900)
+    assert [kind for _, kind, _, _ in questions] == list(d.TYPES) * 100
+    assert all(truth(scene, question) == answer for scene, _, question, answer in questions)
+    train = {d.describe(d.make_scene(i)) for i in range(4000)}                     # one-object scenes repeat: a leak would show
+    assert not train & {d.describe(scene) for scene, _, _, _ in questions}
+    assert questions == generate.drawn_questions(900) and questions[0][0] != generate.drawn_questions(1, seed=1)[0][0]
+    signs = [scene["sign"] is not None for scene, kind, _, _ in questions if kind == "sign"]
+    assert 0.5 < sum(signs) / len(signs) < 1
+
+
+def test_evaluate_counts_exact_matches_of_every_type(model, tokenizer, monkeypatch):
+    questions, seen = generate.drawn_questions(200), []
+
+    def mostly_right(model, tokenizer, samples, **_):                              # right but for colours, where it adds a word
+        n = len(seen)
+        seen.extend(samples)
+        return [answer + " indeed" * (kind == "color") for _, kind, _, answer in questions[n:n + len(samples)]]
+    monkeypatch.setattr(generate, "answer", mostly_right)
+    model.train()
+    scores = generate.evaluate(model, tokenizer, 200, batch=64)
+    asked = Counter(kind for _, kind, _, _ in questions)
+    assert set(scores) == set(d.TYPES) and {kind: n for kind, (_, n) in scores.items()} == asked and asked.total() == 200
+    assert scores == {kind: [0 if kind == "color" else n, n] for kind, n in asked.items()}
+    assert model.training                                                          # as it was before
+    for (scene, _, question, _), sample in zip(questions, seen, strict=True):
+        assert question in sample["conversations"][0]["value"] and len(sample["conversations"]) == 1
+        assert np.array_equal(sample["images"][0], d.draw_scene(scene))
+
+
+def test_evaluate_in_words_shows_descriptions_and_no_images(model, tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "answer", lambda m, t, samples, **_: seen.extend(samples) or [""] * len(samples))
+    scores = generate.evaluate(model, tokenizer, 18, in_words=True)
+    assert sum(n for _, n in scores.values()) == 18 and sum(right for right, _ in scores.values()) == 0
+    for (scene, _, question, _), sample in zip(generate.drawn_questions(18), seen, strict=True):
+        assert sample["images"] == [] and sample["conversations"][0]["value"] == d.describe(scene) + "\n" + question
+
+
+def test_an_untrained_model_can_be_measured_and_printed(model, tokenizer, capsys):
+    scores = generate.evaluate(model, tokenizer, 10, batch=4)
+    generate.print_table(scores, "untrained")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "untrained" and len(shown) == 1 + 9 + 1 and re.match(r" +all +\d+ of +10 +[\d.]+%", shown[-1])
+    assert not model.training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of the routing
+
+
+@pytest.mark.parametrize("scales", [(1,), (1, 2)])
+def test_routing_is_each_patchs_top_k_of_the_routers(scales):
+    model, images, inputs = build(300, scales=scales), [picture(i) for i in range(3)], {}
+    moes = {"layer 0": model.vision.layers[0].ffn, "layer 1": model.vision.layers[1].ffn, "connector": model.connector.ffn}
+
+    def record(moe, args):
+        inputs.setdefault(moe, args[0])                                            # the first call is the base scale
+    for moe in moes.values():
+        moe.register_forward_pre_hook(record)
+    routing = generate.routing_of(model, images)
+    assert list(routing) == list(moes)
+    for name, experts in routing.items():
+        x = inputs[moes[name]][:, -36:]                                            # without CLS
+        assert experts.shape == (3, 36, 2) and torch.equal(experts, (x @ moes[name].router.T).topk(2, -1).indices)
+        counts = torch.bincount(experts.flatten(), minlength=4)
+        assert counts.sum() == 3 * 36 * 2 and torch.bincount(experts[..., 0].flatten(), minlength=4).sum() == 3 * 36
+
+
+def test_dense_layers_have_no_routing():
+    assert list(generate.routing_of(build(300, n_experts=[0, 4], connector=0), [picture(0)])) == ["layer 1"]
+    assert list(generate.routing_of(build(300, n_experts=0, connector=2), [picture(0)])) == ["connector"]
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """[text, ...] that draw_routing writes into its picture."""
+    texts, draw = [], d.ImageDraw.ImageDraw.text
+
+    def record(self, at, text, *a, **kw):
+        texts.append(text)
+        draw(self, at, text, *a, **kw)
+    monkeypatch.setattr(d.ImageDraw.ImageDraw, "text", record)
+    return texts
+
+
+def panels(texts):
+    return [t for t in texts if re.fullmatch(r"layer \d+|connector", t)]
+
+
+@pytest.mark.parametrize("images", [[picture(0)],
+                                    [picture(0), picture(1).resize((90, 40)), picture(2).resize((300, 400)).convert("L")]])
+def test_routing_picture_shows_every_image_and_layer(images, model, tmp_path, written):
+    generate.draw_routing(model, images, str(tmp_path / "r.png"))
+    assert [p.name for p in tmp_path.iterdir()] == ["r.png"]                         # no temporary left behind
+    names = panels(written)
+    assert sorted(set(names)) == ["connector", "layer 0", "layer 1"]
+    with Image.open(tmp_path / "r.png") as png:
+        rows = len(images) + 1                                                     # one more for the expert load
+        assert png.format == "PNG" and 4 * 192 <= png.width <= 4 * 250 and rows * 192 <= png.height <= rows * 300
+        pixels = np.asarray(png.convert("RGB"))
+    for i in range(len(images)):                                                   # every panel is painted
+        for j in range(4):
+            y, x = 64 + i * 208, 16 + j * 208
+            assert len(np.unique(pixels[y:y + 192, x:x + 192].reshape(-1, 3), axis=0)) > 20
+
+
+def test_routing_picture_reads_image_files(model, tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    draw = lambda image, name: generate.draw_routing(model, [image], str(tmp_path / name)) or (tmp_path / name).read_bytes()
+    assert draw(str(tmp_path / "a.png"), "1.png") == draw(tmp_path / "a.png", "2.png") == draw(picture(0), "3.png")
+
+
+def test_patches_are_painted_in_the_color_of_their_first_choice(model, tmp_path):
+    black = Image.new("RGB", (48, 48))
+    generate.draw_routing(model, [black], str(tmp_path / "r.png"))
+    pixels, first = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).astype(int), generate.routing_of(model, [black])
+    for column, name in enumerate(["layer 0", "layer 1", "connector"], 1):
+        for patch, expert in enumerate(first[name][0, :, 0].tolist()):
+            y, x = 64 + patch // 6 * 32 + 16, 16 + column * 208 + patch % 6 * 32 + 16
+            colors = np.array(generate.EXPERT_COLORS[:4])
+            mixed = pixels[y, x] / pixels[y, x].max()                              # black shines through: hue alone counts
+            assert np.abs(colors / colors.max(1, keepdims=True) - mixed).sum(1).argmin() == expert
+
+
+@pytest.mark.parametrize("n_layers, most", [(30, 5), (30, 3), (30, 1), (3, 5)])
+def test_a_deep_model_shows_at_most_n_layers_spread_over_its_depth(n_layers, most, tmp_path, written):
+    generate.draw_routing(build(300, n_layers=n_layers), [picture(0)], str(tmp_path / "r.png"), n_layers=most)
+    shown = [int(name[6:]) for name in dict.fromkeys(panels(written)) if name != "connector"]
+    assert len(shown) == min(most, n_layers) and len(panels(written)) == 2 * (len(shown) + 1)      # once above, once below
+    assert shown == sorted(shown) and shown[0] == 0 and (most == 1 or shown[-1] == n_layers - 1)
+    assert Image.open(tmp_path / "r.png").width < (most + 3) * 208
+
+
+def test_expert_load_is_the_share_of_first_choices_over_the_population(model, tmp_path, written):
+    population = [picture(i) for i in range(6)]
+    generate.draw_routing(model, [picture(0)], str(tmp_path / "r.png"), population)
+    shown = [int(t[:-1]) for t in written if re.fullmatch(r"\d+%", t)]
+    routing = generate.routing_of(model, population).values()
+    expected = [100 * (r[..., 0] == e).float().mean().item() for r in routing for e in range(4)]
+    assert len(shown) == 3 * 4 and all(abs(a - b) <= 0.51 for a, b in zip(shown, expected))
+    assert all(98 <= sum(shown[i:i + 4]) <= 102 for i in (0, 4, 8))
+    assert any("6 images" in t for t in written)
+
+
+def test_a_dense_model_has_no_routing_to_draw(tmp_path):
+    with pytest.raises(ValueError, match="dense"):
+        generate.draw_routing(build(300, n_experts=0, connector=0), [picture(0)], str(tmp_path / "r.png"))
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_main_answers_draws_and_measures(folder, tmp_path, capsys):
+    picture(0).save(tmp_path / "a.png")
+    generate.main(["--model", folder, "--image", str(tmp_path / "a.png"), "--prompt", "What color is the ring?", "--device", "cpu",
+                   "--max-new-tokens", "5", "--routing", str(tmp_path / "r.png"), "--eval-drawn", "9"])
+    model, tokenizer = load(folder)
+    reply = generate.answer(model, tokenizer, [prompt("<image>\nWhat color is the ring?", picture(0))], max_new_tokens=5)[0]
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith(reply.rstrip("\ufffd").strip()) and "of     9" in shown and (tmp_path / "r.png").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens"), (["--prompt", "x", "--temperature", "-1"], "temperature"),
+    (["--prompt", "x", "--top-p", "0"], "top_p"), (["--routing", "r.png"], "--image"),
+    (["--prompt", "x", "--image", "gone.png"], "gone.png"), (["--routing", "r.png", "--image", "gone.png"], "gone.png")])
+def test_wrong_flags_are_value_errors_in_words(flags, message, folder):
+    with pytest.raises(ValueError, match=message):
+        generate.main(["--model", folder, "--device", "cpu", *flags])
+
+
+def test_a_folder_without_tokenizer_is_an_error_in_words(tmp_path):
+    save(build(300), str(tmp_path / "m"))
+    with pytest.raises(ValueError, match="tokenizer"):
+        generate.main(["--model", str(tmp_path / "m"), "--prompt", "Why?", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("more", [["--prompt", "What?"], ["--routing", "r.png"]])
+def test_a_language_model_shown_an_image_is_an_error_in_words(more, tokenizer, tmp_path):
+    text = dict(vocab_size=320, dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=48)
+    save(CuMo(Config(vision=None, text=text, template="tiny")), str(tmp_path / "m"), tokenizer)
+    picture(0).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="image"):
+        generate.main(["--model", str(tmp_path / "m"), "--image", str(tmp_path / "a.png"), "--device", "cpu", *more])
+
+
+@pytest.mark.parametrize("bad", ["missing-model", "bad.png"])
+def test_the_program_fails_with_one_line_on_stderr(bad, folder, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    flags = ["--model", folder, "--image", str(tmp_path / bad)] if bad == "bad.png" else ["--model", str(tmp_path / bad)]
+    run = subprocess.run([sys.executable, str(ROOT / "generate.py"), *flags, "--prompt", "What?", "--device", "cpu"],
+                         capture_output=True, text=True, timeout=120)
+    lines = run.stderr.strip().splitlines()
+    assert run.returncode == 1 and run.stdout == "" and len(lines) == 1 and bad in lines[0]
