@@ -44,7 +44,7 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
 
     def on_token(token):
         said.append(int(token[0]))
-        text = tokenizer.decode(said)
+        text = tokenizer.decode(said).lstrip()
         if not text.endswith("\ufffd"):                                            # a character may take several tokens
             stream(text[len(shown[0]):])
             shown[0] = text

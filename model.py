@@ -567,6 +567,8 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def main():
+    short = lambda n: f"{n / 1e9:.2f}B" if n > 1e9 else f"{n / 1e6:.2f}M"
+    paper = {"cumo-mistral-7b": "8.26B / 7.80B", "cumo-mixtral-8x7b": "47.7B / 13.5B"}
     print(f"{'preset':20} {'part':10} {'total':>16} {'activated':>16}")
     for name in PRESETS:
         with torch.device("meta"):
@@ -574,7 +576,8 @@ def main():
         for part, (total, activated) in counts.items():
             print(f"{name:20} {part:10} {total:16,} {activated:16,}")
         total, activated = (sum(c[i] for c in counts.values()) for i in (0, 1))
-        print(f"{name:20} {'all':10} {total:16,} {activated:16,}   = {total / 1e9:.2f}B / {activated / 1e9:.2f}B\n")
+        print(f"{name:20} {'all':10} {total:16,} {activated:16,}   = {short(total)} / {short(activated)}"
+              + (f"   (paper: {paper[name]})" if name in paper else "") + "\n")
 
 
 if __name__ == "__main__":

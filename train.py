@@ -625,8 +625,8 @@ def draw_curves(log_file: str, png: str):
         at = lambda i, v: (x0 + (x1 - x0) * i / max(1, len(losses) - 1), y1 - (y1 - y0) * min(v, high) / high)
         mean, smooth = 0., []
         for i, v in enumerate(losses, 1):
-            mean = 0.95 * mean + 0.05 * v
-            smooth.append(mean / (1 - 0.95**i))                                    # as Adam corrects its mean
+            mean = 0.9 * mean + 0.1 * v
+            smooth.append(mean / (1 - 0.9**i))                                    # as Adam corrects its mean
         for k in range(5):                                                         # grid, and the axis' numbers
             y = at(0, high * k / 4)[1]
             draw.line((x0, y, x1, y), "#dddddd")
@@ -696,7 +696,7 @@ def main(argv=None):
             model, _ = load(args.out)
             scenes = [s["images"][0] for s in d.Drawn("caption", 256, args.seed, held_out=True)]
             generate.draw_routing(model, scenes[:3], os.path.join(args.out, "routing.png"), population=scenes)
-        last = place(args, stages[-1])
+        last = os.path.normpath(place(args, stages[-1]))
         say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures." + (
             "" if stages[-1] == "0b" else f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""))
     if WORLD > 1:
