@@ -225,7 +225,7 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
     counts = {"skipped": 0, "broken": 0, "truncated": 0, "samples": 0}
     identity = {"stage": stage, **{k: s.get(k) for k in ("steps", "batch_size", "lr", "max_length", "template")},
                 **{k: getattr(args, k) for k in ("preset", "init", "seed", "data", "dense", "n_experts", "top_k", "balance_coef", "z_coef",
-                                                 "warmup", "weight_decay", "grad_clip")}}      # what the numbers depend on
+                                                 "warmup", "weight_decay", "grad_clip", "matmul")}}      # what the numbers depend on
     if args.resume and os.path.exists(file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["identity"]["stage"] == stage:
