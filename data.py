@@ -45,15 +45,21 @@ def load_image(image, size: int) -> torch.Tensor:
         raise ValueError(f"{name}: no such file; check the path, and --images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{name}: cannot be read as an image: {e}") from None
-    w, h = image.size
-    if w != h:
-        square = Image.new("RGB", (max(w, h),) * 2, tuple(int(m * 255) for m in CLIP_MEAN))
-        square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
-        image = square
+    image = pad_to_square(image)
     if image.width != size:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255           # (3, size, size)
     return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+
+
+def pad_to_square(image: Image.Image) -> Image.Image:
+    """An RGB image in the middle of a square of CLIP's mean colour."""
+    w, h = image.size
+    if w == h:
+        return image
+    square = Image.new("RGB", (max(w, h),) * 2, tuple(int(m * 255) for m in CLIP_MEAN))
+    square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
+    return square
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,12 @@ from upcycle import load, write_atomically
 # 1. Answers
 
 
-def eos_id(tokenizer, template: str) -> int | None:
+def load_images(model: CuMo, images: list) -> torch.Tensor:
+    """Paths or PIL images -> (n, 3, S, S) on the model's device."""
+    return torch.stack([d.load_image(image, model.config.vision.image_size) for image in images]).to(model.text.embed.weight.device)
+
+
+def eos_id(tokenizer, template: str) -> int:
     """The token that ends an answer in this template."""
     return tokenizer.encode(d.EOS[template], add_special_tokens=False).ids[-1]
 
@@ -35,11 +40,11 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
 
     options: max_new_tokens, temperature, top_p, generator (CuMo.generate). stream: called with each new piece of text of the first
     sample. image_embeds: features of the samples' images, where they were encoded before."""
-    c, device = model.config, model.text.embed.weight.device
+    c = model.config
     rows = [d.encode_chat(s["conversations"], tokenizer, c.template, c.n_image_tokens)[0] for s in samples]
     images = None
     if image_embeds is None and any(s["images"] for s in samples):
-        images = torch.stack([d.load_image(image, c.vision.image_size) for s in samples for image in s["images"]]).to(device)
+        images = load_images(model, [image for s in samples for image in s["images"]])
     eos, said, shown = eos_id(tokenizer, c.template), [], [""]
 
     def on_token(token):
@@ -49,18 +54,17 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
             stream(text[len(shown[0]):])
             shown[0] = text
     options.setdefault("max_new_tokens", 64)
-    out = model.generate(d.pad_rows(rows, d.PAD).to(device), images, image_embeds=image_embeds, eos=eos,
+    out = model.generate(d.pad_rows(rows, d.PAD).to(model.text.embed.weight.device), images, image_embeds=image_embeds, eos=eos,
                          on_token=on_token if stream else None, **options)
     return [tokenizer.decode([t for t in row if t != eos]).strip() for row in out.tolist()]
 
 
 def chat(model, tokenizer, images: list, prompt: str | None, **options):
     """One answer to `prompt`, or without one a loop that reads questions. The images are encoded once and kept."""
-    c, embeds, conversation = model.config, None, []
+    embeds, conversation = None, []
     if images:
-        pixels = torch.stack([d.load_image(image, c.vision.image_size) for image in images])
         with torch.no_grad():
-            embeds = model.encode_images(pixels.to(model.text.embed.weight.device))
+            embeds = model.encode_images(load_images(model, images))
     write = lambda text: print(text, end="", flush=True)
     while True:
         try:
@@ -129,9 +133,8 @@ EXPERT_COLORS = ((230, 80, 60), (60, 140, 230), (250, 190, 40), (80, 180, 90), (
 @torch.no_grad()
 def routing_of(model: CuMo, images: list) -> dict[str, torch.Tensor]:
     """{"layer 0": (n, N, K) experts of each patch, best first, ..., "connector": the same}: dense layers are left out, CLS too."""
-    aux, c = {"vision": [], "connector": []}, model.config
-    pixels = torch.stack([d.load_image(image, c.vision.image_size) for image in images]).to(model.text.embed.weight.device)
-    model.eval().encode_images(pixels, aux)
+    aux = {"vision": [], "connector": []}
+    model.eval().encode_images(load_images(model, images), aux)
     layers = [i for i, layer in enumerate(model.vision.layers) if isinstance(layer.ffn, MoE)]
     out = {f"layer {i}": r.experts[:, 1:].cpu() for i, r in zip(layers, aux["vision"])}       # the base scale comes first
     return out | {"connector": r.experts.cpu() for r in aux["connector"]}
@@ -164,10 +167,8 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     for row, image in enumerate(images):
         if not isinstance(image, d.Image.Image):
             image = d.Image.open(image)
-        side = max(image.size)                                                     # padded to a square, as the model sees it
-        square = d.Image.new("RGB", (side, side), (122, 116, 104))
-        square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
-        square = square.resize((panel, panel), d.Image.Resampling.NEAREST if side < panel else d.Image.Resampling.BICUBIC)
+        square = d.pad_to_square(image.convert("RGB"))                             # as the model sees it
+        square = square.resize((panel, panel), d.Image.Resampling.NEAREST if square.width < panel else d.Image.Resampling.BICUBIC)
         y = top + row * (panel + gap)
         img.paste(square, (gap, y))
         for column, name in enumerate(names, 1):
@@ -177,8 +178,8 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
             paint = d.Image.fromarray(paint).resize((panel, panel), d.Image.Resampling.NEAREST)
             img.paste(d.Image.blend(square.convert("L").convert("RGB"), paint, 0.55), (gap + column * (panel + gap), y))
     base = height - 44
-    n_tokens = load[names[0]].shape[0]
-    draw.text((gap, base - bars - 26), f"Expert load: share of first choices, {n_tokens} image{'s' * (n_tokens > 1)}; the line is an even load",
+    n_images = load[names[0]].shape[0]
+    draw.text((gap, base - bars - 26), f"Expert load: share of first choices, {n_images} image{'s' * (n_images > 1)}; the line is an even load",
               "black", font)
     shares = {name: torch.bincount(load[name][..., 0].flatten(), minlength=n_experts) / load[name][..., 0].numel() for name in names}
     high = max(2 / n_experts, *(float(s.max()) for s in shares.values()))

@@ -230,8 +230,8 @@ def samples_and_experts(x, r, w_in, w_out, w_gate, b_in, b_out, act):
     return torch.stack(rows)
 
 
-def _problem(b, n, d, f, d_out, e, k, gated, bias, device, dtype, seed=0):
-    """Random x (B, N, D), a routing, and expert weights that want gradients."""
+def _problem(b, n, d, f, d_out, e, gated, bias, device, dtype, seed=0):
+    """Random x (B, N, D), router logits (B, N, E), and expert weights that want gradients."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape, scale=1.0: (torch.randn(*shape, generator=g) * scale).to(device, dtype).requires_grad_()
     x, logits = draw(b, n, d), draw(b, n, e)
@@ -251,7 +251,7 @@ def check(device: str) -> float:
                 for n, d, f, e, k in ((33, 16, 24, 4, 2), (5, 10, 7, 8, 3), (1, 8, 8, 4, 1)):    # some experts stay empty
                     results = []
                     for which, kind in (("loop", torch.float64), (backend, dtype)):
-                        x, logits, weights = _problem(2, n, d, f, d, e, k, gated, bias, device, dtype)
+                        x, logits, weights = _problem(2, n, d, f, d, e, gated, bias, device, dtype)
                         x, logits, *weights = [None if t is None else t.detach().to(kind).requires_grad_() for t in (x, logits, *weights)]
                         y = moe_ffn(x, route(logits, k), *weights, act=act, backend=which)
                         (y * torch.linspace(-1, 1, y.numel(), device=device, dtype=kind).view_as(y)).sum().backward()
@@ -287,7 +287,7 @@ def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int):
     many = 80 if device == "cuda" else 4
     for layer, b, n, d, f, d_out in (("tiny", 64, 37, 128, 512, 128), ("CLIP ViT-L", many, 577, 1024, 4096, 1024),
                                      ("connector", many, 576, 2048, 4096, 4096)):
-        x, logits, weights = _problem(b, n, d, f, d_out, 4, 2, False, True, device, dtype)
+        x, logits, weights = _problem(b, n, d, f, d_out, 4, False, True, device, dtype)
         twice, (w_in, w_out, w_gate, b_in, b_out) = torch.cat([x.detach()] * 2).requires_grad_(), weights
         runs = {"dense": lambda: ffn(twice, w_in[0], w_out[0], None, b_in[0], b_out[0])}
         for backend in ("sorted", "grouped", "loop"):

@@ -47,6 +47,11 @@ class VisionConfig:
     n_experts: list | int = 0       # per layer; 0 is dense. One number is repeated for all layers
     top_k: int = 2
 
+    @property
+    def n_used_layers(self) -> int:
+        """Layers that the features pass through: -1 all, -2 all but the last."""
+        return self.n_layers + 1 + self.select_layer
+
 
 @dataclass
 class ConnectorConfig:
@@ -261,7 +266,7 @@ class VisionTransformer(nn.Module):
         x = self.patch(images).flatten(2).transpose(1, 2)                          # (n, N, D)
         x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.pos.to(x.dtype)
         x = self.pre_norm(x)
-        n_used = self.config.n_layers + 1 + self.config.select_layer               # -1: all layers, -2: all but the last
+        n_used = self.config.n_used_layers
         for i, layer in enumerate(self.layers):
             if i == n_used:
                 selected = x

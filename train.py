@@ -14,6 +14,7 @@ stage1/, stage2/ and at last the model itself, log.jsonl, loss.png, routing.png.
 """
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -168,7 +169,7 @@ def choose_trainable(model: CuMo, trains):
     for name in trains:
         getattr(model, name).requires_grad_(True)
     if model.vision is not None:
-        n_used = model.config.vision.n_layers + 1 + model.config.vision.select_layer
+        n_used = model.config.vision.n_used_layers
         reached = [i for i, layer in enumerate(model.vision.layers) if i < n_used or isinstance(layer.ffn, MoE)]
         for i, layer in enumerate(model.vision.layers):
             if i > max(reached, default=-1):
@@ -386,10 +387,9 @@ def patch_cells(side: int) -> torch.Tensor:
     return (3 * third.unsqueeze(1) + third).flatten()
 
 
-def ids_of(phrase: str, tokenizer, memo={}) -> list[int]:
-    if phrase not in memo:
-        memo[phrase] = tokenizer.encode(" " + phrase).ids
-    return memo[phrase]
+@functools.cache                                                                   # a few hundred phrases, asked for all the time
+def ids_of(phrase: str, tokenizer) -> list[int]:
+    return tokenizer.encode(" " + phrase).ids
 
 
 class Contrastive(nn.Module):
