@@ -15,6 +15,7 @@ H heads, V vocabulary, n images, S image side. `python model.py` prints each pre
 """
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -72,7 +73,9 @@ class TextConfig:
     act: str = "silu"
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
+    rope_scaling: dict | None = None           # Llama 3.1's stretch of the long wavelengths, see rope_table
     sliding_window: int | None = None
+    qkv_bias: bool = False                     # Qwen2
     tie_embeddings: bool = False
     n_experts: list | int = 0
     top_k: int = 2
@@ -131,6 +134,8 @@ class Config:
             raise ValueError(f"text.n_heads = {t.n_heads} is not a multiple of text.n_kv_heads = {t.n_kv_heads}")
         if t.aux not in ("mean", "sum"):
             raise ValueError(f"text.aux = {t.aux!r}; known: mean, sum")
+        if t.rope_scaling is not None and (missing := ROPE_SCALING - t.rope_scaling.keys()):
+            raise ValueError(f"text.rope_scaling lacks {', '.join(sorted(missing))}")
 
     @classmethod
     def from_dict(cls, d: dict) -> "Config":
@@ -149,6 +154,9 @@ class Config:
     @property
     def n_image_tokens(self) -> int:
         return (self.vision.image_size // self.vision.patch_size) ** 2 if self.vision else 0
+
+
+ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 def _from_dict(kind, d: dict, where: str = ""):
@@ -320,9 +328,17 @@ class Connector(nn.Module):
 # 4. Decoder: LLaMA / Mistral / Mixtral
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (B or 1, T, head_dim) float32 for rotary embeddings, in the half-split layout of Hugging Face's LLaMA."""
+def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin (B or 1, T, head_dim) float32 for rotary embeddings, in the half-split layout of Hugging Face's LLaMA.
+
+    scaling: Llama 3.1's way to longer contexts. Pairs that turn often within the old context (short wavelengths: they tell
+    neighbours apart) stay; those that turn less than once or so are slowed by `factor`; in between the two are mixed."""
     freq = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    if scaling is not None:
+        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)         # in the old context
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = freq * (keep + (1 - keep) / scaling["factor"])
     angle = positions.float().unsqueeze(-1) * freq                                 # (B, T, head_dim / 2)
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
@@ -355,9 +371,9 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, c.head_dim
         self.norm1, self.norm2 = nn.RMSNorm(c.dim, eps=c.norm_eps), nn.RMSNorm(c.dim, eps=c.norm_eps)
-        self.q = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
-        self.k = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.q = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.k = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
         self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, c.capacity_factor, gated=True)
 
@@ -398,7 +414,7 @@ class Decoder(nn.Module):
             keys = torch.arange(n_keys, device=x.device)
             ago = positions.unsqueeze(-1) - keys                                   # (B, T, keys) how far back a key lies
             attend = ((ago >= 0) & (ago < (window or n_keys))).unsqueeze(1)        # (B, 1, T, keys)
-        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         for layer in self.layers:
             if self.checkpointing and self.training and cache is None:
                 x, r = checkpoint(layer, x, rope, real, attend, use_reentrant=False)
@@ -434,12 +450,14 @@ class CuMo(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, gain: float = 0.64):
+    def init_weights(self, parts=("vision", "connector", "text"), gain: float = 0.64):
         """Normal(0, gain / sqrt(fan in)): GPT-2's 0.02 at width 1024, and the same output scale at every other width (with 0.02 a
         width of 128 starts with nearly uniform attention and learns late). The two projections that write to the residual stream
         are scaled down by depth, as in GPT-2."""
         for name, p in self.named_parameters():
             part = name.split(".")[0]
+            if part not in parts:
+                continue
             if name.split(".")[-1].startswith("b"):                  # first: a MoE's biases are stacked, (E, F)
                 nn.init.zeros_(p)
             elif p.dim() > 1 or name == "vision.cls":                # what is left are norms (ones) and biases (zeros)
@@ -484,15 +502,16 @@ class CuMo(nn.Module):
         if audio is not None:
             raise ValueError("this model hears nothing; it was given audio")
         aux = {"vision": [], "connector": [], "text": []}
-        idle = 0.
-        if images is not None and len(images):
-            image_embeds = self.encode_images(images, aux)
-        elif self.vision is not None and self.training and image_embeds is None:
-            # A text-only batch on one rank while others see images: DDP and FSDP need every parameter in every backward pass, so a
-            # blank image is encoded, and counts zero times. LLaVA does likewise.
-            blank = torch.zeros(1, 3, *[self.config.vision.image_size] * 2, device=tokens.device)
-            trail = {"vision": [], "connector": []}
-            idle = 0. * (self.encode_images(blank, trail).sum() + sum(r.balance + r.z for rs in trail.values() for r in rs))
+        n, idle = 0 if images is None else len(images), 0.
+        # Training: a row without an image brings a blank one, which fills no slot. The released code does so too, and counts the blanks
+        # in the auxiliary losses. It also makes every rank run every module, without which DDP and FSDP would hang.
+        n_blank = int((tokens != IMAGE).all(1).sum()) if labels is not None and self.vision and image_embeds is None else 0
+        if n_blank:
+            blank = torch.zeros(n_blank, 3, *[self.config.vision.image_size] * 2, device=tokens.device)
+            images = torch.cat([images, blank.to(images)]) if n else blank
+        if n + n_blank:
+            embeds = self.encode_images(images, aux)
+            image_embeds, idle = embeds[:n] if n else None, 0. * embeds[n:].sum()
         real = tokens != PAD
         logits = self.text(self.embed(tokens, image_embeds), real, aux["text"])    # (B, T, V)
         zero = torch.zeros((), device=tokens.device)

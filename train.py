@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import data as d
 import generate
-from model import IGNORE, PAD, PRESETS, Config, CuMo, Decoder, MoE, TextConfig, count_parameters
+from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, Decoder, MoE, TextConfig, count_parameters
 from upcycle import load, load_backbones, save, save_backbones, upcycle, write_atomically
 
 BACKBONES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny-backbones.safetensors")
@@ -201,7 +201,7 @@ def distribute(args: Args, model: nn.Module, device) -> nn.Module:
 def weigh(name: str, batch: dict, total: list, n_micro: int) -> float:
     """What a micro-batch's mean counts in the mean over the whole global batch.
 
-    A language loss is a mean over label tokens, a vision loss over images, and micro-batches differ in both. Averaging means of
+    A language loss is a mean over label tokens, a vision loss over images (blank ones too), and micro-batches differ in both. Averaging means of
     means, as many trainers do, would make the loss depend on how a batch is cut; these weights make it independent of it."""
     if name == "lm":
         return batch["n_labels"] / max(1, total[0])
@@ -261,11 +261,12 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
         micro = [next(batches) for _ in range(n_micro)]
         waited = time.perf_counter() - begin
         for b in micro:
-            b["n_labels"], b["n_images"] = int((b["labels"][:, 1:] != IGNORE).sum()), len(b["images"])
+            b["n_labels"] = int((b["labels"][:, 1:] != IGNORE).sum())
+            b["n_images"] = len(b["images"]) + (int((b["tokens"] != IMAGE).all(1).sum()) if isinstance(model, CuMo) else 0)   # and blanks
             for message in b["broken"]:
                 tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
         total = torch.tensor([sum(b["n_labels"] for b in micro), sum(b["n_images"] for b in micro), sum(len(b["broken"]) for b in micro),
-                              sum(b["truncated"] for b in micro), len(stopping)], dtype=torch.float64, device=device)
+                              sum(b["truncated"] for b in micro), len(stopping), sum(len(b["images"]) for b in micro)], dtype=torch.float64, device=device)
         if WORLD > 1:
             dist.all_reduce(total)
         total = total.tolist()
@@ -308,7 +309,7 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begin
         row = {"stage": stage, "step": step, **{k: v for k, v in row.items() if v != 0 or k == "loss"}, "lr": lr, "grad_norm": norm,
-               "images_per_s": total[1] / seconds, "seconds": seconds, "waiting": waited / seconds}
+               "images_per_s": total[5] / seconds, "seconds": seconds, "waiting": waited / seconds}
         if RANK == 0:
             log.write(row)
         bar.set_postfix_str(" ".join(f"{short(k)} {row[k]:.3g}" for k in row if k in ("loss", "lr", *sums))

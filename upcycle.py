@@ -7,15 +7,23 @@ tower and in the connector at once, between its second and third stage.
 
 A model folder holds config.json, model.safetensors (in shards with an index above 5 GB) and tokenizer.json.
 """
+import argparse
+import dataclasses
 import json
+import math
 import os
+import pickle
+import re
+import sys
+import zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
-from model import FFN, Config, CuMo, MoE
+from model import FFN, ROPE_SCALING, Config, Connector, ConnectorConfig, CuMo, MoE, TextConfig, VisionConfig, VisionTransformer
 
 SHARD_BYTES = 5 * 10**9
 
@@ -79,7 +87,239 @@ def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Genera
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Our own folder
+# 2. What other programs call the same tensors. One table serves loading, saving and the listing that `python upcycle.py` prints
+#
+# Left, the published CuMo names; Hugging Face's CLIP, LLaMA, Mistral, Mixtral, Qwen2 and LLaVA differ from them by prefixes (RENAMES).
+# {i} is a layer, {e} an expert: ours are stacked, so w_in[{e}] is a slice. {p} stands for weight and bias.
+
+TOWER, PROJECTOR = "model.vision_tower.vision_model.", "model.mm_projector."
+NAMES = {}
+for theirs, ours in {
+    TOWER + "embeddings.class_embedding": "vision.cls",
+    TOWER + "embeddings.patch_embedding.weight": "vision.patch.weight",
+    TOWER + "embeddings.position_embedding.weight": "vision.pos",
+    TOWER + "pre_layrnorm.{p}": "vision.pre_norm.{p}",                             # the typo is CLIP's
+    **{TOWER + "encoder.layers.{i}." + a: "vision.layers.{i}." + b for a, b in {
+        "layer_norm1.{p}": "norm1.{p}", "layer_norm2.{p}": "norm2.{p}",
+        "self_attn.q_proj.{p}": "q.{p}", "self_attn.k_proj.{p}": "k.{p}", "self_attn.v_proj.{p}": "v.{p}", "self_attn.out_proj.{p}": "o.{p}",
+        "mlp.fc1.weight": "ffn.w_in", "mlp.fc1.bias": "ffn.b_in", "mlp.fc2.weight": "ffn.w_out", "mlp.fc2.bias": "ffn.b_out",
+        "gate.weight": "ffn.router",
+        "experts.{e}.fc1.weight": "ffn.w_in[{e}]", "experts.{e}.fc1.bias": "ffn.b_in[{e}]",
+        "experts.{e}.fc2.weight": "ffn.w_out[{e}]", "experts.{e}.fc2.bias": "ffn.b_out[{e}]"}.items()},
+    PROJECTOR + "0.weight": "connector.ffn.w_in", PROJECTOR + "0.bias": "connector.ffn.b_in",
+    PROJECTOR + "2.weight": "connector.ffn.w_out", PROJECTOR + "2.bias": "connector.ffn.b_out",
+    PROJECTOR + "gate.weight": "connector.ffn.router",
+    PROJECTOR + "experts.{e}.0.weight": "connector.ffn.w_in[{e}]", PROJECTOR + "experts.{e}.0.bias": "connector.ffn.b_in[{e}]",
+    PROJECTOR + "experts.{e}.2.weight": "connector.ffn.w_out[{e}]", PROJECTOR + "experts.{e}.2.bias": "connector.ffn.b_out[{e}]",
+    "model.embed_tokens.weight": "text.embed.weight", "model.norm.weight": "text.norm.weight", "lm_head.weight": "text.head.weight",
+    **{"model.layers.{i}." + a: "text.layers.{i}." + b for a, b in {
+        "input_layernorm.weight": "norm1.weight", "post_attention_layernorm.weight": "norm2.weight",
+        "self_attn.q_proj.{p}": "q.{p}", "self_attn.k_proj.{p}": "k.{p}", "self_attn.v_proj.{p}": "v.{p}", "self_attn.o_proj.weight": "o.weight",
+        "mlp.gate_proj.weight": "ffn.w_gate", "mlp.up_proj.weight": "ffn.w_in", "mlp.down_proj.weight": "ffn.w_out",
+        "block_sparse_moe.gate.weight": "ffn.router", "block_sparse_moe.experts.{e}.w1.weight": "ffn.w_gate[{e}]",
+        "block_sparse_moe.experts.{e}.w3.weight": "ffn.w_in[{e}]", "block_sparse_moe.experts.{e}.w2.weight": "ffn.w_out[{e}]"}.items()},
+}.items():
+    for p in ("weight", "bias") if "{p}" in theirs else ("",):
+        NAMES[theirs.replace("{p}", p)] = ours.replace("{p}", p)
+THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
+
+RENAMES = [(re.compile(pattern), to) for pattern, to in (
+    (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", TOWER),       # LLaVA
+    (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", TOWER),      # CLIP, old and new; CuMo's clip.bin
+    (r"^(model\.)?(mm_projector|multi_modal_projector)\.", PROJECTOR),
+    (r"^model\.mm_projector\.linear_1\.", PROJECTOR + "0."), (r"^model\.mm_projector\.linear_2\.", PROJECTOR + "2."),
+    (r"^(model\.)?language_model\.(?=lm_head)", ""), (r"^(model\.)?language_model\.(model\.)?", "model."))]
+IGNORED = [re.compile(pattern) for pattern in (                                    # what a checkpoint may hold and this model has no use for
+    r"\.post_layernorm\.",                                                         # behind CLIP's last layer, which LLaVA does not use
+    r"\.position_ids$", r"\.rotary_emb\.inv_freq$",                                # constants that old versions stored
+    r"^text_model\.", r"^(visual|text)_projection\.", r"^logit_scale$")]           # CLIP's other half
+
+
+def canonical(name: str) -> str:
+    """A tensor's name in any of the layouts -> its published CuMo name."""
+    for pattern, to in RENAMES:
+        name = pattern.sub(to, name)
+    return name
+
+
+def translate(name: str):
+    """A tensor's name in any of the layouts -> (our name, expert or None); None for a tensor that is left out on purpose; our name is
+    None for one that is unknown."""
+    name = canonical(name)
+    if any(pattern.search(name) for pattern in IGNORED):
+        return None
+    layer, expert = re.search(r"(?<=layers\.)\d+", name), re.search(r"(?<=experts\.)\d+", name)
+    ours = NAMES.get(pattern_of(name))
+    if ours is not None and layer:
+        ours = ours.replace("{i}", layer[0])
+    return ours and ours.removesuffix("[{e}]"), int(expert[0]) if expert else None
+
+
+def pattern_of(name: str) -> str:
+    """model.layers.7.experts.2.x -> model.layers.{i}.experts.{e}.x"""
+    return re.sub(r"(?<=experts\.)\d+", "{e}", re.sub(r"(?<=layers\.)\d+", "{i}", name))
+
+
+def published(state: dict) -> dict:
+    """Our state dict -> the same tensors under the published CuMo names, experts one by one (views, no copies)."""
+    out = {}
+    for name, tensor in state.items():
+        theirs, layer = THEIRS.get(pattern_of(name)), re.search(r"(?<=layers\.)\d+", name)
+        stacked = THEIRS.get(pattern_of(name) + "[{e}]")
+        layer = layer[0] if layer else ""
+        if stacked and name.rsplit(".", 1)[0] + ".router" in state:
+            out |= {stacked.replace("{i}", layer).replace("{e}", str(e)): part for e, part in enumerate(tensor)}
+        else:
+            out[theirs.replace("{i}", layer)] = tensor
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Sizes: other programs' config.json <-> ours. What it lacks is read off the tensors' shapes
+
+DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
+SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, CLIPVisionModel, CLIPModel, the published CuMo (llava_mistral, "
+             "llava_mixtral) and LLaVA-1.5 (llava, llava_llama)")
+
+
+def count(shapes: dict, pattern: str) -> int:
+    """How many layers or experts the tensor names that match `pattern` count."""
+    return 1 + max((int(m[1]) for m in (re.search(pattern, name) for name in shapes) if m), default=-1)
+
+
+def vision_config(cfg: dict, shapes: dict, **more) -> VisionConfig:
+    """From CLIP's config (it may be empty) and the published names' shapes."""
+    try:
+        dim, _, patch, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]
+        n_positions = shapes[TOWER + "embeddings.position_embedding.weight"][0]
+    except KeyError as e:
+        raise ValueError(f"tensor {e.args[0]} is missing") from None
+    n_layers = count(shapes, re.escape(TOWER) + r"encoder\.layers\.(\d+)\.")
+    ffn_dim = next((s[0] for name, s in shapes.items() if re.search(r"encoder\.layers\.0\..*fc1\.weight", name)), None)
+    return VisionConfig(
+        image_size=cfg.get("image_size", math.isqrt(n_positions - 1) * patch), patch_size=cfg.get("patch_size", patch),
+        dim=cfg.get("hidden_size", dim), n_layers=cfg.get("num_hidden_layers", n_layers), ffn_dim=cfg.get("intermediate_size", ffn_dim),
+        n_heads=cfg.get("num_attention_heads", 12 if cfg else max(1, dim // 64)),  # 12: CLIPVisionConfig's default; 64 wide: every CLIP's
+        act=cfg.get("hidden_act", "quick_gelu"), norm_eps=cfg.get("layer_norm_eps", 1e-5), **more)
+
+
+def text_config(cfg: dict, shapes: dict, kind: str) -> TextConfig:
+    """From a Hugging Face decoder's config, in the older style (rope_theta, rope_scaling) or the current one (rope_parameters)."""
+    layer = "model.layers.0.self_attn."
+    try:
+        vocab, dim = shapes["model.embed_tokens.weight"]
+        n_heads = cfg["num_attention_heads"]
+        head_dim = cfg.get("head_dim") or shapes[layer + "q_proj.weight"][0] // n_heads
+        n_kv = cfg.get("num_key_value_heads") or shapes[layer + "k_proj.weight"][0] // head_dim
+    except KeyError as e:
+        raise ValueError(f"{'config key' if e.args[0] == 'num_attention_heads' else 'tensor'} {e.args[0]} is missing") from None
+    n_experts = cfg.get("num_local_experts", count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")) if kind == "mixtral" else 0
+    ffn_dim = next((s[0] for name, s in shapes.items() if re.search(r"model\.layers\.0\..*(up_proj|\.w3)\.weight", name)), None)
+    n_layers = cfg.get("num_hidden_layers", count(shapes, r"^model\.layers\.(\d+)\."))
+    rope = {**(cfg.get("rope_scaling") or {}), **(cfg.get("rope_parameters") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"rotary scaling {rope_type!r} is not supported; known: default, llama3")
+    window = cfg.get("sliding_window") if kind != "qwen2" or cfg.get("use_sliding_window") else None
+    if window and kind == "qwen2" and cfg.get("max_window_layers", 28) not in (0, n_layers):
+        raise ValueError(f"max_window_layers = {cfg.get('max_window_layers', 28)}: a sliding window in some layers only is not supported")
+    if window and kind == "qwen2" and cfg.get("max_window_layers", 28) == n_layers:
+        window = None                                                              # the window begins behind the last layer
+    return TextConfig(
+        vocab_size=cfg.get("vocab_size", vocab), dim=cfg.get("hidden_size", dim), n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv,
+        head_dim=head_dim, ffn_dim=cfg.get("intermediate_size", ffn_dim), act=cfg.get("hidden_act", "silu"),
+        norm_eps=cfg.get("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6),
+        rope_theta=rope.get("rope_theta", cfg.get("rope_theta", 1e6 if kind == "mixtral" else 1e4)),
+        rope_scaling={k: rope[k] for k in ROPE_SCALING if k in rope} if rope_type == "llama3" else None,
+        sliding_window=window, qkv_bias=layer + "q_proj.bias" in shapes,
+        tie_embeddings=cfg.get("tie_word_embeddings", "lm_head.weight" not in shapes),
+        n_experts=n_experts, top_k=cfg.get("num_experts_per_tok", 2))
+
+
+def read_json(file: str) -> dict:
+    with open(file, encoding="utf-8") as f:
+        try:
+            value = json.load(f)
+        except ValueError as e:
+            raise ValueError(f"{file}: malformed JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: must hold an object, not {str(value)[:40]}")
+    return value
+
+
+def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig:
+    """The model of a folder with this config.json and tensors of these shapes (under published names)."""
+    kind, architecture = cfg.get("model_type", ""), (cfg.get("architectures") or [""])[0]
+    if not kind and not architecture:
+        return Config.from_dict(cfg)
+    if kind in ("clip", "clip_vision_model"):                                      # CLIPModel nests what CLIPVisionModel spreads out
+        return vision_config(cfg.get("vision_config") or {} if kind == "clip" else cfg, shapes)
+    if kind in DECODERS and not kind_is_multimodal(cfg):
+        return Config(vision=None, text=text_config(cfg, shapes, kind), template="mistral" if kind.startswith("mi") else "vicuna")
+    text_kind = {"llava_mistral": "mistral", "llava_mixtral": "mixtral", "llava": "llama", "llava_llama": "llama"}.get(kind, kind)
+    if text_kind not in DECODERS:
+        raise ValueError(f"architecture {architecture or kind or '(none named)'} is not supported; supported: {SUPPORTED}")
+    if "text_config" in cfg:                                                       # LLaVA as Hugging Face writes it
+        text_cfg, vision_cfg, text_kind = cfg["text_config"], cfg.get("vision_config") or {}, cfg["text_config"].get("model_type", "llama")
+        if text_kind not in DECODERS:
+            raise ValueError(f"a decoder of type {text_kind} is not supported; supported: {', '.join(DECODERS.values())}")
+        select, act = cfg.get("vision_feature_layer", -2), cfg.get("projector_hidden_act", "gelu")
+        chosen = cfg.get("vision_feature_select_strategy", "default") == "default"
+    else:
+        text_cfg, vision_cfg = cfg, {}
+        for file in (os.path.join(cfg.get("mm_vision_tower") or "", "config.json"), os.path.join(path, "clip_config.json")):
+            if not vision_cfg and os.path.dirname(file) and os.path.isfile(file):
+                vision_cfg = read_json(file)
+                vision_cfg = vision_cfg.get("vision_config", vision_cfg)
+        select, act, chosen = cfg.get("mm_vision_select_layer", -2), "gelu", cfg.get("mm_vision_select_feature", "patch") == "patch"
+    if not chosen or cfg.get("mm_use_im_start_end") or cfg.get("mm_projector_type", "mlp2x_gelu") not in ("mlp2x_gelu", "smoe_mlp"):
+        raise ValueError("only patch features without CLS, no image start and end tokens, and connectors of type mlp2x_gelu and smoe_mlp are "
+                         "supported; the config asks for others")
+    n_experts, top_k = cfg.get("num_experts") or 0, cfg.get("num_selected") or 2
+    vision = vision_config(vision_cfg, shapes, select_layer=select, scales=cfg.get("scales") or [1], top_k=top_k,
+                           n_experts=n_experts if cfg.get("clip_smoe") else 0)
+    return Config(vision=vision, connector=ConnectorConfig(act=act, n_experts=n_experts if cfg.get("mlp_smoe") else 0, top_k=top_k),
+                  text=text_config(text_cfg, shapes, text_kind), balance_coef=cfg.get("balance_loss_coef", 0.1),
+                  z_coef=cfg.get("router_z_loss_coef", 0.01), template=cfg.get("template", "vicuna" if text_kind == "llama" else "mistral"))
+
+
+def kind_is_multimodal(cfg: dict) -> bool:
+    return any(key in cfg for key in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size"))
+
+
+CLIP_L = "openai/clip-vit-large-patch14-336"                                         # VisionConfig's defaults are its sizes
+
+
+def clip_config_json(v: VisionConfig) -> dict:
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": v.dim, "intermediate_size": v.ffn_dim,
+            "num_hidden_layers": v.n_layers, "num_attention_heads": v.n_heads, "image_size": v.image_size, "patch_size": v.patch_size,
+            "hidden_act": v.act, "layer_norm_eps": v.norm_eps, "num_channels": 3}
+
+
+def text_config_json(t: TextConfig, tokenizer) -> dict:
+    experts = set(t.n_experts)
+    if len(experts) > 1:
+        raise ValueError("text: experts in some layers only; no Hugging Face decoder has that")
+    if experts != {0} and t.qkv_bias:
+        raise ValueError("text: experts and QKV bias together; no supported Hugging Face decoder has both")
+    kind = "mixtral" if experts != {0} else "qwen2" if t.qkv_bias else "llama" if t.rope_scaling or not t.sliding_window else "mistral"
+    out = {"architectures": [DECODERS[kind]], "model_type": kind, "vocab_size": t.vocab_size, "hidden_size": t.dim, "hidden_act": t.act,
+           "intermediate_size": t.ffn_dim, "num_hidden_layers": t.n_layers, "num_attention_heads": t.n_heads, "head_dim": t.head_dim,
+           "num_key_value_heads": t.n_kv_heads, "rms_norm_eps": t.norm_eps, "rope_theta": t.rope_theta, "sliding_window": t.sliding_window,
+           "tie_word_embeddings": t.tie_embeddings, "max_position_embeddings": 32768,
+           **{f"{name}_token_id": tokenizer.token_to_id(token) if tokenizer else None for name, token in (("bos", "<s>"), ("eos", "</s>"))}}
+    if t.rope_scaling:
+        out |= {"rope_scaling": {"rope_type": "llama3", **t.rope_scaling}, "max_position_embeddings":
+                int(t.rope_scaling["original_max_position_embeddings"] * t.rope_scaling["factor"])}
+    if kind == "mixtral":
+        out |= {"num_local_experts": max(experts), "num_experts_per_tok": t.top_k}
+    if kind == "qwen2":
+        out |= {"use_sliding_window": bool(t.sliding_window), "max_window_layers": 0 if t.sliding_window else t.n_layers}
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Folders: save and load
 
 
 def write_atomically(path: str, write):
@@ -103,10 +343,58 @@ def write_json(path: str, value):
     write_atomically(path, write)
 
 
-def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: dict | None = None):
-    """Write a model folder. `state` replaces model.state_dict() where the weights are gathered elsewhere (FSDP)."""
-    os.makedirs(folder, exist_ok=True)
+LAYOUTS = ("own", "cumo", "hf-llm", "hf-clip")
+
+
+def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: dict | None = None, layout: str = "own"):
+    """Write a model folder. `state` replaces model.state_dict() where the weights are gathered elsewhere (FSDP).
+
+    layout: "own"; "cumo", the published one, which the released code loads; "hf-llm" and "hf-clip", the decoder or the (dense) tower alone
+    as transformers writes them. CLIP's post_layernorm, which nothing here uses, is not written: transformers will say that it made a new
+    one. Raises ValueError where a layout cannot hold this model."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     state = {k: v.detach().contiguous() for k, v in (model.state_dict() if state is None else state).items()}
+    if isinstance(model, VisionTransformer):
+        state, config = {f"vision.{name}": tensor for name, tensor in state.items()}, Config(vision=model.config)
+        if layout != "hf-clip":
+            raise ValueError(f"a vision tower alone can be written as hf-clip only, not as {layout}")
+    else:
+        config = model.config
+    v, c, t, extra = config.vision, config.connector, config.text, {}
+    if layout != "hf-llm" and layout != "own" and v is None:
+        raise ValueError(f"a language model alone has no tower to write as {layout}; --to hf-llm writes the decoder")
+    if layout == "own":
+        described = config.to_dict()
+    elif layout == "hf-llm":
+        described = text_config_json(t, tokenizer)
+        state = published({name: tensor for name, tensor in state.items() if name.startswith("text.")})
+    elif layout == "hf-clip":
+        if any(v.n_experts):
+            raise ValueError("hf-clip holds a dense tower, this one has experts; write it with --to cumo")
+        described, tokenizer = clip_config_json(v), None
+        state = {name.removeprefix("model.vision_tower."): tensor for name, tensor in
+                 published({name: tensor for name, tensor in state.items() if name.startswith("vision.")}).items()}
+    else:
+        counts = {n for n in (*v.n_experts, c.n_experts) if n}
+        if len(counts) > 1 or len(set(v.n_experts)) > 1 or (any(v.n_experts) and c.n_experts and v.top_k != c.top_k):
+            raise ValueError("the published layout has one number of experts and one top-k, for all layers of the tower and the connector")
+        if c.act != "gelu":
+            raise ValueError(f"the published layout's connector has activation gelu, not {c.act}")
+        described = text_config_json(t, tokenizer)
+        kind = {"mixtral": "Mixtral", "mistral": "Mistral", "llama": "Llama" if t.rope_scaling else "Mistral"}.get(described["model_type"])
+        if kind is None:
+            raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; this one has QKV bias")
+        described |= {"architectures": [f"Llava{kind}ForCausalLM"], "model_type": f"llava_{kind.lower()}", "template": config.template,
+                      "mm_vision_tower": CLIP_L if clip_config_json(v) == clip_config_json(VisionConfig()) else "", "mm_hidden_size": v.dim, "mm_vision_select_layer": v.select_layer,
+                      "mm_vision_select_feature": "patch", "mm_projector_type": "smoe_mlp" if c.n_experts else "mlp2x_gelu",
+                      "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad",
+                      "scales": v.scales, "num_experts": max(counts, default=4), "num_selected": v.top_k if any(v.n_experts) else c.top_k,
+                      "num_layers": 3, "dropout": False, "clip_smoe": any(v.n_experts), "mlp_smoe": c.n_experts > 0, "training": False,
+                      "balance_loss_coef": config.balance_coef, "router_z_loss_coef": config.z_coef, "local_rank": 0}
+        extra["clip_config.json"] = clip_config_json(v)                            # the published layout names a hub model instead
+        state = published(state)
+    os.makedirs(folder, exist_ok=True)
     shards, size = [{}], 0
     for name, tensor in state.items():
         if size and size + tensor.nbytes > SHARD_BYTES:
@@ -119,38 +407,130 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
     for file, shard in zip(names, shards):
         write_atomically(os.path.join(folder, file), lambda name: save_file(shard, name, metadata={"format": "pt"}))
     if len(shards) > 1:
-        write_json(os.path.join(folder, "model.safetensors.index.json"),
-                   {"metadata": {"total_size": sum(t.nbytes for t in state.values())},
-                    "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}})
+        extra["model.safetensors.index.json"] = {"metadata": {"total_size": sum(t.nbytes for t in state.values())},
+                                                 "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
     elif os.path.exists(index := os.path.join(folder, "model.safetensors.index.json")):
         os.remove(index)                                                           # of an older, larger model: load would follow it
+    for file, value in extra.items():
+        write_json(os.path.join(folder, file), value)
     if tokenizer is not None:
         write_atomically(os.path.join(folder, "tokenizer.json"), lambda name: tokenizer.save(name))
-    write_json(os.path.join(folder, "config.json"), model.config.to_dict())        # last: a folder with a config is complete
+    write_json(os.path.join(folder, "config.json"), described)                     # last: a folder with a config is complete
 
 
-def load(path: str, device="cpu", dtype: torch.dtype | None = None):
-    """A model folder -> (model in eval mode, tokenizer or None).
+def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: list | None = None):
+    """A model folder, or a model's name on the Hugging Face hub -> (model in eval mode, tokenizer or None).
 
-    Weights keep their stored dtype unless one is given. Raises ValueError naming the file, key or tensor that is missing, left
-    over, of the wrong shape, or not readable."""
-    config = read_config(path)
-    with torch.device("meta"):
-        model = CuMo(config)
-    fill(model, read_tensors(path, device, dtype), path)
+    Understands our own layout, the published CuMo checkpoints, LLaVA-1.5, and Hugging Face's LLaMA, Mistral, Mixtral and Qwen2 decoders (a CuMo
+    without senses: model(tokens) works) and CLIP (a VisionTransformer). config.json says which it is, never the folder's name.
+    Weights stream tensor by tensor into their final place, in the dtype they are stored in unless one is given, so memory peaks little
+    above the model's size. `listing` collects (their name, our name, shape, dtype) of each tensor. Raises ValueError naming the file, key
+    or tensor that is missing, left over, of the wrong shape, or not readable."""
+    path = local_folder(os.fspath(path))
+    cfg = read_json(os.path.join(path, "config.json"))
+    own = not {"model_type", "architectures"} & cfg.keys()
+    files = weight_files(path, cfg, own)
+    shapes = {} if own else shapes_in(files)
+    try:
+        config = config_of(path, cfg, shapes)
+        with torch.device("meta"):
+            model = CuMo(config) if isinstance(config, Config) else VisionTransformer(Config(vision=config).vision)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{os.path.join(path, 'config.json')}: {e}") from None
+    found = tqdm((item for file in files for item in tensors_in(file)), desc=f"loading {os.path.basename(path)}", unit=" tensors",
+                 delay=2, leave=False, mininterval=0.5)                            # silent where it takes under two seconds
+    fill(model, found, path, None if own else translate, device, dtype, listing, "" if isinstance(model, CuMo) else "vision.")
     file = os.path.join(path, "tokenizer.json")
     return model.eval(), read_tokenizer(file) if os.path.exists(file) else None
 
 
-def read_config(path: str) -> Config:
-    file = os.path.join(path, "config.json")
-    if not os.path.isfile(file):
+def local_folder(path: str) -> str:
+    """The folder itself; a hub name ("shi-labs/CuMo-mistral-7b") is downloaded by huggingface_hub and cached."""
+    if os.path.isfile(os.path.join(path, "config.json")):
+        return path
+    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python train.py`, or check the path")
-    with open(file, encoding="utf-8") as f:
-        try:
-            return Config.from_dict(json.load(f))
-        except (ValueError, TypeError) as e:                                       # malformed JSON is a ValueError too
-            raise ValueError(f"{file}: {e}") from None
+    from huggingface_hub import snapshot_download                                  # comes with tokenizers; needed here only
+    try:
+        folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+        if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+            folder = snapshot_download(path, allow_patterns=["*.json", "*.bin"])
+        return folder
+    except Exception as e:                                                         # no network, no such repository, no permission
+        raise ValueError(f"{path}: no such folder here, and downloading it from the Hugging Face hub failed: "
+                         f"{str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from None
+
+
+def weight_files(path: str, cfg: dict, own: bool) -> list[str]:
+    """The files that hold a folder's tensors: shards by the index, or one file; and, for CuMo's stage outputs and for LLaVA, which may keep
+    the tower and the connector apart, those too."""
+    files = []
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single, index = os.path.join(path, name), os.path.join(path, name + ".index.json")
+        if os.path.exists(index):
+            try:
+                files = [os.path.join(path, file) for file in sorted(set(read_json(index)["weight_map"].values()))]
+            except (KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f"{index}: not an index of shards: {e!r}") from None
+            for file in files:
+                if not os.path.exists(file):
+                    raise ValueError(f"{file}: missing; the index names it. Copy or download it again")
+        elif os.path.exists(single):
+            files = [single]
+        if files:
+            break
+    if own or not kind_is_multimodal(cfg):
+        if not files:
+            raise ValueError(f"{os.path.join(path, 'model.safetensors')}: missing")
+        return files
+    names = shapes_in(files)
+    if not any(name.startswith(TOWER) for name in names):
+        tower = os.path.join(path, "clip.bin")
+        if os.path.exists(tower):
+            files.append(tower)
+        else:
+            tower = local_folder(cfg.get("mm_vision_tower") or "(no mm_vision_tower in the config)")
+            files += weight_files(tower, {}, False)
+    if not any(name.startswith(PROJECTOR) for name in names) and os.path.exists(os.path.join(path, "mm_projector.bin")):
+        files.append(os.path.join(path, "mm_projector.bin"))
+    return files
+
+
+def tensors_in(file: str, shapes_only: bool = False):
+    """Yield (name, tensor), or (name, shape), of a .safetensors or .bin file. A .bin is a pickle; weights_only refuses one that runs code."""
+    try:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as f:
+                names = list(f.keys())
+                if shapes_only:
+                    yield from ((name, tuple(f.get_slice(name).get_shape())) for name in names)
+                    return
+            for name in names:                                                     # opened anew for each tensor: the file is mapped, and
+                with safe_open(file, framework="pt") as f:                         # pages that were read count as memory while it is open
+                    tensor = f.get_tensor(name)
+                yield name, tensor
+                del tensor
+        else:
+            state = torch.load(file, map_location="meta" if shapes_only else "cpu", weights_only=True,
+                               mmap=not shapes_only and zipfile.is_zipfile(file))
+            if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+                raise ValueError(f"{file}: must hold a dictionary of tensors")
+            for name in list(state):
+                tensor = state.pop(name)
+                yield name, tuple(tensor.shape) if shapes_only else tensor
+                del tensor
+    except FileNotFoundError:
+        raise ValueError(f"{file}: missing") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file}: holds more than tensors, a pickle that would run code: refused. Convert it to safetensors where you "
+                         "trust it") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError) as e:
+        raise ValueError(f"{file}: cannot be read, truncated perhaps: {str(e).splitlines()[0]}") from None
+
+
+def shapes_in(files: list[str]) -> dict[str, tuple]:
+    """{published name: shape} of the files' tensors, read off their headers."""
+    return {canonical(name): shape for file in files for name, shape in tensors_in(file, shapes_only=True)}
 
 
 def read_tokenizer(file: str) -> Tokenizer:
@@ -160,47 +540,74 @@ def read_tokenizer(file: str) -> Tokenizer:
         raise ValueError(f"{file}: cannot be read as a tokenizer: {e}") from None
 
 
-def read_tensors(path: str, device="cpu", dtype=None) -> dict:
-    """All tensors of a folder's safetensors files, by name."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    files = ["model.safetensors"]
-    if os.path.exists(index):
-        with open(index, encoding="utf-8") as f:
-            try:
-                files = sorted(set(json.load(f)["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f"{index}: not an index of shards: {e!r}") from None
-    tensors = {}
-    for file in files:
-        file = os.path.join(path, file)
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as f:
-                for name in f.keys():
-                    tensors[name] = f.get_tensor(name) if dtype is None else f.get_tensor(name).to(dtype)
-        except FileNotFoundError:
-            raise ValueError(f"{file}: missing") from None
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{file}: cannot be read, truncated perhaps: {e}") from None
-    return tensors
-
-
-def fill(model: torch.nn.Module, tensors: dict, where: str):
-    """Put tensors into the model: every parameter filled, every tensor used, or a ValueError that names it."""
-    wanted = model.state_dict()
-    for name in wanted:
-        if name not in tensors:
+def fill(model: torch.nn.Module, tensors, where: str, names=None, device="cpu", dtype=None, listing: list | None = None, prefix: str = ""):
+    """Put (name, tensor) pairs into the model: every parameter filled, every tensor used or ignored on purpose, or a ValueError that
+    names it. `names` translates names as `translate` does; None: they are ours. prefix: where in a CuMo the module `model` stands."""
+    wanted, state, seen = model.state_dict(), {}, set()
+    for theirs, tensor in tensors:
+        to = (theirs, None) if names is None else names(theirs)
+        if to is None or (to[0] == "text.head.weight" and to[0] not in wanted):    # left out on purpose; or tied to the embedding
+            continue
+        name, expert = (to[0] or "?").removeprefix(prefix), to[1]
+        if name not in wanted or (expert or 0) >= max(1, len(wanted[name])):
+            raise ValueError(f"{where}: tensor {theirs} has no place in this model")
+        shape = wanted[name].shape if expert is None else wanted[name].shape[1:]
+        if tensor.shape != shape:
+            raise ValueError(f"{where}: tensor {theirs} has shape {tuple(tensor.shape)}, the config asks for {tuple(shape)}")
+        if name not in state:
+            state[name] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype, device=device)
+        (state[name] if expert is None else state[name][expert]).copy_(tensor)
+        seen.add(theirs if names is None else canonical(theirs))
+        if listing is not None:
+            listing.append((theirs, prefix + name + ("" if expert is None else f"[{expert}]"), tuple(shape), tensor.dtype))
+        del tensor                                                                 # before the next one is read
+    expected = wanted if names is None else published({prefix + name: tensor for name, tensor in wanted.items()})
+    for name in expected:
+        if name not in seen:
             raise ValueError(f"{where}: tensor {name} is missing")
-    for name, tensor in tensors.items():
-        if name not in wanted:
-            raise ValueError(f"{where}: tensor {name} has no place in this model")
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{where}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(wanted[name].shape)}")
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(state, assign=True)
     model.requires_grad_(True)
 
 
+def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,), template: str | None = None, seed: int = 0,
+             dtype: torch.dtype | None = None, listing: list | None = None):
+    """A model that stage 1 can start from: the tower of one folder (or CuMo's clip.bin), the decoder of another, and a new connector, or
+    the one in `connector` (CuMo's and LLaVA's mm_projector.bin). -> (CuMo in eval mode, the decoder's tokenizer or None)."""
+    if os.path.isfile(vision):
+        config = Config(vision=vision_config({}, shapes_in([vision]))).vision
+        with torch.device("meta"):
+            tower = VisionTransformer(config)
+        fill(tower, tensors_in(vision), vision, translate, dtype=dtype, listing=listing, prefix="vision.")
+    else:
+        tower = load(vision, dtype=dtype, listing=listing)[0]
+        tower = tower if isinstance(tower, VisionTransformer) else tower.vision
+    if tower is None:
+        raise ValueError(f"{vision}: has no vision tower; --vision wants a CLIP folder")
+    decoder, tokenizer = load(llm, dtype=dtype, listing=listing)
+    if not isinstance(decoder, CuMo):
+        raise ValueError(f"{llm}: has no decoder; --llm wants a language model's folder")
+    shapes = shapes_in([connector]) if connector else {}
+    with torch.device("meta"):
+        model = CuMo(Config(vision=dataclasses.replace(tower.config, scales=list(scales)), text=decoder.config.text,
+                            connector=ConnectorConfig(n_experts=count(shapes, r"mm_projector\.experts\.(\d+)\.")),
+                            template=template or decoder.config.template))
+    model.vision, model.text = tower, decoder.text
+    tower.config, decoder.text.config = model.config.vision, model.config.text
+    if connector:
+        try:
+            fill(model.connector, tensors_in(connector), connector, translate, dtype=dtype, listing=listing, prefix="connector.")
+        except ValueError as e:
+            raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} scale{'s' * (len(scales) > 1)}, the decoder "
+                             f"{decoder.config.text.dim}") from None
+    else:
+        model.connector.to_empty(device="cpu").to(tower.patch.weight.dtype)
+        torch.manual_seed(seed)
+        model.init_weights(parts=("connector",))
+    return model.eval(), tokenizer
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The tiny preset's pre-trained backbones: what CLIP and Mistral are to the real presets. One file, the tokenizer in its header
+# 5. The tiny preset's pre-trained backbones: what CLIP and Mistral are to the real presets. One file, the tokenizer in its header
 
 
 def save_backbones(model: CuMo, file: str, tokenizer: Tokenizer):
@@ -220,5 +627,76 @@ def load_backbones(file: str):
     if not meta or not {"config", "tokenizer"} <= meta.keys():
         raise ValueError(f"{file}: has no config and tokenizer in its header; make it again with `python train.py --from-scratch`")
     model = CuMo(Config.from_dict(json.loads(meta["config"])))
-    fill(model, {**{k: v for k, v in model.state_dict().items() if k.startswith("connector.")}, **tensors}, file)
+    fill(model, ({k: v for k, v in model.state_dict().items() if k.startswith("connector.")} | tensors).items(), file)
     return model, Tokenizer.from_str(meta["tokenizer"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. `python upcycle.py`: put a model together, convert one, and see where each tensor goes
+
+
+def print_listing(listing: list):
+    """(their name, our name, shape, dtype) of each tensor, one line for all layers and experts that are alike."""
+    groups = {}
+    for theirs, ours, shape, dtype in listing:
+        key = (pattern_of(theirs), re.sub(r"\[\d+\]", "[{e}]", pattern_of(ours)), shape, str(dtype).removeprefix("torch."))
+        groups[key] = groups.get(key, 0) + 1
+    width = max((len(theirs) for theirs, *_ in groups), default=0)
+    for (theirs, ours, shape, dtype), n in groups.items():
+        print(f"{theirs:{width}}  ->  {ours:36} {' x '.join(map(str, shape)):18} {dtype}" + (f"  ({n} of them)" if n > 1 else ""))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="""Weights in and out.
+
+  python upcycle.py --vision CLIP_DIR --llm LLM_DIR --scales 1,3 --out DIR      tower + decoder + new connector: where stage 1 starts
+  python upcycle.py --from CUMO_DIR --out DIR                                   any layout that is understood -> this project's
+  python upcycle.py --from DIR --to cumo --out DIR                              -> the published CuMo layout
+  python upcycle.py --from DIR --to hf-llm --out DIR                            the decoder alone, for transformers (hf-clip: the tower)
+
+A name on the Hugging Face hub can stand in a folder's place. Every tensor's two names are printed; one that is missing, left over or of
+the wrong shape is an error.""", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
+    parser.add_argument("--vision", metavar="DIR", help="take the tower from this folder (CLIP), or from CuMo's clip.bin")
+    parser.add_argument("--llm", metavar="DIR", help="take the decoder and the tokenizer from this folder")
+    parser.add_argument("--connector", metavar="FILE", help="take the connector from this mm_projector.bin; default: a new one")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not hold a model yet")
+    parser.add_argument("--to", choices=LAYOUTS, default="own", help="layout to write (default: own)")
+    parser.add_argument("--scales", default="1", help="S2 scales of a model put together, for example 1,3 (CuMo; default: 1)")
+    parser.add_argument("--template", help="chat template: mistral, vicuna, plain or tiny; default: by the decoder's architecture")
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, for folders that have only the older tokenizer.model")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store weights so; default: as they are")
+    parser.add_argument("--seed", type=int, default=0, help="of a new connector (default: 0)")
+    args = parser.parse_args(argv)
+    if bool(args.source) == bool(args.vision and args.llm):
+        raise ValueError("give either --from DIR, or --vision DIR and --llm DIR")
+    if os.path.exists(os.path.join(args.out, "config.json")):
+        raise ValueError(f"{args.out} holds a model already: choose another --out")
+    try:
+        scales = [int(s) for s in args.scales.split(",")]
+    except ValueError:
+        raise ValueError(f"--scales {args.scales}: whole numbers with commas, for example 1,3") from None
+    listing, dtype = [], getattr(torch, args.dtype) if args.dtype else None
+    if args.source:
+        model, tokenizer = load(args.source, dtype=dtype, listing=listing)
+        if args.template:
+            model.config.template = args.template
+    else:
+        model, tokenizer = assemble(args.vision, args.llm, args.connector, scales, args.template, args.seed, dtype, listing)
+    print_listing(listing)
+    if args.tokenizer:
+        tokenizer = read_tokenizer(args.tokenizer)
+    if isinstance(model, VisionTransformer) and args.to == "own":
+        raise ValueError(f"{args.source}: a vision tower alone; put it together with a decoder: --vision {args.source} --llm DIR")
+    save(model, args.out, tokenizer, layout=args.to)
+    print(f"wrote {args.out} ({args.to}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M parameters)" + (
+        "" if tokenizer or args.to == "hf-clip" else ". No tokenizer.json was found: give one with --tokenizer, or nothing can be trained or asked"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"upcycle.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -484,18 +484,35 @@ def test_checkpointing_changes_neither_loss_nor_gradients(tiny_model, monkeypatc
 
 
 @pytest.mark.parametrize("parts", [{}, EXPERTS])
-def test_a_text_only_batch_reaches_the_same_parameters_and_costs_nothing(tiny_model, parts):
-    model, tokens = tiny_model(**parts), tokens_of([7, 3, 9, 2], [5, 6])
-    eval_loss, reached = gradients(model, tokens, labels=labels_of(tokens))
-    assert not any(name.startswith(("vision", "connector")) for name in reached)
-    model.train()
-    train_loss, also = gradients(model, tokens, labels=labels_of(tokens))
-    assert torch.equal(train_loss, eval_loss)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_row_without_an_image_counts_as_a_blank_one(tiny_model, parts, training):
+    """As the released data set gives it one: in the auxiliary losses, in no slot, and the same text loss and logits."""
+    model, rows = tiny_model(**parts).train(training), ([7, "I", 3, 9], [5, 6, 8], [4, 2])
+    tokens, image = tokens_of(*rows), torch.randn(1, 3, 16, 16)
+    out, reached = model(tokens, image, labels=labels_of(tokens)), gradients(model, tokens, image, labels=labels_of(tokens))[1]
+    aux = {"vision": [], "connector": []}
+    model.encode_images(torch.cat([image, torch.zeros(2, 3, 16, 16)]), aux)
+    for name, routings in aux.items():
+        for kind in ("balance", "z"):
+            want = torch.stack([getattr(r, kind) for r in routings]).mean() if routings else torch.zeros(())
+            torch.testing.assert_close(out.parts[f"{name}/{kind}"], want)
+    asked = model(tokens, image)                                             # without labels nothing is learnt, and no blank is needed
+    torch.testing.assert_close(asked.logits, out.logits)
+    assert out.image_embeds.shape[0] == asked.image_embeds.shape[0] == 1
     pictured = tokens_of([7, "I", 9, 2])
     _, with_images = gradients(model, pictured, torch.randn(1, 3, 16, 16), labels=labels_of(pictured))
-    assert set(also) == set(with_images) and ("vision.layers.2.ffn.router" in also) == bool(parts)
-    for name, grad in also.items():
-        torch.testing.assert_close(grad, reached[name] if name in reached else torch.zeros_like(grad))
+    assert set(reached) == set(with_images) and ("vision.layers.2.ffn.router" in reached) == bool(parts)
+
+
+def test_a_text_only_batch_leaves_the_text_loss_and_its_gradients_alone(tiny_model):
+    model, tokens = tiny_model().train(), tokens_of([7, 3, 9, 2], [5, 6])
+    alone = tiny_model(vision=None).train()
+    alone.load_state_dict({name: p for name, p in model.state_dict().items() if name.startswith("text.")})
+    loss, grads = gradients(model, tokens, labels=labels_of(tokens))
+    want_loss, want = gradients(alone, tokens, labels=labels_of(tokens))
+    torch.testing.assert_close(loss, want_loss)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, want[name] if name in want else torch.zeros_like(grad))
 
 
 @pytest.mark.parametrize("parts", [{}, EXPERTS, dict(vision=dict(n_experts=[4, 0, 4]))])
