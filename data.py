@@ -360,9 +360,10 @@ class LlavaJson:
     def __len__(self):
         return len(self.samples)
 
-    def lengths(self) -> list[int]:
-        """Words per sample: enough to put samples of like length into one batch."""
-        return [sum(len(str(t.get("value", "")).split()) for t in s["conversations"] if isinstance(t, dict))
+    def lengths(self, n_image_tokens: int = 0) -> list[int]:
+        """Words and image slots per sample: enough to put samples of like length into one batch. (LLaVA sorts text-only samples apart.)"""
+        return [sum(len(v.split()) + v.count("<image>") * n_image_tokens for v in (str(t.get("value", "")) for t in s["conversations"]
+                                                                                   if isinstance(t, dict)))
                 if isinstance(s, dict) and isinstance(s.get("conversations"), list) else 0 for s in self.samples]
 
     def __getitem__(self, i: int) -> dict:

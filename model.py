@@ -84,6 +84,24 @@ class TextConfig:
 
 
 @dataclass
+class AudioConfig:
+    """Whisper's encoder (large-v2's sizes)."""
+    n_mels: int = 80
+    n_frames: int = 3000            # mel frames of a 30 s chunk, 10 ms each; the second convolution halves them
+    dim: int = 1280
+    n_layers: int = 32
+    n_heads: int = 20
+    ffn_dim: int = 5120
+    act: str = "gelu"
+    norm_eps: float = 1e-5
+    n_experts: list | int = 0       # always 0 here; VisionBlock asks
+    top_k: int = 2
+
+    def __post_init__(self):
+        self.n_experts = [0] * self.n_layers
+
+
+@dataclass
 class Config:
     vision: VisionConfig | None = field(default_factory=VisionConfig)          # None: a language model alone
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
@@ -229,17 +247,17 @@ def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, capacity_factor=None, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Vision: CLIP's ViT
+# 3. The senses: CLIP's ViT, Whisper's encoder, the connector
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm block, bidirectional attention, biases everywhere (CLIP)."""
+    """Pre-norm block, bidirectional attention, biases everywhere (CLIP), or everywhere but in the keys (Whisper)."""
 
-    def __init__(self, c: VisionConfig, layer: int):
+    def __init__(self, c, layer: int, k_bias: bool = True):
         super().__init__()
         self.n_heads = c.n_heads
         self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps), nn.LayerNorm(c.dim, eps=c.norm_eps)
-        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim, bias=b) for b in (True, k_bias, True, True))
         self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, bias=True)
 
     def forward(self, x: Tensor):
@@ -308,6 +326,27 @@ class VisionTransformer(nn.Module):
             f = F.interpolate(f.float(), size=(side, side), mode="area").to(f.dtype)
             features.append(f.flatten(2).transpose(1, 2))                          # (n, N, D)
         return torch.cat(features, -1)
+
+
+class AudioTransformer(nn.Module):
+    """Whisper's encoder: log-mel (n, 80, 3000), a 30 s chunk each, -> hidden states (n, 1500, D)."""
+
+    def __init__(self, c: AudioConfig):
+        super().__init__()
+        self.config = c
+        self.conv1, self.conv2 = nn.Conv1d(c.n_mels, c.dim, 3, padding=1), nn.Conv1d(c.dim, c.dim, 3, stride=2, padding=1)
+        self.pos = nn.Parameter(torch.empty(c.n_frames // 2, c.dim))               # sinusoids, stored as weights
+        self.layers = nn.ModuleList(VisionBlock(c, i, k_bias=False) for i in range(c.n_layers))
+        self.norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        if mel.shape[1:] != (self.config.n_mels, self.config.n_frames):
+            raise ValueError(f"mel is {tuple(mel.shape)}, the encoder hears (n, {self.config.n_mels}, {self.config.n_frames})")
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
+        x = x.transpose(1, 2) + self.pos
+        for layer in self.layers:
+            x, _ = layer(x)
+        return self.norm(x)
 
 
 class Connector(nn.Module):

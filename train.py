@@ -3,6 +3,8 @@
     python train.py                                     the embedded default: preset tiny, drawn data, CPU, minutes
     torchrun --nproc_per_node 2 train.py                the same with data parallelism (--fsdp: sharded)
     python train.py --stage 3 --init DIR --data FILE.json --images DIR      one stage on LLaVA's data format
+    torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 --vision CLIP_DIR --llm MISTRAL_DIR --data ... --images ...
+                                                        real models; stages 2 and 3 start from what the one before left
 
     stage 0   for who has no backbones: the tower learns from captions (contrastively), the decoder from text
     stage 1   pre-training: the connector alone learns to make image patches read like words
@@ -38,7 +40,7 @@ from tqdm import tqdm
 import data as d
 import generate
 from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, Decoder, MoE, TextConfig, count_parameters
-from upcycle import load, load_backbones, save, save_backbones, upcycle, write_atomically
+from upcycle import assemble, load, load_backbones, save, save_backbones, upcycle, write_atomically
 
 BACKBONES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny-backbones.safetensors")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
@@ -52,6 +54,7 @@ RECIPE = {    # the paper's numbers (section 4.1 and the released scripts), for 
     2: dict(trains=EVERYTHING, kind="caption", template=None, lr=2e-6, batch_size=128, max_length=4096),
     3: dict(trains=EVERYTHING, kind="chat", template=None, lr=4e-6, batch_size=256, max_length=4096, experts=True),
 }
+MIXTRAL = {3: dict(lr=2e-6)}      # where the released script of CuMo-Mixtral differs
 TINY = {      # the same stages for a model four thousand times smaller, which wants larger steps
     "0a": dict(lr=1e-3, batch_size=64, steps=3000),
     "0b": dict(lr=2e-3, batch_size=64, steps=4500),
@@ -59,6 +62,7 @@ TINY = {      # the same stages for a model four thousand times smaller, which w
     2: dict(lr=5e-4, batch_size=64, steps=120, max_length=256),
     3: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
 }
+OVERRIDES = {"tiny": TINY, "cumo-mixtral-8x7b": MIXTRAL}
 
 
 def arg(default, help):
@@ -70,8 +74,10 @@ class Args:
     preset: str = arg("tiny", "model sizes: " + ", ".join(PRESETS))
     stage: int | None = arg(None, "run this stage only (0 to 3); default: 1, 2 and 3")
     from_scratch: bool = arg(False, "begin with stage 0: make the tiny backbones again instead of taking the shipped ones")
-    init: str | None = arg(None, "model folder to start from; default: what the stage before left in --out")
-    out: str = arg("out/tiny", "folder for the model, checkpoints, log and pictures")
+    vision: str | None = arg(None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
+    llm: str | None = arg(None, "stage 1 of a real model: folder or hub name of the language model")
+    init: str | None = arg(None, "model folder to start from, of any layout; default: what the stage before left in --out")
+    out: str | None = arg(None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
     resume: bool = arg(False, "go on from the checkpoint in --out, exactly")
     dense: bool = arg(False, "do not upcycle in stage 3: the comparison")
     n_experts: int = arg(4, "experts in each FFN of tower and connector from stage 3 on")
@@ -126,13 +132,15 @@ def parse(argv=None) -> Args:
         raise ValueError(f"top_k = {args.top_k} of {args.n_experts} experts; need 1 <= --top-k <= --n-experts")
     if args.device not in (None, "cuda", "cpu"):
         raise ValueError(f"--device {args.device}: cuda or cpu")
-    args.out = os.path.normpath(args.out)                                          # "out/tiny/" must not become "out/tiny/.1"
+    if bool(args.vision) != bool(args.llm) or (args.vision and (args.init or args.stage not in (None, 1))):
+        raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room for --init")
+    args.out = os.path.normpath(args.out or f"out/{args.preset}")                   # "out/tiny/" must not become "out/tiny/.1"
     return args
 
 
 def settings(args: Args, stage) -> dict:
-    """A stage's numbers: the recipe's, the tiny preset's over them, the flags over both."""
-    s = {**RECIPE.get(stage, {}), **(TINY[stage] if args.preset == "tiny" else {})}
+    """A stage's numbers: the recipe's, the preset's over them, the flags over both."""
+    s = {**RECIPE.get(stage, {}), **OVERRIDES.get(args.preset, {}).get(stage, {})}
     for name in ("steps", "batch_size", "max_length", "lr", "template"):
         if getattr(args, name) is not None:
             s[name] = getattr(args, name)
@@ -225,7 +233,7 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
     start, file, full = 0, os.path.join(out, "checkpoint.pt"), StateDictOptions(full_state_dict=True, cpu_offload=True)
     counts = {"skipped": 0, "broken": 0, "truncated": 0, "samples": 0}
     identity = {"stage": stage, **{k: s.get(k) for k in ("steps", "batch_size", "lr", "max_length", "template")},
-                **{k: getattr(args, k) for k in ("preset", "init", "seed", "data", "dense", "n_experts", "top_k", "balance_coef", "z_coef",
+                **{k: getattr(args, k) for k in ("preset", "vision", "llm", "init", "seed", "data", "dense", "n_experts", "top_k", "balance_coef", "z_coef",
                                                  "warmup", "weight_decay", "grad_clip", "matmul")}}      # what the numbers depend on
     if args.resume and os.path.exists(file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -562,13 +570,19 @@ def pretrain(args: Args, part: str, device):
 
 
 def run_stage(args: Args, stage: int, source: str, device):
-    """Train one stage from a model folder (or a backbones file) and leave a model folder; measure it on held-out scenes."""
+    """Train one stage from a model folder (or a backbones file, or the folders of --vision and --llm) and leave a model folder; measure
+    it on held-out scenes."""
     s, began = settings(args, stage), time.time()
     torch.manual_seed(args.seed)                                                   # the same new weights on every rank
-    model, tokenizer = load_backbones(source) if source.endswith(".safetensors") else load(source)
+    if args.vision and stage == 1:
+        preset, source = Config.from_preset(args.preset), f"{args.vision} and {args.llm}"
+        model, tokenizer = assemble(args.vision, args.llm, scales=preset.vision.scales, template=preset.template, seed=args.seed)
+    else:
+        model, tokenizer = load_backbones(source) if source.endswith(".safetensors") else load(source)
     if tokenizer is None:
-        raise ValueError(f"{source}: has no tokenizer.json, which training needs")
-    if model.vision is None:
+        raise ValueError(f"{source}: has no tokenizer.json, which training needs; copy it there (where there is only a tokenizer.model, "
+                         "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it)")
+    if getattr(model, "vision", None) is None:
         raise ValueError(f"{source}: a language model alone, without the vision tower and connector that training needs")
     model = model.float()                                                          # master weights
     c = model.config
@@ -584,7 +598,7 @@ def run_stage(args: Args, stage: int, source: str, device):
         c.template = args.template                                                 # the model is asked in the layout that it learnt
     if args.data:
         data = d.LlavaJson(args.data, args.images)
-        lengths, s["steps"] = data.lengths(), s.get("steps") if args.steps else max(1, args.epochs * len(data) // s["batch_size"])
+        lengths, s["steps"] = data.lengths(c.n_image_tokens), s.get("steps") if args.steps else max(1, args.epochs * len(data) // s["batch_size"])
     elif "steps" not in s:
         raise ValueError(f"{args.preset} on drawn scenes needs --steps; or give your own with --data")
     else:                                                                          # every drawn scene is seen once
@@ -657,7 +671,7 @@ def main(argv=None):
     if stages[0] == 0:
         stages = ["0a", "0b", *stages[1:]]
     if "0a" in stages and args.preset != "tiny":
-        raise ValueError(f"stage 0 makes the tiny preset's backbones; {args.preset} starts from real weights, given with --init")
+        raise ValueError(f"stage 0 makes the tiny preset's backbones; {args.preset} starts from real weights: --vision DIR --llm DIR")
     if "0a" in stages and args.fsdp:
         raise ValueError("stage 0 makes backbones too small to shard: leave --fsdp out")
     began, first, file = time.time(), stages[0], os.path.join(args.out, "checkpoint.pt")
@@ -687,8 +701,8 @@ def main(argv=None):
         if stage in ("0a", "0b"):
             pretrain(args, stage, device)
         else:
-            if args.preset != "tiny" and stage == 1 and not args.init:
-                raise ValueError(f"{args.preset} starts from pre-trained weights: give a model folder with --init")
+            if args.preset != "tiny" and stage == 1 and not (args.init or args.vision):
+                raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision CLIP_DIR and --llm LLM_DIR, or --init")
             before = BACKBONES if stage == 1 and i == 0 else place(args, stages[i - 1] if i else stage - 1)
             run_stage(args, stage, args.init if args.init and i == 0 else before, device)
     if RANK == 0:

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from model import FFN, ROPE_SCALING, Config, Connector, ConnectorConfig, CuMo, MoE, TextConfig, VisionConfig, VisionTransformer
+from model import (FFN, ROPE_SCALING, AudioConfig, AudioTransformer, Config, ConnectorConfig, CuMo, MoE, TextConfig, VisionConfig,
+                   VisionTransformer)
 
 SHARD_BYTES = 5 * 10**9
 
@@ -106,6 +107,13 @@ for theirs, ours in {
         "gate.weight": "ffn.router",
         "experts.{e}.fc1.weight": "ffn.w_in[{e}]", "experts.{e}.fc1.bias": "ffn.b_in[{e}]",
         "experts.{e}.fc2.weight": "ffn.w_out[{e}]", "experts.{e}.fc2.bias": "ffn.b_out[{e}]"}.items()},
+    **{"audio_tower.encoder." + a: "audio." + b for a, b in {                       # Whisper
+        "conv1.{p}": "conv1.{p}", "conv2.{p}": "conv2.{p}", "embed_positions.weight": "pos", "layer_norm.{p}": "norm.{p}",
+        "layers.{i}.self_attn_layer_norm.{p}": "layers.{i}.norm1.{p}", "layers.{i}.final_layer_norm.{p}": "layers.{i}.norm2.{p}",
+        "layers.{i}.self_attn.q_proj.{p}": "layers.{i}.q.{p}", "layers.{i}.self_attn.k_proj.weight": "layers.{i}.k.weight",
+        "layers.{i}.self_attn.v_proj.{p}": "layers.{i}.v.{p}", "layers.{i}.self_attn.out_proj.{p}": "layers.{i}.o.{p}",
+        "layers.{i}.fc1.weight": "layers.{i}.ffn.w_in", "layers.{i}.fc1.bias": "layers.{i}.ffn.b_in",
+        "layers.{i}.fc2.weight": "layers.{i}.ffn.w_out", "layers.{i}.fc2.bias": "layers.{i}.ffn.b_out"}.items()},
     PROJECTOR + "0.weight": "connector.ffn.w_in", PROJECTOR + "0.bias": "connector.ffn.b_in",
     PROJECTOR + "2.weight": "connector.ffn.w_out", PROJECTOR + "2.bias": "connector.ffn.b_out",
     PROJECTOR + "gate.weight": "connector.ffn.router",
@@ -132,14 +140,19 @@ RENAMES = [(re.compile(pattern), to) for pattern, to in (
 IGNORED = [re.compile(pattern) for pattern in (                                    # what a checkpoint may hold and this model has no use for
     r"\.post_layernorm\.",                                                         # behind CLIP's last layer, which LLaVA does not use
     r"\.position_ids$", r"\.rotary_emb\.inv_freq$",                                # constants that old versions stored
-    r"^text_model\.", r"^(visual|text)_projection\.", r"^logit_scale$")]           # CLIP's other half
+    r"^text_model\.", r"^(visual|text)_projection\.", r"^logit_scale$",            # CLIP's other half
+    r"^audio_tower\.(decoder|proj_out)\.")]                                        # Whisper's
 
 
 def canonical(name: str) -> str:
-    """A tensor's name in any of the layouts -> its published CuMo name."""
+    """A tensor's name in any of the layouts -> its published CuMo name. (Whisper's collide with CLIP's: `whisper` goes first.)"""
     for pattern, to in RENAMES:
         name = pattern.sub(to, name)
     return name
+
+
+def whisper(name: str) -> str:
+    return "audio_tower." + name.removeprefix("model.")
 
 
 def translate(name: str):
@@ -178,7 +191,7 @@ def published(state: dict) -> dict:
 # 3. Sizes: other programs' config.json <-> ours. What it lacks is read off the tensors' shapes
 
 DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
-SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, CLIPVisionModel, CLIPModel, the published CuMo (llava_mistral, "
+SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, CLIPVisionModel, CLIPModel, WhisperModel, the published CuMo (llava_mistral, "
              "llava_mixtral) and LLaVA-1.5 (llava, llava_llama)")
 
 
@@ -189,11 +202,8 @@ def count(shapes: dict, pattern: str) -> int:
 
 def vision_config(cfg: dict, shapes: dict, **more) -> VisionConfig:
     """From CLIP's config (it may be empty) and the published names' shapes."""
-    try:
-        dim, _, patch, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]
-        n_positions = shapes[TOWER + "embeddings.position_embedding.weight"][0]
-    except KeyError as e:
-        raise ValueError(f"tensor {e.args[0]} is missing") from None
+    dim, _, patch, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]
+    n_positions = shapes[TOWER + "embeddings.position_embedding.weight"][0]
     n_layers = count(shapes, re.escape(TOWER) + r"encoder\.layers\.(\d+)\.")
     ffn_dim = next((s[0] for name, s in shapes.items() if re.search(r"encoder\.layers\.0\..*fc1\.weight", name)), None)
     return VisionConfig(
@@ -206,13 +216,11 @@ def vision_config(cfg: dict, shapes: dict, **more) -> VisionConfig:
 def text_config(cfg: dict, shapes: dict, kind: str) -> TextConfig:
     """From a Hugging Face decoder's config, in the older style (rope_theta, rope_scaling) or the current one (rope_parameters)."""
     layer = "model.layers.0.self_attn."
-    try:
-        vocab, dim = shapes["model.embed_tokens.weight"]
-        n_heads = cfg["num_attention_heads"]
-        head_dim = cfg.get("head_dim") or shapes[layer + "q_proj.weight"][0] // n_heads
-        n_kv = cfg.get("num_key_value_heads") or shapes[layer + "k_proj.weight"][0] // head_dim
-    except KeyError as e:
-        raise ValueError(f"{'config key' if e.args[0] == 'num_attention_heads' else 'tensor'} {e.args[0]} is missing") from None
+    vocab, dim = shapes["model.embed_tokens.weight"]
+    if not (n_heads := cfg.get("num_attention_heads")):
+        raise ValueError("key num_attention_heads is missing")
+    head_dim = cfg.get("head_dim") or shapes[layer + "q_proj.weight"][0] // n_heads
+    n_kv = cfg.get("num_key_value_heads") or shapes[layer + "k_proj.weight"][0] // head_dim
     n_experts = cfg.get("num_local_experts", count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")) if kind == "mixtral" else 0
     ffn_dim = next((s[0] for name, s in shapes.items() if re.search(r"model\.layers\.0\..*(up_proj|\.w3)\.weight", name)), None)
     n_layers = cfg.get("num_hidden_layers", count(shapes, r"^model\.layers\.(\d+)\."))
@@ -247,13 +255,18 @@ def read_json(file: str) -> dict:
     return value
 
 
-def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig:
+def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | AudioConfig:
     """The model of a folder with this config.json and tensors of these shapes (under published names)."""
     kind, architecture = cfg.get("model_type", ""), (cfg.get("architectures") or [""])[0]
     if not kind and not architecture:
         return Config.from_dict(cfg)
     if kind in ("clip", "clip_vision_model"):                                      # CLIPModel nests what CLIPVisionModel spreads out
         return vision_config(cfg.get("vision_config") or {} if kind == "clip" else cfg, shapes)
+    if kind == "whisper":
+        shape = lambda name: shapes[f"audio_tower.encoder.{name}"]
+        return AudioConfig(n_mels=shape("conv1.weight")[1], n_frames=2 * shape("embed_positions.weight")[0], dim=shape("conv1.weight")[0],
+                           n_layers=count(shapes, r"^audio_tower\.encoder\.layers\.(\d+)\."), ffn_dim=shape("layers.0.fc1.weight")[0],
+                           n_heads=cfg.get("encoder_attention_heads", shape("conv1.weight")[0] // 64), act=cfg.get("activation_function", "gelu"))
     if kind in DECODERS and not kind_is_multimodal(cfg):
         return Config(vision=None, text=text_config(cfg, shapes, kind), template="mistral" if kind.startswith("mi") else "vicuna")
     text_kind = {"llava_mistral": "mistral", "llava_mixtral": "mixtral", "llava": "llama", "llava_llama": "llama"}.get(kind, kind)
@@ -422,24 +435,26 @@ def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: lis
     """A model folder, or a model's name on the Hugging Face hub -> (model in eval mode, tokenizer or None).
 
     Understands our own layout, the published CuMo checkpoints, LLaVA-1.5, and Hugging Face's LLaMA, Mistral, Mixtral and Qwen2 decoders (a CuMo
-    without senses: model(tokens) works) and CLIP (a VisionTransformer). config.json says which it is, never the folder's name.
+    without senses: model(tokens) works), CLIP (a VisionTransformer) and Whisper's encoder (an AudioTransformer). config.json says which it is, never the folder's name.
     Weights stream tensor by tensor into their final place, in the dtype they are stored in unless one is given, so memory peaks little
     above the model's size. `listing` collects (their name, our name, shape, dtype) of each tensor. Raises ValueError naming the file, key
     or tensor that is missing, left over, of the wrong shape, or not readable."""
     path = local_folder(os.fspath(path))
     cfg = read_json(os.path.join(path, "config.json"))
     own = not {"model_type", "architectures"} & cfg.keys()
-    files = weight_files(path, cfg, own)
-    shapes = {} if own else shapes_in(files)
+    files, rename = weight_files(path, cfg, own), whisper if cfg.get("model_type") == "whisper" else str
+    shapes = Shapes() if own else shapes_in(files, rename)
     try:
         config = config_of(path, cfg, shapes)
         with torch.device("meta"):
-            model = CuMo(config) if isinstance(config, Config) else VisionTransformer(Config(vision=config).vision)
+            model = CuMo(config) if isinstance(config, Config) else AudioTransformer(config) if isinstance(config, AudioConfig) else \
+                VisionTransformer(Config(vision=config).vision)
     except (ValueError, TypeError) as e:
         raise ValueError(f"{os.path.join(path, 'config.json')}: {e}") from None
-    found = tqdm((item for file in files for item in tensors_in(file)), desc=f"loading {os.path.basename(path)}", unit=" tensors",
+    found = tqdm((item for file in files for item in tensors_in(file, rename=rename)), desc=f"loading {os.path.basename(path)}", unit=" tensors",
                  delay=2, leave=False, mininterval=0.5)                            # silent where it takes under two seconds
-    fill(model, found, path, None if own else translate, device, dtype, listing, "" if isinstance(model, CuMo) else "vision.")
+    fill(model, found, path, None if own else translate, device, dtype, listing,
+         {CuMo: "", VisionTransformer: "vision.", AudioTransformer: "audio."}[type(model)])
     file = os.path.join(path, "tokenizer.json")
     return model.eval(), read_tokenizer(file) if os.path.exists(file) else None
 
@@ -496,19 +511,19 @@ def weight_files(path: str, cfg: dict, own: bool) -> list[str]:
     return files
 
 
-def tensors_in(file: str, shapes_only: bool = False):
+def tensors_in(file: str, shapes_only: bool = False, rename=str):
     """Yield (name, tensor), or (name, shape), of a .safetensors or .bin file. A .bin is a pickle; weights_only refuses one that runs code."""
     try:
         if file.endswith(".safetensors"):
             with safe_open(file, framework="pt") as f:
                 names = list(f.keys())
                 if shapes_only:
-                    yield from ((name, tuple(f.get_slice(name).get_shape())) for name in names)
+                    yield from ((rename(name), tuple(f.get_slice(name).get_shape())) for name in names)
                     return
             for name in names:                                                     # opened anew for each tensor: the file is mapped, and
                 with safe_open(file, framework="pt") as f:                         # pages that were read count as memory while it is open
                     tensor = f.get_tensor(name)
-                yield name, tensor
+                yield rename(name), tensor
                 del tensor
         else:
             state = torch.load(file, map_location="meta" if shapes_only else "cpu", weights_only=True,
@@ -517,7 +532,7 @@ def tensors_in(file: str, shapes_only: bool = False):
                 raise ValueError(f"{file}: must hold a dictionary of tensors")
             for name in list(state):
                 tensor = state.pop(name)
-                yield name, tuple(tensor.shape) if shapes_only else tensor
+                yield rename(name), tuple(tensor.shape) if shapes_only else tensor
                 del tensor
     except FileNotFoundError:
         raise ValueError(f"{file}: missing") from None
@@ -528,9 +543,16 @@ def tensors_in(file: str, shapes_only: bool = False):
         raise ValueError(f"{file}: cannot be read, truncated perhaps: {str(e).splitlines()[0]}") from None
 
 
-def shapes_in(files: list[str]) -> dict[str, tuple]:
-    """{published name: shape} of the files' tensors, read off their headers."""
-    return {canonical(name): shape for file in files for name, shape in tensors_in(file, shapes_only=True)}
+class Shapes(dict):
+    """{published name: shape}."""
+
+    def __missing__(self, name):
+        raise ValueError(f"tensor {name} is missing")
+
+
+def shapes_in(files: list[str], rename=str) -> Shapes:
+    """Of the files' tensors, read off their headers."""
+    return Shapes({canonical(name): shape for file in files for name, shape in tensors_in(file, True, rename)})
 
 
 def read_tokenizer(file: str) -> Tokenizer:
@@ -686,8 +708,8 @@ the wrong shape is an error.""", formatter_class=argparse.RawDescriptionHelpForm
     print_listing(listing)
     if args.tokenizer:
         tokenizer = read_tokenizer(args.tokenizer)
-    if isinstance(model, VisionTransformer) and args.to == "own":
-        raise ValueError(f"{args.source}: a vision tower alone; put it together with a decoder: --vision {args.source} --llm DIR")
+    if isinstance(model, AudioTransformer) or (isinstance(model, VisionTransformer) and args.to == "own"):
+        raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: --vision DIR --llm DIR")
     save(model, args.out, tokenizer, layout=args.to)
     print(f"wrote {args.out} ({args.to}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M parameters)" + (
         "" if tokenizer or args.to == "hf-clip" else ". No tokenizer.json was found: give one with --tokenizer, or nothing can be trained or asked"))

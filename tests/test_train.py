@@ -202,8 +202,8 @@ def mixture():
 def alternating():
     """4 samples whose lengths alternate between text-only and pictures: cut for two processes, one of them sees no picture."""
     return [{"conversations": say("Say red.", "red")}, {"image": "red.png", "conversations": say("<image>\nWhat color is this?", "red")},
-            {"conversations": say("Say the words red and then green.", "red green")},
-            {"image": "blue.png", "conversations": say("<image>\nWhat color is this? Take your time to answer.", "blue")}]
+            {"conversations": say("Say red." + " Red, I said." * 16, "red green")},                    # longer than 36 slots and a question
+            {"image": "blue.png", "conversations": say("<image>\nWhat color is this?" + " Take your time." * 8, "blue")}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_gradient_accumulation_changes_nothing(ways, base, tmp_path, size):
 
 @pytest.mark.parametrize("way", ["ddp mixed", "fsdp mixed"])
 def test_a_process_without_pictures_does_not_hang_and_changes_nothing(ways, way):
-    lengths, shares = d.LlavaJson(f"{ways[0]}/data.json").lengths(), []
+    lengths, shares = d.LlavaJson(f"{ways[0]}/data.json").lengths(36), []
     for rank in (0, 1):
         shares.append(next(iter(d.Batches(4, 4, 2, 0, 0, rank, 2, lengths))))
     assert sorted(any("image" in alternating()[i] for i in share) for share in shares) == [False, True]    # else this tests nothing
@@ -296,10 +296,10 @@ def test_weigh_makes_the_loss_independent_of_the_cut(base):
     def parts(cut):
         batches = [d.collate([encoded[i] for i in part]) for part in cut]
         for b in batches:
-            b["n_labels"], b["n_images"] = int((b["labels"][:, 1:] != d.IGNORE).sum()), len(b["images"])
+            b["n_labels"], b["n_images"] = int((b["labels"][:, 1:] != d.IGNORE).sum()), len(b["tokens"])      # one image a row, or a blank
         total, out = [sum(b["n_labels"] for b in batches), sum(b["n_images"] for b in batches)], {}
         for b in batches:
-            for name, v in model.train()(b["tokens"], b["images"] if b["n_images"] else None, labels=b["labels"]).parts.items():
+            for name, v in model.train()(b["tokens"], b["images"] if len(b["images"]) else None, labels=b["labels"]).parts.items():
                 out[name] = out.get(name, 0) + train.weigh(name, b, total, len(batches)) * v.item()
         return out
     whole = parts([range(6)])
@@ -801,3 +801,55 @@ def test_stage_0_stopped_resumes_exactly(scratch, tmp_path, monkeypatch):
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
     a, b = (load_backbones(str(tmp_path / out / "backbones.safetensors"))[0].state_dict() for out in ("whole", "stopped"))
     assert all(torch.equal(a[n], b[n]) for n in a if not n.startswith("connector."))                       # the connector is new
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Real folders: a CLIP and a Mistral, made small
+
+
+@pytest.fixture(scope="module")
+def towers(base, tmp_path_factory):
+    """A CLIP folder and a Mistral folder with a tokenizer, as transformers lays them out, and LLaVA data -> (--vision and --llm, --data)."""
+    folder, model = tmp_path_factory.mktemp("towers"), load(base)
+    clip, llm = str(folder / "clip"), str(folder / "llm")
+    save(model[0], clip, layout="hf-clip")
+    save(model[0], llm, model[1], layout="hf-llm")
+    return ["--vision", clip, "--llm", llm], write_llava(folder, mixture())
+
+
+def test_the_stages_of_a_real_preset_start_from_folders_and_from_each_other(towers, tmp_path):
+    go = ["--preset", "cumo-mistral-7b", "--out", str(tmp_path / "o"), "--steps", "2", "--batch-size", "4", "--max-length", "400", "--device", "cpu",
+          *towers[1]]
+    train.main([*go, "--stage", "1", *towers[0]])
+    first, tokenizer = load(str(tmp_path / "o/stage1"))
+    assert first.config.vision.scales == [1, 3] and first.config.template == "mistral" and tokenizer.get_vocab_size() > 100
+    for name, source in (("vision", load(towers[0][1])[0].state_dict()), ("text", load(towers[0][3])[0].text.state_dict())):
+        for key, w in getattr(first, name).state_dict().items():                   # stage 1 trains the connector alone
+            assert torch.equal(w, source[key]), key
+    for stage in "23":
+        train.main([*go, "--stage", stage])
+    last, _ = load(str(tmp_path / "o"))
+    assert last.config.vision.n_experts == [4, 4, 4] and last.config.connector.n_experts == 4
+    assert [(r["stage"], r["lr"] > 0) for r in rows(tmp_path / "o")] == [(s, True) for s in (1, 1, 2, 2, 3, 3)]
+
+
+def test_the_presets_default_to_the_papers_hyperparameters(monkeypatch):
+    want = {1: (1e-3, 256, 2048, "plain"), 2: (2e-6, 128, 4096, None), 3: (4e-6, 256, 4096, None)}
+    for stage, (lr, batch, length, template) in want.items():
+        s = train.settings(train.parse(["--preset", "cumo-mistral-7b"]), stage)
+        assert (s["lr"], s["batch_size"], s["max_length"], s["template"], s["micro_batch"]) == (lr, batch, length, template, 4)
+    assert train.settings(train.parse(["--preset", "cumo-mixtral-8x7b"]), 3)["lr"] == 2e-6
+    assert train.parse(["--preset", "cumo-mistral-7b"]).out == os.path.join("out", "cumo-mistral-7b")
+
+
+@pytest.mark.parametrize("argv", [["--vision", "A"], ["--llm", "A"], ["--vision", "A", "--llm", "B", "--stage", "2"],
+                                  ["--vision", "A", "--llm", "B", "--init", "C"]])
+def test_vision_and_llm_go_together_and_with_stage_1(argv):
+    with pytest.raises(ValueError, match="--vision DIR and --llm DIR go together"):
+        train.parse(argv)
+
+
+def test_a_decoder_without_a_tokenizer_says_how_to_make_one(towers, tmp_path):
+    bare = shutil.copytree(towers[0][3], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(ValueError, match="no tokenizer.json.*save_pretrained"):
+        train.main(["--preset", "cumo-mistral-7b", "--stage", "1", *towers[0][:3], str(bare), *towers[1], "--out", str(tmp_path / "o")])
