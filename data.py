@@ -100,6 +100,7 @@ def render(conversations: list, template: str) -> list[tuple[str, bool]]:
             case "tiny", "human": pieces.append((f"<q>{text}<a>", False))
             case "tiny", _: pieces.append((f" {text}</s>", True))
             # The space before an answer belongs to what is learnt: most tokenizers merge it into the answer's first word.
+            # An empty answer is learnt as such; LLaVA takes an empty turn for one still to come, and writes no end mark.
             # mistral: CuMo's "mistral_instruct_system". The released code spells "<s>" out although its tokenizer adds one too.
             case "mistral", "human":
                 head = f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if i == 0 else "[INST] "
@@ -124,8 +125,9 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
             spans.append((end, end + len(text)))
         end += len(text)
     ids, labels, at = [], [], 0                                                    # at: characters before this chunk
-    for chunk in re.split("(<image>|<audio>)", "".join(text for text, _ in pieces)):
-        if chunk in SLOTS:
+    marks = "(<image>|<audio>)" if n_audio_tokens else "(<image>)"                 # without audio, "<audio>" is but an HTML tag
+    for i, chunk in enumerate(re.split(marks, "".join(text for text, _ in pieces))):
+        if i % 2:                                                                  # text, mark, text, mark, ..., text
             n = n_image_tokens if chunk == "<image>" else n_audio_tokens
             ids += [SLOTS[chunk]] * n
             labels += [IGNORE] * n

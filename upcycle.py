@@ -557,9 +557,12 @@ def shapes_in(files: list[str], rename=str) -> Shapes:
 
 def read_tokenizer(file: str) -> Tokenizer:
     try:
-        return Tokenizer.from_file(file)
+        tokenizer = Tokenizer.from_file(file)
     except Exception as e:                                                         # tokenizers raises bare Exceptions
         raise ValueError(f"{file}: cannot be read as a tokenizer: {e}") from None
+    tokenizer.no_truncation()                                                      # a file may say otherwise; data.py pads and cuts
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def fill(model: torch.nn.Module, tensors, where: str, names=None, device="cpu", dtype=None, listing: list | None = None, prefix: str = ""):

@@ -31,31 +31,6 @@ def picture(w, h, mode="RGB"):
     return image.convert(mode)
 
 
-def llava_pixels(image, size):
-    """LLaVA's "pad": expand2square with the mean colour, then CLIP's own image processor (but for its last step, mean and std)."""
-    transformers = pytest.importorskip("transformers", reason="the reference is transformers' CLIP image processor")
-    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    image = image.convert("RGB")
-    (w, h), side = image.size, max(image.size)
-    square = Image.new("RGB", (side, side), (122, 116, 104))
-    square.paste(image, (0, (w - h) // 2) if w > h else ((h - w) // 2, 0))
-    processor = processor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_normalize=False)
-    return torch.as_tensor(np.asarray(processor(square, return_tensors="np")["pixel_values"][0]))
-
-
-@pytest.mark.parametrize("w, h, mode", [(100, 61, "RGB"), (50, 133, "RGB"), (80, 80, "RGB"), (48, 48, "RGB"), (30, 20, "RGB"),
-                                        (90, 70, "L"), (64, 99, "RGBA"), (75, 40, "P"), (40, 41, "1"), (60, 50, "CMYK")])
-def test_pixels_equal_llavas(w, h, mode, tmp_path):
-    image = picture(w, h, mode)
-    x = d.load_image(image, 48)
-    assert x.shape == (3, 48, 48) and x.dtype == torch.float32
-    pixels = x * torch.tensor(d.CLIP_STD).view(3, 1, 1) + torch.tensor(d.CLIP_MEAN).view(3, 1, 1)
-    assert (pixels - llava_pixels(image, 48)).abs().max() <= 1 / 255 + 1e-6
-    if mode != "CMYK":                                                             # PNG knows no CMYK
-        image.save(tmp_path / "x.png")
-        assert torch.equal(d.load_image(tmp_path / "x.png", 48), x) and torch.equal(d.load_image(str(tmp_path / "x.png"), 48), x)
-
-
 def encoded_image(kind):
     out = io.BytesIO()
     picture(90, 70).save(out, kind)
@@ -252,28 +227,6 @@ def test_a_prompt_is_what_stands_before_the_learnt_answer(name, template, kind, 
         ids, labels = d.encode_chat(conversation[:n], t, template, 2)
         prompt, _ = d.encode_chat(conversation[:n - 1], t, template, 2)
         assert ids[:len(prompt)] == prompt and labels[len(prompt):] == ids[len(prompt):] != []
-
-
-def labels_by_lengths(text, tokenizer, answer_begins):
-    """LLaVA's algorithm: tokenize each round and each question again, alone, and add up their lengths. A round's own <s> makes up
-    for the </s> that it was cut off from; a question's for nothing, and its last space belongs to the answer: so minus 2."""
-    ids = llava_ids(text, tokenizer, 1)
-    labels, at = [-100] * len(ids), 1
-    for turn in text.split("</s>")[:-1]:
-        question, _ = turn.split(answer_begins)
-        start = at + len(llava_ids(question + answer_begins, tokenizer, 1)) - 2
-        at += len(llava_ids(turn, tokenizer, 1))
-        labels[start:at] = ids[start:at]
-    assert at == len(ids), "tokenization mismatch"
-    return ids, labels
-
-
-@pytest.mark.parametrize("template, answer_begins", [("vicuna", " ASSISTANT: "), ("mistral", "[/INST] ")])
-@pytest.mark.parametrize("name", [n for n in CHATS if "prompt" not in n and n != "empty answer"])
-def test_labels_equal_llavas_length_counting(name, template, answer_begins):
-    tokenizer = sentencepiece("prepend")
-    ids, labels = labels_by_lengths(unmark(CHATS[name][1][template])[0], tokenizer, answer_begins)
-    assert d.encode_chat(turns(CHATS[name][0]), tokenizer, template, 1) == (ids, labels)
 
 
 def test_labels_of_plain_are_all_behind_the_image_as_llavas(spm):
