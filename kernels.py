@@ -12,7 +12,8 @@ one by one. `moe_ffn` has three backends that give the same answer:
 
     loop      the definition, one expert after the other. Read this one.
     sorted    sort the (token, choice) pairs by expert once; each expert then owns a contiguous slice. Any device, any dtype.
-    grouped   the same order, but one `grouped_mm` kernel multiplies all slices at once; nothing waits for the host (CUDA bf16).
+    grouped   the same order, but one `grouped_mm` multiplies all slices at once; nothing waits for the host, nothing breaks the
+              graph of torch.compile (bf16; on a CPU float32 too).
 
 The released CuMo code loops over samples *and* experts in Python; MoE-LLaVA's lives inside DeepSpeed. This file needs torch only
 and can be lifted out alone. `python kernels.py` checks the backends against each other and times them.
@@ -20,6 +21,7 @@ and can be lifted out alone. `python kernels.py` checks the backends against eac
 Shapes, used throughout: N tokens, D width, F FFN width, E experts, K top-k, "..." any leading dimensions (images, say).
 """
 import argparse
+import functools
 import time
 from typing import NamedTuple
 
@@ -118,14 +120,15 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
 
     x (..., N, D); r as `route` gave it for those tokens; w_in, w_gate (E, F, D), w_out (E, D_out, F), b_in (E, F),
     b_out (E, D_out). Returns (..., N, D_out) in x's dtype (autocast's inside autocast). backend: "loop", "sorted", "grouped",
-    or None to choose: grouped for bf16 on CUDA, else sorted. Raises ValueError for an unknown backend or activation, and for
-    grouped with another dtype than bf16."""
+    or None to choose: grouped for bf16 on CUDA and inside torch.compile, else sorted. Raises ValueError for an unknown backend or
+    activation, and for grouped with a dtype that it cannot compute in."""
     if act not in ACTIVATIONS:
         raise ValueError(f"unknown activation {act!r}; known: {', '.join(ACTIVATIONS)}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if backend is None:
-        backend = "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "sorted"
+        can = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda)
+        backend = "grouped" if can and (x.is_cuda or torch.compiler.is_compiling()) else "sorted"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if r.experts.shape[:-1] != x.shape[:-1]:
@@ -185,36 +188,72 @@ def _combine(out, weights, order, inverse):
     return torch.bmm(weights.unsqueeze(1), _Gather.apply(out, inverse, order).view(n, k, out.shape[-1])).squeeze(1)
 
 
-def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
-    """As moe_loop, with one sort and E contiguous slices. The sizes of the slices come to the host: one wait on CUDA."""
-    x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
-    parts = [ffn(part, *expert, act) for part, expert in zip(x.split(counts.tolist()), _per_expert(w_in, w_out, w_gate, b_in, b_out))]
-    return _combine(torch.cat(parts), weights, order, inverse)
+class _SegmentMatmul(torch.autograd.Function):
+    """Rows a (M, I), in one segment an expert, times that expert's matrix w (E, O, I), plus its bias b (E, O): -> (M, O).
+
+    Every product is written where it belongs, in the forward pass (rows of one output) and in the backward pass (rows of a's gradient,
+    one expert's slice of w's). Autograd over split, linear and cat computes the same and copies all of it once more."""
+    @staticmethod
+    def forward(ctx, a, w, b, sizes):
+        out = a.new_empty(a.shape[0], w.shape[1])
+        for part, into, e in zip(a.split(sizes), out.split(sizes), range(len(sizes))):
+            torch.mm(part, w[e].t(), out=into) if b is None else torch.addmm(b[e], part, w[e].t(), out=into)
+        ctx.save_for_backward(a, w)
+        ctx.sizes = sizes
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (a, w), sizes, needs = ctx.saved_tensors, ctx.sizes, ctx.needs_input_grad
+        da, dw = torch.empty_like(a) if needs[0] else None, torch.empty_like(w) if needs[1] else None
+        for e, (g, start) in enumerate(zip(grad.split(sizes), [sum(sizes[:e]) for e in range(len(sizes))])):
+            rows = slice(start, start + sizes[e])
+            if needs[0]:
+                torch.mm(g, w[e], out=da[rows])
+            if needs[1]:
+                torch.mm(g.t(), a[rows], out=dw[e])                          # an expert without tokens: no rows, so zero
+        db = torch.stack([g.sum(0) for g in grad.split(sizes)]) if needs[2] else None
+        return da, dw, db, None
 
 
-def moe_grouped(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
-    """As moe_sorted, with all E products in one kernel: only the int32 ends of the slices go in, and they stay on the device.
+def _segments(counts, expert):
+    """-> product(a, w, b) over slices whose sizes come to the host: one wait on CUDA."""
+    sizes = counts.tolist()
+    return lambda a, w, b: _SegmentMatmul.apply(a, w.to(a.dtype), None if b is None else b.to(a.dtype), sizes)
 
-    grouped_mm wants bf16 and row strides that are multiples of 16 bytes, so widths that are not multiples of 8 are padded with
-    zeros, which change no product. It takes no bias, so each row fetches its expert's."""
-    if x.dtype != torch.bfloat16:
-        raise ValueError(f"backend 'grouped' computes in bfloat16, x is {x.dtype}; use backend 'sorted' or cast x")
-    n_experts = w_in.shape[0]
-    x, counts, order, inverse = _sort_by_expert(x, experts, n_experts)
+
+def _grouped(counts, expert):
+    """-> product(a, w, b) in one kernel: only the int32 ends of the slices go in, and they stay on the device.
+
+    grouped_mm wants row strides that are multiples of 16 bytes, so widths that are not multiples of 8 are padded with zeros, which
+    change no product. It takes no bias, so each row fetches its expert's."""
     ends = counts.cumsum(0).to(torch.int32)                                  # (E,) an expert without tokens repeats the last end
-    expert = experts.flatten()[order]                                        # (N*K,) the expert of each sorted row
 
-    def product(a, w, b):                                                    # a (N*K, I), w (E, O, I), b (E, O) -> (N*K, O)
+    def product(a, w, b):
         pad_i, pad_o = -w.shape[2] % 8, -w.shape[1] % 8
         if pad_i or pad_o:
             a, w = F.pad(a, (0, pad_i)), F.pad(w, (0, pad_i, 0, pad_o))
         out = F.grouped_mm(a.contiguous(), w.to(a.dtype).contiguous().transpose(-2, -1), offs=ends)
         out = out[:, :w.shape[1] - pad_o]
         return out if b is None else out + b.to(out.dtype).index_select(0, expert)
+    return product
 
-    h = product(x, w_in, b_in)
+
+def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act, by=_segments):
+    """As moe_loop, with one sort and E contiguous slices."""
+    x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
+    product = by(counts, experts.flatten()[order])                           # (N*K,) the expert of each sorted row
+    h = product(x, w_in, b_in)                                               # (N*K, F)
     h = ACTIVATIONS[act](h) if w_gate is None else ACTIVATIONS[act](product(x, w_gate, None)) * h
     return _combine(product(h, w_out, b_out), weights, order, inverse)
+
+
+def moe_grouped(x, *args):
+    """As moe_sorted, without the host knowing the slices: nothing waits, and torch.compile sees one graph."""
+    if x.dtype != torch.bfloat16 and (x.is_cuda or x.dtype != torch.float32):
+        raise ValueError(f"backend 'grouped' computes in bfloat16 (on a CPU in float32 too), x is {x.dtype}; use backend 'sorted' or cast x")
+    return moe_sorted(x, *args, by=_grouped)
 
 
 BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}
@@ -244,7 +283,7 @@ def check(device: str) -> float:
     """Each backend's output and gradients against `loop` in float64: the largest relative error, asserted and printed."""
     print(f"{'backend':10} {'dtype':10} {'error':>10}   largest |difference| / |reference| of output and all gradients, against loop in float64")
     for backend, dtype, limit in (("loop", torch.float32, 1e-5), ("sorted", torch.float64, 1e-12), ("sorted", torch.float32, 1e-5),
-                                  ("grouped", torch.bfloat16, 3e-2)):
+                                  ("grouped", torch.bfloat16, 3e-2), *[("grouped", torch.float32, 1e-5)] * (device == "cpu")):
         worst = 0.0
         for act, gated in (("gelu", False), ("quick_gelu", False), ("silu", True)):
             for bias in (False, True):
@@ -291,14 +330,20 @@ def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int):
         twice, (w_in, w_out, w_gate, b_in, b_out) = torch.cat([x.detach()] * 2).requires_grad_(), weights
         runs = {"dense": lambda: ffn(twice, w_in[0], w_out[0], None, b_in[0], b_out[0])}
         for backend in ("sorted", "grouped", "loop"):
-            if backend != "grouped" or dtype == torch.bfloat16:
+            if backend != "grouped" or dtype == torch.bfloat16 or device == "cpu":
                 runs[backend] = lambda backend=backend: moe_ffn(x, route(logits, 2), *weights, backend=backend)
         runs["samples"] = lambda: samples_and_experts(x, route(logits, 2), *weights, "gelu")
         if compiled:
             runs = {k: torch.compile(run) if k in ("dense", "sorted", "grouped") else run for k, run in runs.items()}
         y = torch.randn(b, n, d_out, device=device, dtype=dtype)
         grads = {"dense": torch.cat([y] * 2)}
-        t = _seconds({k: lambda k=k, run=run: torch.autograd.backward(run(), grads.get(k, y)) for k, run in runs.items()}, device, repeat)
+        inputs = [t for t in (x, twice, logits, *weights) if t is not None]
+
+        def once(k):
+            for leaf in inputs:
+                leaf.grad = None                                             # as a training step: gradients are written, not added
+            torch.autograd.backward(runs[k](), grads.get(k, y))
+        t = _seconds({k: functools.partial(once, k) for k in runs}, device, repeat)
         cell = lambda k: f"{t[k] * 1e3:9.2f} ms {t[k] / t['dense']:6.2f}x" if k in t else "-"
         print(f"{layer:12} {b * n:7} {d:5} {f:5}" + "".join(f"{cell(k):>20}" for k in ("dense", "sorted", "grouped", "loop", "samples")))
 
