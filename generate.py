@@ -4,22 +4,36 @@
     python generate.py --model out/tiny --image X.png                                            a chat (Ctrl-D ends it)
     python generate.py --model out/tiny --image X.png --routing routing.png                      which expert took which patch
     python generate.py --model out/tiny --eval-drawn 1200                                        accuracy on held-out drawn scenes
+    python generate.py --model out/tiny --eval questions.jsonl --images DIR --out answers.jsonl  answer a file; goes on where it stopped
+    torchrun --nproc_per_node 8 generate.py --model M --eval questions.jsonl --images DIR --out answers.jsonl      the same on 8 GPUs
+    python generate.py --score vqa --answers answers.jsonl --annotations FILE                    points: exact, vqa, textvqa, pope, choice
+    python generate.py --write-drawn DIR 500                                                     drawn questions as such files, to try it
 
 The default model was taught the questions of data.ask, among them: What color is the star? What shape is at the top left? Where is
 the red circle? How many rings are there? Is the red circle above the blue square? What does the sign say? Describe the scene.
 """
 import argparse
+import glob
+import json
 import math
+import os
 import random
+import re
 import sys
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import ImageFont
 from tqdm import tqdm
 
 import data as d
 from model import CuMo, MoE
 from upcycle import load, write_atomically
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun; --eval alone uses them
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Answers
@@ -118,14 +132,278 @@ def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = 
 
 
 def print_table(scores: dict, title: str):
+    """{name: [points, possible]} as lines, and their sum unless there is an "accuracy" among them."""
     tqdm.write(title, file=sys.stdout)
-    for kind, (right, asked) in [*scores.items(), ("all", [sum(v[i] for v in scores.values()) for i in (0, 1)])]:
-        tqdm.write(f"  {kind:10} {right:5} of {asked:5}  {100 * right / asked:5.1f}%", file=sys.stdout)
+    total = {} if "accuracy" in scores else {"all": [sum(v[i] for v in scores.values()) for i in (0, 1)]}
+    for kind, (right, asked) in (scores | total).items():
+        tqdm.write(f"  {kind:10} {round(right, 1):7} of {asked:5}  {100 * right / max(asked, 1):5.1f}%", file=sys.stdout)
     sys.stdout.flush()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Pictures of the routing
+# 3. Question files, LLaVA's: JSON lines in, JSON lines out
+#
+# A run of hours is interrupted sooner or later. So answers go to disk batch by batch, every process appends to a part of its own,
+# OUT.part-RANK-of-WORLD, and the last step merges the parts. A run that finds parts goes on from them, with any number of processes.
+
+
+def read_rows(file: str, needs: str, kind) -> dict[str, dict]:
+    """{question_id as text: row} of JSONL, a JSON list, VQA's {"annotations": [...]}, TextVQA's {"data": [...]}, or ScienceQA's
+    {id: {...}}. Raises ValueError naming file and place: malformed JSON, a row without question_id or without `needs` (a `kind`: str,
+    list, ...), an id that comes twice."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            rows = json.load(f)
+        rows = rows.get("annotations") or rows.get("data") or [{"question_id": key, **row} for key, row in rows.items()]
+    except (OSError, ValueError, AttributeError, TypeError):                       # a list, JSONL, or an error: LlavaJson says which
+        rows = d.LlavaJson(file).samples
+    out = {}
+    for i, row in enumerate(rows, 1):
+        key = row.get("question_id") if isinstance(row, dict) else None
+        if not isinstance(key, (int, str)) or not isinstance(row.get(needs), kind):
+            raise ValueError(f"{file}: row {i} must be an object with question_id and {needs}, not {str(row)[:200]}")
+        if str(key) in out:
+            raise ValueError(f"{file}: question_id {key!r} comes twice; give each question its own")
+        out[str(key)] = row
+    return out
+
+
+def read_questions(file: str, folder: str = "") -> dict[str, dict]:
+    """{"question_id", "image": a file below `folder`, a list of them, or absent, "text"} -> {id: sample for `answer`, with the row}.
+
+    The human's turn is LLaVA's: "<image>\\n" for every image, then the text; or the text alone where it has its own <image> marks.
+    Raises ValueError as read_rows, for a missing image, and for marks and images that differ in number."""
+    samples = {}
+    for key, row in read_rows(file, "text", str).items():
+        images, n_marks = row.get("image") or [], row["text"].count("<image>")
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list):
+            raise ValueError(f"{file}: question {key!r}: 'image' must be a file or a list of files, not {images!r}")
+        images = [os.path.join(folder, str(image)) for image in images]
+        if n_marks not in (0, len(images)):
+            raise ValueError(f"{file}: question {key!r}: the text has {n_marks} <image>, the question has {len(images)} images")
+        for image in images:                                                       # now, and not after an hour of answers
+            if not os.path.isfile(image):
+                raise ValueError(f"{image}: no such file (question {key!r}); check --images")
+        turn = {"from": "human", "value": "<image>\n" * (len(images) - n_marks) + row["text"]}
+        samples[key] = {"row": row, "images": images, "conversations": [turn]}
+    return samples
+
+
+def answered(files: list[str], questions: dict, model_id: str) -> dict[str, dict]:
+    """{id: answer's row} of these files, as far as they exist. Raises ValueError for anything but answers to these questions by this
+    model: it would be mixed in, or overwritten. A line that a kill cut off (only in a part) does not count; it is asked again."""
+    done = {}
+    for file in filter(os.path.exists, files):
+        for line in Path(file).read_bytes().splitlines():
+            try:
+                row = json.loads(line or b"null")
+            except ValueError:
+                row = None if ".part-" in file else line
+            if row is None:
+                continue
+            key = str(row.get("question_id")) if isinstance(row, dict) else None
+            if key not in questions or (row.get("prompt"), row.get("model_id")) != (questions[key]["row"]["text"], model_id):
+                raise ValueError(f"{file} holds something else than answers of {model_id} to these questions; choose another --out: "
+                                 f"{str(row)[:200]}")
+            done[key] = row
+    return done
+
+
+def parts_of(out: str) -> list[str]:
+    return sorted(glob.glob(glob.escape(out) + ".part-*-of-*"))
+
+
+def answer_file(model: CuMo, tokenizer, questions: dict, out: str, model_id: str, batch: int, **options):
+    """read_questions' samples -> `out`: a line {"question_id", "prompt", "text", "model_id"} for each, in their order.
+
+    options: as for `answer`. Under torchrun each process answers every WORLD-th question; the process group must be there."""
+    if model.vision is None and any(q["images"] for q in questions.values()):
+        raise ValueError(f"{model_id} is a language model alone; it cannot see the questions' images")
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    part, line = f"{out}.part-{RANK}-of-{WORLD}", lambda row: json.dumps(row) + "\n"
+    done = answered([out, *parts_of(out)], questions, model_id)    # others may be writing already: answers to their own share only
+    todo = [q for key, q in list(questions.items())[RANK::WORLD] if key not in done]
+    # Like with like, so that there is little padding; the longest first, so that a batch too large for the memory fails at once
+    todo.sort(key=lambda q: (len(q["images"]), len(q["row"]["text"])), reverse=True)
+    try:
+        with open(part, "a", encoding="utf-8") as f, tqdm(total=len(todo), desc="answering", disable=RANK > 0, mininterval=1) as bar:
+            if f.tell():
+                f.write("\n")                                                      # behind a line that was cut off
+            for i in range(0, len(todo), batch):
+                group = todo[i:i + batch]                                          # its images are read now, and forgotten after
+                for row, reply in zip([q["row"] for q in group], answer(model, tokenizer, group, **options)):
+                    f.write(line({"question_id": row["question_id"], "prompt": row["text"], "text": reply, "model_id": model_id}))
+                f.flush()
+                bar.update(len(group))
+    except KeyboardInterrupt:
+        print(f"\nstopped; the answers so far are in {part}, and the same command goes on from there", file=sys.stderr)
+        raise
+    if WORLD > 1:
+        dist.barrier()                                                             # all parts are complete
+    if RANK == 0:
+        done = answered([out, *parts_of(out)], questions, model_id)
+        write_atomically(out, lambda name: Path(name).write_text("".join(line(done[key]) for key in questions), encoding="utf-8"))
+        for file in parts_of(out):
+            os.remove(file)
+        print(f"wrote {len(questions)} answers to {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Scores: annotations {id: row} and replies {id: text} of the same questions -> {name: [points, possible]}
+
+
+def by_type(annotations: dict, points: dict) -> dict:
+    """{id: 0..1} summed up: "accuracy" over all, and over each "type" (VQA v2: "answer_type") where the annotations have one."""
+    groups = {"accuracy": list(annotations)}
+    for key, row in annotations.items():
+        if kind := row.get("type") or row.get("answer_type"):
+            groups.setdefault(str(kind), []).append(key)
+    return {kind: [sum(points[key] for key in keys), len(keys)] for kind, keys in groups.items()}
+
+
+def score_exact(annotations: dict, replies: dict) -> dict:
+    """row: {"answer": text, or a list of texts any of which is right, "type": optional}. The same text, but for outer blanks."""
+    right = lambda row: [str(a).strip() for a in (row["answer"] if isinstance(row["answer"], list) else [row["answer"]])]
+    return by_type(annotations, {key: replies[key].strip() in right(row) for key, row in annotations.items()})
+
+
+CONTRACTIONS = {w[:i] + w[i + 1:]: w for w in """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
+    hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
+    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've
+    y'all'll you'd you'd've you'll you're you've""".split() for i, c in enumerate(w) if c == "'"}      # any one apostrophe forgotten
+DIGITS = {"none": "0", **{word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}}
+
+
+def normalise(text: str) -> str:
+    """VQA v2's normal form of an answer: "The two  dogs." and "2 dogs" are the same, and "dont" is "don't".
+
+    Punctuation goes away where that sign stands beside a blank, and everywhere if a comma stands between digits ("1,000"); else it
+    becomes a blank ("left-hand" is two words). A period stays before a digit only; apostrophes and colons always stay."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    out, thousands = text, re.search(r"\d,\d", text)
+    for sign in ';/[]"{}()=+\\_-><@`,?!':
+        out = out.replace(sign, "" if thousands or sign + " " in text or " " + sign in text else " ")
+    words = [DIGITS.get(w, w) for w in re.sub(r"\.(?!\d)", "", out).lower().split()]
+    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+def score_vqa(annotations: dict, replies: dict, form=normalise, always: bool = False) -> dict:
+    """row: {"answers": ten of {"answer": text} or text, "answer_type": optional}. VQA accuracy (arXiv 1505.00468).
+
+    What three humans say is right. Each of the ten is left out in turn (so that humans can be scored likewise) and the mean taken:
+    0, 0.3, 0.6, 0.9, 1 points if 0, 1, 2, 3, 4 or more agree. Raises ValueError where there are not ten."""
+    points = {}
+    for key, row in annotations.items():
+        humans = [h.get("answer") if isinstance(h, dict) else h for h in row["answers"]]
+        if len(humans) != 10 or not all(isinstance(h, str) for h in humans):
+            raise ValueError(f"question {key!r}: 'answers' must be texts of ten humans, not {str(row['answers'])[:200]}")
+        reply, *humans = (text.replace("\n", " ").replace("\t", " ").strip() for text in (replies[key], *humans))
+        # This follows the official code (GT-Vision-Lab/VQA), which normalises only where the humans differ: else "Yes." is no "yes".
+        # LLaVA never sees that, as it hands in answers in m4c's normal form, below
+        if always or len(set(humans)) > 1:
+            reply, *humans = map(form, (reply, *humans))
+        agree = humans.count(reply)
+        points[key] = sum(min(1, (agree - (h == reply)) / 3) for h in humans) / 10
+    return by_type(annotations, points)
+
+
+def score_textvqa(annotations: dict, replies: dict) -> dict:
+    """row: {"answers": ten}. TextVQA as m4c and LLaVA evaluate it: VQA accuracy, but always normalised, and before that commas and
+    question marks are dropped and "'s" becomes a word of its own."""
+    form = lambda text: normalise(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
+    return score_vqa(annotations, replies, form, always=True)
+
+
+def score_pope(annotations: dict, replies: dict) -> dict:
+    """row: {"label": "yes" | "no"}. POPE (arXiv 2305.10355): does the model see what is not there? Positive is "yes".
+
+    As LLaVA reads it, a reply with "no", "No" or "not" in its first sentence is a no, and all else a yes, whatever it says. LLaVA
+    pairs replies and labels by their order, here by question_id; and where nobody says yes it divides by zero, here precision is 0."""
+    said_no = lambda text: bool({"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" ")))
+    count = Counter((not said_no(replies[key]), row["label"].strip().lower() != "no") for key, row in annotations.items())
+    tp, fp, tn, fn, n = count[True, True], count[True, False], count[False, False], count[False, True], len(annotations)
+    return {"accuracy": [tp + tn, n], "precision": [tp, tp + fp], "recall": [tp, tp + fn], "F1": [2 * tp, 2 * tp + fp + fn],
+            "yes ratio": [tp + fp, n], "TP": [tp, n], "FP": [fp, n], "TN": [tn, n], "FN": [fn, n]}
+
+
+def choice_of(reply: str, choices: list) -> int | None:
+    """Which option a reply means: "B", "B.", "(B)", "B. a cat", "... The answer is B.", or the text of exactly one option; else None.
+
+    LLaVA's script for ScienceQA knows no brackets and no texts, and its "The answer is A" also finds "The answer is Apples"."""
+    reply, plain = reply.strip(), lambda text: str(text).strip().rstrip(".").lower()
+    head = re.match(r"\(([A-Z])\)(?:[.\s]|$)|([A-Z])(?:\.\s|\.?$)", reply)
+    letters = [head[1] or head[2]] if head else re.findall(r"[Tt]he answer is \(?([A-Z])\b", reply)
+    if len(letters) == 1 and ord(letters[0]) - ord("A") < len(choices):
+        return ord(letters[0]) - ord("A")
+    same = [i for i, text in enumerate(choices) if plain(text) == plain(reply)]
+    return same[0] if len(same) == 1 else None
+
+
+def score_choice(annotations: dict, replies: dict) -> dict:
+    """row: {"answer": letter or index from 0, "choices": [text, ...]}. A reply that names no option is wrong; "unparsed" counts them."""
+    points, unparsed = {}, 0
+    for key, row in annotations.items():
+        right, said = row.get("answer"), choice_of(replies[key], row["choices"])
+        right = ord(right) - ord("A") if isinstance(right, str) and len(right) == 1 else right
+        if right not in range(len(row["choices"])):
+            raise ValueError(f"question {key!r}: 'answer' must be the letter or the index of one of the 'choices', not {right!r}")
+        points[key], unparsed = said == right, unparsed + (said is None)
+    return by_type(annotations, points) | {"unparsed": [unparsed, len(points)]}
+
+
+SCORERS = {"exact": (score_exact, "answer", (str, int, float, list)), "vqa": (score_vqa, "answers", list),    # the key a row needs
+           "textvqa": (score_textvqa, "answers", list), "pope": (score_pope, "label", str), "choice": (score_choice, "choices", list)}
+
+
+def score(kind: str, annotations: str, answers: str) -> tuple[dict, int]:
+    """Two files -> ({name: [points, possible]}, how many answers have no annotation; they are left out).
+
+    Raises ValueError for annotated questions without an answer: half a benchmark is another benchmark."""
+    scorer, *needs = SCORERS[kind]
+    rows, replies = read_rows(annotations, *needs), {key: row["text"] for key, row in read_rows(answers, "text", str).items()}
+    splits = {row.get("split") for key, row in rows.items() if key in replies}     # problems.json holds the training questions, too
+    rows = {key: row for key, row in rows.items() if not splits or row.get("split") in splits}
+    if missing := [key for key in rows if key not in replies]:
+        raise ValueError(f"{answers}: {len(missing)} of {len(rows)} questions have no answer, first {missing[0]!r}")
+    return scorer(rows, replies), len(replies.keys() - rows.keys())
+
+
+SYNONYMS = {"circle": "disc", "cross": "plus sign", "purple": "violet", "cyan": "light blue", "large": "big", "center": "in the middle"}
+
+
+def write_drawn(folder: str, n: int):
+    """The n questions of --eval-drawn as files: questions.jsonl, images/, and {kind}.jsonl, the annotations for --score {kind}."""
+    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+    files = {name: [] for name in ("questions", *SCORERS)}
+    for i, (scene, kind, question, right) in enumerate(drawn_questions(n)):
+        add = lambda name, **row: files[name].append(json.dumps({"question_id": i, **row}) + "\n")
+        d.draw_scene(scene).save(os.path.join(folder, "images", f"{i:05}.png"))
+        add("questions", image=f"{i:05}.png", text=question)
+        add("exact", answer=right, type=kind)
+        # Ten humans, made up: some are wordy, some know another word, and every third question leaves most of them unsure
+        rng = random.Random(i)
+        humans = rng.choices((right, f"The {right}.", SYNONYMS.get(right, right), "unsure"), (4, 1, 1, rng.choice((1, 1, 12))), k=10)
+        add("vqa", answers=[{"answer": human} for human in humans], answer_type=kind)
+        if kind == "sign":                                                         # to read is what TextVQA asks for
+            add("textvqa", answers=humans)
+        if right in ("yes", "no"):
+            add("pope", label=right)
+        if others := [w for words in (list(d.COLORS), d.SHAPES) if right in words for w in words if w != right]:
+            choices = rng.sample([right, *rng.sample(others, 3)], 4)
+            add("choice", answer="ABCD"[choices.index(right)], choices=choices)
+    for name, lines in files.items():
+        Path(folder, f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(f"wrote {n} questions. Answer and score them:\n"
+          f"  python generate.py --eval {folder}/questions.jsonl --images {folder}/images --out {folder}/answers.jsonl\n"
+          f"  python generate.py --score exact --answers {folder}/answers.jsonl --annotations {folder}/exact.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Pictures of the routing
 
 EXPERT_COLORS = ((230, 80, 60), (60, 140, 230), (250, 190, 40), (80, 180, 90), (150, 90, 200), (60, 200, 200), (240, 120, 180), (150, 150, 150))
 
@@ -204,12 +482,48 @@ def main(argv=None):
     parser.add_argument("--prompt", help="question; without it, a chat")
     parser.add_argument("--routing", metavar="FILE.png", help="draw which experts took which patches of the images")
     parser.add_argument("--eval-drawn", type=int, metavar="N", help="ask N questions about held-out drawn scenes")
+    command = parser.add_mutually_exclusive_group()
+    command.add_argument("--eval", metavar="FILE", help="answer a question file as LLaVA's: a JSON object with question_id, text and "
+                         "image (a file, a list of files, or none) a line. An interrupted run goes on where it stopped; under torchrun "
+                         "every process answers its share")
+    command.add_argument("--score", choices=SCORERS, help="score a file of answers: exact match, VQA accuracy (ten humans), TextVQA's "
+                         "(the same, words cleaned otherwise), POPE (yes or no), multiple choice. Needs no model")
+    command.add_argument("--write-drawn", nargs="+", metavar=("DIR", "N"), help="write N (default: 500) drawn questions into DIR: "
+                         "questions.jsonl and images/ for --eval, and for --score one file of annotations a kind")
+    parser.add_argument("--images", default="", metavar="DIR", help="of --eval: the folder below which its images lie")
+    parser.add_argument("--out", metavar="FILE", help="of --eval: the answers, a JSON object a line, in the order of the questions")
+    parser.add_argument("--batch", type=int, default=16, help="of --eval: questions answered together (default: 16)")
+    parser.add_argument("--answers", metavar="FILE", help="of --score: what --eval wrote to --out")
+    parser.add_argument("--annotations", metavar="FILE", help="of --score: the right answers, JSON or JSON lines, by question_id")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this much probability (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args(argv)
+    if args.score:
+        if not args.answers or not args.annotations:
+            raise ValueError("--score needs --answers and --annotations")
+        scores, extra = score(args.score, args.annotations, args.answers)
+        note = f"; {extra} answers have no annotation and do not count" if extra else ""
+        return print_table(scores, f"{args.answers}: {args.score}{note}")
+    if args.write_drawn:
+        folder, n, *more = args.write_drawn + ["500"] * (len(args.write_drawn) == 1)
+        if more or not n.isdecimal() or int(n) < 1:
+            raise ValueError(f"--write-drawn takes a folder and a number of questions, not {' '.join(args.write_drawn)}")
+        return write_drawn(folder, int(n))
+    if args.eval:
+        if not args.out or args.batch < 1:
+            raise ValueError("--eval needs --out, a file for the answers, and a --batch of at least 1")
+        questions, name = read_questions(args.eval, args.images), os.path.basename(os.path.abspath(args.model))
+        if len(answered([args.out], questions, name)) == len(questions):
+            return print(f"{args.out} already holds all {len(questions)} answers") if RANK == 0 else None
+        if WORLD > 1:
+            if args.device == "cuda":
+                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(args.device)
+            # Whoever is done first waits for the last: longer, perhaps, than the usual ten minutes
+            dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(days=1))
     model, tokenizer = load(args.model, args.device)
     if tokenizer is None:
         raise ValueError(f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
@@ -222,9 +536,14 @@ def main(argv=None):
         print(f"wrote {args.routing}")
     if args.eval_drawn:
         print_table(evaluate(model, tokenizer, args.eval_drawn), f"{args.model}: {args.eval_drawn} questions about held-out scenes, exact match")
-    if args.prompt is not None or not (args.routing or args.eval_drawn):
-        chat(model, tokenizer, args.image, args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-             top_p=args.top_p, generator=torch.Generator(args.device).manual_seed(args.seed))
+    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
+                   generator=torch.Generator(args.device).manual_seed(args.seed + RANK))
+    if args.eval:
+        answer_file(model, tokenizer, questions, args.out, name, args.batch, **options)
+        if WORLD > 1:
+            dist.destroy_process_group()
+    if args.prompt is not None or not (args.routing or args.eval_drawn or args.eval):
+        chat(model, tokenizer, args.image, args.prompt, **options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,382 @@
+"""generate.py's question files: answers that do not depend on how the work was cut, runs that go on, and scores worked out by hand."""
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data as d
+import generate
+from model import Config, CuMo
+from upcycle import save
+from test_generate import ROOT, build, picture
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a model of random, loud weights ("tiny"), images (0.png ...) and questions of many lengths (questions.jsonl)."""
+    path = tmp_path_factory.mktemp("world")
+    tokenizer = d.train_tokenizer([t["value"] for s in d.Drawn("chat", 50) for t in s["conversations"]], 320)
+    save(build(tokenizer.get_vocab_size()), str(path / "tiny"), tokenizer)
+    save(CuMo(Config(vision=None, text=dict(vocab_size=tokenizer.get_vocab_size(), dim=32, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=48),
+                     template="tiny")), str(path / "blind"), tokenizer)
+    for i in range(4):
+        picture(i).save(path / f"{i}.png")
+    write(path / "questions.jsonl", [
+        {"question_id": 7, "image": "0.png", "text": "What color is the ring?"},
+        {"question_id": "b", "text": "Why?"},
+        {"question_id": 3, "image": ["1.png", "2.png"], "text": "The same? é猫"},
+        {"question_id": 4, "image": "3.png", "text": "Where is the star? " * 6},
+        {"question_id": 50, "image": ["2.png", "1.png"], "text": "Is <image> below <image> or not?"},
+        {"question_id": 6, "image": "1.png", "text": "Is there a red circle below the blue one, or are there two?"},
+        {"question_id": 1, "image": [], "text": "Where is the sign? " * 3},
+        {"question_id": 8, "image": "2.png", "text": "Who?"}])
+    return path
+
+
+def flags(world, out, *more):
+    return ["--model", str(world / "tiny"), "--eval", str(world / "questions.jsonl"), "--images", str(world), "--out", str(out),
+            "--device", "cpu", "--max-new-tokens", "6", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    """The bytes of the answers given one at a time."""
+    generate.main(flags(world, world / "alone.jsonl", "--batch", 1))
+    return (world / "alone.jsonl").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_answers_stand_in_the_order_of_the_questions_and_are_those_of_answer(world, alone):
+    questions = read(world / "questions.jsonl")
+    rows = [json.loads(line) for line in alone.decode().splitlines()]
+    assert [(r["question_id"], r["prompt"]) for r in rows] == [(q["question_id"], q["text"]) for q in questions]
+    assert all(set(r) == {"question_id", "prompt", "text", "model_id"} and r["model_id"] == "tiny" for r in rows)
+    model, tokenizer = generate.load(str(world / "tiny"))
+    ask = lambda text, *images: generate.answer(model, tokenizer, [{"images": images, "conversations": [{"from": "human", "value": text}]}],
+                                                max_new_tokens=6)[0]
+    two = [picture(1), picture(2)]
+    assert rows[0]["text"] == ask("<image>\nWhat color is the ring?", picture(0)) and rows[1]["text"] == ask("Why?")
+    assert rows[2]["text"] == ask("<image>\n<image>\nThe same? é猫", *two)
+    assert rows[4]["text"] == ask("Is <image> below <image> or not?", *two[::-1])
+    assert len({r["text"] for r in rows}) > 5
+
+
+@pytest.mark.parametrize("batch", [3, 16])
+def test_a_batch_of_any_size_gives_the_answers_given_one_at_a_time(batch, world, alone, tmp_path):
+    generate.main(flags(world, tmp_path / "new" / "a.jsonl", "--batch", batch))
+    assert (tmp_path / "new" / "a.jsonl").read_bytes() == alone and [p.name for p in (tmp_path / "new").iterdir()] == ["a.jsonl"]
+
+
+def test_a_json_list_of_questions_is_the_same_as_its_lines(world, alone, tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps(read(world / "questions.jsonl"), indent=1))
+    generate.main(flags(world, tmp_path / "a.jsonl", "--eval", tmp_path / "q.json"))
+    assert (tmp_path / "a.jsonl").read_bytes() == alone
+
+
+def test_two_processes_go_on_from_the_parts_of_three_and_give_the_answers_of_one(world, alone, tmp_path):
+    out, lines = tmp_path / "a.jsonl", alone.decode().splitlines()
+    kept = {**json.loads(lines[3]), "text": "kept"}                                # not asked again, so this text must come out
+    (tmp_path / "a.jsonl.part-1-of-3").write_text(json.dumps(kept) + "\n" + lines[4][:40])
+    (tmp_path / "a.jsonl.part-0-of-2").write_text(lines[0][:-9])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "generate.py")]
+    run = subprocess.Popen([*launch, *flags(world, out, "--batch", 2)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        shown, errors = run.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        raise
+    assert run.returncode == 0, errors
+    assert read(out) == [kept if i == 3 else json.loads(line) for i, line in enumerate(lines)]
+    assert shown.count("wrote 8 answers") == 1 and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30])
+def test_a_stopped_run_goes_on_and_asks_only_what_is_missing(cut, world, alone, tmp_path, monkeypatch, capsys):
+    out, part, asked, real, loaded = tmp_path / "a.jsonl", tmp_path / "a.jsonl.part-0-of-1", [], generate.answer, generate.load
+
+    def once(model, tokenizer, samples, **options):
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        asked.extend(s["row"]["question_id"] for s in samples)
+        return real(model, tokenizer, samples, **options)
+    monkeypatch.setattr(generate, "answer", once)
+    with pytest.raises(KeyboardInterrupt):
+        generate.main(flags(world, out, "--batch", 2))
+    assert "goes on" in capsys.readouterr().err and not out.exists() and len(read(part)) == 4
+    if cut:                                                                        # 1 takes only the newline: that answer is whole
+        os.truncate(part, part.stat().st_size - cut)
+    lost, first = [asked[3]] if cut == 30 else [], list(asked)
+    monkeypatch.setattr(generate, "answer", lambda m, t, samples, **o: asked.extend(s["row"]["question_id"] for s in samples)
+                        or real(m, t, samples, **o))
+    generate.main(flags(world, out, "--batch", 3))
+    assert out.read_bytes() == alone and not part.exists()
+    assert sorted(map(str, asked[4:])) == sorted(map(str, {7, "b", 3, 4, 50, 6, 1, 8} - set(first) | set(lost)))
+
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("loaded a model to do nothing"))
+    generate.main(flags(world, out))
+    assert "already holds all 8" in capsys.readouterr().out and out.read_bytes() == alone
+    monkeypatch.setattr(generate, "load", loaded)
+    out.write_bytes(b"".join(alone.splitlines(keepends=True)[2:]))                 # questions were added to the file since
+    del asked[:]
+    generate.main(flags(world, out))
+    assert set(asked) == {7, "b"} and out.read_bytes() == alone
+
+
+def test_ctrl_c_ends_the_program_with_130(world, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(d, "encode_chat", stop)
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags(world, tmp_path / "a.jsonl")])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(generate.__file__, run_name="__main__")
+    assert e.value.code == 130
+
+
+def test_images_are_read_batch_by_batch(world, alone, tmp_path, monkeypatch):
+    most, real = [], generate.load_images
+    monkeypatch.setattr(generate, "load_images", lambda model, images: most.append(len(images)) or real(model, images))
+    generate.main(flags(world, tmp_path / "a.jsonl", "--batch", 2))
+    assert max(most) <= 4 and sum(most) == 8
+
+
+GOOD = '{"question_id": 1, "image": "0.png", "text": "What?"}\n'
+
+
+@pytest.mark.parametrize("text, message", [
+    (GOOD + '{"question_id": 2, "text": \n', "q.jsonl.*line 2"), ('[{"question_id": 1,\n "text" "x"}]', "q.jsonl.*line 2"),
+    (GOOD + '{"text": "x"}\n', "row 2.*question_id"), ('{"text": "x"}\n', "row 1.*question_id"),
+    ('{"question_id": 1, "image": "0.png"}', "row 1.*text"),
+    ('{"question_id": 1, "text": 5}', "row 1.*text"), ("[1, 2]", "row 1.*object"), (GOOD + GOOD, "question_id 1 comes twice"),
+    ('{"question_id": 1, "text": "x"}\n{"question_id": "1", "text": "y"}', "comes twice"), ("", "q.jsonl"),
+    ('{"question_id": 1, "image": "gone.png", "text": "x"}', "gone.png"),
+    ('{"question_id": 1, "image": ["0.png", "gone.png"], "text": "x"}', "gone.png"),
+    ('{"question_id": 1, "image": 5, "text": "x"}', "image"), ('{"question_id": 1, "image": [5], "text": "x"}', "image"),
+    ('{"question_id": 1, "image": "0.png", "text": "<image> or <image>"}', "2 <image>.*1 images"),
+    ('{"question_id": 1, "image": ["0.png", "1.png"], "text": "<image>?"}', "1 <image>.*2 images"),
+    ('{"question_id": 1, "text": "<image>?"}', "1 <image>.*0 images"), ('{"question_id": 1, "image": "bad.png", "text": "x"}', "bad.png")])
+def test_a_bad_question_file_is_a_value_error_that_names_the_place(text, message, world, tmp_path):
+    (world / "bad.png").write_text("no picture")
+    (tmp_path / "q.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        generate.main(flags(world, tmp_path / "a.jsonl", "--eval", tmp_path / "q.jsonl"))
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_missing_files_and_flags_are_value_errors_in_words(world, tmp_path):
+    write(world / "exact.jsonl", [{"question_id": 1, "answer": "x"}])
+    questions = str(world / "questions.jsonl")
+    for argv, message in ((["--eval", questions], "--out"), (flags(world, tmp_path / "a", "--batch", 0), "--batch"),
+                          (flags(world, tmp_path / "a", "--eval", "gone.jsonl"), "gone.jsonl"),
+                          (flags(world, tmp_path / "a", "--model", world / "blind"), "blind.*cannot see"),
+                          (["--score", "exact", "--answers", "a"], "--annotations"),
+                          (["--score", "vqa", "--annotations", "a"], "--answers"),
+                          (["--score", "vqa", "--answers", "gone", "--annotations", questions], "row 1.*answers"),
+                          (["--score", "exact", "--answers", "gone", "--annotations", str(world / "exact.jsonl")], "gone"),
+                          (["--write-drawn", str(tmp_path / "d"), "x"], "number"), (["--write-drawn", str(tmp_path / "d"), "0"], "number")):
+        with pytest.raises(ValueError, match=message):
+            generate.main(argv)
+
+
+@pytest.mark.parametrize("where", ["a.jsonl", "a.jsonl.part-0-of-4"])
+@pytest.mark.parametrize("change", [{"question_id": 99}, {"prompt": "Another?"}, {"model_id": "another"}])
+def test_answers_of_other_questions_or_models_are_not_touched(where, change, world, alone, tmp_path):
+    lines = alone.decode().splitlines()
+    write(tmp_path / where, [json.loads(lines[0]), {**json.loads(lines[1]), **change}])
+    before = (tmp_path / where).read_bytes()
+    with pytest.raises(ValueError, match=f"{where}.*choose another --out"):
+        generate.main(flags(world, tmp_path / "a.jsonl"))
+    assert (tmp_path / where).read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["my notes\n", '{"question_id": 7', "[]\n"])
+def test_a_file_that_holds_no_answers_is_not_overwritten(text, world, tmp_path):
+    (tmp_path / "notes.txt").write_text(text)
+    with pytest.raises(ValueError, match="choose another --out"):
+        generate.main(flags(world, tmp_path / "notes.txt"))
+    assert (tmp_path / "notes.txt").read_text() == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_exact_match_counts_by_type_and_takes_any_of_several_answers():
+    annotations = {"1": {"answer": "red", "type": "color"}, "2": {"answer": ["two", "2"], "type": "count"},
+                   "3": {"answer": "blue ", "type": "color"}, "4": {"answer": 3}}
+    replies = {"1": " red\n", "2": "2", "3": "Blue", "4": "3"}                     # "Blue" is not "blue": exact is exact
+    assert generate.score_exact(annotations, replies) == {"accuracy": [3, 4], "color": [1, 2], "count": [1, 1]}
+
+
+@pytest.mark.parametrize("text, form", [
+    ("The two  dogs.", "2 dogs"), ("None", "0"), ("Ten", "10"), ("a an The", ""), (" what\ttime\n", "what time"),
+    ("dont", "don't"), ("DONT", "don't"), ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"), ("yalld've", "yalld've"),
+    ("Im", "im"), ("lets", "lets"), ("it's", "it's"), ("twas", "'twas"), ("ow's'at", "'ow's'at"),
+    ("left-hand", "left hand"), ("left - hand", "left hand"), ("left -hand-side", "left handside"),      # one minus at a blank: all go
+    ("red/blue, green", "red blue green"), ("1,000", "1000"), ("1,000-2", "10002"), ("1, 2", "1 2"), ("x,y", "x y"),
+    ("u.s.a.", "usa"), ("3.5", "3.5"), ("5.", "5"), (".5", ".5"), ("10:30", "10:30"), ('the "STOP" sign!', "stop sign"),
+    ("#1 @home", "#1 home")])
+def test_normal_form_of_an_answer_is_that_of_the_vqa_evaluation(text, form):
+    assert generate.normalise(text) == form
+
+
+def humans(**counts):
+    return {"answers": [{"answer": text} for text, n in counts.items() for _ in range(n)]}
+
+
+@pytest.mark.parametrize("scorer", [generate.score_vqa, generate.score_textvqa])
+@pytest.mark.parametrize("agree, points", [
+    (0, 0),
+    (1, Fraction(3, 10)),      # leave out who agrees: 0 of 9, 0 points; leave out one of the other nine: 1/3 each. 9 * 1/3 / 10
+    (2, Fraction(6, 10)),      # twice 1/3, eight times 2/3: (2/3 + 16/3) / 10
+    (3, Fraction(9, 10)),      # three times 2/3, seven times 1: (2 + 7) / 10
+    (4, 1), (7, 1), (10, 1)])
+def test_vqa_accuracy_is_the_mean_over_ten_times_nine_humans(scorer, agree, points):
+    row = humans(blue=agree, red=10 - agree)
+    for answers in (row["answers"], [h["answer"] for h in row["answers"]]):        # VQA v2 writes objects, TextVQA plain texts
+        assert scorer({"1": {"answers": answers}}, {"1": "blue"}) == {"accuracy": [pytest.approx(float(points)), 1]}
+
+
+def test_vqa_normalises_only_where_humans_differ_and_textvqa_always():
+    agreed, differ = {"1": humans(yes=10)}, {"1": humans(yes=9, Yeah=1)}
+    assert generate.score_vqa(agreed, {"1": "Yes."})["accuracy"] == [0, 1] != generate.score_vqa(agreed, {"1": " yes\n"})["accuracy"]
+    assert generate.score_vqa(differ, {"1": "Yes."})["accuracy"] == [1, 1] == generate.score_textvqa(agreed, {"1": "Yes."})["accuracy"]
+    assert generate.score_vqa({"1": humans(two=2, **{"2": 2, "Two.": 6})}, {"1": "the two"})["accuracy"] == [1, 1]
+
+
+def test_textvqa_drops_commas_and_question_marks_and_parts_the_s():
+    both = lambda said, reply: [score({"1": {"answers": [said] * 9 + ["else"]}}, {"1": reply})["accuracy"][0]
+                                for score in (generate.score_vqa, generate.score_textvqa)]
+    assert both("joe's", "joe 's") == [0, 1] and both("joe's", "Joe's") == [1, 1]
+    assert both("x,y", "xy") == [0, 1] and both("x,y", "x y") == [1, 0]            # VQA v2: a blank; m4c: nothing
+    assert both("why?not", "whynot") == [0, 1]
+
+
+def test_vqa_sums_by_answer_type_and_wants_ten_humans():
+    annotations = {"1": {**humans(red=8, blue=2), "answer_type": "other"}, "2": {**humans(yes=10), "answer_type": "yes/no"},
+                   "3": {**humans(red=10), "answer_type": "other"}}
+    scores = generate.score_vqa(annotations, {"1": "blue", "2": "yes", "3": "blue"})
+    assert scores == {"accuracy": [pytest.approx(1.6), 3], "other": [pytest.approx(0.6), 2], "yes/no": [1, 1]}
+    for answers in (["red"] * 9, ["red"] * 9 + [5], [{"text": "red"}] * 10):
+        with pytest.raises(ValueError, match="'1'.*ten"):
+            generate.score_vqa({"1": {"answers": answers}}, {"1": "red"})
+
+
+def test_pope_reads_yes_and_no_as_llava_and_counts_them():
+    cases = [("Yes, there is.", "yes"), ("Yes. No doubt.", "yes"),                 # TP, TP: the second sentence is not read
+             ("No, there is none.", "yes"),                                        # FN
+             ("There is not, I think.", "no"), ("no", "no"),                       # TN, TN
+             ("I see a cat", "no"), ("nothing", "no")]                             # FP, FP: what says no "no" is a yes
+    annotations, replies = ({str(i): f(case) for i, case in enumerate(cases)} for f in (lambda c: {"label": c[1]}, lambda c: c[0]))
+    assert generate.score_pope(annotations, replies) == {
+        "accuracy": [4, 7], "precision": [2, 4], "recall": [2, 3], "F1": [4, 7],   # F1 = 2 p r / (p + r) = (2/3) / (7/6) = 4/7
+        "yes ratio": [4, 7], "TP": [2, 7], "FP": [2, 7], "TN": [2, 7], "FN": [1, 7]}
+    never = generate.score_pope(annotations, dict.fromkeys(annotations, "no"))
+    assert never["precision"] == [0, 0] and never["recall"] == [0, 3] and never["F1"] == [0, 3]
+    generate.print_table(never, "no zero division")
+
+
+@pytest.mark.parametrize("reply, index", [
+    ("A", 0), ("B.", 1), ("(C)", 2), ("(C).", 2), ("B. dog", 1), ("(B) a dog", 1), (" D\n", 3), ("The answer is B.", 1),
+    ("Dogs bark. The answer is (C).", 2), ("so the answer is A", 0), ("A. The answer is B.", 0), ("dog", 1), ("Dog.", 1),
+    ("E", None), ("(F)", None), ("b", None), ("A dog", None), ("dogs", None), ("", None), ("cat or dog", None),
+    ("The answer is Apples.", None), ("The answer is A. The answer is B.", None), ("twin", None), ("The answer is E.", None)])
+def test_a_choice_is_a_letter_or_the_text_of_exactly_one_option(reply, index):
+    assert generate.choice_of(reply, ["cat", "dog", "bird", "fish."]) == index
+    assert generate.choice_of(reply, ["cat", "dog", "twin", "Twin"]) == index
+
+
+def test_choices_are_scored_by_letter_or_index_and_unparsed_replies_are_wrong():
+    row = lambda answer: {"answer": answer, "choices": ["cat", "dog"]}
+    scores = generate.score_choice({"1": row("B"), "2": row(0), "3": row(1), "4": row("A")},
+                                   {"1": "dog", "2": "A.", "3": "A", "4": "who knows"})
+    assert scores == {"accuracy": [2, 4], "unparsed": [1, 4]}
+    for answer in ("C", 2, -1, None, "AB"):
+        with pytest.raises(ValueError, match="'1'.*choices"):
+            generate.score_choice({"1": row(answer)}, {"1": "A"})
+
+
+def test_annotations_are_understood_in_the_layouts_of_their_benchmarks(tmp_path):
+    rows = [{"question_id": i, "answers": humans(red=10)["answers"], "answer": "red"} for i in (1, 2)]
+    answers = write(tmp_path / "a.jsonl", [{"question_id": str(i), "text": "red"} for i in (2, 1)])
+    for name, content in (("lines", "\n".join(map(json.dumps, rows))), ("list", json.dumps(rows, indent=1)),
+                          ("vqa", json.dumps({"annotations": rows})), ("textvqa", json.dumps({"data": rows})),
+                          ("ids", json.dumps({str(r.pop("question_id")): r for r in json.loads(json.dumps(rows))}))):
+        (tmp_path / name).write_text(content)
+        for kind in ("exact", "vqa", "textvqa"):
+            assert generate.score(kind, str(tmp_path / name), answers) == ({"accuracy": [2, 2]}, 0)
+
+
+def test_scienceqa_problems_of_other_splits_are_left_out(tmp_path):
+    problems = {"10": {"answer": 1, "choices": ["x", "y"], "split": "test"}, "11": {"answer": 0, "choices": ["x", "y"], "split": "train"},
+                "12": {"answer": 0, "choices": ["x", "y"], "split": "test"}}
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    answers = [{"question_id": "10", "text": "B"}, {"question_id": 12, "text": "y"}]
+    score = lambda answers: generate.score("choice", str(tmp_path / "problems.json"), write(tmp_path / "a", answers))
+    assert score(answers) == ({"accuracy": [1, 2], "unparsed": [0, 2]}, 0)
+    with pytest.raises(ValueError, match="1 of 2.*'12'"):
+        score(answers[:1])
+
+
+def test_missing_answers_are_an_error_and_answers_without_annotation_are_counted(tmp_path, capsys):
+    annotations = write(tmp_path / "exact.jsonl", [{"question_id": i, "answer": "x"} for i in range(5)])
+    with pytest.raises(ValueError, match="a.jsonl: 3 of 5.*'1'"):
+        generate.score("exact", annotations, write(tmp_path / "a.jsonl", [{"question_id": i, "text": "x"} for i in (0, 4)]))
+    with pytest.raises(ValueError, match="5 of 5.*'0'"):
+        generate.score("exact", annotations, write(tmp_path / "a.jsonl", [{"question_id": "z", "text": "x"}]))
+    answers = write(tmp_path / "a.jsonl", [{"question_id": i, "text": "x" * (1 + i % 2)} for i in range(7)])
+    generate.main(["--score", "exact", "--answers", answers, "--annotations", annotations])
+    shown = capsys.readouterr().out.splitlines()
+    assert "2 answers" in shown[0] and shown[1].split() == ["accuracy", "3", "of", "5", "60.0%"] and len(shown) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The drawn world as files
+
+
+def test_drawn_files_can_be_answered_and_scored_in_every_way(world, tmp_path, monkeypatch, capsys):
+    folder, n = tmp_path / "drawn", 90
+    generate.main(["--write-drawn", str(folder), str(n)])
+    drawn, questions, exact = generate.drawn_questions(n), read(folder / "questions.jsonl"), read(folder / "exact.jsonl")
+    assert [q["text"] for q in questions] == [question for _, _, question, _ in drawn]
+    assert [(e["type"], e["answer"]) for e in exact] == [(kind, answer) for _, kind, _, answer in drawn]
+    for q, (scene, _, _, _) in zip(questions[:20], drawn):                         # the pixels that --eval-drawn shows
+        assert np.array_equal(np.asarray(Image.open(folder / "images" / q["image"])), np.asarray(d.draw_scene(scene)))
+
+    right = {e["question_id"]: e["answer"] for e in exact}                         # a model that errs on every fifth question
+    monkeypatch.setattr(generate, "answer", lambda m, t, samples, **_: [
+        "who knows" if s["row"]["question_id"] % 5 == 4 else right[s["row"]["question_id"]] for s in samples])
+    answers = str(folder / "answers.jsonl")
+    generate.main(flags(world, answers, "--eval", folder / "questions.jsonl", "--images", folder / "images"))
+    scores = {kind: generate.score(kind, str(folder / f"{kind}.jsonl"), answers)[0] for kind in generate.SCORERS}
+    assert scores["exact"]["accuracy"] == [72, 90] and scores["exact"]["color"] == [8, 10] and len(scores["exact"]) == 1 + len(d.TYPES)
+    assert 30 < scores["vqa"]["accuracy"][0] < 72 and scores["vqa"]["accuracy"][1] == 90             # people do not always agree
+    assert 0 < scores["textvqa"]["accuracy"][0] <= 8 and scores["textvqa"]["accuracy"][1] == 10      # the ten signs
+    assert scores["pope"]["accuracy"][1] == sum(a in ("yes", "no") for a in right.values()) == 20
+    n_choice = sum(a in d.COLORS or a in d.SHAPES for a in right.values())
+    missed = sum(a in d.COLORS or a in d.SHAPES for i, a in right.items() if i % 5 == 4)
+    assert scores["choice"] == {"accuracy": [n_choice - missed, n_choice], "unparsed": [missed, n_choice]} and n_choice == 30
+    letters = [row["answer"] for row in read(folder / "choice.jsonl")]
+    assert set(letters) == set("ABCD") and all(len(set(row["choices"])) == 4 for row in read(folder / "choice.jsonl"))
+    generate.write_drawn(str(tmp_path / "again"), n)
+    assert all((tmp_path / "again" / f.name).read_bytes() == f.read_bytes() for f in folder.glob("*.jsonl") if f.name != "answers.jsonl")
