@@ -441,9 +441,12 @@ def pad_rows(rows: list, fill: int, multiple: int = 8) -> torch.Tensor:
 
 
 def collate(samples: list) -> dict:
-    """Encoded samples -> tokens (B, T), labels (B, T), images (n, 3, S, S) in order of appearance, broken, truncated."""
+    """Encoded samples -> tokens (B, T), labels (B, T), images (n, 3, S, S) in order of appearance, broken, truncated.
+
+    As in the released code, a sample without an image brings a blank one, which fills no slot. They stand behind the others."""
+    blank = [torch.zeros(1, *s["images"].shape[1:]) for s in samples if not len(s["images"])]
     return {"tokens": pad_rows([s["tokens"] for s in samples], PAD), "labels": pad_rows([s["labels"] for s in samples], IGNORE),
-            "images": torch.cat([s["images"] for s in samples]), "broken": sum((s["broken"] for s in samples), []),
+            "images": torch.cat([s["images"] for s in samples] + blank), "broken": sum((s["broken"] for s in samples), []),
             "truncated": sum(s["truncated"] for s in samples)}
 
 

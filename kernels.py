@@ -12,8 +12,7 @@ one by one. `moe_ffn` has three backends that give the same answer:
 
     loop      the definition, one expert after the other. Read this one.
     sorted    sort the (token, choice) pairs by expert once; each expert then owns a contiguous slice. Any device, any dtype.
-    grouped   the same order, but one `grouped_mm` multiplies all slices at once; nothing waits for the host, nothing breaks the
-              graph of torch.compile (bf16; on a CPU float32 too).
+    grouped   the same order, but one `grouped_mm` kernel multiplies all slices at once; nothing waits for the host (CUDA bf16).
 
 The released CuMo code loops over samples *and* experts in Python; MoE-LLaVA's lives inside DeepSpeed. This file needs torch only
 and can be lifted out alone. `python kernels.py` checks the backends against each other and times them.
@@ -120,15 +119,14 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
 
     x (..., N, D); r as `route` gave it for those tokens; w_in, w_gate (E, F, D), w_out (E, D_out, F), b_in (E, F),
     b_out (E, D_out). Returns (..., N, D_out) in x's dtype (autocast's inside autocast). backend: "loop", "sorted", "grouped",
-    or None to choose: grouped for bf16 on CUDA and inside torch.compile, else sorted. Raises ValueError for an unknown backend or
-    activation, and for grouped with a dtype that it cannot compute in."""
+    or None to choose: grouped for bf16 on CUDA, else sorted. Raises ValueError for an unknown backend or activation, and for
+    grouped with another dtype than bf16."""
     if act not in ACTIVATIONS:
         raise ValueError(f"unknown activation {act!r}; known: {', '.join(ACTIVATIONS)}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if backend is None:
-        can = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and not x.is_cuda)
-        backend = "grouped" if can and (x.is_cuda or torch.compiler.is_compiling()) else "sorted"
+        backend = "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "sorted"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if r.experts.shape[:-1] != x.shape[:-1]:
@@ -188,39 +186,60 @@ def _combine(out, weights, order, inverse):
     return torch.bmm(weights.unsqueeze(1), _Gather.apply(out, inverse, order).view(n, k, out.shape[-1])).squeeze(1)
 
 
-class _SegmentMatmul(torch.autograd.Function):
-    """Rows a (M, I), in one segment an expert, times that expert's matrix w (E, O, I), plus its bias b (E, O): -> (M, O).
+# Rows a (M, I), in one segment an expert, times that expert's matrix w (E, O, I), plus its bias b (E, O): -> (M, O). Every product is
+# written where it belongs: rows of one output, rows of a's gradient, one expert's slice of w's. Autograd over split, linear and cat
+# computes the same and copies all of it once more. As an operator of its own it is one node to torch.compile, whatever the sizes are.
 
-    Every product is written where it belongs, in the forward pass (rows of one output) and in the backward pass (rows of a's gradient,
-    one expert's slice of w's). Autograd over split, linear and cat computes the same and copies all of it once more."""
-    @staticmethod
-    def forward(ctx, a, w, b, sizes):
-        out = a.new_empty(a.shape[0], w.shape[1])
-        for part, into, e in zip(a.split(sizes), out.split(sizes), range(len(sizes))):
-            torch.mm(part, w[e].t(), out=into) if b is None else torch.addmm(b[e], part, w[e].t(), out=into)
-        ctx.save_for_backward(a, w)
-        ctx.sizes = sizes
-        return out
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (a, w), sizes, needs = ctx.saved_tensors, ctx.sizes, ctx.needs_input_grad
-        da, dw = torch.empty_like(a) if needs[0] else None, torch.empty_like(w) if needs[1] else None
-        for e, (g, start) in enumerate(zip(grad.split(sizes), [sum(sizes[:e]) for e in range(len(sizes))])):
-            rows = slice(start, start + sizes[e])
-            if needs[0]:
-                torch.mm(g, w[e], out=da[rows])
-            if needs[1]:
-                torch.mm(g.t(), a[rows], out=dw[e])                          # an expert without tokens: no rows, so zero
-        db = torch.stack([g.sum(0) for g in grad.split(sizes)]) if needs[2] else None
-        return da, dw, db, None
+@torch.library.custom_op("nanocumo::segment_mm", mutates_args=())
+def segment_mm(a: Tensor, w: Tensor, b: Tensor | None, counts: Tensor) -> Tensor:
+    sizes = counts.tolist()                                                  # one wait for the device, on CUDA
+    out = a.new_empty(a.shape[0], w.shape[1])
+    for e, (part, into) in enumerate(zip(a.split(sizes), out.split(sizes))):
+        torch.mm(part, w[e].t(), out=into) if b is None else torch.addmm(b[e], part, w[e].t(), out=into)
+    return out
+
+
+@torch.library.custom_op("nanocumo::segment_mm_backward", mutates_args=())
+def segment_mm_backward(grad: Tensor, a: Tensor, w: Tensor, counts: Tensor, needs: list[bool]) -> list[Tensor]:
+    sizes = counts.tolist()                                                  # gradients that nobody needs stay empty
+    da, dw, db = (torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip((a, w, w[:, :, 0]), needs))
+    start = 0
+    for e, n in enumerate(sizes):
+        rows, start = slice(start, start + n), start + n
+        if needs[0]:
+            torch.mm(grad[rows], w[e], out=da[rows])
+        if needs[1]:
+            torch.mm(grad[rows].t(), a[rows], out=dw[e])                     # an expert without tokens: no rows, so zero
+        if needs[2]:
+            torch.sum(grad[rows], 0, out=db[e])
+    return [da, dw, db]
+
+
+@segment_mm.register_fake
+def _(a, w, b, counts):
+    return a.new_empty(a.shape[0], w.shape[1])
+
+
+@segment_mm_backward.register_fake
+def _(grad, a, w, counts, needs):
+    return [torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip((a, w, w[:, :, 0]), needs)]
+
+
+def _segment_mm_gradients(ctx, grad):
+    a, w, counts = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    out = segment_mm_backward(grad.contiguous(), a, w, counts, needs)
+    return *(g if need else None for g, need in zip(out, needs)), None
+
+
+segment_mm.register_autograd(_segment_mm_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
+    inputs[0], inputs[1], inputs[3]))
 
 
 def _segments(counts, expert):
-    """-> product(a, w, b) over slices whose sizes come to the host: one wait on CUDA."""
-    sizes = counts.tolist()
-    return lambda a, w, b: _SegmentMatmul.apply(a, w.to(a.dtype), None if b is None else b.to(a.dtype), sizes)
+    """-> product(a, w, b) by segment_mm."""
+    return lambda a, w, b: segment_mm(a, w.to(a.dtype), None if b is None else b.to(a.dtype), counts)
 
 
 def _grouped(counts, expert):
@@ -250,9 +269,9 @@ def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act, by=_s
 
 
 def moe_grouped(x, *args):
-    """As moe_sorted, without the host knowing the slices: nothing waits, and torch.compile sees one graph."""
-    if x.dtype != torch.bfloat16 and (x.is_cuda or x.dtype != torch.float32):
-        raise ValueError(f"backend 'grouped' computes in bfloat16 (on a CPU in float32 too), x is {x.dtype}; use backend 'sorted' or cast x")
+    """As moe_sorted, without the host knowing the slices: nothing waits."""
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"backend 'grouped' computes in bfloat16, x is {x.dtype}; use backend 'sorted' or cast x")
     return moe_sorted(x, *args, by=_grouped)
 
 
@@ -283,7 +302,7 @@ def check(device: str) -> float:
     """Each backend's output and gradients against `loop` in float64: the largest relative error, asserted and printed."""
     print(f"{'backend':10} {'dtype':10} {'error':>10}   largest |difference| / |reference| of output and all gradients, against loop in float64")
     for backend, dtype, limit in (("loop", torch.float32, 1e-5), ("sorted", torch.float64, 1e-12), ("sorted", torch.float32, 1e-5),
-                                  ("grouped", torch.bfloat16, 3e-2), *[("grouped", torch.float32, 1e-5)] * (device == "cpu")):
+                                  ("grouped", torch.bfloat16, 3e-2)):
         worst = 0.0
         for act, gated in (("gelu", False), ("quick_gelu", False), ("silu", True)):
             for bias in (False, True):
@@ -330,7 +349,7 @@ def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int):
         twice, (w_in, w_out, w_gate, b_in, b_out) = torch.cat([x.detach()] * 2).requires_grad_(), weights
         runs = {"dense": lambda: ffn(twice, w_in[0], w_out[0], None, b_in[0], b_out[0])}
         for backend in ("sorted", "grouped", "loop"):
-            if backend != "grouped" or dtype == torch.bfloat16 or device == "cpu":
+            if backend != "grouped" or dtype == torch.bfloat16:
                 runs[backend] = lambda backend=backend: moe_ffn(x, route(logits, 2), *weights, backend=backend)
         runs["samples"] = lambda: samples_and_experts(x, route(logits, 2), *weights, "gelu")
         if compiled:

@@ -519,12 +519,13 @@ class CuMo(nn.Module):
         return self.connector(self.vision(images, aux["vision"]), aux["connector"])
 
     def embed(self, tokens: Tensor, image_embeds: Tensor | None) -> Tensor:
-        """tokens (B, T), image_embeds (n, N, D) -> (B, T, D): word embeddings, and image features written over the IMAGE slots."""
+        """tokens (B, T), image_embeds (n, N, D) -> (B, T, D): word embeddings, and image features written over the IMAGE slots, in order;
+        what is left over must be blank images, one for each row without a slot."""
         x = self.text.embed(tokens.clamp(min=0))                                   # (B, T, D)
         slots = tokens == IMAGE                                                    # (B, T)
         if not torch.compiler.is_compiling():
             n_slots, n_features = int(slots.sum()), 0 if image_embeds is None else image_embeds.shape[:2].numel()
-            if n_slots != n_features:
+            if n_features not in (n_slots, n_slots + int((~slots).all(1).sum()) * self.config.n_image_tokens):
                 raise ValueError(f"tokens have {n_slots} IMAGE slots, the images give {n_features} features "
                                  f"({self.config.n_image_tokens} an image)")
             if (tokens == AUDIO).any():
@@ -535,22 +536,23 @@ class CuMo(nn.Module):
 
     def forward(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, labels: Tensor | None = None,
                 image_embeds: Tensor | None = None) -> Output:
-        """tokens (B, T) int64, images (n, 3, S, S) float in order of appearance, labels (B, T) int64 with -100 where nothing is
+        """tokens (B, T) int64, images (n, 3, S, S) float in order of appearance (blank ones last), labels (B, T) int64 with -100 where nothing is
         learnt (shifted here, not by the caller). image_embeds (n, N, D) takes the place of images that were encoded before.
         Raises ValueError when slots and features do not match."""
         if audio is not None:
             raise ValueError("this model hears nothing; it was given audio")
         aux = {"vision": [], "connector": [], "text": []}
-        n, idle = 0 if images is None else len(images), 0.
-        # Training: a row without an image brings a blank one, which fills no slot. The released code does so too, and counts the blanks
-        # in the auxiliary losses. It also makes every rank run every module, without which DDP and FSDP would hang.
-        n_blank = int((tokens != IMAGE).all(1).sum()) if labels is not None and self.vision and image_embeds is None else 0
-        if n_blank:
-            blank = torch.zeros(n_blank, 3, *[self.config.vision.image_size] * 2, device=tokens.device)
-            images = torch.cat([images, blank.to(images)]) if n else blank
-        if n + n_blank:
-            embeds = self.encode_images(images, aux)
-            image_embeds, idle = embeds[:n] if n else None, 0. * embeds[n:].sum()
+        n = 0 if images is None else len(images)
+        if labels is not None and self.vision and image_embeds is None and not torch.compiler.is_compiling():
+            # Training: a row without an image brings a blank one, which fills no slot. The released code does so too, and counts the
+            # blanks in the auxiliary losses. It also makes every rank run every module, without which DDP and FSDP would hang.
+            # data.collate appends them; here they are appended for who did not.
+            n_blank = int((tokens != IMAGE).all(1).sum())
+            if n_blank and n * self.config.n_image_tokens == int((tokens == IMAGE).sum()):
+                blank = torch.zeros(n_blank, 3, *[self.config.vision.image_size] * 2, device=tokens.device)
+                images = torch.cat([images, blank.to(images)]) if n else blank
+        if images is not None and len(images):
+            image_embeds = self.encode_images(images, aux)
         real = tokens != PAD
         logits = self.text(self.embed(tokens, image_embeds), real, aux["text"])    # (B, T, V)
         zero = torch.zeros((), device=tokens.device)
@@ -562,10 +564,10 @@ class CuMo(nn.Module):
         if labels is not None:
             target = labels[:, 1:].flatten()                                       # the logits at t speak of the token at t + 1
             lm = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
-            parts["lm"] = lm / (target != IGNORE).sum().clamp(min=1) + idle
+            parts["lm"] = lm / (target != IGNORE).sum().clamp(min=1)
             loss = parts["lm"] + sum(coef * parts[f"{name}/{kind}"] for name in aux
                                      for kind, coef in (("balance", self.config.balance_coef), ("z", self.config.z_coef)))
-        return Output(logits, loss, parts, image_embeds, aux)
+        return Output(logits, loss, parts, image_embeds[:n] if n else None if images is not None else image_embeds, aux)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, max_new_tokens: int = 64,

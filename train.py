@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data as d
 import generate
-from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, Decoder, MoE, TextConfig, count_parameters
+from model import IGNORE, PAD, PRESETS, Config, CuMo, Decoder, MoE, TextConfig, count_parameters
 from upcycle import assemble, load, load_backbones, save, save_backbones, upcycle, write_atomically
 
 BACKBONES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny-backbones.safetensors")
@@ -50,8 +50,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 EVERYTHING = ("vision", "connector", "text")
 RECIPE = {    # the paper's numbers (section 4.1 and the released scripts), for the 7B presets
-    1: dict(trains=("connector",), kind="caption", template="plain", lr=1e-3, batch_size=256, max_length=2048),
-    2: dict(trains=EVERYTHING, kind="caption", template=None, lr=2e-6, batch_size=128, max_length=4096),
+    1: dict(trains=("connector",), kind="caption", template="plain", lr=1e-3, batch_size=256, max_length=2048, aux=False),
+    2: dict(trains=EVERYTHING, kind="caption", template=None, lr=2e-6, batch_size=128, max_length=4096, aux=False),
     3: dict(trains=EVERYTHING, kind="chat", template=None, lr=4e-6, batch_size=256, max_length=4096, experts=True),
 }
 MIXTRAL = {3: dict(lr=2e-6)}      # where the released script of CuMo-Mixtral differs
@@ -229,7 +229,8 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=s["lr"], weight_decay=args.weight_decay, fused=device.type == "cuda")
     config = getattr(model, "config", None)
-    coef = lambda name: config.balance_coef if name.endswith("/balance") else config.z_coef if name.endswith("/z") else 1.0
+    aux = s.get("aux", True)           # stages 1 and 2 do without, as released: a Mixtral's own routers are left alone until stage 3
+    coef = lambda name: aux * config.balance_coef if name.endswith("/balance") else aux * config.z_coef if name.endswith("/z") else 1.0
     start, file, full = 0, os.path.join(out, "checkpoint.pt"), StateDictOptions(full_state_dict=True, cpu_offload=True)
     counts = {"skipped": 0, "broken": 0, "truncated": 0, "samples": 0}
     identity = {"stage": stage, **{k: s.get(k) for k in ("steps", "batch_size", "lr", "max_length", "template")},
@@ -269,12 +270,11 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
         micro = [next(batches) for _ in range(n_micro)]
         waited = time.perf_counter() - begin
         for b in micro:
-            b["n_labels"] = int((b["labels"][:, 1:] != IGNORE).sum())
-            b["n_images"] = len(b["images"]) + (int((b["tokens"] != IMAGE).all(1).sum()) if isinstance(model, CuMo) else 0)   # and blanks
+            b["n_labels"], b["n_images"] = int((b["labels"][:, 1:] != IGNORE).sum()), len(b["images"])
             for message in b["broken"]:
                 tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
         total = torch.tensor([sum(b["n_labels"] for b in micro), sum(b["n_images"] for b in micro), sum(len(b["broken"]) for b in micro),
-                              sum(b["truncated"] for b in micro), len(stopping), sum(len(b["images"]) for b in micro)], dtype=torch.float64, device=device)
+                              sum(b["truncated"] for b in micro), len(stopping)], dtype=torch.float64, device=device)
         if WORLD > 1:
             dist.all_reduce(total)
         total = total.tolist()
@@ -317,7 +317,7 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begin
         row = {"stage": stage, "step": step, **{k: v for k, v in row.items() if v != 0 or k == "loss"}, "lr": lr, "grad_norm": norm,
-               "images_per_s": total[5] / seconds, "seconds": seconds, "waiting": waited / seconds}
+               "images_per_s": total[1] / seconds, "seconds": seconds, "waiting": waited / seconds}
         if RANK == 0:
             log.write(row)
         bar.set_postfix_str(" ".join(f"{short(k)} {row[k]:.3g}" for k in row if k in ("loss", "lr", *sums))
@@ -591,6 +591,8 @@ def run_stage(args: Args, stage: int, source: str, device):
             setattr(c, name, getattr(args, name))
     if s["experts"] and c.vision and not any(c.vision.n_experts):
         upcycle(model, vision=args.n_experts, connector=args.n_experts, top_k=args.top_k, seed=args.seed)
+        if not c.balance_coef and not c.z_coef and args.balance_coef is None and args.z_coef is None:
+            c.balance_coef, c.z_coef = Config.balance_coef, Config.z_coef          # the released stage-2 folders say 0
     model.to(device)
     choose_trainable(model, s["trains"])
     template = s["template"] or c.template

@@ -557,10 +557,10 @@ def test_collate_mixes_several_images_one_and_none(tokenizer):
         assert torch.equal(tokens[:n], row["tokens"]) and (tokens[n:] == -1).all()
         assert torch.equal(labels[:n], row["labels"]) and (labels[n:] == -100).all()
     red, blue = d.load_image(RED, 16), d.load_image(BLUE, 16)
-    assert not torch.equal(red, blue) and torch.equal(batch["images"], torch.stack([red, blue, blue]))
+    assert not torch.equal(red, blue) and torch.equal(batch["images"], torch.stack([red, blue, blue, 0 * red]))
     assert (batch["tokens"] == -200).sum(1).tolist() == [8, 0, 4]
     assert batch["broken"] == [] and batch["truncated"] == 0
-    assert d.collate([rows[1]])["images"].shape == (0, 3, 16, 16)
+    assert torch.equal(d.collate([rows[1]])["images"], torch.zeros(1, 3, 16, 16))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def test_weigh_makes_the_loss_independent_of_the_cut(base):
             b["n_labels"], b["n_images"] = int((b["labels"][:, 1:] != d.IGNORE).sum()), len(b["tokens"])      # one image a row, or a blank
         total, out = [sum(b["n_labels"] for b in batches), sum(b["n_images"] for b in batches)], {}
         for b in batches:
-            for name, v in model.train()(b["tokens"], b["images"] if len(b["images"]) else None, labels=b["labels"]).parts.items():
+            for name, v in model.train()(b["tokens"], b["images"], labels=b["labels"]).parts.items():
                 out[name] = out.get(name, 0) + train.weigh(name, b, total, len(batches)) * v.item()
         return out
     whole = parts([range(6)])
@@ -746,7 +746,7 @@ def test_help_names_and_explains_every_flag(capsys, monkeypatch):
 def test_flags_arrive_with_their_types():
     args = train.parse("--stage 2 --lr 1e-3 --no-compile --fsdp --images X --workers 3 --balance-coef 0.2".split())
     assert (args.stage, args.lr, args.compile, args.fsdp, args.images, args.workers, args.balance_coef) == (2, 1e-3, False, True, "X", 3, 0.2)
-    assert train.parse([]) == train.Args() and train.parse(["--compile"]).compile is True
+    assert train.parse([]) == train.Args(out=os.path.join("out", "tiny")) and train.parse(["--compile"]).compile is True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
