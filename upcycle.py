@@ -205,7 +205,7 @@ def vision_config(cfg: dict, shapes: dict, **more) -> VisionConfig:
     dim, _, patch, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]
     n_positions = shapes[TOWER + "embeddings.position_embedding.weight"][0]
     n_layers = count(shapes, re.escape(TOWER) + r"encoder\.layers\.(\d+)\.")
-    ffn_dim = next((s[0] for name, s in shapes.items() if re.search(r"encoder\.layers\.0\..*fc1\.weight", name)), None)
+    ffn_dim = next((s[0] for name, s in shapes.items() if re.search(re.escape(TOWER) + r"encoder\.layers\.0\..*fc1\.weight", name)), None)
     return VisionConfig(
         image_size=cfg.get("image_size", math.isqrt(n_positions - 1) * patch), patch_size=cfg.get("patch_size", patch),
         dim=cfg.get("hidden_size", dim), n_layers=cfg.get("num_hidden_layers", n_layers), ffn_dim=cfg.get("intermediate_size", ffn_dim),
@@ -217,8 +217,7 @@ def text_config(cfg: dict, shapes: dict, kind: str) -> TextConfig:
     """From a Hugging Face decoder's config, in the older style (rope_theta, rope_scaling) or the current one (rope_parameters)."""
     layer = "model.layers.0.self_attn."
     vocab, dim = shapes["model.embed_tokens.weight"]
-    if not (n_heads := cfg.get("num_attention_heads")):
-        raise ValueError("key num_attention_heads is missing")
+    n_heads = cfg.get("num_attention_heads", 32)                                   # a part of a config leaves out its class's defaults
     head_dim = cfg.get("head_dim") or shapes[layer + "q_proj.weight"][0] // n_heads
     n_kv = cfg.get("num_key_value_heads") or shapes[layer + "k_proj.weight"][0] // head_dim
     n_experts = cfg.get("num_local_experts", count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")) if kind == "mixtral" else 0
@@ -228,11 +227,12 @@ def text_config(cfg: dict, shapes: dict, kind: str) -> TextConfig:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"rotary scaling {rope_type!r} is not supported; known: default, llama3")
-    window = cfg.get("sliding_window") if kind != "qwen2" or cfg.get("use_sliding_window") else None
-    if window and kind == "qwen2" and cfg.get("max_window_layers", 28) not in (0, n_layers):
-        raise ValueError(f"max_window_layers = {cfg.get('max_window_layers', 28)}: a sliding window in some layers only is not supported")
-    if window and kind == "qwen2" and cfg.get("max_window_layers", 28) == n_layers:
-        window = None                                                              # the window begins behind the last layer
+    window = None if kind == "llama" else cfg.get("sliding_window", None if kind == "mixtral" else 4096)
+    first = cfg.get("max_window_layers", 28) if kind == "qwen2" else 0             # the layer that the window begins at
+    if kind == "qwen2" and not cfg.get("use_sliding_window") or first >= n_layers:
+        window = None
+    elif window and first > 0:
+        raise ValueError(f"max_window_layers = {first}: a sliding window in some layers only is not supported")
     return TextConfig(
         vocab_size=cfg.get("vocab_size", vocab), dim=cfg.get("hidden_size", dim), n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv,
         head_dim=head_dim, ffn_dim=cfg.get("intermediate_size", ffn_dim), act=cfg.get("hidden_act", "silu"),
@@ -268,7 +268,8 @@ def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | Aud
                            n_layers=count(shapes, r"^audio_tower\.encoder\.layers\.(\d+)\."), ffn_dim=shape("layers.0.fc1.weight")[0],
                            n_heads=cfg.get("encoder_attention_heads", shape("conv1.weight")[0] // 64), act=cfg.get("activation_function", "gelu"))
     if kind in DECODERS and not kind_is_multimodal(cfg):
-        return Config(vision=None, text=text_config(cfg, shapes, kind), template="mistral" if kind.startswith("mi") else "vicuna")
+        return Config(vision=None, text=text_config(cfg, shapes, kind),
+                      template=cfg.get("template", "mistral" if kind.startswith("mi") else "vicuna"))
     text_kind = {"llava_mistral": "mistral", "llava_mixtral": "mixtral", "llava": "llama", "llava_llama": "llama"}.get(kind, kind)
     if text_kind not in DECODERS:
         raise ValueError(f"architecture {architecture or kind or '(none named)'} is not supported; supported: {SUPPORTED}")
@@ -276,6 +277,7 @@ def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | Aud
         text_cfg, vision_cfg, text_kind = cfg["text_config"], cfg.get("vision_config") or {}, cfg["text_config"].get("model_type", "llama")
         if text_kind not in DECODERS:
             raise ValueError(f"a decoder of type {text_kind} is not supported; supported: {', '.join(DECODERS.values())}")
+        text_cfg = {**text_cfg, "tie_word_embeddings": "lm_head.weight" not in shapes}       # the decoder's own flag has no say
         select, act = cfg.get("vision_feature_layer", -2), cfg.get("projector_hidden_act", "gelu")
         chosen = cfg.get("vision_feature_select_strategy", "default") == "default"
     else:
@@ -309,17 +311,20 @@ def clip_config_json(v: VisionConfig) -> dict:
             "hidden_act": v.act, "layer_norm_eps": v.norm_eps, "num_channels": 3}
 
 
-def text_config_json(t: TextConfig, tokenizer) -> dict:
+def text_config_json(t: TextConfig, tokenizer, template: str) -> dict:
     experts = set(t.n_experts)
     if len(experts) > 1:
         raise ValueError("text: experts in some layers only; no Hugging Face decoder has that")
     if experts != {0} and t.qkv_bias:
         raise ValueError("text: experts and QKV bias together; no supported Hugging Face decoder has both")
-    kind = "mixtral" if experts != {0} else "qwen2" if t.qkv_bias else "llama" if t.rope_scaling or not t.sliding_window else "mistral"
+    if experts != {0} and t.capacity_factor:
+        raise ValueError(f"text: capacity_factor = {t.capacity_factor}; no Hugging Face decoder's experts drop tokens")
+    kind = "mixtral" if experts != {0} else "qwen2" if t.qkv_bias else "mistral" if t.sliding_window or template == "mistral" else "llama"
     out = {"architectures": [DECODERS[kind]], "model_type": kind, "vocab_size": t.vocab_size, "hidden_size": t.dim, "hidden_act": t.act,
            "intermediate_size": t.ffn_dim, "num_hidden_layers": t.n_layers, "num_attention_heads": t.n_heads, "head_dim": t.head_dim,
            "num_key_value_heads": t.n_kv_heads, "rms_norm_eps": t.norm_eps, "rope_theta": t.rope_theta, "sliding_window": t.sliding_window,
            "tie_word_embeddings": t.tie_embeddings, "max_position_embeddings": 32768,
+           "template": template,                                                   # ours; others pass over it
            **{f"{name}_token_id": tokenizer.token_to_id(token) if tokenizer else None for name, token in (("bos", "<s>"), ("eos", "</s>"))}}
     if t.rope_scaling:
         out |= {"rope_scaling": {"rope_type": "llama3", **t.rope_scaling}, "max_position_embeddings":
@@ -380,7 +385,7 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
     if layout == "own":
         described = config.to_dict()
     elif layout == "hf-llm":
-        described = text_config_json(t, tokenizer)
+        described = text_config_json(t, tokenizer, config.template)
         state = published({name: tensor for name, tensor in state.items() if name.startswith("text.")})
     elif layout == "hf-clip":
         if any(v.n_experts):
@@ -394,11 +399,11 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
             raise ValueError("the published layout has one number of experts and one top-k, for all layers of the tower and the connector")
         if c.act != "gelu":
             raise ValueError(f"the published layout's connector has activation gelu, not {c.act}")
-        described = text_config_json(t, tokenizer)
+        described = text_config_json(t, tokenizer, config.template)
         kind = {"mixtral": "Mixtral", "mistral": "Mistral", "llama": "Llama" if t.rope_scaling else "Mistral"}.get(described["model_type"])
         if kind is None:
             raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; this one has QKV bias")
-        described |= {"architectures": [f"Llava{kind}ForCausalLM"], "model_type": f"llava_{kind.lower()}", "template": config.template,
+        described |= {"architectures": [f"Llava{kind}ForCausalLM"], "model_type": f"llava_{kind.lower()}",
                       "mm_vision_tower": CLIP_L if clip_config_json(v) == clip_config_json(VisionConfig()) else "", "mm_hidden_size": v.dim, "mm_vision_select_layer": v.select_layer,
                       "mm_vision_select_feature": "patch", "mm_projector_type": "smoe_mlp" if c.n_experts else "mlp2x_gelu",
                       "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad",
@@ -449,12 +454,14 @@ def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: lis
         with torch.device("meta"):
             model = CuMo(config) if isinstance(config, Config) else AudioTransformer(config) if isinstance(config, AudioConfig) else \
                 VisionTransformer(Config(vision=config).vision)
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:         # what values of a wrong kind lead to
         raise ValueError(f"{os.path.join(path, 'config.json')}: {e}") from None
     found = tqdm((item for file in files for item in tensors_in(file, rename=rename)), desc=f"loading {os.path.basename(path)}", unit=" tensors",
                  delay=2, leave=False, mininterval=0.5)                            # silent where it takes under two seconds
     fill(model, found, path, None if own else translate, device, dtype, listing,
          {CuMo: "", VisionTransformer: "vision.", AudioTransformer: "audio."}[type(model)])
+    if isinstance(model, CuMo) and model.vision:
+        model.connector.to(model.vision.patch.weight.dtype)                        # stored apart, they may differ
     file = os.path.join(path, "tokenizer.json")
     return model.eval(), read_tokenizer(file) if os.path.exists(file) else None
 
@@ -527,9 +534,9 @@ def tensors_in(file: str, shapes_only: bool = False, rename=str):
                 del tensor
         else:
             state = torch.load(file, map_location="meta" if shapes_only else "cpu", weights_only=True,
-                               mmap=not shapes_only and zipfile.is_zipfile(file))
+                               mmap=shapes_only and zipfile.is_zipfile(file))      # a mapped page counts as memory
             if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
-                raise ValueError(f"{file}: must hold a dictionary of tensors")
+                raise ValueError("must hold a dictionary of tensors")
             for name in list(state):
                 tensor = state.pop(name)
                 yield rename(name), tuple(tensor.shape) if shapes_only else tensor
@@ -537,10 +544,10 @@ def tensors_in(file: str, shapes_only: bool = False, rename=str):
     except FileNotFoundError:
         raise ValueError(f"{file}: missing") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{file}: holds more than tensors, a pickle that would run code: refused. Convert it to safetensors where you "
+        raise ValueError(f"{file}: damaged, or more than tensors, a pickle that would run code: refused. Convert it to safetensors where you "
                          "trust it") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError) as e:
-        raise ValueError(f"{file}: cannot be read, truncated perhaps: {str(e).splitlines()[0]}") from None
+    except Exception as e:                                                         # what damaged bytes lead to
+        raise ValueError(f"{file}: cannot be read, truncated perhaps: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 
 class Shapes(dict):
@@ -574,7 +581,8 @@ def fill(model: torch.nn.Module, tensors, where: str, names=None, device="cpu", 
         if to is None or (to[0] == "text.head.weight" and to[0] not in wanted):    # left out on purpose; or tied to the embedding
             continue
         name, expert = (to[0] or "?").removeprefix(prefix), to[1]
-        if name not in wanted or (expert or 0) >= max(1, len(wanted[name])):
+        stacked = name.rsplit(".", 1)[0] + ".router" in wanted and not name.endswith(".router")
+        if name not in wanted or (names and (expert is not None) != stacked) or (expert or 0) >= max(1, len(wanted[name])):
             raise ValueError(f"{where}: tensor {theirs} has no place in this model")
         shape = wanted[name].shape if expert is None else wanted[name].shape[1:]
         if tensor.shape != shape:
@@ -620,7 +628,7 @@ def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,), t
     tower.config, decoder.text.config = model.config.vision, model.config.text
     if connector:
         try:
-            fill(model.connector, tensors_in(connector), connector, translate, dtype=dtype, listing=listing, prefix="connector.")
+            fill(model.connector, tensors_in(connector), connector, translate, dtype=dtype or tower.patch.weight.dtype, listing=listing, prefix="connector.")
         except ValueError as e:
             raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} scale{'s' * (len(scales) > 1)}, the decoder "
                              f"{decoder.config.text.dim}") from None

@@ -1,0 +1,941 @@
+"""upcycle.py over other programs' layouts: what is loaded computes what transformers computes, what is saved comes back bit for bit, what
+is broken is named in one line, and memory stays near the model's size.
+
+transformers' models here have a few thousand random weights, loud ones, biases and norms too (transformers starts biases at zero, where a
+forgotten one would not be noticed). Each is made once and its answers are kept: `hf` below. Tests that need no second opinion run
+without transformers.
+"""
+import copy
+import dataclasses
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import upcycle as U
+from model import IMAGE, PAD, CuMo, VisionTransformer
+from upcycle import assemble, load, main, save
+
+UPCYCLE = Path(U.__file__)
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
+EYE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=7)
+LLAMA3 = dict(factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16)
+HF_IMAGE, N_SLOTS, N_NEW = 60, 16, 30                            # LLaVA's image token here; patches of an image; tokens to generate
+DECODERS = {
+    "llama": ("Llama", {}),
+    "llama3": ("Llama", dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, **LLAMA3), tie_word_embeddings=True, head_dim=16)),
+    "mistral": ("Mistral", dict(sliding_window=6)),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=0, tie_word_embeddings=True)),
+    "mixtral": ("Mixtral", dict(num_local_experts=4)),
+}
+
+
+@torch.no_grad()
+def loud(model):
+    generator = torch.Generator().manual_seed(7)
+    for p in model.parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.copy_(noise * p[0].numel() ** -0.5 if p.dim() > 1 else p + 0.3 * noise)
+    return model.eval()
+
+
+class Reference:
+    """A transformers model and what it says to three rows of different lengths: longer than a window of 6 and a context of 16."""
+
+    def __init__(self, t, name):
+        text = t.LlamaConfig(**SMALL)
+        if name in DECODERS:
+            kind, more = DECODERS[name]
+            self.model = getattr(t, kind + "ForCausalLM")(getattr(t, kind + "Config")(**SMALL, **more))
+        elif name == "llava":                                    # heads 64 wide, which is what a tower without a config is taken to have
+            eye = t.CLIPVisionConfig(**{**EYE, "hidden_size": 128, "num_attention_heads": 2})
+            self.model = t.LlavaForConditionalGeneration(t.LlavaConfig(vision_config=eye, text_config=text, image_token_index=HF_IMAGE))
+        elif name == "clip":
+            words = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+            self.model = t.CLIPModel(t.CLIPConfig(vision_config=EYE, text_config=words))
+        else:
+            self.model = t.CLIPVisionModel(t.CLIPVisionConfig(**EYE))
+        loud(self.model)
+        g = torch.Generator().manual_seed(3)
+        self.images = torch.randn(2, 3, 28, 28, generator=g) if "l" in name and name not in DECODERS else None
+        if name in ("clip", "clip-vision"):
+            return
+        self.rows = [torch.randint(3, 60, (n,), generator=g) for n in (40, 23, 9)]
+        if name == "llava":                                      # two rows with an image, one without
+            self.rows = [torch.cat([row[:at], torch.full((N_SLOTS,), HF_IMAGE), row[at:]]) if at else row
+                         for row, at in zip(self.rows, (3, 5, None))]
+        self.model.generation_config.eos_token_id = None
+        self.model.generation_config.pad_token_id = 0
+        self.logits, self.said = self.ask(self.model)
+        T = len(self.rows[0])
+        self.tokens = torch.stack([torch.cat([row, torch.full((T - len(row),), PAD)]) for row in self.rows])
+        if name == "llava":
+            self.tokens[self.tokens == HF_IMAGE] = IMAGE
+
+    @torch.no_grad()
+    def ask(self, model, n_new=N_NEW):
+        """Each row alone -> logits (T, V) of each, and what follows it, greedily (B, n_new)."""
+        logits, said = [], []
+        for i, row in enumerate(self.rows):
+            more = {"pixel_values": self.images[i:i + 1].to(model.dtype)} if HF_IMAGE in row else {}
+            ids = row.unsqueeze(0)
+            logits.append(model(input_ids=ids, **more).logits[0].float())
+            if n_new:
+                said.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, do_sample=False, **more)[0, len(row):])
+        return logits, torch.stack(said) if said else None
+
+    @torch.no_grad()
+    def check(self, model, tolerance=1e-4):
+        """Our model, given the rows as one padded batch, says the same."""
+        logits = model(self.tokens, self.images).logits.float()
+        for ours, theirs in zip(logits, self.logits):
+            assert theirs.abs().max() > 1                                          # loud enough for the tolerance to mean something
+            assert (ours[:len(theirs)] - theirs).abs().max() < tolerance
+        assert torch.equal(model.generate(self.tokens, self.images, max_new_tokens=N_NEW), self.said)
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """-> hf(name): a Reference, made once."""
+    t = pytest.importorskip("transformers", reason="comparing with transformers needs it: pip install transformers")
+    t.logging.set_verbosity_error()
+    t.logging.disable_progress_bar()
+    made = {}
+    return lambda name: made[name] if name in made else made.setdefault(name, Reference(t, name))
+
+
+def edit_json(file, edit):
+    value = json.loads(file.read_text())
+    edit(value)
+    file.write_text(json.dumps(value))
+
+
+def older(cfg, key="rope_type"):
+    """A current config.json -> how version 4 wrote it."""
+    for part in {"text_config", "vision_config"} & cfg.keys():
+        older(cfg[part], key)
+    cfg.pop("head_dim", None)                                                      # LLaMA's had none before Llama 3.1
+    cfg.pop("layer_types", None)
+    if "dtype" in cfg:
+        cfg["torch_dtype"] = cfg.pop("dtype")
+    if rope := cfg.pop("rope_parameters", None):
+        cfg["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
+        cfg["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
+
+
+def write(folder, tensors, storage, config=None):
+    """Tensors -> "safetensors" or "bin", in one file or, "... shards", in three with an index."""
+    folder.mkdir(exist_ok=True)
+    base, ext = ("pytorch_model", "bin") if "bin" in storage else ("model", "safetensors")
+    put = torch.save if ext == "bin" else lambda part, file: save_file(part, file, metadata={"format": "pt"})
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    if storage.endswith("shards"):
+        parts = {f"{base}-{i + 1:05}-of-00003.{ext}": list(tensors)[i::3] for i in range(3)}
+        (folder / f"{base}.{ext}.index.json").write_text(json.dumps({"weight_map": {n: f for f, names in parts.items() for n in names}}))
+    else:
+        parts = {f"{base}.{ext}": list(tensors)}
+    for file, names in parts.items():
+        put({name: tensors[name] for name in names}, folder / file)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def read(folder):
+    """All tensors of a folder of safetensors."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def store(model, folder, how):
+    """What save_pretrained writes, and what older versions of transformers and of torch did: ("current" | "v4" | "early v4", storage)."""
+    style, storage = how
+    model.save_pretrained(folder, max_shard_size="15KB" if storage == "safetensors shards" else "5GB")
+    assert (folder / "model.safetensors").exists() == (storage != "safetensors shards")
+    if style != "current":
+        edit_json(folder / "config.json", lambda cfg: older(cfg, "rope_type" if style == "v4" else "type"))
+    if "bin" in storage:
+        tensors = read(folder)
+        (folder / "model.safetensors").unlink()
+        if "model.embed_tokens.weight" in tensors:               # old files hold these too
+            tensors["lm_head.weight"] = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+            tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+        write(folder, tensors, storage)
+    return folder
+
+
+STORES = [("current", "safetensors"), ("current", "safetensors shards"), ("v4", "safetensors"), ("v4", "bin"), ("early v4", "bin shards")]
+stores = pytest.mark.parametrize("how", STORES, ids=[", ".join(how) for how in STORES])
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is loaded computes what transformers computes
+
+
+@stores
+@pytest.mark.parametrize("name", [*DECODERS, "llava"])
+def test_logits_and_greedy_answers_are_those_of_transformers(hf, name, how, tmp_path):
+    reference = hf(name)
+    model, tokenizer = load(store(reference.model, tmp_path, how))
+    assert isinstance(model, CuMo) and not model.training and tokenizer is None and (model.vision is not None) == (name == "llava")
+    reference.check(model)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("llama3", dict(rope_scaling=None)), ("llama3", dict(rope_theta=1e4)), ("mistral", dict(sliding_window=None)),
+    ("mistral", dict(sliding_window=7)), ("qwen2-tied-window", dict(sliding_window=None)), ("mixtral", dict(rope_theta=1e4))])
+@torch.no_grad()
+def test_the_comparison_would_notice_a_config_read_wrong(hf, name, change, tmp_path):
+    reference = hf(name)
+    model = load(store(reference.model, tmp_path, STORES[0]))[0]
+    reference.check(model)
+    model.text.config = dataclasses.replace(model.text.config, **change)
+    assert (model(reference.tokens).logits[0] - reference.logits[0]).abs().max() > 0.01
+
+
+@stores
+@pytest.mark.parametrize("name", ["clip", "clip-vision"])
+@torch.no_grad()
+def test_clips_features_are_those_of_transformers(hf, name, how, tmp_path):
+    reference = hf(name)
+    store(reference.model, tmp_path, how)
+    if how[0] != "current":                                      # older files: constants stored, and the tower always under its prefix
+        tensors = read(tmp_path) or {k: v for f in tmp_path.glob("*.bin") for k, v in torch.load(f, weights_only=True).items()}
+        tensors = {name if name.startswith(("vision_", "text_", "visual_", "logit_")) else f"vision_model.{name}": t for name, t in tensors.items()}
+        tensors["vision_model.embeddings.position_ids"] = torch.arange(17).unsqueeze(0)
+        if name == "clip":
+            tensors["text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
+        write(tmp_path, tensors, how[1])
+    model = load(tmp_path)[0]
+    assert isinstance(model, VisionTransformer) and not model.training
+    tower = reference.model.vision_model if name == "clip" else reference.model
+    hidden = tower(reference.images, output_hidden_states=True).hidden_states
+    assert hidden[-2].abs().max() > 1 and (model(reference.images) - hidden[-2][:, 1:]).abs().max() < 1e-4
+    for select in (-1, -3, -4):                                  # every layer, though only one is ever chosen
+        model.config.select_layer = select
+        assert (model(reference.images) - hidden[select][:, 1:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("renames", [
+    [(r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head", "lm_head"), (r"^(?=vision_tower|multi)", "model.")],
+    [(r"^vision_tower\.", "vision_tower.vision_model.")],
+    [(r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head", "lm_head"),
+     (r"^vision_tower\.", "model.vision_tower.vision_model."), (r"^(?=multi)", "model.")]], ids=["in memory, v5", "v4", "late v4"])
+def test_llavas_names_of_every_version_are_understood(hf, renames, tmp_path):
+    reference = hf("llava")
+    store(reference.model, tmp_path, STORES[0])
+    tensors = read(tmp_path)
+    for pattern, to in renames:
+        assert any(re.match(pattern, name) for name in tensors)
+        tensors = {re.sub(pattern, to, name): t for name, t in tensors.items()}
+    if "model.language_model.norm.weight" in tensors and not any("vision_model" in name for name in tensors):
+        assert tensors.keys() == reference.model.state_dict().keys()
+    reference.check(load(write(tmp_path, tensors, "safetensors"))[0])
+
+
+def test_a_llava_config_that_names_only_what_is_not_a_default_is_read_as_transformers_reads_it(hf, tmp_path):
+    """llava-hf/llava-1.5-7b-hf's text_config says neither width nor heads: a part of a config leaves out what equals its class's defaults."""
+    t = sys.modules["transformers"] if hf("llava") else None
+    text = t.LlamaConfig(**{**SMALL, "hidden_size": 64, "num_attention_heads": 32, "num_key_value_heads": 32}, rms_norm_eps=1e-5)
+    eye = t.CLIPVisionConfig(**{**EYE, "hidden_size": 96, "num_attention_heads": 12})
+    model = loud(t.LlavaForConditionalGeneration(t.LlavaConfig(vision_config=eye, text_config=text, image_token_index=HF_IMAGE)))
+    model.save_pretrained(tmp_path)
+
+    def strip(cfg):
+        cfg["text_config"] = dict(model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-5, torch_dtype="float16", vocab_size=64)
+        cfg["vision_config"] = dict(model_type="clip_vision_model", image_size=28, patch_size=7)
+    edit_json(tmp_path / "config.json", strip)
+    ours = load(tmp_path)[0]
+    reference = hf("llava")
+    for logits, theirs in zip(ours(reference.tokens, reference.images).logits, reference.ask(model, n_new=0)[0]):
+        assert (logits[:len(theirs)] - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mixtral"])
+def test_keys_that_a_decoders_config_leaves_out_have_transformers_defaults(hf, tiny_model, kind, tmp_path):
+    t = sys.modules["transformers"] if hf("llama") else None
+    save(tiny_model(vision=None, text=dict(n_experts=8 if kind == "mixtral" else 0, qkv_bias=kind == "qwen2")), tmp_path, layout="hf-llm")
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        model_type=kind, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=40)))
+    ours, theirs = load(tmp_path)[0].config.text, t.AutoConfig.from_pretrained(tmp_path)
+    assert ours.norm_eps == theirs.rms_norm_eps and ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.act == theirs.hidden_act
+    assert ours.sliding_window == getattr(theirs, "sliding_window", None) and ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.head_dim == 4 and (kind != "mixtral" or (ours.top_k, max(ours.n_experts)) == (theirs.num_experts_per_tok, theirs.num_local_experts))
+
+
+@pytest.mark.parametrize("begin", [0, 1, 2, 28])
+@torch.no_grad()
+def test_qwen2s_window_begins_at_its_layer_or_is_refused(hf, begin, tmp_path):
+    reference = hf("qwen2")
+    store(reference.model, tmp_path, STORES[0])
+
+    def window(cfg):
+        del cfg["layer_types"]
+        cfg.update(use_sliding_window=True, sliding_window=6, max_window_layers=begin)
+    edit_json(tmp_path / "config.json", window)
+    if begin == 1:
+        with pytest.raises(ValueError, match="max_window_layers = 1"):
+            load(tmp_path)
+        return
+    theirs = type(reference.model).from_pretrained(tmp_path).eval()
+    assert (load(tmp_path)[0](reference.tokens).logits[0] - reference.ask(theirs, n_new=0)[0][0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_llava_ties_its_head_when_transformers_does(hf, tied, tmp_path):
+    """The whole model's tie_word_embeddings decides there, whatever the decoder's own says."""
+    t = sys.modules["transformers"] if hf("llava") else None
+    text = t.Qwen2Config(**SMALL, tie_word_embeddings=True)
+    cfg = t.LlavaConfig(vision_config=t.CLIPVisionConfig(**EYE), text_config=text, image_token_index=HF_IMAGE, tie_word_embeddings=tied)
+    model = loud(t.LlavaForConditionalGeneration(cfg))
+    model.save_pretrained(tmp_path)
+    ours, ids = load(tmp_path)[0], torch.arange(3, 20).unsqueeze(0)
+    assert (ours(ids).logits - model(input_ids=ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("storage", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "mixtral", "llava", "clip"])
+@torch.no_grad()
+def test_the_stored_dtype_is_kept_unless_one_is_given(hf, name, dtype, storage, tmp_path):
+    reference = hf(name)
+    rounded = copy.deepcopy(reference.model)
+    for p in rounded.parameters():                               # not .to(dtype), which would round rotary embeddings' buffers too
+        p.copy_(p.to(dtype))
+    store(copy.deepcopy(rounded).to(dtype), tmp_path, ("current", storage))
+    kept, converted = load(tmp_path)[0], load(tmp_path, dtype=torch.float32)[0]
+    assert {p.dtype for p in kept.parameters()} == {dtype} and {p.dtype for p in converted.parameters()} == {torch.float32}
+    assert same(kept.float(), converted)                                           # the same numbers
+    if name == "clip":
+        hidden = rounded.vision_model(reference.images, output_hidden_states=True).hidden_states[-2]
+        assert (converted(reference.images) - hidden[:, 1:]).abs().max() < 1e-4
+        return
+    for ours, theirs in zip(converted(reference.tokens, reference.images).logits, reference.ask(rounded, n_new=0)[0]):
+        assert (ours[:len(theirs)] - theirs).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is saved comes back bit for bit
+
+TEXTS = {
+    "llama": dict(template="vicuna"),
+    "llama3": dict(template="vicuna", text=dict(rope_scaling=LLAMA3, rope_theta=5e5, tie_embeddings=True, head_dim=8)),
+    "mistral": dict(template="mistral", text=dict(sliding_window=5, norm_eps=1e-6)),
+    "mistral-v0.2": dict(template="mistral", text=dict(rope_theta=1e6)),
+    "mistral-stretched": dict(template="mistral", text=dict(sliding_window=5, rope_scaling=LLAMA3)),
+    "qwen2": dict(template="vicuna", text=dict(qkv_bias=True)),
+    "qwen2-window": dict(template="vicuna", text=dict(qkv_bias=True, sliding_window=5, tie_embeddings=True)),
+    "mixtral": dict(template="mistral", text=dict(n_experts=5, top_k=3)),
+    "mixtral-window": dict(template="mistral", text=dict(n_experts=4, sliding_window=5)),
+    "own-template": dict(template="tiny"),
+}
+SIGHTS = {
+    "dense": {},
+    "experts": dict(vision=dict(n_experts=4, scales=[1, 2]), connector=dict(n_experts=4)),
+    "one-of-three": dict(vision=dict(n_experts=3, top_k=1), connector=dict(n_experts=3, top_k=1)),
+    "connector-only": dict(connector=dict(n_experts=2), vision=dict(scales=[1, 3], select_layer=-1)),
+    "tower-only": dict(vision=dict(n_experts=4, act="gelu", norm_eps=1e-6), balance_coef=0.5, z_coef=0.25),
+}
+
+
+def there_and_back(model, folder, layout):
+    save(model, folder, words(), layout=layout)
+    again, tokenizer = load(folder)
+    assert (tokenizer is None) == (layout == "hf-clip") and not again.training
+    return again
+
+
+def words():
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "<s>": 1, "</s>": 2, "red": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.mark.parametrize("layout", ["own", "hf-llm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_decoder_comes_back_bit_for_bit(tiny_model, kind, dtype, layout, tmp_path):
+    model = tiny_model(vision=None, **TEXTS[kind]).to(dtype)
+    again = there_and_back(model, tmp_path, layout)
+    assert again.config == model.config and same(again, model)
+
+
+@pytest.mark.parametrize("layout", ["own", "cumo"])
+@pytest.mark.parametrize("sight, kind", [("experts", kind) for kind in TEXTS] + [(sight, "mistral") for sight in SIGHTS if sight != "experts"])
+def test_a_whole_model_comes_back_bit_for_bit(tiny_model, sight, kind, layout, tmp_path):
+    model = tiny_model(**SIGHTS[sight], **TEXTS[kind])
+    if layout == "cumo" and kind.startswith("qwen2"):
+        with pytest.raises(ValueError, match="QKV bias"):
+            save(model, tmp_path / "out", layout=layout)
+        assert not (tmp_path / "out").exists()
+        return
+    again = there_and_back(model, tmp_path, layout)
+    assert again.config == model.config and same(again, model)
+    assert same(there_and_back(again, tmp_path / "twice", layout), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tower_and_a_decoder_come_out_of_a_whole_model_bit_for_bit(tiny_model, dtype, tmp_path):
+    model = tiny_model(template="mistral").to(dtype)
+    tower, decoder = there_and_back(model, tmp_path / "clip", "hf-clip"), there_and_back(model, tmp_path / "llm", "hf-llm")
+    assert same(tower, model.vision) and tower.config == model.config.vision
+    assert same(decoder.text, model.text) and decoder.config == dataclasses.replace(model.config, vision=None)
+    again = there_and_back(tower, tmp_path / "again", "hf-clip")
+    assert same(again, tower) and again.config == tower.config
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "llava"])
+def test_a_foreign_model_comes_back_bit_for_bit_from_every_layout_that_can_hold_it(hf, name, tmp_path):
+    model = load(store(hf(name).model, tmp_path / "theirs", STORES[0]))[0]
+    for layout in ("own", "cumo") if name == "llava" else ("own", "hf-llm"):
+        again = there_and_back(model, tmp_path / layout, layout)
+        assert again.config == model.config and same(again, model)
+
+
+@pytest.mark.parametrize("kw, layout, words", [
+    (dict(text=dict(n_experts=[4, 0])), "hf-llm", "some layers only"), (dict(text=dict(n_experts=4, qkv_bias=True)), "hf-llm", "QKV bias"),
+    (dict(text=dict(n_experts=4, capacity_factor=1.5)), "hf-llm", "capacity"), (dict(vision=dict(n_experts=4)), "hf-clip", "experts"),
+    (dict(vision=dict(n_experts=4), connector=dict(n_experts=2)), "cumo", "one number of experts"),
+    (dict(vision=dict(n_experts=[4, 0, 4])), "cumo", "one number of experts"), (dict(connector=dict(act="silu")), "cumo", "silu"),
+    (dict(vision=dict(n_experts=4, top_k=1), connector=dict(n_experts=4)), "cumo", "top-k"),
+    (dict(vision=None), "cumo", "no tower"), (dict(vision=None), "hf-clip", "no tower"), ({}, "gguf", "unknown layout")])
+def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(tiny_model, kw, layout, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        save(tiny_model(**kw), tmp_path / "out", layout=layout)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", TEXTS)
+@torch.no_grad()
+def test_transformers_reads_the_decoder_that_is_written(hf, tiny_model, kind, dtype, tmp_path):
+    t = sys.modules["transformers"] if hf("llama") else None
+    model = tiny_model(**TEXTS[kind]).to(dtype)
+    save(model, tmp_path, words(), layout="hf-llm")
+    theirs, report = t.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report                                        # nothing missing, left over or of a wrong shape
+    expected = next((name for name in ("mixtral", "qwen2", "mistral") if kind.startswith(name)), "llama")
+    assert theirs.config.model_type == expected and theirs.dtype == dtype
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (1, 2)
+    ids = torch.randint(0, 40, (2, 40))
+    assert (model.float()(ids).logits - theirs.float()(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@torch.no_grad()
+def test_transformers_reads_the_tower_that_is_written(hf, tiny_model, act, tmp_path):
+    t = sys.modules["transformers"] if hf("clip-vision") else None
+    model = tiny_model(vision=dict(act=act, norm_eps=1e-6))
+    save(model, tmp_path, layout="hf-clip")
+    theirs, report = t.CLIPVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.rsplit(".", 1)[0].split("model.")[-1] for name in report.pop("missing_keys")} <= {"post_layernorm"} and not any(report.values())
+    images = torch.randn(2, 3, 16, 16)
+    hidden = theirs.eval()(images, output_hidden_states=True).hidden_states
+    for select in (-1, -2, -3, -4):
+        model.vision.config.select_layer = select
+        assert (model.vision(images) - hidden[select][:, 1:]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_llava_becomes_the_published_cumo_layout(hf, tmp_path, capsys):
+    reference = hf("llava")
+    store(reference.model, tmp_path / "llava", STORES[0])
+    main(["--from", str(tmp_path / "llava"), "--to", "cumo", "--out", str(tmp_path / "cumo")])
+    names, theirs = read(tmp_path / "cumo"), reference.model.state_dict()
+    assert torch.equal(names["model.mm_projector.2.weight"], theirs["model.multi_modal_projector.linear_2.weight"])
+    assert torch.equal(names["model.vision_tower.vision_model.encoder.layers.1.mlp.fc1.bias"], theirs["model.vision_tower.encoder.layers.1.mlp.fc1.bias"])
+    assert torch.equal(names["model.layers.1.mlp.up_proj.weight"], theirs["model.language_model.layers.1.mlp.up_proj.weight"])
+    assert len(names) == len(theirs) - 2                                           # post_layernorm
+    reference.check(load(tmp_path / "cumo")[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA-1.5 as it was first published, and what CuMo's stages leave
+
+
+def first_llava(model, tower="", **more):
+    """transformers' LLaVA -> (tower, connector, decoder: the tensors under liuhaotian's names; config.json)."""
+    parts = {}, {}, {}
+    for name, t in model.state_dict().items():
+        if name.startswith("model.vision_tower."):
+            parts[0][name.replace("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.")] = t
+        elif name.startswith("model.multi_modal_projector.linear_"):
+            parts[1][f"model.mm_projector.{ {'1': 0, '2': 2}[name[35]]}.{name.rsplit('.')[-1]}"] = t
+        else:
+            parts[2][name.replace("model.language_model.", "model.")] = t
+    return *parts, dict(
+        SMALL, architectures=["LlavaLlamaForCausalLM"], model_type="llava", hidden_act="silu", rms_norm_eps=1e-6, rope_scaling=None,
+        tie_word_embeddings=False, torch_dtype="float32", max_position_embeddings=2048, pretraining_tp=1, image_aspect_ratio="pad",
+        mm_hidden_size=128, mm_projector_type="mlp2x_gelu", mm_use_im_patch_token=False, mm_use_im_start_end=False, use_mm_proj=True,
+        mm_vision_select_feature="patch", mm_vision_select_layer=-2, mm_vision_tower=str(tower), tune_mm_mlp_adapter=False, **more)
+
+
+def stage_outputs(model):
+    """(clip.bin, mm_projector.bin) as CuMo's stages write them."""
+    tower, connector, *_ = first_llava(model)
+    return {name.replace("model.vision_tower.vision_tower.", ""): t for name, t in tower.items()}, connector
+
+
+@pytest.fixture
+def clip_folder(hf, tmp_path):
+    """The tower of `hf("llava")` as a CLIPModel's folder: its text half is there too."""
+    reference, tower = hf("clip"), hf("llava").model.model.vision_tower
+    store(reference.model, tmp_path / "clip", STORES[0])
+    tensors = {name: t for name, t in read(tmp_path / "clip").items() if not name.startswith("vision_model.")}
+    tensors |= {f"vision_model.{name}": t for name, t in tower.state_dict().items()}
+    edit_json(tmp_path / "clip" / "config.json", lambda cfg: cfg.update(vision_config=tower.config.to_dict()))
+    return write(tmp_path / "clip", tensors, "safetensors")
+
+
+@pytest.mark.parametrize("storage", ["bin shards", "safetensors"])
+@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
+def test_the_first_llava_layout_is_understood(hf, kind, storage, tmp_path):
+    tower, connector, decoder, config = first_llava(hf("llava").model, "openai/clip-vit-large-patch14-336")
+    model = load(write(tmp_path, tower | connector | decoder, storage, {**config, "model_type": kind}))[0]
+    assert model.config.template == "vicuna"
+    hf("llava").check(model)
+
+
+def test_a_llava_without_its_tower_takes_the_one_that_mm_vision_tower_names(hf, clip_folder, tmp_path):
+    _, connector, decoder, config = first_llava(hf("llava").model, clip_folder)
+    hf("llava").check(load(write(tmp_path / "llava", connector | decoder, "bin shards", config))[0])
+
+
+def test_a_tower_may_come_from_the_hub(hf, clip_folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: asked.append(name) or str(clip_folder))
+    _, connector, decoder, config = first_llava(hf("llava").model, "openai/clip-vit-large-patch14-336")
+    hf("llava").check(load(write(tmp_path / "llava", connector | decoder, "bin", config))[0])
+    assert set(asked) == {"openai/clip-vit-large-patch14-336"}
+
+
+def test_a_narrow_headed_towers_sizes_come_from_mm_vision_tower(hf, tmp_path):
+    t = sys.modules["transformers"] if hf("llava") else None
+    eye = t.CLIPVisionConfig(**EYE)                                                # heads 8 wide
+    model = loud(t.LlavaForConditionalGeneration(t.LlavaConfig(vision_config=eye, text_config=hf("llama").model.config, image_token_index=60)))
+    tower, connector, decoder, config = first_llava(model, tmp_path / "clip")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(eye.to_dict()))
+    ours, reference = load(write(tmp_path / "llava", tower | connector | decoder, "safetensors", config))[0], hf("llava")
+    theirs = reference.ask(model, n_new=0)[0]
+    assert (ours(reference.tokens, reference.images).logits[0][:len(theirs[0])] - theirs[0]).abs().max() < 1e-4
+
+
+def test_cumos_stage_outputs_beside_config_json_are_found(hf, tmp_path):
+    _, _, decoder, config = first_llava(hf("llava").model, "openai/clip-vit-large-patch14-336")
+    write(tmp_path, decoder, "safetensors", config)
+    for file, tensors in zip(("clip.bin", "mm_projector.bin"), stage_outputs(hf("llava").model)):
+        torch.save(tensors, tmp_path / file)
+    hf("llava").check(load(tmp_path)[0])
+
+
+def test_cumos_stage_outputs_are_assembled(hf, tmp_path, capsys):
+    _, _, decoder, _ = first_llava(hf("llava").model)
+    write(tmp_path / "llm", decoder, "safetensors", hf("llama").model.config.to_dict())
+    for file, tensors in zip(("clip.bin", "mm_projector.bin"), stage_outputs(hf("llava").model)):
+        torch.save(tensors, tmp_path / file)
+    model, _ = assemble(str(tmp_path / "clip.bin"), str(tmp_path / "llm"), str(tmp_path / "mm_projector.bin"))
+    hf("llava").check(model)
+    main(["--vision", str(tmp_path / "clip.bin"), "--llm", str(tmp_path / "llm"), "--connector", str(tmp_path / "mm_projector.bin"),
+          "--out", str(tmp_path / "out")])
+    assert same(load(tmp_path / "out")[0], model)
+
+
+def test_a_connector_with_experts_is_taken_over(tiny_model, tmp_path):
+    model = tiny_model(vision=dict(scales=[1, 3]), connector=dict(n_experts=4), template="mistral")
+    save(model, tmp_path / "clip", layout="hf-clip")
+    save(model, tmp_path / "llm", layout="hf-llm")
+    torch.save({name: t for name, t in U.published(model.state_dict()).items() if "mm_projector" in name}, tmp_path / "mm_projector.bin")
+    again, _ = assemble(str(tmp_path / "clip"), str(tmp_path / "llm"), str(tmp_path / "mm_projector.bin"), [1, 3])
+    assert again.config == model.config and same(again, model)
+
+
+@torch.no_grad()
+def test_parts_stored_in_different_dtypes_run_together(tiny_model, tmp_path):
+    """CLIP is published in float32, language models in bfloat16, and LLaVA's connectors in float16."""
+    model, images, tokens = tiny_model(template="vicuna"), torch.randn(1, 3, 16, 16), torch.tensor([[3] + [IMAGE] * 4 + [5, 6]])
+    want = model(tokens, images).logits
+    save(model, tmp_path / "clip", layout="hf-clip")
+    save(copy.deepcopy(model).bfloat16(), tmp_path / "llm", layout="hf-llm")
+    connector = {name: t.half() for name, t in U.published(model.state_dict()).items() if "mm_projector" in name}
+    torch.save(connector, tmp_path / "mm_projector.bin")
+    mixed, _ = assemble(str(tmp_path / "clip"), str(tmp_path / "llm"), str(tmp_path / "mm_projector.bin"))
+    fresh, _ = assemble(str(tmp_path / "clip"), str(tmp_path / "llm"))
+    decoder = {name: t.half() for name, t in U.published({k: v for k, v in model.state_dict().items() if k.startswith("text.")}).items()}
+    config = {**json.loads((tmp_path / "llm" / "config.json").read_text()), "model_type": "llava", "mm_vision_tower": str(tmp_path / "clip")}
+    apart = load(write(tmp_path / "llava", connector | decoder, "bin", config))[0]
+    for m in (mixed, apart):
+        assert (m(tokens, images).logits.float() - want).abs().max() < 0.1 * want.abs().max()
+    assert fresh(tokens, images).logits.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture
+def parts(tiny_model, tmp_path):
+    """A CLIP folder, an LLM folder with a tokenizer, and the model that they are the parts of."""
+    model = tiny_model(template="mistral")
+    save(model, tmp_path / "clip", layout="hf-clip")
+    save(model, tmp_path / "llm", words(), layout="hf-llm")
+    return model
+
+
+def test_a_tower_and_a_decoder_become_a_model_for_stage_1(parts, tmp_path, capsys):
+    common = ["--vision", str(tmp_path / "clip"), "--llm", str(tmp_path / "llm"), "--scales", "1,3"]
+    main([*common, "--out", str(tmp_path / "a")])
+    torch.manual_seed(5)                                                           # the global generator has no say in the new connector
+    main([*common, "--out", str(tmp_path / "b"), "--template", "vicuna", "--dtype", "bfloat16"])
+    main([*common, "--out", str(tmp_path / "c"), "--seed", "1"])
+    (a, tokenizer), (b, _), (c, _) = (load(tmp_path / name) for name in "abc")
+    assert tokenizer.to_str() == words().to_str()
+    assert same(a.vision, parts.vision) and same(a.text, parts.text)
+    assert a.config.vision == dataclasses.replace(parts.config.vision, scales=[1, 3]) and a.config.text == parts.config.text
+    assert (a.config.template, b.config.template) == ("mistral", "vicuna") and a.connector.ffn.w_in.shape == (16, 32)
+    assert a.connector.ffn.w_in.std() > 0.01 and not a.connector.ffn.b_in.any() and not torch.equal(a.connector.ffn.w_in, c.connector.ffn.w_in)
+    assert same(b, a.bfloat16())
+    images, tokens = torch.randn(1, 3, 16, 16), torch.tensor([[3] + [IMAGE] * 4 + [5, 6]])
+    assert load(tmp_path / "c")[0](tokens, images).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kw", [dict(vision=dict(n_experts=4), connector=dict(n_experts=4), text=dict(n_experts=5)), {}, dict(text=dict(tie_embeddings=True))],
+                         ids=["experts", "dense", "tied"])
+def test_the_table_shows_where_every_tensor_goes(tiny_model, kw, tmp_path, capsys):
+    model = tiny_model(**kw)
+    save(model, tmp_path / "cumo", layout="cumo")
+    theirs = {**read(tmp_path / "cumo"), "model.vision_tower.vision_model.post_layernorm.weight": torch.ones(16)}      # ignored: no line
+    write(tmp_path / "cumo", theirs, "safetensors")
+    main(["--from", str(tmp_path / "cumo"), "--out", str(tmp_path / "own")])
+    rows = [re.fullmatch(r"(\S+) +-> +(\S+) +(\d+(?: x \d+)*) +float32(?:  \((\d+) of them\))?", line)
+            for line in capsys.readouterr().out.splitlines() if " -> " in line]
+    assert all(rows)
+    number = lambda name: re.sub(r"\d+", "#", re.sub(r"mm_projector\.(?=[02])", "mm_projector_", name)).replace("_0.", "_#.").replace("_2.", "_#.")
+    mask = lambda name: re.sub(r"\{[ie]\}", "#", name)
+    shown = {}
+    for theirs_shown, ours, shape, n in (row.groups() for row in rows):
+        shown[mask(theirs_shown)] = shown.get(mask(theirs_shown), 0) + int(n or 1)
+    expected = {}
+    for name in read(tmp_path / "cumo"):
+        if "post_layernorm" not in name:
+            masked = re.sub(r"(?<=layers\.)\d+|(?<=experts\.)\d+", "#", name)
+            expected[masked] = expected.get(masked, 0) + 1
+    assert shown == expected
+    ours = {re.sub(r"\[#\]$", "", mask(row[2])) for row in rows}
+    assert ours == {re.sub(r"(?<=layers\.)\d+", "#", name) for name in model.state_dict()}
+    assert same(load(tmp_path / "own")[0], model)
+
+
+@pytest.mark.parametrize("layout", ["cumo", "hf-llm", "hf-clip"])
+def test_converting_there_and_back_on_the_command_line(tiny_model, layout, tmp_path, capsys):
+    model = tiny_model(template="mistral")
+    save(model, tmp_path / "own", words())
+    main(["--from", str(tmp_path / "own"), "--to", layout, "--out", str(tmp_path / "theirs")])
+    if layout == "hf-clip":
+        assert same(load(tmp_path / "theirs")[0], model.vision)
+        with pytest.raises(ValueError, match="an encoder alone.*--llm"):
+            main(["--from", str(tmp_path / "theirs"), "--out", str(tmp_path / "back")])
+        assert not (tmp_path / "back").exists()
+        return
+    main(["--from", str(tmp_path / "theirs"), "--out", str(tmp_path / "back")])
+    again, tokenizer = load(tmp_path / "back")
+    assert tokenizer.to_str() == words().to_str() and same(again.text, model.text)
+    assert layout == "hf-llm" or (same(again, model) and again.config == model.config)
+
+
+def test_a_missing_tokenizer_is_said_and_can_be_given(parts, tmp_path, capsys):
+    (tmp_path / "llm" / "tokenizer.json").rename(tmp_path / "t.json")
+    main(["--from", str(tmp_path / "llm"), "--out", str(tmp_path / "without")])
+    assert "give one with --tokenizer" in capsys.readouterr().out
+    main(["--from", str(tmp_path / "llm"), "--out", str(tmp_path / "with"), "--tokenizer", str(tmp_path / "t.json")])
+    assert "--tokenizer" not in capsys.readouterr().out and load(tmp_path / "with")[1].to_str() == words().to_str()
+
+
+def command(*args):
+    """`python upcycle.py ARGS` without a new process -> the exit message, None when all went well."""
+    before = sys.argv
+    sys.argv = [str(UPCYCLE), *map(str, args)]
+    try:
+        runpy.run_path(str(UPCYCLE), run_name="__main__")
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = before
+
+
+def fails(args, *words, prints=None):
+    """The command ends with exit status 1 (what a message as exit code means) and one line that holds the words."""
+    said = command(*args)
+    assert isinstance(said, str) and said.startswith("upcycle.py: ") and "\n" not in said and len(said) < 600, said
+    for word in words:
+        assert str(word) in said, said
+    return said
+
+
+def test_the_command_as_a_process(parts, tmp_path):
+    run = lambda *args: subprocess.run([sys.executable, str(UPCYCLE), *map(str, args)], capture_output=True, text=True, cwd=tmp_path)
+    done = run("--vision", "clip", "--llm", "llm", "--out", "out")
+    assert done.returncode == 0 and not done.stderr and "->  text.layers.{i}.ffn.w_out" in done.stdout, done
+    assert done.stdout.splitlines()[-1].startswith("wrote out (own, ") and same(load(tmp_path / "out")[0].text, parts.text)
+    again = run("--vision", "clip", "--llm", "llm", "--out", "out")
+    assert again.returncode == 1 and not again.stdout and again.stderr == "upcycle.py: out holds a model already: choose another --out\n"
+
+
+def test_a_folder_that_holds_a_model_is_never_written_over(parts, tmp_path):
+    before = {file: (tmp_path / "clip" / file).read_bytes() for file in os.listdir(tmp_path / "clip")}
+    fails(["--from", tmp_path / "llm", "--to", "hf-llm", "--out", tmp_path / "clip"], tmp_path / "clip", "holds a model already")
+    assert before == {file: (tmp_path / "clip" / file).read_bytes() for file in os.listdir(tmp_path / "clip")}
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], "give either --from"), (["--vision", "clip"], "give either --from"), (["--llm", "llm"], "give either --from"),
+    (["--from", "llm", "--vision", "clip", "--llm", "llm"], "give either --from"),
+    (["--vision", "clip", "--llm", "llm", "--scales", "one"], "--scales one"), (["--vision", "clip", "--llm", "llm", "--scales", "3,1"], "scales"),
+    (["--vision", "llm", "--llm", "llm"], "no vision tower"), (["--vision", "clip", "--llm", "clip"], "has no decoder"),
+    (["--vision", "clip", "--llm", "llm", "--connector", "nowhere.bin"], "nowhere.bin: missing"),
+    (["--from", "llm", "--tokenizer", "clip/config.json"], "cannot be read as a tokenizer"), (["--from", "llm", "--tokenizer", "no.json"], "no.json"),
+    (["--from", "llm", "--to", "cumo"], "--to hf-llm"), (["--from", "clip", "--to", "hf-llm"], "hf-clip only")])
+def test_arguments_that_do_not_go_together_are_named_and_nothing_is_written(parts, args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails([*args, "--out", "out"], words)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line that names the file, the tensor or the key
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+def shards(folder):
+    write(folder, read(folder), "safetensors shards")
+    (folder / "model.safetensors").unlink()
+
+
+def to_bin(folder, tensors=None, **kw):
+    torch.save(tensors or read(folder), folder / "pytorch_model.bin", **kw)
+    (folder / "model.safetensors").unlink()
+
+
+def tensors(edit, storage="safetensors"):
+    """A break that edits the tensors."""
+    def change(folder):
+        held = read(folder)
+        edit(held)
+        (folder / "model.safetensors").unlink()
+        write(folder, held, storage)
+    return change
+
+
+def cut(file, keep):
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:int((folder / file).stat().st_size * keep)])
+
+
+def config(**kw):
+    return lambda folder: edit_json(folder / "config.json", lambda cfg: cfg.update(kw))
+
+
+def index(text):
+    def change(folder):
+        shards(folder)
+        (folder / "model.safetensors.index.json").write_text(text)
+    return change
+
+
+def both(*changes):
+    return lambda folder: [change(folder) for change in changes]
+
+
+Q, EXPERT = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"       # what git leaves without git-lfs
+BROKEN = {                                                       # name: (how to break a Mixtral's folder, words of the message)
+    "shard missing": (both(shards, lambda f: (f / "model-00002-of-00003.safetensors").unlink()), ["model-00002-of-00003.safetensors: missing"]),
+    "safetensors cut short": (cut("model.safetensors", 0.7), ["model.safetensors: cannot be read"]),
+    "safetensors empty": (cut("model.safetensors", 0), ["model.safetensors: cannot be read"]),
+    "safetensors is git's pointer": (lambda f: (f / "model.safetensors").write_bytes(LFS), ["model.safetensors: cannot be read"]),
+    "bin cut short": (both(to_bin, cut("pytorch_model.bin", 0.7)), ["pytorch_model.bin: cannot be read"]),
+    "bin empty": (both(to_bin, cut("pytorch_model.bin", 0)), ["pytorch_model.bin: cannot be read"]),
+    "bin is git's pointer": (both(to_bin, lambda f: (f / "pytorch_model.bin").write_bytes(LFS)), ["pytorch_model.bin"]),
+    "bin of something else": (lambda f: to_bin(f, {"state": [torch.zeros(1)]}), ["must hold a dictionary of tensors"]),
+    "shape": (tensors(lambda t: t.update({Q: t[Q][:8].clone()})), [Q, "(8, 16)", "(16, 16)"]),
+    "shape of an expert": (tensors(lambda t: t.update({EXPERT.format(2): torch.zeros(16, 23)})), [EXPERT.format(2), "(16, 23)", "(16, 24)"]),
+    "tensor too many": (tensors(lambda t: t.update({"model.layers.0.self_attn.extra.weight": torch.zeros(2)})), ["self_attn.extra.weight", "no place"]),
+    "layer too many": (tensors(lambda t: t.update({Q.replace("0", "2"): t[Q].clone()})), [Q.replace("0", "2"), "no place"]),
+    "tensor missing": (tensors(lambda t: t.pop(Q)), [Q, "missing"]),
+    "tensor missing in a bin": (tensors(lambda t: t.pop("model.norm.weight"), "bin"), ["model.norm.weight is missing"]),
+    "embedding missing": (tensors(lambda t: t.pop("model.embed_tokens.weight")), ["model.embed_tokens.weight is missing"]),
+    "expert missing": (tensors(lambda t: t.pop(EXPERT.format(3))), [EXPERT.format(3), "missing"]),
+    "expert too many": (tensors(lambda t: t.update({EXPERT.format(4): t[EXPERT.format(3)].clone()})), [EXPERT.format(4), "no place"]),
+    "experts for a dense config": (config(model_type="mistral"), ["block_sparse_moe", "no place"]),
+    "dense for a config of experts": (tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(24, 16)})), ["mlp.up_proj.weight", "no place"]),
+    "code in a bin": (lambda f: to_bin(f, {"a": torch.zeros(1), "b": Bomb()}), ["pytorch_model.bin", "code", "refused"]),
+    "code in an old bin": (lambda f: to_bin(f, {"b": Bomb()}, _use_new_zipfile_serialization=False), ["pytorch_model.bin", "code", "refused"]),
+    "architecture": (config(model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+                     ["config.json", "GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM", "MixtralForCausalLM", "CLIPModel", "LLaVA-1.5"]),
+    "architecture unnamed": (config(model_type="bloom", architectures=None), ["config.json", "bloom", "LlamaForCausalLM"]),
+    "rope scaling": (config(rope_scaling={"type": "dynamic", "factor": 2.0}), ["config.json", "'dynamic'", "llama3"]),
+    "rope scaling, current style": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["config.json", "'yarn'", "llama3"]),
+    "rope scaling in part": (config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), ["config.json", "original_max_position_embeddings"]),
+    "activation": (config(hidden_act="relu2"), ["config.json", "relu2", "silu"]),
+    "heads": (config(num_attention_heads=3), ["config.json", "n_heads = 3"]),
+    "type of a value": (config(hidden_size="wide"), ["config.json", "'wide'"]),
+    "config cut short": (cut("config.json", 0.5), ["config.json: malformed JSON"]),
+    "config missing": (lambda f: (f / "config.json").unlink(), ["no config.json in it"]),
+    "weights missing": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors: missing"]),
+    "index cut short": (index('{"weight_map": {'), ["model.safetensors.index.json: malformed JSON"]),
+    "index without a map": (index("{}"), ["model.safetensors.index.json: not an index", "weight_map"]),
+    "index that is a list": (index("[]"), ["model.safetensors.index.json"]),
+    "index with a list for a map": (index('{"weight_map": ["a"]}'), ["model.safetensors.index.json: not an index"]),
+    "index with a number for a file": (index('{"weight_map": {"a": 1}}'), ["model.safetensors.index.json: not an index"]),
+    "index of nothing": (index('{"weight_map": {}}'), ["missing"]),
+    "tokenizer cut short": (cut("tokenizer.json", 0.5), ["tokenizer.json: cannot be read as a tokenizer"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_refused_in_one_line_that_names_the_fault(tiny_model, name, tmp_path, monkeypatch, capsys):
+    break_it, words_of_it = BROKEN[name]
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    save(tiny_model(vision=None, text=dict(n_experts=4)), tmp_path / "llm", words(), layout="hf-llm")
+    break_it(tmp_path / "llm")
+    with pytest.raises(ValueError) as e:
+        load(tmp_path / "llm")
+    assert str(tmp_path / "llm") in str(e.value)
+    said = fails(["--from", tmp_path / "llm", "--out", tmp_path / "out"], *words_of_it)
+    assert said == f"upcycle.py: {e.value}"
+    assert not (tmp_path / "exploded").exists() and not (tmp_path / "out").exists()
+
+
+def test_widths_that_do_not_fit_are_named(parts, tiny_model, tmp_path):
+    """A connector made for another tower, for another decoder, and for other scales."""
+    for i, kw in enumerate((dict(vision=dict(dim=32)), dict(text=dict(dim=24)), dict(vision=dict(scales=[1, 2])), dict(connector=dict(n_experts=2), text=dict(dim=24)))):
+        file = tmp_path / f"mm_projector{i}.bin"
+        torch.save({name: t for name, t in U.published(tiny_model(**kw).state_dict()).items() if "mm_projector" in name}, file)
+        fails(["--vision", tmp_path / "clip", "--llm", tmp_path / "llm", "--connector", file, "--out", tmp_path / "out"],
+              file, "mm_projector.", "has shape", "tower is 16 wide at 1 scale, the decoder 16")
+    save(tiny_model(vision=dict(dim=32)), tmp_path / "cumo", layout="cumo")
+    held = read(tmp_path / "cumo")
+    held |= {name: t for name, t in U.published(parts.state_dict()).items() if "mm_projector" in name}
+    write(tmp_path / "cumo", held, "safetensors")
+    fails(["--from", tmp_path / "cumo", "--out", tmp_path / "out"], "mm_projector.0.weight has shape (16, 16)", "(16, 32)")
+
+
+@pytest.mark.parametrize("kw, words", [
+    (dict(mm_vision_select_feature="cls_patch"), "without CLS"), (dict(mm_use_im_start_end=True), "start and end"), (dict(mm_projector_type="linear"), "mlp2x_gelu"),
+    (dict(clip_smoe=False), "no place"), (dict(num_experts=3), "no place"), (dict(num_experts=5), "mm_projector.gate.weight has shape (4, 16)"), (dict(num_selected=5), "top_k = 5"),
+    (dict(scales=[1, 3]), "mm_projector"), (dict(mm_vision_select_layer=-9), "select_layer = -9"), (dict(mm_vision_select_layer=[-2, -5]), "config.json")])
+def test_a_published_config_that_asks_for_something_else_is_refused(tiny_model, kw, words, tmp_path):
+    save(tiny_model(vision=dict(n_experts=4), connector=dict(n_experts=4)), tmp_path / "cumo", layout="cumo")
+    config(**kw)(tmp_path / "cumo")
+    fails(["--from", tmp_path / "cumo", "--out", tmp_path / "out"], tmp_path / "cumo", words)
+
+
+def test_a_tower_or_a_connector_that_is_nowhere_is_named(tiny_model, tmp_path):
+    model = tiny_model(template="vicuna")
+    save(model, tmp_path / "cumo", layout="cumo")
+    held = read(tmp_path / "cumo")
+    write(tmp_path / "cumo", {name: t for name, t in held.items() if "mm_projector" not in name}, "safetensors")
+    fails(["--from", tmp_path / "cumo", "--out", tmp_path / "out"], "model.mm_projector.0.weight is missing")
+    write(tmp_path / "cumo", {name: t for name, t in held.items() if "vision_tower" not in name}, "safetensors")
+    fails(["--from", tmp_path / "cumo", "--out", tmp_path / "out"], "no mm_vision_tower in the config")
+
+
+def test_the_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Network is unreachable\nand more of that")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    said = fails(["--from", "shi-labs/CuMo-mistral-7b", "--out", tmp_path / "out"], "shi-labs/CuMo-mistral-7b", "no such folder here", "Network is unreachable")
+    with pytest.raises(ValueError, match="Network is unreachable"):
+        load("shi-labs/CuMo-mistral-7b")
+    assert "and more" not in said
+    for name in ("", "a/b/c", str(tmp_path / "nowhere"), "nowhere"):               # no hub names: nothing is asked
+        with pytest.raises(ValueError, match="no config.json"):
+            load(name)
+
+
+@pytest.mark.parametrize("ext", ["safetensors", "bin"])
+def test_a_hub_name_is_downloaded_once_as_safetensors_and_else_as_bin(parts, tmp_path, ext, monkeypatch):
+    asked = []
+    if ext == "bin":
+        to_bin(tmp_path / "llm")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns[1]) or str(tmp_path / "llm"))
+    model, tokenizer = load("some-one/model_7b.v1")
+    assert same(model.text, parts.text) and tokenizer is not None
+    assert asked == (["*.safetensors"] if ext == "safetensors" else ["*.safetensors", "*.bin"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+MEASURE = """
+import re, sys
+from upcycle import load
+def held(which):                                                # by this process alone; ru_maxrss begins with its parent's
+    return int(re.search(which + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+load(sys.argv[1])                                               # torch imports some more of itself on first use
+before = held("VmRSS")
+model, _ = load(sys.argv[2])
+print(held("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+def shapes(kind, dim, ffn_dim, vocab, n_layers, n_experts=8):
+    """{name: shape} of a LLaMA or a Mixtral."""
+    out = {"model.embed_tokens.weight": [vocab, dim], "lm_head.weight": [vocab, dim], "model.norm.weight": [dim]}
+    for i in range(n_layers):
+        at = f"model.layers.{i}."
+        out |= {f"{at}{name}_layernorm.weight": [dim] for name in ("input", "post_attention")}
+        out |= {f"{at}self_attn.{name}_proj.weight": [dim, dim] for name in "qkvo"}
+        wide, back = ([f"{at}block_sparse_moe.experts.{e}.{w}.weight" for e in range(n_experts) for w in names]
+                      if kind == "mixtral" else [f"{at}mlp.{w}_proj.weight" for w in others]
+                      for names, others in ((("w1", "w3"), ("gate", "up")), (("w2",), ("down",))))
+        out |= {name: [ffn_dim, dim] for name in wide} | {name: [dim, ffn_dim] for name in back}
+        if kind == "mixtral":
+            out[at + "block_sparse_moe.gate.weight"] = [n_experts, dim]
+    return out
+
+
+def hollow(folder, kind, storage, *sizes):
+    """A folder of bfloat16 zeros. The .safetensors takes no disk: a header, and a hole behind it."""
+    tensors, header, at = shapes(kind, *sizes), {}, 0
+    write(folder, {n: torch.zeros(shape, dtype=torch.bfloat16) for n, shape in tensors.items()} if storage == "bin" else {}, storage,
+          dict(model_type=kind, num_attention_heads=8, num_key_value_heads=8))
+    if storage == "bin":
+        return folder
+    for name, shape in tensors.items():
+        size = 2 * torch.Size(shape).numel()
+        header[name], at = dict(dtype="BF16", shape=shape, data_offsets=[at, at + size]), at + size
+    header = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.truncate(8 + len(header) + at)
+    return folder
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc, which only Linux has")
+@pytest.mark.parametrize("kind, storage, sizes", [
+    ("llama", "safetensors", (1024, 2816, 8000, 10)), ("mixtral", "safetensors", (512, 1792, 4000, 6)), ("llama", "bin", (512, 1408, 4000, 20))],
+    ids=["llama", "mixtral", "bin"])
+def test_loading_takes_little_more_memory_than_the_model(kind, storage, sizes, tmp_path):
+    folders = hollow(tmp_path / "small", kind, storage, 64, 64, 64, 1), hollow(tmp_path / "big", kind, storage, *sizes)
+    done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, folders)], capture_output=True, text=True, cwd=UPCYCLE.parent)
+    assert done.returncode == 0, done.stderr
+    grown, size = map(int, done.stdout.split())
+    assert size > 1.3e8 and 0.9 * size < grown < 1.2 * size + 1e7, grown / size    # below 0.9, and nothing was measured
