@@ -13,6 +13,8 @@ import json
 import os
 import random
 import re
+import tempfile
+import time
 import zlib
 
 import numpy as np
@@ -27,6 +29,7 @@ IMAGE, AUDIO, PAD, IGNORE = -200, -201, -1, -100     # as in model.py: image slo
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)      # of the pixels CLIP was trained on, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+NORMALISE = [(1 / (255 * std), -mean / std) for mean, std in zip(CLIP_MEAN, CLIP_STD)]     # (x / 255 - mean) / std = x * scale + shift
 
 
 def load_image(image, size: int) -> torch.Tensor:
@@ -40,26 +43,34 @@ def load_image(image, size: int) -> torch.Tensor:
             image = Image.open(image)
         if min(image.size) < 2:
             raise ValueError(f"it is {image.width} x {image.height} pixels, too small to be a picture")
-        image = image.convert("RGB")                                               # decodes: a truncated file fails here
+        image.load()                                                               # decodes: a truncated file fails here
+        image = image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file; check the path, and --images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{name}: cannot be read as an image: {e}") from None
-    image = pad_to_square(image)
-    if image.width != size:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255           # (3, size, size)
-    return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    width = side = max(image.size)
+    if image.width == side:        # Pillow resizes rows first, then columns; a row of padding stays as it is, so add those in between
+        image, width = image.resize((size, image.height), Image.Resampling.BICUBIC), size
+    image = pad(image, width, side).resize((size, size), Image.Resampling.BICUBIC)
+    x = np.empty((3, size, size), np.float32)
+    for out, band, (scale, shift) in zip(x, image.split(), NORMALISE):             # plane by plane, in two passes over the pixels
+        np.multiply(np.asarray(band), scale, out=out, dtype=np.float32, casting="unsafe")
+        out += shift
+    return torch.from_numpy(x)
+
+
+def pad(image: Image.Image, width: int, height: int) -> Image.Image:
+    """An RGB image in the middle of a larger one of CLIP's mean colour."""
+    if image.size == (width, height):
+        return image
+    canvas = Image.new("RGB", (width, height), tuple(int(m * 255) for m in CLIP_MEAN))
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return canvas
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:
-    """An RGB image in the middle of a square of CLIP's mean colour."""
-    w, h = image.size
-    if w == h:
-        return image
-    square = Image.new("RGB", (max(w, h),) * 2, tuple(int(m * 255) for m in CLIP_MEAN))
-    square.paste(image, ((max(w, h) - w) // 2, (max(w, h) - h) // 2))
-    return square
+    return pad(image, max(image.size), max(image.size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,11 +130,7 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     differ and the sample is dropped with "tokenization mismatch". Here the text is tokenized once, and a token is learnt if its
     characters reach into an answer. Raises ValueError as `render` does, and if a complete conversation leaves nothing to learn."""
     pieces = render(conversations, template)
-    spans, end = [], 0                                                             # (start, end) characters of the answers
-    for text, learnt in pieces:
-        if learnt:
-            spans.append((end, end + len(text)))
-        end += len(text)
+    mask = b"".join(bytes([learnt]) * len(text) for text, learnt in pieces)        # 1 for each character of an answer
     ids, labels, at = [], [], 0                                                    # at: characters before this chunk
     marks = "(<image>|<audio>)" if n_audio_tokens else "(<image>)"                 # without audio, "<audio>" is but an HTML tag
     for i, chunk in enumerate(re.split(marks, "".join(text for text, _ in pieces))):
@@ -137,10 +144,9 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
                 if special and a == b and at > 0:                                  # the tokenizer's own <s>: only at the very start
                     continue
                 ids.append(token)
-                learnt = any(at + b > start and at + a < stop for start, stop in spans)
-                labels.append(token if learnt and a < b else IGNORE)
+                labels.append(token if 1 in mask[at + a:at + b] else IGNORE)
         at += len(chunk)
-    if spans and all(label == IGNORE for label in labels):
+    if any(learnt for _, learnt in pieces) and all(label == IGNORE for label in labels):
         raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
     return ids, labels
 
@@ -222,7 +228,8 @@ def draw_scene(scene: dict) -> Image.Image:
         ink, paper = rng.choice((((20, 20, 20), (225, 225, 215)), ((245, 245, 240), (30, 70, 40)), ((250, 240, 90), (40, 40, 60))))
         draw.rectangle((x - 2, y, x + width + 1, y + 11), paper)
         draw.text((x, y), word, ink, font=FONT)
-    noise = np.frombuffer(rng.randbytes(DRAWN_SIZE * DRAWN_SIZE * 3), np.uint8).reshape(DRAWN_SIZE, DRAWN_SIZE, 3) % 13
+    noise = rng.randbytes(DRAWN_SIZE * DRAWN_SIZE * 3).translate(bytes(i % 13 for i in range(256)))
+    noise = np.frombuffer(noise, np.uint8).reshape(DRAWN_SIZE, DRAWN_SIZE, 3)
     return Image.fromarray((np.asarray(img).astype(np.int16) + noise - 6).clip(0, 255).astype(np.uint8))
 
 
@@ -247,8 +254,9 @@ def describe(scene: dict) -> str:
 def ask(scene: dict, kind: str, rng: random.Random):
     """A question of that type and its answer, or None where the scene offers none."""
     objects, pick = scene["objects"], rng.choice
-    unique = lambda i: [o for o in objects if sum(p[i] == o[i] for p in objects) == 1]
-    named = [o for o in objects if sum(p[2:] == o[2:] for p in objects) == 1]      # "the red circle" names exactly one
+    unique = lambda i: [o for o in objects if [p[i] for p in objects].count(o[i]) == 1]
+    things = [o[2:] for o in objects]
+    named = [o for o in objects if things.count(o[2:]) == 1]                       # "the red circle" names exactly one
     thing = lambda o: f"{o[2]} {o[3]}"
     match kind:
         case "color" if unique(3):
@@ -294,9 +302,11 @@ def ask_many(scene: dict, n: int, rng: random.Random) -> list[tuple[str, str, st
     """n different questions about a scene where it offers so many: [(type, question, answer), ...], types drawn by WEIGHTS."""
     out, seen = [], set()
     for kind in rng.choices(TYPES, WEIGHTS, k=4 * n):
+        if len(out) == n:
+            break
         if kind == "sign" and not scene["sign"] and rng.random() < 0.7:            # "no sign" must not be the usual answer
             continue
-        if (qa := ask(scene, kind, rng)) and qa[0] not in seen and len(out) < n:
+        if (qa := ask(scene, kind, rng)) and qa[0] not in seen:
             seen.add(qa[0])
             out.append((kind, *qa))
     return out
@@ -434,10 +444,8 @@ class Encoded(torch.utils.data.Dataset):
 def pad_rows(rows: list, fill: int, multiple: int = 8) -> torch.Tensor:
     """Lists or (T_i,) tensors -> (B, T) int64, filled on the right; T is rounded up so that few different lengths occur."""
     length = -(-max(len(r) for r in rows) // multiple) * multiple
-    out = torch.full((len(rows), length), fill)
-    for row, r in zip(out, rows):
-        row[:len(r)] = torch.as_tensor(r)
-    return out
+    rows = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(r) for r in rows], batch_first=True, padding_value=fill)
+    return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=fill)
 
 
 def collate(samples: list) -> dict:
@@ -483,3 +491,33 @@ class Batches:
             for batch in epoch[step % self.per_epoch:]:
                 yield from batch[self.rank::self.world].reshape(-1, self.micro_batch).tolist()
                 step += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. `python data.py`: how fast are images, against what Pillow needs in any case?
+
+
+def image_speed(width: int, height: int, size: int = 336, n: int = 24, rounds: int = 7) -> tuple[float, float]:
+    """Images a second on one core: (Pillow's decoding and resizing alone, load_image), of n JPEGs of that size, smooth noise.
+
+    Time is this thread's own, so that a busy machine counts little; the two take turns, and the best round counts."""
+    rng, best = np.random.default_rng(0), [float("inf")] * 2
+    bare = lambda file: Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.path.join(folder, f"{i}.jpg") for i in range(n)]
+        for file in files:
+            coarse = rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(file, quality=90)
+        for i in range(2 * rounds):
+            start = time.thread_time()
+            for file in files:
+                load_image(file, size) if i % 2 else bare(file)
+            best[i % 2] = min(best[i % 2], (time.thread_time() - start) / n)
+    return 1 / best[0], 1 / best[1]
+
+
+if __name__ == "__main__":
+    print("JPEGs -> 336 x 336, images a second and core\n            Pillow alone  load_image")
+    for width, height in ((640, 480), (480, 640)):
+        bare, ours = image_speed(width, height)
+        print(f"{width} x {height} {bare:14.0f} {ours:11.0f}   {100 * ours / bare:.0f}%")

@@ -25,8 +25,10 @@ import time
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Routing: logits -> who goes where, how much it counts, and how even the load is
@@ -42,11 +44,12 @@ class Routing(NamedTuple):
 
 
 def route(logits: Tensor, top_k: int, mask: Tensor | None = None, capacity_factor: float | None = None,
-          min_capacity: int = 0) -> Routing:
+          min_capacity: int = 0, noise: Tensor | None = None) -> Routing:
     """Top-k routing with the balance and z losses of CuMo (section 3.2; ST-MoE eq. 5 for z).
 
     logits (..., N, E), any float dtype. mask (..., N) bool, False for padding, which gets weight 0 and counts nowhere.
     capacity_factor: None drops nothing; else expert slots are limited as in DeepSpeed's top-2 gate, which MoE-LLaVA uses.
+    noise (..., N, E): added to the logits when the choices behind the first are made (that gate's Gumbel noise), and nowhere else.
     Raises ValueError for a top_k outside 1..E and a capacity factor that is not positive.
 
     The losses are means over the N tokens of each leading index and then over the leading indices: with (images, tokens, E) the
@@ -59,7 +62,13 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None, capacity_facto
         raise ValueError(f"capacity_factor = {capacity_factor} must be positive, or None to drop nothing")
     logits = logits.float()                                                  # bf16 has too few digits for a softmax
     p = logits.softmax(-1)                                                   # (..., N, E)
-    weights, experts = p.topk(top_k, dim=-1)                                 # (..., N, K) twice, largest first
+    if noise is None:
+        weights, experts = p.topk(top_k, dim=-1)                             # (..., N, K) twice, largest first
+    else:
+        first = p.argmax(-1, keepdim=True)
+        others = (logits + noise).scatter(-1, first, -torch.inf).topk(top_k - 1, dim=-1).indices
+        experts = torch.cat([first, others], -1)
+        weights = p.gather(-1, experts)
     real = torch.ones_like(p[..., 0]) if mask is None else mask.to(p.dtype)  # (..., N) 1 for tokens, 0 for padding
 
     # Balance: fraction of tokens whose first choice is e, times mean probability of e. Only the second factor carries gradient:
@@ -114,16 +123,16 @@ def ffn(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None, b_
 
 
 def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None, b_in: Tensor | None = None,
-            b_out: Tensor | None = None, act: str = "gelu", backend: str | None = None) -> Tensor:
+            b_out: Tensor | None = None, act: str = "gelu", backend: str | None = None, group=None) -> Tensor:
     """y = sum_k weights[:, k] * FFN_{experts[:, k]}(x).
 
     x (..., N, D); r as `route` gave it for those tokens; w_in, w_gate (E, F, D), w_out (E, D_out, F), b_in (E, F),
     b_out (E, D_out). Returns (..., N, D_out) in x's dtype (autocast's inside autocast). backend: "loop", "sorted", "grouped",
-    or None to choose: grouped for bf16 on CUDA, else sorted. Raises ValueError for an unknown backend or activation, and for
-    grouped with another dtype than bf16."""
+    or None to choose: grouped for bf16 on CUDA, else sorted. group: the ranks that share the experts (`moe_parallel`). Raises
+    ValueError for an unknown backend or activation, and for grouped with another dtype than bf16."""
     if act not in ACTIVATIONS:
         raise ValueError(f"unknown activation {act!r}; known: {', '.join(ACTIVATIONS)}")
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):           # on meta there are only shapes
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if backend is None:
         backend = "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "sorted"
@@ -132,8 +141,9 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
     if r.experts.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"routing is for tokens {tuple(r.experts.shape[:-1])}, x has tokens {tuple(x.shape[:-1])}")
     top_k = r.experts.shape[-1]
-    y = BACKENDS[backend](x.reshape(-1, x.shape[-1]), r.weights.reshape(-1, top_k).to(x.dtype), r.experts.reshape(-1, top_k),
-                          w_in, w_out, w_gate, b_in, b_out, act)
+    run = BACKENDS[backend] if group is None else functools.partial(moe_parallel, run=BACKENDS[backend], group=group)
+    y = run(x.reshape(-1, x.shape[-1]), r.weights.reshape(-1, top_k).to(x.dtype), r.experts.reshape(-1, top_k),
+            w_in, w_out, w_gate, b_in, b_out, act)
     return y.view(*x.shape[:-1], w_out.shape[1])
 
 
@@ -233,6 +243,16 @@ def _segment_mm_gradients(ctx, grad):
     return *(g if need else None for g, need in zip(out, needs)), None
 
 
+@register_flop_formula(torch.ops.nanocumo.segment_mm)                        # FlopCounterMode does not look into an operator
+def _(a, w, b, counts, out_shape=None, **kw):
+    return 2 * a[0] * w[1] * w[2]
+
+
+@register_flop_formula(torch.ops.nanocumo.segment_mm_backward)
+def _(grad, a, w, counts, needs, out_shape=None, **kw):
+    return 2 * a[0] * w[1] * w[2] * (needs[0] + needs[1])
+
+
 segment_mm.register_autograd(_segment_mm_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
     inputs[0], inputs[1], inputs[3]))
 
@@ -276,6 +296,50 @@ def moe_grouped(x, *args):
 
 
 BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}
+
+# Expert parallelism: GShard's (arXiv 2006.16668), in Uni-MoE "expert-level model parallelism". Experts too many for one device are dealt
+# out to the ranks of a group, and tokens travel to them. Every rank routes its own tokens (routers are small: all have the same). Sorted
+# by expert, the (token, choice) pairs are sorted by rank too, so one exchange of contiguous pieces takes each to where its expert lives:
+#
+#         rank 0 keeps experts 0 and 1          rank 1 keeps experts 2 and 3
+#         its tokens want  0 0 1 | 2 3 3        its tokens want  0 1 1 1 | 3
+#                            |       \___________________  _______/      |
+#                            |        ___________________\/____          |        all-to-all: piece r goes to rank r
+#                            |       /                          \        |
+#         it runs          0 0 1 | 0 1 1 1      it runs        2 3 3 | 3
+#
+# Answers go back in the same way, gradients the same two ways in reverse. An expert's gradient so holds the whole group's tokens.
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows (sum(send), D), cut into one piece a rank, -> the pieces that this rank gets from each rank (sum(receive), D)."""
+    @staticmethod
+    def forward(ctx, rows, send, receive, group):
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):                                                 # what came from a rank has its gradient sent there
+        return _AllToAll.apply(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+@torch.compiler.disable                                                      # its sizes are known only when it runs
+def moe_parallel(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act, run, group):
+    """As moe_loop, on each rank of the group for its own tokens: x (N, D), weights and experts (N, K) as ever, N may differ or be 0.
+    But w_in (E / ranks, F, D) and the others are this rank's experts alone: rank r has the r-th part. `run` is the backend.
+
+    Every rank must call it equally often, or the others wait for ever. Dropped choices travel too, and come back with weight 0."""
+    n, mine = dist.get_world_size(group), w_in.shape[0]
+    rows, counts, order, inverse = _sort_by_expert(x, experts, n * mine)     # (N*K, D), (E,)
+    asked = torch.empty_like(counts)                                         # (E,) from each rank in turn: pairs for each expert here
+    dist.all_to_all_single(asked, counts, group=group)
+    send, receive = torch.stack([counts, asked]).view(2, n, mine).sum(2).tolist()     # the one wait for the device
+    rows = _AllToAll.apply(rows, send, receive, group)                       # (M, D)
+    expert = torch.arange(mine, device=x.device).repeat(n).repeat_interleave(asked, output_size=sum(receive))          # (M,)
+    out = run(rows, rows.new_ones(len(rows), 1), expert.unsqueeze(1), w_in, w_out, w_gate, b_in, b_out, act)           # (M, D_out)
+    return _combine(_AllToAll.apply(out, receive, send, group), weights, order, inverse)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. `python kernels.py`: are the backends right, and what does sparsity cost?

@@ -15,6 +15,7 @@ H heads, V vocabulary, n images, S image side. `python model.py` prints each pre
 """
 import copy
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -79,7 +80,10 @@ class TextConfig:
     tie_embeddings: bool = False
     n_experts: list | int = 0
     top_k: int = 2
-    capacity_factor: float | None = None       # None: nothing is dropped
+    capacity_factor: float | None = None       # in training; None: nothing is dropped
+    eval_capacity_factor: float | None = None  # outside training (MoE-LLaVA: 1.5 and 2.0)
+    min_capacity: int = 0                      # slots that every expert has at least
+    noisy: bool = False                        # DeepSpeed's Gumbel noise on the second choice, in training only
     aux: str = "mean"               # auxiliary losses over the layers: "mean" (CuMo-Mixtral) or "sum" (MoE-LLaVA)
 
 
@@ -148,6 +152,9 @@ class Config:
                 raise ValueError(f"vision.scales = {v.scales} must be whole numbers that begin with 1, for example [1, 3]")
         t = self.text
         t.head_dim = t.head_dim or t.dim // t.n_heads
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if getattr(t, name) is not None and not getattr(t, name) > 0:
+                raise ValueError(f"text.{name} = {getattr(t, name)} must be positive, or null to drop nothing")
         if t.n_heads % t.n_kv_heads:
             raise ValueError(f"text.n_heads = {t.n_heads} is not a multiple of text.n_kv_heads = {t.n_kv_heads}")
         if t.aux not in ("mean", "sum"):
@@ -197,6 +204,10 @@ PRESETS = {
         vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), text=dict()),
     "cumo-mixtral-8x7b": dict(
         vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), text=dict(n_experts=8)),
+    # MoE-LLaVA (arXiv 2401.15947) on OpenChat-7B, a Mistral: experts in every other layer of the decoder, a LLaVA-1.5 all else.
+    "moe-llava-mistral-7b": dict(
+        vision=dict(), text=dict(rope_theta=1e4, sliding_window=4096, n_experts=[4, 0] * 16, capacity_factor=1.5, eval_capacity_factor=2.0,
+                                 aux="sum"), template="vicuna", balance_coef=0.01, z_coef=0.0),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,10 +234,11 @@ class FFN(nn.Module):
 class MoE(nn.Module):
     """E such FFNs and a router. The router has no bias, and its softmax is float32 (kernels.route)."""
 
-    def __init__(self, dim, ffn_dim, act, n_experts, top_k, dim_out=None, gated=False, bias=False, capacity_factor=None):
+    def __init__(self, dim, ffn_dim, act, n_experts, top_k, dim_out=None, gated=False, bias=False, text: "TextConfig | None" = None):
         super().__init__()
-        self.act, self.top_k, self.capacity_factor, dim_out = act, top_k, capacity_factor, dim_out or dim
+        self.act, self.top_k, self.text, dim_out = act, top_k, text, dim_out or dim     # text: whose capacities hold
         self.backend = None                                            # None lets kernels.moe_ffn choose
+        self.group = None                                              # ranks that share the experts (train.py --expert-parallel)
         self.router = nn.Parameter(torch.empty(n_experts, dim))        # (E, D)
         self.w_in = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
         self.w_gate = nn.Parameter(torch.empty(n_experts, ffn_dim, dim)) if gated else None
@@ -235,15 +247,22 @@ class MoE(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(n_experts, dim_out)) if bias else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
-        """x (..., N, D), mask (..., N) False at padding -> (..., N, D_out) and the Routing."""
-        r = route(F.linear(x, self.router), self.top_k, mask, self.capacity_factor)
-        return moe_ffn(x, r, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act, self.backend), r
+        """x (..., N, D), mask (..., N) False at padding -> (..., N, D_out) and the Routing.
+
+        With a capacity factor the answer depends on the company that a token is in: the batch competes for slots, also in
+        generation, where a prompt is routed whole and every later step routes one token a row."""
+        logits, t, noise = F.linear(x.to(self.router.dtype), self.router), self.text, None     # (..., N, E); MoE-LLaVA's router may be float32
+        factor = None if t is None else t.capacity_factor if self.training else t.eval_capacity_factor
+        if t is not None and t.noisy and self.training:                            # DeepSpeed also draws in evaluation; here answers stay the same
+            noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
+        r = route(logits, self.top_k, mask, factor, t.min_capacity if t else 0, noise)
+        return moe_ffn(x, r, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act, self.backend, self.group), r
 
 
-def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, capacity_factor=None, **kw):
+def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, text=None, **kw):
     if n_experts == 0:
         return FFN(dim, ffn_dim, act, **kw)
-    return MoE(dim, ffn_dim, act, n_experts, top_k, capacity_factor=capacity_factor, **kw)
+    return MoE(dim, ffn_dim, act, n_experts, top_k, text=text, **kw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,18 +410,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of every layer, at fixed size: (layers, B, H_kv, T_max, head_dim) each."""
+    """Keys and values, at fixed size: k[layer] and v[layer] are (B, H_kv, T_max, head_dim). One tensor a layer: torch.compile would
+    copy all of a larger one in order to write to a part of it."""
 
     def __init__(self, c: TextConfig, batch: int, length: int, device, dtype):
-        shape = (c.n_layers, batch, c.n_kv_heads, length, c.head_dim)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = ([torch.zeros(batch, c.n_kv_heads, length, c.head_dim, device=device, dtype=dtype) for _ in range(c.n_layers)]
+                          for _ in "kv")
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor):
-        """k, v (B, H_kv, T, d) to positions (B or 1, T) of their rows; returns the whole layer's keys and values."""
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, n_keys: int):
+        """k, v (B, H_kv, T, d) to positions (B or 1, T) of their rows; returns the first n_keys of the layer's keys and values."""
         rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer], self.v[layer]
+        return self.k[layer][:, :, :n_keys], self.v[layer][:, :, :n_keys]
 
 
 class DecoderBlock(nn.Module):
@@ -414,7 +434,7 @@ class DecoderBlock(nn.Module):
         self.k = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
-        self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, c.capacity_factor, gated=True)
+        self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, text=c, gated=True)
 
     def forward(self, x, rope, real, attend=None, cache=None, positions=None):
         """x (B, T, D), rope (cos, sin), real (B, T) False at PAD, attend None (causal) or (B or 1, 1, T, keys) bool."""
@@ -422,7 +442,7 @@ class DecoderBlock(nn.Module):
         q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.q, self.k, self.v))   # (B, H, T, d)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.write(self.layer, positions, k, v)
+            k, v = cache.write(self.layer, positions, k, v, x.shape[1] if attend is None else attend.shape[-1])
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None, enable_gqa=True)
         x = x + self.o(h.transpose(1, 2).flatten(2))
         h, r = self.ffn(self.norm2(x).flatten(0, 1), real.flatten())               # one row of B*T tokens: batch-wide statistics
@@ -441,15 +461,16 @@ class Decoder(nn.Module):
         self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
         self.checkpointing = False
 
-    def forward(self, x, real, aux=None, cache=None, positions=None):
-        """x (B, T, D), real (B, T) bool. With a cache: positions (B, T), each row's own, where x is written before attending.
+    def forward(self, x, real, aux=None, cache=None, positions=None, n_keys=None):
+        """x (B, T, D), real (B, T) bool. With a cache, x is written to it before attending: from position 0 on, or to positions (B, T),
+        each row's own, all below n_keys (default: the cache's length). What lies behind n_keys costs nothing.
 
         Why padding needs no attention mask: it lies to the right of every real token, and causal attention never looks right."""
-        window, attend = self.config.sliding_window, None
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)     # (1, T)
-        n_keys = x.shape[1] if cache is None else cache.k.shape[3]
-        if cache is not None or (window is not None and window < n_keys):
+        window, attend, anywhere = self.config.sliding_window, None, positions is not None
+        if not anywhere:
+            positions, n_keys = torch.arange(x.shape[1], device=x.device).unsqueeze(0), x.shape[1]     # (1, T)
+        n_keys = n_keys or cache.k[0].shape[2]
+        if anywhere or (window is not None and window < n_keys):
             keys = torch.arange(n_keys, device=x.device)
             ago = positions.unsqueeze(-1) - keys                                   # (B, T, keys) how far back a key lies
             attend = ((ago >= 0) & (ago < (window or n_keys))).unsqueeze(1)        # (B, 1, T, keys)
@@ -486,6 +507,7 @@ class CuMo(nn.Module):
         self.vision = VisionTransformer(v) if v else None
         self.connector = Connector(config.connector, v.dim * len(v.scales), t.dim) if v else None
         self.text = Decoder(t)
+        self.cache = None                                            # compiled generation keeps its Cache here
         self.init_weights()
 
     @torch.no_grad()
@@ -523,7 +545,7 @@ class CuMo(nn.Module):
         what is left over must be blank images, one for each row without a slot."""
         x = self.text.embed(tokens.clamp(min=0))                                   # (B, T, D)
         slots = tokens == IMAGE                                                    # (B, T)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not tokens.is_meta:
             n_slots, n_features = int(slots.sum()), 0 if image_embeds is None else image_embeds.shape[:2].numel()
             if n_features not in (n_slots, n_slots + int((~slots).all(1).sum()) * self.config.n_image_tokens):
                 raise ValueError(f"tokens have {n_slots} IMAGE slots, the images give {n_features} features "
@@ -543,7 +565,7 @@ class CuMo(nn.Module):
             raise ValueError("this model hears nothing; it was given audio")
         aux = {"vision": [], "connector": [], "text": []}
         n = 0 if images is None else len(images)
-        if labels is not None and self.vision and image_embeds is None and not torch.compiler.is_compiling():
+        if labels is not None and self.vision and image_embeds is None and not torch.compiler.is_compiling() and not tokens.is_meta:
             # Training: a row without an image brings a blank one, which fills no slot. The released code does so too, and counts the
             # blanks in the auxiliary losses. It also makes every rank run every module, without which DDP and FSDP would hang.
             # data.collate appends them; here they are appended for who did not.
@@ -572,12 +594,16 @@ class CuMo(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, max_new_tokens: int = 64,
                  temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, image_embeds: Tensor | None = None,
-                 on_token=None, generator: torch.Generator | None = None) -> Tensor:
+                 on_token=None, generator: torch.Generator | None = None, compile: bool | str = False) -> Tensor:
         """Continue tokens (B, T), right-padded with PAD -> (B, <= max_new_tokens) int64; behind an eos a row holds eos.
 
         temperature 0 is greedy; top_p < 1 samples from the smallest set of tokens with that much probability. `on_token` is called
         with each step's (B,) tokens, to stream. Rows may differ in length: each row's next token is written at its own position,
-        over its padding, so nothing is ever shifted or re-computed."""
+        over its padding, so nothing is ever shifted or re-computed.
+
+        compile: prefill and decode step as one compiled graph each (a text names torch.compile's backend), on CUDA replayed as CUDA
+        graphs. Graphs want the same shapes and the same memory every time: so prompt and cache are padded to a few lengths, a step
+        attends over the whole cache, and the cache is kept for the next call. In eager mode a step attends over what is written."""
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got {max_new_tokens}, {temperature}, {top_p}")
         if audio is not None:
@@ -588,12 +614,21 @@ class CuMo(nn.Module):
         length = real.sum(1)                                                       # (B,)
         if not torch.equal(real, torch.arange(tokens.shape[1], device=tokens.device) < length.unsqueeze(1)) or not (length > 0).all():
             raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be empty")
+        first, following, cache, n_cache, on_cuda = prefill, decode, None, tokens.shape[1] + max_new_tokens, tokens.is_cuda
+        if compile:
+            first, following = compiled("inductor" if compile is True else compile, on_cuda)
+            cache, n_cache = self.cache, rung(n_cache)
+            tokens = F.pad(tokens, (0, min(rung(tokens.shape[1]), n_cache) - tokens.shape[1]), value=PAD)
         x = self.embed(tokens, image_embeds)
-        cache = Cache(self.config.text, len(x), tokens.shape[1] + max_new_tokens, x.device,
-                      torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
-        positions = torch.arange(tokens.shape[1], device=x.device).expand(len(x), -1)
-        logits = self.text(x, real, cache=cache, positions=positions)              # prefill: the whole prompt at once
-        logits = logits[torch.arange(len(x), device=x.device), length - 1]         # (B, V) at each row's last token
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        key = len(x), n_cache, dtype, x.device
+        if cache is None or (len(cache.k[0]), cache.k[0].shape[2], cache.k[0].dtype, cache.k[0].device) != key:
+            cache = Cache(self.config.text, len(x), n_cache, x.device, dtype)
+            if compile:
+                self.cache = cache
+                for t in cache.k + cache.v:
+                    torch._dynamo.mark_static_address(t, guard=False)              # a CUDA graph may write to it in place
+        logits = first(self.text, x, tokens != PAD, length - 1, cache)             # (B, V) at each row's last token
         done, out = torch.zeros_like(length, dtype=torch.bool), []
         for step in range(max_new_tokens):
             token = sample(logits, temperature, top_p, generator)                  # (B,)
@@ -603,12 +638,40 @@ class CuMo(nn.Module):
             out.append(token)
             if on_token is not None:
                 on_token(token)
-            if done.all() or step == max_new_tokens - 1:
+            # To ask is to wait for the device; so a GPU is asked now and then only, and runs a few steps too far
+            if step == max_new_tokens - 1 or (eos is not None and (not on_cuda or step % 8 == 7) and done.all()):
                 break
-            positions = (length + step).unsqueeze(1)                               # (B, 1)
-            logits = self.text(self.text.embed(token.unsqueeze(1)), torch.ones_like(positions, dtype=torch.bool),
-                               cache=cache, positions=positions)[:, 0]
-        return torch.stack(out, 1)
+            logits = following(self.text, token, length + step, cache, n_cache if compile else tokens.shape[1] + step + 1)
+        out = torch.stack(out, 1)                                                  # (B, steps)
+        return out if eos is None else out[:, :1 + int(((out == eos).cumsum(1) == 0).any(0).sum())]
+
+
+def rung(n: int) -> int:
+    """The smallest of 64, 96, 128, 192, 256, 384, ... that is at least n: lengths padded to it are few, and at most a third of it is
+    padding (from 64 on)."""
+    power = 1 << max(6, (n - 1).bit_length())                                      # the power of two
+    return power * 3 // 4 if n <= power * 3 // 4 and power > 64 else power
+
+
+def prefill(text: Decoder, x: Tensor, real: Tensor, last: Tensor, cache: Cache) -> Tensor:
+    """The whole prompt at once: x (B, T, D), last (B,) the position of each row's last token -> its logits (B, V)."""
+    return text(x, real, cache=cache)[torch.arange(len(x), device=x.device), last]
+
+
+def decode(text: Decoder, token: Tensor, position: Tensor, cache: Cache, n_keys: int) -> Tensor:
+    """One step: token, position (B,) -> logits of the next token (B, V). Nothing in it waits for the device."""
+    real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)
+    return text(text.embed(token.unsqueeze(1)), real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys)[:, 0]
+
+
+@functools.cache
+def compiled(backend: str, cuda_graphs: bool):
+    """prefill and decode as one graph each. A decode step on a GPU is a few hundred tiny kernels, whose launches from Python take longer than
+    they do themselves; "reduce-overhead" records them once as a CUDA graph. Prefill is big enough to go without."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)       # a graph per batch size and rung
+    graphs = dict(mode="reduce-overhead") if cuda_graphs and backend == "inductor" else {}
+    return (torch.compile(prefill, fullgraph=True, dynamic=False, backend=backend),
+            torch.compile(decode, fullgraph=True, dynamic=False, backend=backend, **graphs))
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
@@ -617,7 +680,46 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> 
         return logits.argmax(-1)
     p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                                # drop what lies behind the first top_p of mass
-    return ids.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
+    # The largest of p_i / (an exponential number) is i with probability p_i; torch.multinomial does this too, but waits for the device
+    return ids.gather(-1, (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def flops(config: Config, n_tokens: int, n_images: int = 1, trains=None) -> dict[str, float]:
+    """{part: FLOPs} of one training sample's forward pass; or, with `trains`, the parts that train, of its backward pass.
+
+    Only matrix products count, at two FLOPs a multiply-add: each weight matrix meets each token, and in attention each token meets
+    all T of its sequence, twice (q k, p v). Going back, a product becomes two: the gradient of its input, and of its weight. So frozen
+    parts before the first trained one cost nothing, and those behind it half. Left out: what is computed a second time (by
+    checkpointing, by attention kernels), and that a causal kernel skips half."""
+    def ffn(dim, width, out, n_experts, top_k, gated=0):                           # multiply-adds a token
+        one = (1 + gated) * dim * width + width * out
+        return top_k * (one + out) + dim * n_experts if n_experts else one         # K experts, their weighted sum, the router
+
+    v, c, t, parts, n = config.vision, config.connector, config.text, {}, config.n_image_tokens
+    if v:
+        crops = n_images * sum(s * s for s in v.scales)                            # S2: a scale s is s x s crops
+        unused = any(v.n_experts[v.n_used_layers:])                                # layers that run for their routers' losses only
+        layers = [ffn(v.dim, v.ffn_dim, v.dim, e, v.top_k) for e in v.n_experts[:None if unused else v.n_used_layers]]
+        inner = 4 * v.dim**2 * len(layers) + sum(layers)
+        if trains is not None and unused:                                          # the last experts' answers go nowhere
+            inner -= layers[-1] - v.dim * v.n_experts[-1]
+        parts["vision"] = crops * n * 3 * v.patch_size**2 * v.dim, crops * (n + 1) * inner, crops * (n + 1)**2 * 2 * v.dim * len(layers)
+        wide = v.dim * len(v.scales)
+        entry, whole = wide * t.dim * (c.top_k if c.n_experts else 1), ffn(wide, t.dim, t.dim, c.n_experts, c.top_k)
+        parts["connector"] = n_images * n * entry, n_images * n * (whole - entry), 0
+    q, kv = t.n_heads * t.head_dim, t.n_kv_heads * t.head_dim
+    layers = [ffn(t.dim, t.ffn_dim, t.dim, e, t.top_k, 1) for e in t.n_experts]
+    inner = sum(layers) + 2 * t.dim * (q + kv) * t.n_layers + t.dim * t.vocab_size
+    parts["text"] = 0, n_tokens * inner, n_tokens**2 * 2 * q * t.n_layers
+    some = {"text.ffn": n_tokens * sum(layers), "text.moe": n_tokens * sum(cost for cost, e in zip(layers, t.n_experts) if e)}
+    if trains is None:
+        return {part: 2.0 * sum(costs) for part, costs in parts.items()}
+    back, reached = {}, False                                                      # reached: a part before this one wants a gradient
+    for part, (entry, inner, attention) in parts.items():                          # entry: the products that meet the part's input
+        learns = inner if part in trains else max((some[p] for p in trains if p in some and part == "text"), default=0)
+        back[part] = 2.0 * (entry * (reached + (learns > 0)) + (inner + learns + 2 * attention) * (reached or learns > 0))
+        reached |= learns > 0
+    return back
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:

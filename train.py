@@ -1,18 +1,20 @@
 """train.py: the three stages of CuMo, from pre-trained backbones to a model that answers questions about pictures.
 
     python train.py                                     the embedded default: preset tiny, drawn data, CPU, minutes
-    torchrun --nproc_per_node 2 train.py                the same with data parallelism (--fsdp: sharded)
+    torchrun --nproc_per_node 2 train.py                the same with data parallelism (--fsdp: sharded; --expert-parallel 2: experts are)
     python train.py --stage 3 --init DIR --data FILE.json --images DIR      one stage on LLaVA's data format
     torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 --vision CLIP_DIR --llm MISTRAL_DIR --data ... --images ...
                                                         real models; stages 2 and 3 start from what the one before left
+    python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan       what it would cost; --bench: how fast it is
 
     stage 0   for who has no backbones: the tower learns from captions (contrastively), the decoder from text
     stage 1   pre-training: the connector alone learns to make image patches read like words
     stage 2   pre-finetuning: everything trains, still dense, on captions ("to warm up", CuMo section 3.3)
     stage 3   instruction tuning: FFNs of tower and connector are upcycled to experts, everything trains on questions
 
-Each stage starts from the folder that the stage before it left. A run writes to --out: checkpoint.pt (--resume goes on from it),
-stage1/, stage2/ and at last the model itself, log.jsonl, loss.png, routing.png.
+Each stage starts from the folder that the stage before it left. A run writes to --out: checkpoint.pt, or with --fsdp checkpoint/,
+which --resume goes on from (on any number of processes), stage1/, stage2/ and at last the model itself, log.jsonl, loss.png, routing.png.
+`torchrun --max-restarts 3 ... train.py ...` goes on by itself after a process died.
 """
 import argparse
 import dataclasses
@@ -21,29 +23,43 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data as d
 import generate
-from model import IGNORE, PAD, PRESETS, Config, CuMo, Decoder, MoE, TextConfig, count_parameters
-from upcycle import assemble, load, load_backbones, save, save_backbones, upcycle, write_atomically
+import kernels
+from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, Decoder, MoE, TextConfig, count_parameters, flops
+from upcycle import assemble, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically, write_json
 
 BACKBONES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny-backbones.safetensors")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)                         # gathered, on rank 0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The recipe and the flags. A stage says what trains, on what, and how; flags override it
@@ -52,8 +68,14 @@ EVERYTHING = ("vision", "connector", "text")
 RECIPE = {    # the paper's numbers (section 4.1 and the released scripts), for the 7B presets
     1: dict(trains=("connector",), kind="caption", template="plain", lr=1e-3, batch_size=256, max_length=2048, aux=False),
     2: dict(trains=EVERYTHING, kind="caption", template=None, lr=2e-6, batch_size=128, max_length=4096, aux=False),
-    3: dict(trains=EVERYTHING, kind="chat", template=None, lr=4e-6, batch_size=256, max_length=4096, experts=True),
+    3: dict(trains=EVERYTHING, kind="chat", template=None, lr=4e-6, batch_size=256, max_length=4096),
 }
+MOE_LLAVA = {    # the connector, then dense LLaVA on instructions, then "MoE-tuning" of the decoder's FFNs (section 3.3 there; the released
+    1: dict(RECIPE[1]),                        # scripts tune all decoder layers' FFNs and the connector, the paper speaks of the MoE layers)
+    2: dict(trains=("connector", "text"), kind="chat", template=None, lr=2e-5, batch_size=128, max_length=2048),
+    3: dict(trains=("connector", "text.ffn"), kind="chat", template=None, lr=2e-5, batch_size=128, max_length=2048),
+}
+RECIPES = {"cumo": RECIPE, "moe-llava": MOE_LLAVA}
 MIXTRAL = {3: dict(lr=2e-6)}      # where the released script of CuMo-Mixtral differs
 TINY = {      # the same stages for a model four thousand times smaller, which wants larger steps
     "0a": dict(lr=1e-3, batch_size=64, steps=3000),
@@ -62,7 +84,9 @@ TINY = {      # the same stages for a model four thousand times smaller, which w
     2: dict(lr=5e-4, batch_size=64, steps=120, max_length=256),
     3: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
 }
-OVERRIDES = {"tiny": TINY, "cumo-mixtral-8x7b": MIXTRAL}
+OVERRIDES = {("cumo", "tiny"): TINY, ("cumo", "cumo-mixtral-8x7b"): MIXTRAL,
+             ("moe-llava", "tiny"): {1: TINY[1], 2: TINY[3], 3: dict(lr=3e-4, batch_size=64, steps=200, max_length=256)}}
+PARTS = ("vision", "connector", "text", "text.ffn", "text.moe")
 
 
 def arg(default, help):
@@ -72,18 +96,26 @@ def arg(default, help):
 @dataclass
 class Args:
     preset: str = arg("tiny", "model sizes: " + ", ".join(PRESETS))
+    recipe: str | None = arg(None, "cumo: experts in tower and connector; moe-llava: in the decoder; default: the preset's")
     stage: int | None = arg(None, "run this stage only (0 to 3); default: 1, 2 and 3")
     from_scratch: bool = arg(False, "begin with stage 0: make the tiny backbones again instead of taking the shipped ones")
     vision: str | None = arg(None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
     llm: str | None = arg(None, "stage 1 of a real model: folder or hub name of the language model")
     init: str | None = arg(None, "model folder to start from, of any layout; default: what the stage before left in --out")
     out: str | None = arg(None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
-    resume: bool = arg(False, "go on from the checkpoint in --out, exactly")
+    resume: bool = arg(False, "go on from the checkpoint in --out, exactly. Your own only: FSDP's, a folder, is read with pickle, which can run code")
     dense: bool = arg(False, "do not upcycle in stage 3: the comparison")
-    n_experts: int = arg(4, "experts in each FFN of tower and connector from stage 3 on")
+    upcycle_at: int = arg(3, "the stage that turns FFNs into experts")
+    trains: str | None = arg(None, "parts that train, with commas: " + ", ".join(PARTS) + " (the decoder's FFNs; its MoE layers); of a "
+                             "run of all stages, in those with experts; default: the stage's")
+    n_experts: int = arg(4, "experts in each FFN that is upcycled")
     top_k: int = arg(2, "experts that each token is sent to")
-    balance_coef: float | None = arg(None, "weight of the load-balancing losses (CuMo: 0.1)")
-    z_coef: float | None = arg(None, "weight of the router z-losses (CuMo: 0.01)")
+    moe_layers: str = arg("every_other", "moe-llava: decoder layers that get experts: every_other, all, first_half, second_half, or 0,3,5")
+    capacity_factor: float | None = arg(1.5, "moe-llava: expert slots in training, over an even share of the choices; 0: nothing is dropped")
+    eval_capacity_factor: float | None = arg(2.0, "moe-llava: the same outside training")
+    noisy_gate: bool = arg(False, "moe-llava: choose the second expert with Gumbel noise while training, as DeepSpeed does")
+    balance_coef: float | None = arg(None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
+    z_coef: float | None = arg(None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)")
     data: str | None = arg(None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
     images: str = arg("", "folder that the paths in --data are relative to")
     template: str | None = arg(None, "chat template: " + ", ".join(d.TEMPLATES) + "; default: the stage's")
@@ -100,11 +132,18 @@ class Args:
     seed: int = arg(0, "of new weights, data order and drawn scenes")
     device: str | None = arg(None, "cuda or cpu; default: cuda where there is one")
     fsdp: bool = arg(False, "with torchrun: shard weights, gradients and optimizer over the processes (FSDP2) instead of DDP")
+    expert_parallel: int = arg(1, "with torchrun: deal the experts out to groups of so many processes; tokens travel to them")
     checkpointing: bool = arg(False, "activation checkpointing: less memory, a third more arithmetic")
     matmul: str = arg("highest", "float32 matrix products: highest, or medium: in bfloat16 where the CPU can (AMX), a third faster")
     compile: bool | None = arg(None, "torch.compile the blocks; default: on CUDA (on a CPU a short run ends before it pays)")
     workers: int = arg(0, "processes that load data; 0 loads between the steps")
     save_every: int = arg(200, "steps between checkpoints")
+    plan: bool = arg(False, "build nothing: print parameters, arithmetic, memory on each GPU and GPU-hours of --stage (or of all)")
+    gpus: int = arg(1, "of --plan: that many, each with --gpu-gb of memory (with --fsdp, --checkpointing or without, as given)")
+    gpu_gb: int = arg(80, "of --plan: memory of a GPU")
+    peak_tflops: float = arg(989., "of --plan: what a GPU could do (an H100's dense bfloat16)")
+    mfu: float = arg(0.4, "of --plan: the share of it that training reaches")
+    bench: bool = arg(False, "time a step of stage 3 with random weights: with experts, dense at equal FLOPs, and as released")
     eval_questions: int = arg(1200, "held-out questions after the last stage (a quarter of them after the others)")
 
 
@@ -121,31 +160,54 @@ def parse(argv=None) -> Args:
             parser.add_argument(flag, type=next(t for t in (int, float, str) if t is kind or (t | None) == kind), default=f.default,
                                 help=text)
     args = Args(**vars(parser.parse_args(argv)))
-    for name in ("steps", "batch_size", "micro_batch", "max_length", "epochs", "save_every", "eval_questions"):
+    for name in ("steps", "batch_size", "micro_batch", "max_length", "epochs", "save_every", "eval_questions", "expert_parallel",
+                 "gpus", "gpu_gb"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)} must be at least 1")
+    if args.expert_parallel > 1 and args.fsdp:
+        raise ValueError("--expert-parallel and --fsdp are two ways to shard the same weights: give one of them")
+    if (world := args.gpus if args.plan else WORLD) % args.expert_parallel:
+        raise ValueError(f"--expert-parallel {args.expert_parallel}: {world} process(es) cannot form groups of {args.expert_parallel}")
+    if args.stage is None and not args.dense and args.n_experts % args.expert_parallel:        # stage 3's; others' are known when loaded
+        raise ValueError(f"--n-experts {args.n_experts} is not a multiple of --expert-parallel {args.expert_parallel}")
     if args.matmul not in ("highest", "high", "medium"):
         raise ValueError(f"--matmul {args.matmul}: known are highest, high and medium")
     if args.stage not in (None, 0, 1, 2, 3):
         raise ValueError(f"--stage {args.stage}: the stages are 0, 1, 2 and 3")
     if not 1 <= args.top_k <= args.n_experts:                                      # now, not when stage 3 begins
         raise ValueError(f"top_k = {args.top_k} of {args.n_experts} experts; need 1 <= --top-k <= --n-experts")
+    args.recipe = args.recipe or ("moe-llava" if args.preset.startswith("moe-llava") else "cumo")
+    if args.recipe not in RECIPES:
+        raise ValueError(f"--recipe {args.recipe}: known are {', '.join(RECIPES)}")
+    for part in (args.trains or "").split(",") if args.trains is not None else ():
+        if part not in PARTS:
+            raise ValueError(f"--trains {args.trains}: {part!r} is no part; known: {', '.join(PARTS)}")
+    if args.upcycle_at not in (1, 2, 3):
+        raise ValueError(f"--upcycle-at {args.upcycle_at}: the stages are 1, 2 and 3")
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0, or 0 to drop nothing")
     if args.device not in (None, "cuda", "cpu"):
         raise ValueError(f"--device {args.device}: cuda or cpu")
     if bool(args.vision) != bool(args.llm) or (args.vision and (args.init or args.stage not in (None, 1))):
         raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room for --init")
-    args.out = os.path.normpath(args.out or f"out/{args.preset}")                   # "out/tiny/" must not become "out/tiny/.1"
+    name = args.recipe if args.preset == "tiny" and args.recipe != "cumo" else args.preset
+    args.out = os.path.normpath(args.out or f"out/{name}")                         # "out/tiny/" must not become "out/tiny/.1"
     return args
 
 
-def settings(args: Args, stage) -> dict:
+def settings(args: Args, stage, world: int | None = None) -> dict:
     """A stage's numbers: the recipe's, the preset's over them, the flags over both."""
-    s = {**RECIPE.get(stage, {}), **OVERRIDES.get(args.preset, {}).get(stage, {})}
+    s = dict(TINY[stage]) if stage in ("0a", "0b") else {**RECIPES[args.recipe][stage],
+                                                         **OVERRIDES.get((args.recipe, args.preset), {}).get(stage, {})}
     for name in ("steps", "batch_size", "max_length", "lr", "template"):
         if getattr(args, name) is not None:
             s[name] = getattr(args, name)
-    s["experts"] = s.get("experts", False) and not args.dense
-    share = s["batch_size"] // WORLD                                               # samples per process and step
+    s["experts"] = stage in (1, 2, 3) and stage >= args.upcycle_at and not args.dense
+    s["aux"] = s.get("aux", True) or s["experts"]
+    if args.trains and (s["experts"] or args.stage is not None):                   # of all stages, those with experts
+        s["trains"] = tuple(args.trains.split(","))
+    share = s["batch_size"] // (world or WORLD)                                               # samples per process and step
     s["micro_batch"] = min(args.micro_batch or (share if args.preset == "tiny" else 4), max(1, share))
     return s
 
@@ -175,7 +237,11 @@ def choose_trainable(model: CuMo, trains):
     auxiliary losses (as in the released code), but its experts' outputs go nowhere; when it is dense, it does not even run."""
     model.requires_grad_(False)
     for name in trains:
-        getattr(model, name).requires_grad_(True)
+        if name in ("text.ffn", "text.moe"):
+            for layer in model.text.layers:
+                layer.ffn.requires_grad_(name == "text.ffn" or isinstance(layer.ffn, MoE))
+        else:
+            getattr(model, name).requires_grad_(True)
     if model.vision is not None:
         n_used = model.config.vision.n_used_layers
         reached = [i for i, layer in enumerate(model.vision.layers) if i < n_used or isinstance(layer.ffn, MoE)]
@@ -187,12 +253,83 @@ def choose_trainable(model: CuMo, trains):
                     p.requires_grad_(name == "router" and "vision" in trains)
 
 
-def distribute(args: Args, model: nn.Module, device) -> nn.Module:
-    """Compile, shard or replicate. FSDP2 shards every block for itself and the rest as one; compute is bf16 on CUDA."""
+def shard_experts(args: Args, model: nn.Module, device):
+    """--expert-parallel n: keep 1 / n of each MoE's experts here; kernels.moe_parallel takes the tokens to them. All else stays
+    data-parallel. -> {name: weight} of what was cut, and the ranks as a table: a row of n ranks shares the experts, each holds its part;
+    down a column all hold the same ones."""
+    n, experts = args.expert_parallel, {}
+    if n == 1 or not any(isinstance(m, MoE) for m in model.modules()):
+        return experts, None
+    mesh = init_device_mesh(device.type, (WORLD // n, n), mesh_dim_names=("column", "row"))
+    for path, m in model.named_modules():
+        if isinstance(m, MoE):
+            if len(m.router) % n:
+                raise ValueError(f"{path}: {len(m.router)} experts cannot be dealt out evenly to --expert-parallel {n} processes")
+            m.group = mesh.get_group("row")
+            experts.update({f"{path}.{name}": p for name, p in m.named_parameters() if name != "router"})
+    for p in experts.values():
+        p.data = p.data.chunk(n)[mesh.get_local_rank("row")].clone()               # (E, ...) -> (E / n, ...); the whole is freed
+    DDP._set_params_and_buffers_to_ignore_for_model(model, list(experts))          # they differ from rank to rank
+    return experts, mesh
+
+
+def show_whole(model: nn.Module, optimizer, experts: dict, mesh):
+    """In state dicts a shard (E / n, ...) appears as a DTensor (E, ...), which knows of what it is a part. Who saves and loads them
+    gathers and cuts DTensors anyway, for FSDP: so a checkpoint is a single process's, and resumes on any number of them."""
+    whole = lambda t: DTensor.from_local(t, mesh, [Replicate(), Shard(0)], run_check=False) if t.dim() else t    # not AdamW's step count
+    part = lambda t: t.to_local() if isinstance(t, DTensor) else t.chunk(mesh.shape[1])[mesh.get_local_rank("row")] if t.dim() else t
+
+    def weights(change, state):
+        state.update({name: change(state[name]) for name in experts if name in state})
+
+    def moments(change, state):                                                    # its keys are numbers or names, in the order of params
+        keys, params = ([p for group in g for p in group["params"]] for g in (state["param_groups"], optimizer.param_groups))
+        ours = {key for key, p in zip(keys, params) if any(p is e for e in experts.values())}
+        state["state"] = {key: {k: change(t) for k, t in v.items()} if key in ours else v for key, v in state["state"].items()}
+    model.register_state_dict_post_hook(lambda _, state, *__: weights(whole, state))
+    model.register_load_state_dict_pre_hook(lambda _, state, *__: weights(part, state))
+    optimizer.register_state_dict_post_hook(lambda _, state: moments(whole, state))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: moments(part, state))
+
+
+def clip_gradients(params: list, experts: dict, mesh, limit: float) -> torch.Tensor:
+    """Scale gradients down to a norm of at most `limit`, over all weights of the model -> the norm that it was."""
+    if not experts:
+        return torch.nn.utils.clip_grad_norm_(params, limit)
+    cut, grads = set(experts.values()), {True: [], False: []}
+    for p in params:
+        grads[p in cut].append(p.grad)
+    for g in grads[True]:                                                          # DDP's mean over ranks, where DDP does not look: each
+        dist.all_reduce(g, group=mesh.get_group("column"))                         # rank has its row's tokens, the column has all
+        g /= WORLD
+    square = lambda some: torch.nn.utils.get_total_norm(some).square()
+    total = square(grads[True]).to(params[0])
+    dist.all_reduce(total, group=mesh.get_group("row"))                            # every expert once
+    norm = (total + square(grads[False]).to(total)).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+    return norm
+
+
+def even(p: nn.Parameter) -> Shard | None:
+    """Where FSDP cuts a weight: its first dimension that all processes can share evenly. That is not always dimension 0, as it would be
+    otherwise: of 4 experts (E, F, D), 8 processes would get one each, or nothing."""
+    return next((Shard(i) for i, n in enumerate(p.shape) if n % WORLD == 0), None)
+
+
+def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
+    """Compile, shard or replicate. FSDP2 shards every block for itself and the rest as one; compute is bf16 on CUDA.
+
+    With FSDP no process ever holds the whole model: it comes on meta but for new weights (routers, a connector), it is cut while it
+    has no weights, and then `later`, streams of (name, expert, tensor), fills each process's shards, tensor by tensor."""
     if args.checkpointing and isinstance(model, CuMo):
         model.checkpointing()
     blocks = [b for m in model.modules() if isinstance(m, nn.ModuleList) for b in m]
-    if args.compile if args.compile is not None else device.type == "cuda":
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    if args.compile:
+        # The second length (or number of images) that it meets makes torch.compile write a graph for all of them, so lengths need no
+        # ladder to be padded to. But it gives up at 8 graphs of one function, and the stage before must not count
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         for block in blocks:
             block.compile()
     if WORLD == 1:
@@ -200,8 +337,14 @@ def distribute(args: Args, model: nn.Module, device) -> nn.Module:
     if args.fsdp:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" \
             else MixedPrecisionPolicy()
+        new = [(name, None, p.detach()) for name, p in model.named_parameters() if not p.is_meta]
+        model.to("meta")
         for module in [*blocks, model]:
-            fully_shard(module, mp_policy=policy)
+            fully_shard(module, mp_policy=policy, shard_placement_fn=even)
+        model.to_empty(device=device)
+        params = dict(model.named_parameters())
+        for item in chain(new, *later):
+            put(params[item[0]], *item[1:])
         return model
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -218,56 +361,124 @@ def weigh(name: str, batch: dict, total: list, n_micro: int) -> float:
     return 1 / (n_micro * WORLD)
 
 
-def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, save_result):
+def checkpoints(out: str) -> list[str]:
+    """checkpoint.pt, where every process holds the whole model; checkpoint/STEP/, to which FSDP's write their shards, gathering nothing."""
+    file, folder = os.path.join(out, "checkpoint.pt"), os.path.join(out, "checkpoint")
+    return [file] * os.path.exists(file) + [os.path.join(folder, step) for step in (os.listdir(folder) if os.path.isdir(folder) else [])]
+
+
+def newest_checkpoint(out: str):
+    """-> (path, its identity, step and counts), or (None, None). A folder is complete when it has its run.json, which is written last."""
+    found = [(path, read_json(run)) for path in checkpoints(out) if os.path.exists(run := os.path.join(path, "run.json"))]
+    for path in checkpoints(out):
+        if path.endswith(".pt"):
+            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found.append((path, {key: whole[key] for key in ("identity", "step", "counts")}))
+    return max(found, key=lambda item: item[1]["step"], default=(None, None))
+
+
+def drop_checkpoints(out: str, but: str | None = None):
+    for path in checkpoints(out):
+        if path == but:
+            continue
+        if os.path.exists(run := os.path.join(path, "run.json")):                  # first: what remains is not taken for a whole one
+            os.remove(run)
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    if but is None and os.path.isdir(os.path.join(out, "checkpoint")):
+        os.rmdir(os.path.join(out, "checkpoint"))
+
+
+def write_checkpoint(args: Args, model: nn.Module, optimizer, about: dict) -> str:
+    """-> its path. At every moment of this there is one complete checkpoint, if there was one before."""
+    path = os.path.join(args.out, *("checkpoint", str(about["step"])) if args.fsdp and WORLD > 1 else ("checkpoint.pt",))
+    if path.endswith(".pt"):                                                       # every rank takes part: --expert-parallel gathers
+        weights, state = get_state_dict(model, optimizer, options=FULL)
+        if RANK == 0:
+            write_atomically(path, lambda name: torch.save({**about, "model": weights, "optimizer": state}, name))
+    else:
+        try:
+            dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=path)
+        except CheckpointException as e:                                           # of one rank, and told to all
+            if RANK == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            raise OSError(f"{path}: cannot be written: {next(iter(e.failures.values()))[0]}") from None
+        if RANK == 0:
+            write_json(os.path.join(path, "run.json"), about)
+    if RANK == 0:
+        drop_checkpoints(args.out, path)
+    if WORLD > 1:
+        dist.barrier()
+    return path
+
+
+def read_checkpoint(args: Args, model: nn.Module, optimizer, path: str):
+    """Whoever wrote it, and on however many processes: each takes its own part."""
+    if path.endswith(".pt"):
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=args.fsdp)
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=FULL)
+        return
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                            # that one process is meant to read it alone
+        dcp.load(state, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def train(*args):
+    """`optimize`; and however it ends, the signal handlers are as they were and the progress bar is closed."""
+    with ExitStack() as undo:
+        optimize(undo, *args)
+
+
+def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, loader_from, device, save_result, later=()):
     """Optimize s["steps"] steps of model(**inputs) -> an object with .parts, whose weighted sum is the loss.
 
     loader_from(step) gives an endless iterator of micro-batches from that step on. Checkpoints, log, progress, Ctrl-C, NaN steps
     and broken samples are dealt with here, once, for all stages."""
     out, steps = args.out, s["steps"]
     n_micro = s["batch_size"] // (s["micro_batch"] * WORLD)
-    wrapped = distribute(args, model, device)
+    experts, mesh = shard_experts(args, model, device)
+    wrapped = distribute(args, model, device, later)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=s["lr"], weight_decay=args.weight_decay, fused=device.type == "cuda")
+    if experts:
+        show_whole(model, optimizer, experts, mesh)
     config = getattr(model, "config", None)
     aux = s.get("aux", True)           # stages 1 and 2 do without, as released: a Mixtral's own routers are left alone until stage 3
     coef = lambda name: aux * config.balance_coef if name.endswith("/balance") else aux * config.z_coef if name.endswith("/z") else 1.0
-    start, file, full = 0, os.path.join(out, "checkpoint.pt"), StateDictOptions(full_state_dict=True, cpu_offload=True)
+    start = 0
     counts = {"skipped": 0, "broken": 0, "truncated": 0, "samples": 0}
     identity = {"stage": stage, **{k: s.get(k) for k in ("steps", "batch_size", "lr", "max_length", "template")},
-                **{k: getattr(args, k) for k in ("preset", "vision", "llm", "init", "seed", "data", "dense", "n_experts", "top_k", "balance_coef", "z_coef",
+                **{k: getattr(args, k) for k in ("preset", "recipe", "trains", "upcycle_at", "moe_layers", "capacity_factor", "noisy_gate", "vision", "llm", "init",
+                                                 "seed", "data", "dense", "n_experts", "top_k", "balance_coef", "z_coef",
                                                  "warmup", "weight_decay", "grad_clip", "matmul")}}      # what the numbers depend on
-    if args.resume and os.path.exists(file):
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        if saved["identity"]["stage"] == stage:
-            if other := [f"{k} {saved['identity'].get(k)} (now {v})" for k, v in identity.items() if saved["identity"].get(k) != v]:
-                raise ValueError(f"{file} was written with {', '.join(other)}: give the same flags")
-            set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=full)
-            start, counts = saved["step"], saved["counts"]
-            say(f"stage {stage}: going on after step {start} of {steps}")
-        del saved
-
-    def checkpoint(step):
-        weights, state = get_state_dict(model, optimizer, options=full)            # every rank takes part: FSDP gathers
-        if RANK == 0:
-            write_atomically(file, lambda name: torch.save(
-                {"identity": identity, "step": step, "counts": counts, "model": weights, "optimizer": state}, name))
-        if WORLD > 1:
-            dist.barrier()
+    file, saved = newest_checkpoint(out) if args.resume else (None, None)
+    if file and saved["identity"]["stage"] == stage:
+        if other := [f"{k} {saved['identity'].get(k)} (now {v})" for k, v in identity.items() if saved["identity"].get(k) != v]:
+            raise ValueError(f"{file} was written with {', '.join(other)}: give the same flags")
+        read_checkpoint(args, model, optimizer, file)
+        start, counts = saved["step"], saved["counts"]
+        say(f"stage {stage}: going on after step {start} of {steps}")
 
     log = Log(os.path.join(out, "log.jsonl"), stage, start) if RANK == 0 else None
     stopping = []
-    handlers = {sig: signal.signal(sig, lambda number, _: stopping.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)}
-    batches, bad_in_a_row, last_saved = iter(loader_from(start)), 0, start
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        undo.callback(signal.signal, sig, signal.signal(sig, lambda number, _: stopping.append(number)))
+    batches, bad_in_a_row, last_saved, spent = iter(loader_from(start)), 0, start, [0., 1e-9]
+    # A thread prepares the next batch while torch computes (and lets go of Python's lock); what it raises, result() raises here
+    pool, fetch = ThreadPoolExecutor(1), lambda: [next(batches) for _ in range(n_micro)]
+    ahead = pool.submit(fetch)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     model.train()
     bar = tqdm(total=steps, initial=start, desc=f"stage {stage}", disable=RANK != 0, dynamic_ncols=True, mininterval=1)
+    undo.callback(bar.close)
     for step in range(start, steps):
         begin = time.perf_counter()
         torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)           # a resumed run draws the same noise (stage 0)
         lr = lr_at(step, steps, s["lr"], args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        micro = [next(batches) for _ in range(n_micro)]
+        micro = ahead.result()
         waited = time.perf_counter() - begin
         for b in micro:
             b["n_labels"], b["n_images"] = int((b["labels"][:, 1:] != IGNORE).sum()), len(b["images"])
@@ -278,6 +489,8 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
         if WORLD > 1:
             dist.all_reduce(total)
         total = total.tolist()
+        if step < steps - 1:                                                       # from here on: a Ctrl-C counts in the step after
+            ahead = pool.submit(fetch)
         counts["broken"] += int(total[2])
         counts["truncated"] += int(total[3])
         counts["samples"] += s["batch_size"]
@@ -302,7 +515,7 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
             dist.all_reduce(row)
         row = dict(zip(sums, row.tolist()))
         row["loss"] = sum(coef(name) * v for name, v in row.items())
-        norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
+        norm = clip_gradients(params, experts, mesh, args.grad_clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if math.isfinite(row["loss"]) and math.isfinite(norm):
             optimizer.step()
@@ -313,9 +526,10 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
             say(f"stage {stage}, step {step}: loss {row['loss']}, gradient norm {norm}: step skipped")
             if bad_in_a_row == 10:
                 raise ValueError(f"10 steps in a row without a finite loss. The last good checkpoint is "
-                                 f"{file + f', step {last_saved}' if os.path.exists(file) else 'none'}; try a smaller --lr")
+                                 f"{f'{file}, step {last_saved}' if file else 'none'}; try a smaller --lr")
         optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begin
+        spent = [spent[0] + waited, spent[1] + seconds]
         row = {"stage": stage, "step": step, **{k: v for k, v in row.items() if v != 0 or k == "loss"}, "lr": lr, "grad_norm": norm,
                "images_per_s": total[1] / seconds, "seconds": seconds, "waiting": waited / seconds}
         if RANK == 0:
@@ -325,20 +539,19 @@ def train(args: Args, stage, s: dict, model: nn.Module, loader_from, device, sav
         bar.update()
         stop = total[4] > 0 and step < steps - 1
         if stop or ((step + 1) % args.save_every == 0 and step < steps - 1):
-            checkpoint(step + 1)
-            last_saved = step + 1
+            file, last_saved = write_checkpoint(args, model, optimizer, {"identity": identity, "step": step + 1, "counts": counts}), step + 1
         if stop:
-            bar.close()
+            undo.close()
             say(f"stopped after step {step + 1} of {steps}; `--resume` with the same flags goes on from {file}")
             raise KeyboardInterrupt
-    bar.close()
-    for sig, handler in handlers.items():
-        signal.signal(sig, handler)
+    undo.close()
     counts = {k: v for k, v in counts.items() if v and k != "samples"}
-    say(f"stage {stage}: {steps} steps done" + (f" ({', '.join(f'{v} {k}' for k, v in counts.items())})" if counts else ""))
-    save_result(get_model_state_dict(model, options=full))
-    if RANK == 0 and os.path.exists(file):
-        os.remove(file)                                                            # the stage's folder has taken its place
+    say(f"stage {stage}: {steps} steps done" + (f" ({', '.join(f'{v} {k}' for k, v in counts.items())})" if counts else "")
+        + f"; waited {100 * spent[0] / spent[1]:.0f}% of the time for data"
+        + (f"; compiled {torch._dynamo.utils.counters['stats']['unique_graphs']} graphs" if args.compile else ""))
+    save_result(get_model_state_dict(model, options=FULL))
+    if RANK == 0:
+        drop_checkpoints(out)                                                      # the stage's folder has taken its place
     if WORLD > 1:
         dist.barrier()
     if stopping or total[4] > 0:                                                   # Ctrl-C in the last step
@@ -569,31 +782,62 @@ def pretrain(args: Args, part: str, device):
 # 4. Stages 1 to 3
 
 
+def moe_layers(where: str, n_layers: int) -> list[int]:
+    """The decoder layers that get experts. MoE-LLaVA compares these placements; every other layer is its choice."""
+    half, ranges = n_layers // 2, {"every_other": (0, n_layers, 2), "all": (n_layers,)}
+    ranges |= {"first_half": (half,), "second_half": (half, n_layers)}
+    try:
+        layers = list(range(*ranges[where])) if where in ranges else [int(i) for i in where.split(",")]
+    except ValueError:
+        raise ValueError(f"--moe-layers {where}: {', '.join(ranges)}, or layer numbers with commas") from None
+    if not layers or len(set(layers)) < len(layers) or not all(0 <= i < n_layers for i in layers):
+        raise ValueError(f"--moe-layers {where}: the decoder has layers 0 to {n_layers - 1}; name each once")
+    return layers
+
+
+def make_experts(args: Args, model: CuMo, real_routers: bool = False):
+    """Upcycle where the recipe says, unless a stage before did so."""
+    c, how = model.config, dict(top_k=args.top_k, seed=args.seed, real_routers=real_routers)
+    if args.recipe == "moe-llava":
+        if not any(c.text.n_experts):
+            places = moe_layers(args.moe_layers, c.text.n_layers)
+            upcycle(model, text=[args.n_experts * (i in places) for i in range(c.text.n_layers)], **how)
+            c.balance_coef, c.z_coef, c.text.aux = 0.01, 0.0, "sum"                # MoE-LLaVA sums over layers and has no z-loss
+        c.text.capacity_factor, c.text.eval_capacity_factor = args.capacity_factor or None, args.eval_capacity_factor or None
+        c.text.noisy = args.noisy_gate
+    elif not any(c.vision.n_experts):
+        upcycle(model, vision=args.n_experts, connector=args.n_experts, **how)
+        if not c.balance_coef and not c.z_coef:                                    # the released stage-2 folders say 0
+            c.balance_coef, c.z_coef = Config.balance_coef, Config.z_coef
+
+
 def run_stage(args: Args, stage: int, source: str, device):
     """Train one stage from a model folder (or a backbones file, or the folders of --vision and --llm) and leave a model folder; measure
     it on held-out scenes."""
     s, began = settings(args, stage), time.time()
+    later = [] if args.fsdp and WORLD > 1 else None                                # FSDP: weights come when the model is cut, see `distribute`
     torch.manual_seed(args.seed)                                                   # the same new weights on every rank
     if args.vision and stage == 1:
         preset, source = Config.from_preset(args.preset), f"{args.vision} and {args.llm}"
-        model, tokenizer = assemble(args.vision, args.llm, scales=preset.vision.scales, template=preset.template, seed=args.seed)
+        model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales, preset.template, args.seed, torch.float32, later=later)
     else:
-        model, tokenizer = load_backbones(source) if source.endswith(".safetensors") else load(source)
+        model, tokenizer = load_backbones(source) if source.endswith(".safetensors") else load(source, dtype=torch.float32, later=later)
     if tokenizer is None:
         raise ValueError(f"{source}: has no tokenizer.json, which training needs; copy it there (where there is only a tokenizer.model, "
                          "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it)")
     if getattr(model, "vision", None) is None:
         raise ValueError(f"{source}: a language model alone, without the vision tower and connector that training needs")
-    model = model.float()                                                          # master weights
+    model = model.float()                                                          # master weights (backbones may be stored shorter)
     c = model.config
+    if args.recipe == "moe-llava" and not args.dense and not any(c.text.n_experts):
+        moe_layers(args.moe_layers, c.text.n_layers)                               # a wrong one stops stage 1 already
+    if s["experts"]:
+        make_experts(args, model, real_routers=later is not None)
     for name in ("balance_coef", "z_coef"):
         if getattr(args, name) is not None:
             setattr(c, name, getattr(args, name))
-    if s["experts"] and c.vision and not any(c.vision.n_experts):
-        upcycle(model, vision=args.n_experts, connector=args.n_experts, top_k=args.top_k, seed=args.seed)
-        if not c.balance_coef and not c.z_coef and args.balance_coef is None and args.z_coef is None:
-            c.balance_coef, c.z_coef = Config.balance_coef, Config.z_coef          # the released stage-2 folders say 0
-    model.to(device)
+    if later is None:
+        model.to(device)
     choose_trainable(model, s["trains"])
     template = s["template"] or c.template
     if args.template and args.template != "plain":
@@ -608,6 +852,8 @@ def run_stage(args: Args, stage: int, source: str, device):
     encoded = d.Encoded(data, tokenizer, template, c.vision.image_size, c.n_image_tokens, s["max_length"], args.strict)
     counts = count_parameters(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trained:
+        raise ValueError(f"stage {stage}: --trains {args.trains}: nothing to train here; text.moe needs experts, see --upcycle-at")
     say(f"stage {stage}: {s['steps']} steps of {s['batch_size']} from {source}; training {', '.join(s['trains'])} ({trained / 1e6:.2f}M of "
         f"{sum(t for t, _ in counts.values()) / 1e6:.2f}M parameters, {sum(a for _, a in counts.values()) / 1e6:.2f}M activated)")
 
@@ -622,7 +868,7 @@ def run_stage(args: Args, stage: int, source: str, device):
             with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
                 f.write(json.dumps({"stage": stage, "seed": args.seed, "dense": args.dense, "scores": scores,
                                     "seconds": time.time() - began}) + "\n")
-    train(args, stage, s, model, loader(encoded, s, args, d.collate, lengths), device, done)
+    train(args, stage, s, model, loader(encoded, s, args, d.collate, lengths), device, done, later or ())
 
 
 def draw_curves(log_file: str, png: str):
@@ -655,8 +901,196 @@ def draw_curves(log_file: str, png: str):
     write_atomically(png, lambda name: img.save(name, "PNG"))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. --plan: what a stage will cost, before it costs anything. --bench: how near a step comes to what the device can do
+
+N_SAMPLES = {"cumo": {1: 558_000, 2: 708_000, 3: 1_649_000}, "moe-llava": {1: 558_000, 2: 964_000, 3: 665_000}}       # the papers'
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive: sees each operator's results come, and their memory go. `known` ones do not count."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet(t.untyped_storage() for t in known)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (memory := t.untyped_storage()) not in self.seen:       # a view has its base's
+                self.seen.add(memory)
+                self.grow(memory.nbytes())
+                weakref.finalize(memory, self.grow, -memory.nbytes()).atexit = False
+        return out
+
+    def grow(self, n):
+        self.now, self.peak = self.now + n, max(self.peak, self.now + n)
+
+
+@functools.cache
+def rehearse(config: str, trains: tuple, rows: int, length: int, checkpointing: bool, grads: bool, dtype: torch.dtype):
+    """A forward and backward pass on meta, where tensors have shapes but no memory -> (bytes that the forward pass leaves for the backward
+    pass, the most alive at once), without weights and, with `grads`, gradients that are there before. (torch.compile needs less.)"""
+    def attention(q, k, v, attn_mask=None, is_causal=True, enable_gqa=False):      # meta would choose the one with the T x T matrix
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            model = CuMo(Config.from_dict(json.loads(config))).train()
+            tokens, images = torch.zeros(rows, length, dtype=torch.long), torch.empty(rows, 3, *[model.config.vision.image_size] * 2)
+    finally:
+        torch.set_default_dtype(usual)
+    choose_trainable(model, trains)
+    model.checkpointing(checkpointing)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if grads and p.requires_grad else None
+    with Live(t for p in model.parameters() for t in (p, p.grad) if t is not None) as live, \
+            mock.patch.object(F, "scaled_dot_product_attention", attention):
+        loss = model(tokens, images, labels=tokens).loss
+        kept = live.now
+        loss.backward()
+    return kept, live.peak
+
+
+def planned(args: Args, s: dict) -> tuple[Config, CuMo]:
+    """The preset as a stage trains it, and its model without memory."""
+    c, e = Config.from_preset(args.preset), args.n_experts * s["experts"]
+    if args.recipe == "cumo":
+        c.vision.n_experts, c.vision.top_k, c.connector.n_experts, c.connector.top_k = [e] * c.vision.n_layers, args.top_k, e, args.top_k
+    else:
+        c.text.n_experts, c.text.top_k = [e * (i % 2 == 0) for i in range(c.text.n_layers)], args.top_k
+    with torch.device("meta"):
+        model = CuMo(c)
+    choose_trainable(model, s["trains"])
+    return c, model
+
+
+def memory(args: Args, stage, gpus: int, fsdp: bool, checkpointing: bool) -> dict[str, float]:
+    """{kind: bytes on each GPU} in a step whose samples are all as long as can be, with an image each; "peak": the most at once."""
+    s, bf16, fsdp = settings(args, stage, gpus), args.device != "cpu", fsdp and gpus > 1
+    (config, model), short, cut = planned(args, s), 2 if bf16 else 4, gpus if fsdp else 1
+    dealt = {p for m in model.modules() if isinstance(m, MoE) for name, p in m.named_parameters() if name != "router"}
+    size = lambda params: sum(p.numel() / (args.expert_parallel if p in dealt else 1) for p in params)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    blocks = [size(b.parameters()) for m in model.modules() if isinstance(m, nn.ModuleList) for b in m]
+    several = s["batch_size"] > s["micro_batch"] * gpus                            # micro-batches: gradients are there from the first on,
+    grads = 4 * size(trained) / (1 if several else cut)                            # which FSDP leaves whole until the last
+    kept, top = rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), s["micro_batch"], s["max_length"], checkpointing,
+                         several or fsdp, torch.bfloat16 if bf16 else torch.float32)
+    fixed = {"weights": 4 * size(model.parameters()) / cut, "optimizer": 8 * size(trained) / cut}
+    if fsdp:         # what is in no block stays gathered, of the blocks this one and the next; one block's gradients are on their way
+        fixed["gathered"] = short * (size(model.parameters()) - sum(blocks) + 2 * max(blocks)) + (short + 4) * max(blocks)
+    elif gpus > 1:
+        fixed["DDP buckets"] = 4 * size(trained)
+    if bf16 and not fsdp:
+        fixed["bf16 copies"] = 2 * size(model.parameters())                          # autocast's, of every weight
+    update = 0 if bf16 else 8 * max(p.numel() for p in trained)                    # AdamW, where it is not fused
+    return fixed | {"gradients": grads, "activations": kept, "backward pass": top - kept,
+                    "peak": sum(fixed.values()) + max(grads + update, top + grads * (several or fsdp))}
+
+
+def plan(args: Args):
+    for stage in [args.stage] if args.stage is not None else [1, 2, 3]:
+        if stage == 0:
+            raise ValueError("--plan: stage 0 trains the tiny backbones in minutes; plan 1, 2 or 3")
+        s = settings(args, stage, args.gpus)
+        (config, model), n, length = planned(args, s), s["batch_size"], s["max_length"]
+        n_samples = args.epochs * (len(d.LlavaJson(args.data)) if args.data else N_SAMPLES[args.recipe][stage])
+        steps = s["steps"] if "steps" in s and (args.steps or not args.data) else max(1, n_samples // n)
+        way = "FSDP" if args.fsdp else f"experts over {args.expert_parallel}" if args.expert_parallel > 1 else "DDP"
+        if n % (args.gpus * s["micro_batch"]):
+            raise ValueError(f"batch size {n} is not a multiple of --gpus {args.gpus} x {s['micro_batch']} samples at a time")
+        print(f"\n{args.preset}, stage {stage}, {f'{args.gpus} GPUs ({way})' if args.gpus > 1 else '1 GPU'}: steps of {n}, "
+              f"{s['micro_batch']} samples a GPU at a time, each of {length} tokens and an image")
+        print("{:10} {:>14} {:>14} {:>14} {:>26} {:>10} {:>28}".format("", "parameters", "activated", "trained", "GFLOPs a sample: forward",
+                                                                       "backward", "again, with --checkpointing"))
+        forward, back = flops(config, length), flops(config, length, trains=s["trains"])
+        again = {part: forward[part] * (part != "connector" and back[part] > 0) for part in forward}       # the blocks,
+        again["text"] = max(0., again["text"] - 2 * length * config.text.dim * config.text.vocab_size)     # not the head
+        rows = {part: [*both, sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad),
+                       *(work[part] / 1e9 for work in (forward, back, again))] for part, both in count_parameters(model).items()}
+        rows["all"] = [sum(column) for column in zip(*rows.values())]
+        for part, row in rows.items():
+            print("{:10} {:14,} {:14,} {:14,} {:26,.2f} {:10,.2f} {:28,.2f}".format(part, *row))
+        for on in (False, True):
+            kinds = memory(args, stage, args.gpus, args.fsdp, on)
+            if not on:
+                print(f"{'GB on each GPU; peak: the most at once':42}" + "".join(f"{k:>14}" for k in kinds))
+            print(f"{('with' if on else 'without') + ' --checkpointing':42}" + "".join(f"{v / 1e9:14,.2f}" for v in kinds.values()))
+        work = sum(rows["all"][3:5 + args.checkpointing]) * 1e9 * n
+        hours = steps * work / (args.mfu * args.peak_tflops * 1e12) / 3600
+        print(f"{steps:,} steps of {work / 1e12:,.1f} TFLOPs{' with checkpointing' * args.checkpointing}, {steps * n:,} samples: "
+              f"{hours:,.2f} GPU-hours, {hours / args.gpus:,.2f} hours, at {args.mfu:.0%} of {args.peak_tflops:g} TFLOP/s")
+        fits = lambda *how: memory(args, stage, *how)["peak"] < args.gpu_gb * 1e9
+        least = (f"{gpus} GPUs with --fsdp{' --checkpointing' * on}" for gpus in (2**i for i in range(12)) if n % gpus == 0
+                 for on in sorted({args.checkpointing, True}) if fits(gpus, True, on))
+        print(f"fits into {args.gpu_gb} GB" if fits(args.gpus, args.fsdp, args.checkpointing) else f"does NOT fit into {args.gpu_gb} GB; "
+              f"the smallest number (1, 2, 4, 8...) that does: {next(least, 'none. Try a smaller --micro-batch')}")
+
+
+def as_released(x, r, *weights, **_):
+    """In the place of kernels.moe_ffn: the released CuMo's loop over samples and experts."""
+    x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+    rows = (x, r) if x.dim() == 3 else (x[None], kernels.Routing(r.weights[None], r.experts[None], r.balance, r.z))
+    return kernels.samples_and_experts(*rows, *weights[:6]).view(*x.shape[:-1], -1)
+
+
+def bench(args: Args, device):
+    """Seconds of a step of stage 3, on data that lies in memory. "dense": no experts, FFNs widened until the FLOPs are equal."""
+    s, amp = settings(args, 3), functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=device.type == "cuda")
+    config, dense, rows = planned(args, s)[0], planned(args, s | {"experts": False})[0], s["micro_batch"]
+    torch.manual_seed(args.seed)
+    if args.preset == "tiny":
+        data = d.Encoded(d.Drawn("chat", rows, args.seed), load_backbones(BACKBONES)[1], "tiny", config.vision.image_size,
+                         config.n_image_tokens, s["max_length"])
+        batch = {k: v.to(device) for k, v in d.collate([data[i] for i in range(rows)]).items() if torch.is_tensor(v)}
+    else:                                                                          # no tokenizer at hand: any words
+        words = torch.randint(config.text.vocab_size, (rows, s["max_length"]))
+        tokens = words.index_fill(1, torch.arange(config.n_image_tokens), IMAGE)
+        images = torch.randn(rows, 3, *[config.vision.image_size] * 2)
+        batch = {"tokens": tokens.to(device), "labels": words.to(device), "images": images.to(device)}
+    work = lambda c: sum(sum(flops(c, batch["tokens"].shape[1], trains=t).values()) for t in (None, s["trains"])) * rows
+    part, at = dense.vision if args.recipe == "cumo" else dense.text, []
+    for part.ffn_dim in (1024, 2048):
+        at.append(work(dense))
+    part.ffn_dim = max(8, 8 * round((1 + (work(config) - at[0]) / (at[1] - at[0])) * 128))
+    runs = {}
+    for name, c in (("experts", config), ("dense", dense)):
+        with device:
+            model = CuMo(c).train()
+        choose_trainable(model, s["trains"])
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer, model = torch.optim.AdamW(params, lr=1e-5, fused=device.type == "cuda"), distribute(args, model, device)
+
+        def step(released=False, model=model, params=params, optimizer=optimizer):
+            with mock.patch("model.moe_ffn", as_released) if released else nullcontext(), amp(), \
+                    torch.compiler.set_stance("force_eager" if released else "default"):
+                model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs |= {name: step} | ({"as released": functools.partial(step, True)} if name == "experts" else {})
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    seconds = kernels._seconds(runs | {"matmul": lambda: a @ a}, device.type, args.steps or 5)
+    peak, cores = 2 * n**3 / seconds["matmul"], torch.get_num_threads()
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {cores} threads'}, {args.preset}, {rows} samples of "
+          f"{batch['tokens'].shape[1]} tokens; matrix products reach {peak / 1e12:.3f} TFLOP/s\n{'step of stage 3':16} {'seconds':>8} "
+          f"{'samples/s':>10} {'TFLOP/s':>9} {'of matmul':>10} {'time / dense':>13} {'time / experts':>15}")
+    for name, t in ((name, seconds[name]) for name in runs):
+        speed = work(dense if name == "dense" else config) / t
+        print(f"{name:16} {t:8.3f} {rows / t:10.2f} {speed / 1e12:9.3f} {speed / peak:10.1%} {t / seconds['dense']:12.2f}x "
+              f"{t / seconds['experts']:14.2f}x")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main(argv=None):
     args = parse(argv)
+    if args.plan:
+        return plan(args)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device here; leave the flag out for the CPU")
     torch.set_float32_matmul_precision(args.matmul)
@@ -667,8 +1101,16 @@ def main(argv=None):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        restarts, store = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), None
+        if restarts and os.environ["GROUP_WORLD_SIZE"] == "1":                     # torchrun's store still holds the dead processes' addresses,
+            store = dist.PrefixStore(f"restart {restarts}", next(dist.rendezvous("env://"))[0])    # and the new ones might wait for those
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
+        died = torch.tensor(restarts, device=device)                               # each node counts its own
+        dist.all_reduce(died, dist.ReduceOp.MAX)
+        args.resume |= bool(died)                                                  # torchrun --max-restarts: a process died, all begin again
     Config.from_preset(args.preset)                                                # an unknown name stops here
+    if args.bench:
+        return bench(args, device)
     stages = [args.stage] if args.stage is not None else [0, 1, 2, 3] if args.from_scratch else [1, 2, 3]
     if stages[0] == 0:
         stages = ["0a", "0b", *stages[1:]]
@@ -676,16 +1118,17 @@ def main(argv=None):
         raise ValueError(f"stage 0 makes the tiny preset's backbones; {args.preset} starts from real weights: --vision DIR --llm DIR")
     if "0a" in stages and args.fsdp:
         raise ValueError("stage 0 makes backbones too small to shard: leave --fsdp out")
-    began, first, file = time.time(), stages[0], os.path.join(args.out, "checkpoint.pt")
+    began, first = time.time(), stages[0]
     finished = [s for s in stages if os.path.exists(os.path.join(place(args, s), "config.json")) or os.path.isfile(place(args, s))]
     if args.resume:                                                                # skip what is finished
-        running = torch.load(file, weights_only=True, mmap=True)["identity"]["stage"] if os.path.exists(file) else None
+        file, saved = newest_checkpoint(args.out)
+        running = saved["identity"]["stage"] if file else None
         if running is not None and running not in stages:
             raise ValueError(f"{file} belongs to stage {running}: give the flags that this run began with")
         first = running or next((s for s in stages if s not in finished), None)
         if first is None:
             raise ValueError(f"nothing to resume: {args.out} holds a finished run")
-    elif args.stage is not None and (finished or os.path.exists(file)):            # never write over a trained model
+    elif args.stage is not None and (finished or checkpoints(args.out)):            # never write over a trained model
         raise ValueError(f"{args.out} holds {'this stage' if finished else 'an unfinished run'} already: --resume, or another --out")
     elif args.stage is None and RANK == 0 and os.path.exists(args.out):
         n = next(n for n in range(1, 10**6) if not os.path.exists(f"{args.out}.{n}"))
@@ -712,7 +1155,8 @@ def main(argv=None):
         if stages[-1] == 3 and not args.dense and not args.data:
             model, _ = load(args.out)
             scenes = [s["images"][0] for s in d.Drawn("caption", 256, args.seed, held_out=True)]
-            generate.draw_routing(model, scenes[:3], os.path.join(args.out, "routing.png"), population=scenes)
+            if any(model.config.vision.n_experts) or model.config.connector.n_experts:
+                generate.draw_routing(model, scenes[:3], os.path.join(args.out, "routing.png"), population=scenes)
         last = os.path.normpath(place(args, stages[-1]))
         say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures." + (
             "" if stages[-1] == "0b" else f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""))

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model import (FFN, ROPE_SCALING, AudioConfig, AudioTransformer, Config, ConnectorConfig, CuMo, MoE, TextConfig, VisionConfig,
@@ -32,11 +33,12 @@ SHARD_BYTES = 5 * 10**9
 # 1. Dense -> experts
 
 
-def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: int = 0) -> CuMo:
+def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: int = 0, real_routers: bool = False) -> CuMo:
     """Turn dense FFNs into MoEs, in place: every expert a copy, the router Normal(0, 0.02).
 
     vision, connector, text: the number of experts, for all layers or (vision, text) a list with one number a layer; 0 leaves a
     layer as it is. CuMo's stage 3 is upcycle(model, vision=4, connector=4); MoE-LLaVA's is upcycle(model, text=[4, 0] * 16).
+    real_routers: a model on meta, whose weights come later (`put`), gets its routers now.
     Raises ValueError for a bad count, and where a layer already has experts. Asserts that the output has not changed."""
     jobs = []                                                                      # (config part, its FFN owner, layer, experts)
     for name, wanted in (("vision", vision), ("connector", connector), ("text", text)):
@@ -58,7 +60,7 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
                 jobs.append((part, owner, layer, n_experts))
     generator = torch.Generator().manual_seed(seed)                                # the same routers on every rank
     for part, owner, layer, n_experts in jobs:
-        owner.ffn = experts_from(owner.ffn, n_experts, top_k, generator, getattr(part, "capacity_factor", None))
+        owner.ffn = experts_from(owner.ffn, n_experts, top_k, generator, part if part is model.config.text else None, real_routers)
         part.top_k = top_k
         if isinstance(part.n_experts, list):
             part.n_experts[layer] = n_experts
@@ -68,19 +70,20 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
 
 
 @torch.no_grad()
-def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Generator, capacity_factor=None) -> MoE:
-    """One dense FFN -> a MoE of n_experts copies of it, on the same device and in the same dtype."""
+def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Generator, text: TextConfig | None = None,
+                 real_router: bool = False) -> MoE:
+    """One dense FFN -> a MoE of n_experts copies of it, on the same device and in the same dtype. text: whose capacities hold."""
     (ffn_dim, dim), like = dense.w_in.shape, dense.w_in
     with torch.device("meta"):
         moe = MoE(dim, ffn_dim, dense.act, n_experts, top_k, len(dense.w_out), dense.w_gate is not None, dense.b_in is not None,
-                  capacity_factor)
+                  text)
     state = {name: w.detach().unsqueeze(0).repeat(n_experts, *[1] * w.dim()) for name, w in dense.named_parameters()}
     router = torch.randn(n_experts, dim, generator=generator) * 0.02
-    state["router"] = router.to(like.device if not like.is_meta else "meta", like.dtype)
+    state["router"] = router.to("cpu" if like.is_meta and real_router else like.device, like.dtype)
     moe.load_state_dict(state, assign=True)
     moe.requires_grad_(True)
-    if not like.is_meta and capacity_factor is None:
-        x = torch.randn(16, dim, generator=generator).to(like.device, like.dtype)
+    x = torch.randn(16, dim, generator=generator).to(like.device, like.dtype)      # drawn in any case: the next router depends on it
+    if not like.is_meta and not (text and (text.capacity_factor or text.eval_capacity_factor)):
         before, after = dense(x)[0].float(), moe(x)[0].float()
         tolerance = 8 * torch.finfo(like.dtype).eps * before.abs().max().clamp(min=1e-3)    # weights sum to 1 but for rounding
         assert (before - after).abs().max() <= tolerance, f"upcycling changed the output by {(before - after).abs().max()}"
@@ -132,9 +135,12 @@ for theirs, ours in {
 THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
 
 RENAMES = [(re.compile(pattern), to) for pattern, to in (
-    (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", TOWER),       # LLaVA
+    (r"^(model\.)?(vision|image)_tower\.((vision|image)_tower\.)?(vision_model\.)?", TOWER),                    # LLaVA, MoE-LLaVA
     (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", TOWER),      # CLIP, old and new; CuMo's clip.bin
     (r"^(model\.)?(mm_projector|multi_modal_projector)\.", PROJECTOR),
+    (r"^model\.mm_projector\.image_spatial_proj\.", PROJECTOR), (r"\.mlp\.deepspeed_moe\.gate\.wg\.", ".block_sparse_moe.gate."),  # MoE-LLaVA
+    *((rf"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.{name}_proj\.", rf".block_sparse_moe.experts.\1.{w}.")
+      for name, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))),
     (r"^model\.mm_projector\.linear_1\.", PROJECTOR + "0."), (r"^model\.mm_projector\.linear_2\.", PROJECTOR + "2."),
     (r"^(model\.)?language_model\.(?=lm_head)", ""), (r"^(model\.)?language_model\.(model\.)?", "model."))]
 IGNORED = [re.compile(pattern) for pattern in (                                    # what a checkpoint may hold and this model has no use for
@@ -191,8 +197,10 @@ def published(state: dict) -> dict:
 # 3. Sizes: other programs' config.json <-> ours. What it lacks is read off the tensors' shapes
 
 DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
+PUBLISHED = {"llava_mistral": "mistral", "llava_mixtral": "mixtral", "llava": "llama", "llava_llama": "llama", "moe_llava_mistral": "mistral",
+             "moe_llava_llama": "llama"}                                           # their decoders
 SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, CLIPVisionModel, CLIPModel, WhisperModel, the published CuMo (llava_mistral, "
-             "llava_mixtral) and LLaVA-1.5 (llava, llava_llama)")
+             "llava_mixtral), LLaVA-1.5 (llava, llava_llama) and MoE-LLaVA (moe_llava_mistral, moe_llava_llama)")
 
 
 def count(shapes: dict, pattern: str) -> int:
@@ -270,7 +278,7 @@ def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | Aud
     if kind in DECODERS and not kind_is_multimodal(cfg):
         return Config(vision=None, text=text_config(cfg, shapes, kind),
                       template=cfg.get("template", "mistral" if kind.startswith("mi") else "vicuna"))
-    text_kind = {"llava_mistral": "mistral", "llava_mixtral": "mixtral", "llava": "llama", "llava_llama": "llama"}.get(kind, kind)
+    text_kind = PUBLISHED.get(kind, kind)
     if text_kind not in DECODERS:
         raise ValueError(f"architecture {architecture or kind or '(none named)'} is not supported; supported: {SUPPORTED}")
     if "text_config" in cfg:                                                       # LLaVA as Hugging Face writes it
@@ -282,24 +290,35 @@ def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | Aud
         chosen = cfg.get("vision_feature_select_strategy", "default") == "default"
     else:
         text_cfg, vision_cfg = cfg, {}
-        for file in (os.path.join(cfg.get("mm_vision_tower") or "", "config.json"), os.path.join(path, "clip_config.json")):
+        tower = cfg.get("mm_vision_tower") or cfg.get("mm_image_tower") or ""
+        for file in (os.path.join(tower, "config.json"), os.path.join(path, "clip_config.json")):
             if not vision_cfg and os.path.dirname(file) and os.path.isfile(file):
                 vision_cfg = read_json(file)
                 vision_cfg = vision_cfg.get("vision_config", vision_cfg)
         select, act, chosen = cfg.get("mm_vision_select_layer", -2), "gelu", cfg.get("mm_vision_select_feature", "patch") == "patch"
-    if not chosen or cfg.get("mm_use_im_start_end") or cfg.get("mm_projector_type", "mlp2x_gelu") not in ("mlp2x_gelu", "smoe_mlp"):
-        raise ValueError("only patch features without CLS, no image start and end tokens, and connectors of type mlp2x_gelu and smoe_mlp are "
+    if not chosen or cfg.get("mm_use_im_start_end") or cfg.get("mm_video_tower") or \
+            (cfg.get("image_projector_type") or cfg.get("mm_projector_type") or "mlp2x_gelu") not in ("mlp2x_gelu", "smoe_mlp"):
+        raise ValueError("only patch features without CLS, no image start and end tokens, no video tower, and connectors of type mlp2x_gelu and smoe_mlp are "
                          "supported; the config asks for others")
     n_experts, top_k = cfg.get("num_experts") or 0, cfg.get("num_selected") or 2
     vision = vision_config(vision_cfg, shapes, select_layer=select, scales=cfg.get("scales") or [1], top_k=top_k,
                            n_experts=n_experts if cfg.get("clip_smoe") else 0)
-    return Config(vision=vision, connector=ConnectorConfig(act=act, n_experts=n_experts if cfg.get("mlp_smoe") else 0, top_k=top_k),
-                  text=text_config(text_cfg, shapes, text_kind), balance_coef=cfg.get("balance_loss_coef", 0.1),
-                  z_coef=cfg.get("router_z_loss_coef", 0.01), template=cfg.get("template", "vicuna" if text_kind == "llama" else "mistral"))
+    text, moe = text_config(text_cfg, shapes, text_kind), cfg.get("moe")
+    if moe:                                                                        # MoE-LLaVA's own part of the config
+        if moe.get("use_residual"):
+            raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
+        places = moe.get("moe_layers_idx") if moe.get("moe_layers_idx") is not None else range(0, text.n_layers, 2)
+        numbers = moe["num_experts"] if len(moe["num_experts"]) > 1 else moe["num_experts"] * len(places)
+        text = dataclasses.replace(text, top_k=moe["top_k_experts"], capacity_factor=moe["capacity_factor"], aux="sum",
+                                   eval_capacity_factor=moe["eval_capacity_factor"], min_capacity=moe["min_capacity"],
+                                   n_experts=[dict(zip(places, numbers, strict=True)).get(i, 0) for i in range(text.n_layers)])
+    return Config(vision=vision, connector=ConnectorConfig(act=act, n_experts=n_experts if cfg.get("mlp_smoe") else 0, top_k=top_k), text=text,
+                  balance_coef=moe["router_aux_loss_coef"] if moe else cfg.get("balance_loss_coef", 0.1),
+                  z_coef=0.0 if moe else cfg.get("router_z_loss_coef", 0.01), template=cfg.get("template", "vicuna" if text_kind == "llama" else "mistral"))
 
 
 def kind_is_multimodal(cfg: dict) -> bool:
-    return any(key in cfg for key in ("mm_vision_tower", "mm_projector_type", "mm_hidden_size"))
+    return any(key in cfg for key in ("mm_vision_tower", "mm_image_tower", "mm_projector_type", "mm_hidden_size"))
 
 
 CLIP_L = "openai/clip-vit-large-patch14-336"                                         # VisionConfig's defaults are its sizes
@@ -317,8 +336,8 @@ def text_config_json(t: TextConfig, tokenizer, template: str) -> dict:
         raise ValueError("text: experts in some layers only; no Hugging Face decoder has that")
     if experts != {0} and t.qkv_bias:
         raise ValueError("text: experts and QKV bias together; no supported Hugging Face decoder has both")
-    if experts != {0} and t.capacity_factor:
-        raise ValueError(f"text: capacity_factor = {t.capacity_factor}; no Hugging Face decoder's experts drop tokens")
+    if experts != {0} and (factor := t.capacity_factor or t.eval_capacity_factor):
+        raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts drop tokens")
     kind = "mixtral" if experts != {0} else "qwen2" if t.qkv_bias else "mistral" if t.sliding_window or template == "mistral" else "llama"
     out = {"architectures": [DECODERS[kind]], "model_type": kind, "vocab_size": t.vocab_size, "hidden_size": t.dim, "hidden_act": t.act,
            "intermediate_size": t.ffn_dim, "num_hidden_layers": t.n_layers, "num_attention_heads": t.n_heads, "head_dim": t.head_dim,
@@ -334,6 +353,39 @@ def text_config_json(t: TextConfig, tokenizer, template: str) -> dict:
     if kind == "qwen2":
         out |= {"use_sliding_window": bool(t.sliding_window), "max_window_layers": 0 if t.sliding_window else t.n_layers}
     return out
+
+
+def moe_llava_json(config: Config, tokenizer) -> dict:
+    """MoE-LLaVA's config.json: a dense LLaVA, and `moe` says where the decoder's experts are."""
+    v, t = config.vision, config.text
+    if any(v.n_experts) or config.connector.n_experts or config.connector.act != "gelu" or v.scales != [1] or t.qkv_bias or config.z_coef:
+        raise ValueError("MoE-LLaVA's layout has a dense tower of one scale, a dense connector with gelu, a LLaMA or Mistral decoder and no z loss")
+    if t.aux != "sum" or not (t.capacity_factor and t.eval_capacity_factor):
+        raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses over the layers (text.aux sum); this model not")
+    dense = dataclasses.replace(t, n_experts=0, capacity_factor=None, eval_capacity_factor=None)
+    dense.n_experts = [0] * t.n_layers
+    described = text_config_json(dense, tokenizer, config.template)
+    places = [i for i, n in enumerate(t.n_experts) if n]
+    kind = "llama" if described["model_type"] == "llama" else "mistral"
+    return described | {
+        "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"], "model_type": f"moe_llava_{kind}", "mm_image_tower":
+        CLIP_L if clip_config_json(v) == clip_config_json(VisionConfig()) else "", "image_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": v.dim, "mm_vision_select_layer": v.select_layer, "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad", "moe": {
+            "moe_enable": True, "moe_mode": "custom", "moe_layers_idx": places, "num_experts": [t.n_experts[i] for i in places], "ep_size": 1,
+            "top_k_experts": t.top_k, "capacity_factor": t.capacity_factor, "eval_capacity_factor": t.eval_capacity_factor,
+            "min_capacity": t.min_capacity, "use_residual": False, "router_aux_loss_coef": config.balance_coef,
+            "train_modules": ["up_proj", "down_proj", "gate_proj", "wg"]}}
+
+
+def moe_llava_name(name: str) -> str:
+    """A published CuMo name -> MoE-LLaVA's."""
+    name = name.replace(TOWER, "model.image_tower.image_tower.vision_model.").replace(PROJECTOR, PROJECTOR + "image_spatial_proj.")
+    name = name.replace(".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg.")
+    name = name.replace(".block_sparse_moe.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts.")
+    for w, proj in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+        name = name.replace(f".{w}.", f".{proj}_proj.")
+    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,13 +413,13 @@ def write_json(path: str, value):
     write_atomically(path, write)
 
 
-LAYOUTS = ("own", "cumo", "hf-llm", "hf-clip")
+LAYOUTS = ("own", "cumo", "moe-llava", "hf-llm", "hf-clip")
 
 
 def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: dict | None = None, layout: str = "own"):
     """Write a model folder. `state` replaces model.state_dict() where the weights are gathered elsewhere (FSDP).
 
-    layout: "own"; "cumo", the published one, which the released code loads; "hf-llm" and "hf-clip", the decoder or the (dense) tower alone
+    layout: "own"; "cumo" and "moe-llava", the published ones, which the released codes load; "hf-llm" and "hf-clip", the decoder or the (dense) tower alone
     as transformers writes them. CLIP's post_layernorm, which nothing here uses, is not written: transformers will say that it made a new
     one. Raises ValueError where a layout cannot hold this model."""
     if layout not in LAYOUTS:
@@ -393,6 +445,10 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
         described, tokenizer = clip_config_json(v), None
         state = {name.removeprefix("model.vision_tower."): tensor for name, tensor in
                  published({name: tensor for name, tensor in state.items() if name.startswith("vision.")}).items()}
+    elif layout == "moe-llava":
+        described, state = moe_llava_json(config, tokenizer), published(state)
+        state = {moe_llava_name(name): tensor for name, tensor in state.items()}
+        extra["clip_config.json"] = clip_config_json(v)
     else:
         counts = {n for n in (*v.n_experts, c.n_experts) if n}
         if len(counts) > 1 or len(set(v.n_experts)) > 1 or (any(v.n_experts) and c.n_experts and v.top_k != c.top_k):
@@ -404,8 +460,8 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
         if kind is None:
             raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; this one has QKV bias")
         described |= {"architectures": [f"Llava{kind}ForCausalLM"], "model_type": f"llava_{kind.lower()}",
-                      "mm_vision_tower": CLIP_L if clip_config_json(v) == clip_config_json(VisionConfig()) else "", "mm_hidden_size": v.dim, "mm_vision_select_layer": v.select_layer,
-                      "mm_vision_select_feature": "patch", "mm_projector_type": "smoe_mlp" if c.n_experts else "mlp2x_gelu",
+                      "mm_vision_tower": CLIP_L if clip_config_json(v) == clip_config_json(VisionConfig()) else "",
+                      "mm_hidden_size": v.dim, "mm_vision_select_layer": v.select_layer, "mm_vision_select_feature": "patch", "mm_projector_type": "smoe_mlp" if c.n_experts else "mlp2x_gelu",
                       "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad",
                       "scales": v.scales, "num_experts": max(counts, default=4), "num_selected": v.top_k if any(v.n_experts) else c.top_k,
                       "num_layers": 3, "dropout": False, "clip_smoe": any(v.n_experts), "mlp_smoe": c.n_experts > 0, "training": False,
@@ -436,14 +492,15 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
     write_json(os.path.join(folder, "config.json"), described)                     # last: a folder with a config is complete
 
 
-def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: list | None = None):
+def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: list | None = None, later: list | None = None):
     """A model folder, or a model's name on the Hugging Face hub -> (model in eval mode, tokenizer or None).
 
     Understands our own layout, the published CuMo checkpoints, LLaVA-1.5, and Hugging Face's LLaMA, Mistral, Mixtral and Qwen2 decoders (a CuMo
     without senses: model(tokens) works), CLIP (a VisionTransformer) and Whisper's encoder (an AudioTransformer). config.json says which it is, never the folder's name.
     Weights stream tensor by tensor into their final place, in the dtype they are stored in unless one is given, so memory peaks little
-    above the model's size. `listing` collects (their name, our name, shape, dtype) of each tensor. Raises ValueError naming the file, key
-    or tensor that is missing, left over, of the wrong shape, or not readable."""
+    above the model's size. `listing` collects (their name, our name, shape, dtype) of each tensor. `later`: the model stays on meta, and
+    the stream of its weights is appended to this list, for `put`: who shards the model first never holds the whole. Raises ValueError
+    naming the file, key or tensor that is missing, left over, of the wrong shape, or not readable."""
     path = local_folder(os.fspath(path))
     cfg = read_json(os.path.join(path, "config.json"))
     own = not {"model_type", "architectures"} & cfg.keys()
@@ -454,12 +511,14 @@ def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: lis
         with torch.device("meta"):
             model = CuMo(config) if isinstance(config, Config) else AudioTransformer(config) if isinstance(config, AudioConfig) else \
                 VisionTransformer(Config(vision=config).vision)
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:         # what values of a wrong kind lead to
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:     # values of a wrong kind
         raise ValueError(f"{os.path.join(path, 'config.json')}: {e}") from None
-    found = tqdm((item for file in files for item in tensors_in(file, rename=rename)), desc=f"loading {os.path.basename(path)}", unit=" tensors",
-                 delay=2, leave=False, mininterval=0.5)                            # silent where it takes under two seconds
-    fill(model, found, path, None if own else translate, device, dtype, listing,
-         {CuMo: "", VisionTransformer: "vision.", AudioTransformer: "audio."}[type(model)])
+    found = (item for file in files for item in tensors_in(file, rename=rename))
+    names, prefix = None if own else translate, {CuMo: "", VisionTransformer: "vision.", AudioTransformer: "audio."}[type(model)]
+    if later is not None:
+        later.append(matched(model.state_dict(), found, path, names, listing, prefix))
+    else:
+        fill(model, found, path, names, device, dtype, listing, prefix)
     if isinstance(model, CuMo) and model.vision:
         model.connector.to(model.vision.patch.weight.dtype)                        # stored apart, they may differ
     file = os.path.join(path, "tokenizer.json")
@@ -511,7 +570,7 @@ def weight_files(path: str, cfg: dict, own: bool) -> list[str]:
         if os.path.exists(tower):
             files.append(tower)
         else:
-            tower = local_folder(cfg.get("mm_vision_tower") or "(no mm_vision_tower in the config)")
+            tower = local_folder(cfg.get("mm_vision_tower") or cfg.get("mm_image_tower") or "(no mm_vision_tower in the config)")
             files += weight_files(tower, {}, False)
     if not any(name.startswith(PROJECTOR) for name in names) and os.path.exists(os.path.join(path, "mm_projector.bin")):
         files.append(os.path.join(path, "mm_projector.bin"))
@@ -544,8 +603,8 @@ def tensors_in(file: str, shapes_only: bool = False, rename=str):
     except FileNotFoundError:
         raise ValueError(f"{file}: missing") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{file}: damaged, or more than tensors, a pickle that would run code: refused. Convert it to safetensors where you "
-                         "trust it") from None
+        raise ValueError(f"{file}: damaged, or more than tensors, a pickle that would run code: refused. Convert it to safetensors where "
+                         "you trust it") from None
     except Exception as e:                                                         # what damaged bytes lead to
         raise ValueError(f"{file}: cannot be read, truncated perhaps: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
@@ -575,8 +634,21 @@ def read_tokenizer(file: str) -> Tokenizer:
 def fill(model: torch.nn.Module, tensors, where: str, names=None, device="cpu", dtype=None, listing: list | None = None, prefix: str = ""):
     """Put (name, tensor) pairs into the model: every parameter filled, every tensor used or ignored on purpose, or a ValueError that
     names it. `names` translates names as `translate` does; None: they are ours. prefix: where in a CuMo the module `model` stands."""
-    wanted, state, seen = model.state_dict(), {}, set()
-    for theirs, tensor in tensors:
+    wanted, state = model.state_dict(), {}
+    for name, expert, tensor in matched(wanted, tensors, where, names, listing, prefix):
+        name = name.removeprefix(prefix)
+        if name not in state:
+            state[name] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype, device=device)
+        (state[name] if expert is None else state[name][expert]).copy_(tensor)
+        del tensor                                                                 # before the next one is read
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(True)
+
+
+def matched(wanted: dict, tensors, where: str, names, listing: list | None, prefix: str):
+    """Yield (our name in a CuMo, expert or None, tensor) for (name, tensor) pairs; `fill` says what is checked."""
+    seen = set()
+    for theirs, tensor in tqdm(tensors, desc=f"loading {os.path.basename(where)}", unit=" tensors", delay=2, leave=False, mininterval=0.5):
         to = (theirs, None) if names is None else names(theirs)
         if to is None or (to[0] == "text.head.weight" and to[0] not in wanted):    # left out on purpose; or tied to the embedding
             continue
@@ -587,36 +659,53 @@ def fill(model: torch.nn.Module, tensors, where: str, names=None, device="cpu", 
         shape = wanted[name].shape if expert is None else wanted[name].shape[1:]
         if tensor.shape != shape:
             raise ValueError(f"{where}: tensor {theirs} has shape {tuple(tensor.shape)}, the config asks for {tuple(shape)}")
-        if name not in state:
-            state[name] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype, device=device)
-        (state[name] if expert is None else state[name][expert]).copy_(tensor)
         seen.add(theirs if names is None else canonical(theirs))
         if listing is not None:
             listing.append((theirs, prefix + name + ("" if expert is None else f"[{expert}]"), tuple(shape), tensor.dtype))
+        yield prefix + name, expert, tensor
         del tensor                                                                 # before the next one is read
     expected = wanted if names is None else published({prefix + name: tensor for name, tensor in wanted.items()})
     for name in expected:
         if name not in seen:
             raise ValueError(f"{where}: tensor {name} is missing")
-    model.load_state_dict(state, assign=True)
-    model.requires_grad_(True)
+
+
+@torch.no_grad()
+def put(param: torch.Tensor, expert: int | None, tensor: torch.Tensor):
+    """Write a tensor into a parameter, or as much of it as this rank's shard holds (FSDP cuts as torch.chunk does). With `expert`, into
+    that slice of stacked experts; a dense FFN's tensor that meets stacked experts, into all of them: upcycling."""
+    source, here, first = tensor.expand(param.shape), param, 0                     # a view: nothing is copied yet
+    if isinstance(param, DTensor):
+        here, dim, mesh = param.to_local(), param.placements[0].dim, param.device_mesh
+        start = min(param.shape[dim], -(-param.shape[dim] // mesh.size()) * mesh.get_local_rank())
+        source, first = source.narrow(dim, start, here.shape[dim]), start if dim == 0 else 0
+    if expert is None:
+        here.copy_(source)
+    elif first <= expert < first + len(here):
+        here[expert - first].copy_(source[expert - first])
 
 
 def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,), template: str | None = None, seed: int = 0,
-             dtype: torch.dtype | None = None, listing: list | None = None):
+             dtype: torch.dtype | None = None, listing: list | None = None, later: list | None = None):
     """A model that stage 1 can start from: the tower of one folder (or CuMo's clip.bin), the decoder of another, and a new connector, or
     the one in `connector` (CuMo's and LLaVA's mm_projector.bin). -> (CuMo in eval mode, the decoder's tokenizer or None)."""
+    def part(source, name):                                                        # of what a folder holds, this part alone is wanted
+        streams = None if later is None else []
+        model, tokenizer = load(source, dtype=dtype, listing=listing, later=streams)
+        if streams:
+            later.append(item for item in streams[0] if item[0].startswith(name))
+        return model, tokenizer
     if os.path.isfile(vision):
         config = Config(vision=vision_config({}, shapes_in([vision]))).vision
         with torch.device("meta"):
             tower = VisionTransformer(config)
         fill(tower, tensors_in(vision), vision, translate, dtype=dtype, listing=listing, prefix="vision.")
     else:
-        tower = load(vision, dtype=dtype, listing=listing)[0]
+        tower = part(vision, "vision.")[0]
         tower = tower if isinstance(tower, VisionTransformer) else tower.vision
     if tower is None:
         raise ValueError(f"{vision}: has no vision tower; --vision wants a CLIP folder")
-    decoder, tokenizer = load(llm, dtype=dtype, listing=listing)
+    decoder, tokenizer = part(llm, "text.")
     if not isinstance(decoder, CuMo):
         raise ValueError(f"{llm}: has no decoder; --llm wants a language model's folder")
     shapes = shapes_in([connector]) if connector else {}
@@ -626,9 +715,13 @@ def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,), t
                             template=template or decoder.config.template))
     model.vision, model.text = tower, decoder.text
     tower.config, decoder.text.config = model.config.vision, model.config.text
+    for layer in decoder.text.layers:
+        if isinstance(layer.ffn, MoE):
+            layer.ffn.text = model.config.text
     if connector:
         try:
-            fill(model.connector, tensors_in(connector), connector, translate, dtype=dtype or tower.patch.weight.dtype, listing=listing, prefix="connector.")
+            fill(model.connector, tensors_in(connector), connector, translate, dtype=dtype or tower.patch.weight.dtype, listing=listing,
+                 prefix="connector.")
         except ValueError as e:
             raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} scale{'s' * (len(scales) > 1)}, the decoder "
                              f"{decoder.config.text.dim}") from None

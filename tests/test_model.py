@@ -364,7 +364,7 @@ def test_generate_refuses_numbers_out_of_range(tiny_model, kw):
 # The splice, padding, losses
 
 
-@pytest.mark.parametrize("text", [{}, TEXT_EXPERTS, dict(n_experts=4, capacity_factor=0.6), dict(sliding_window=3)])
+@pytest.mark.parametrize("text", [{}, TEXT_EXPERTS, dict(n_experts=4, eval_capacity_factor=0.6), dict(sliding_window=3)])
 @torch.no_grad()
 def test_padding_changes_no_logit_loss_or_statistic(tiny_model, text):
     model = tiny_model(text=text, **EXPERTS)
@@ -379,7 +379,7 @@ def test_padding_changes_no_logit_loss_or_statistic(tiny_model, text):
     for r, s in zip(a.routing["text"], b.routing["text"]):
         torch.testing.assert_close(r.weights[real.flatten()], s.weights[(long != PAD).flatten()])
         assert not s.weights[(long == PAD).flatten()].any()
-    if "capacity_factor" not in text:                                        # rows share the experts' places, else they are independent
+    if "eval_capacity_factor" not in text:                                       # rows share the experts' places, else they are independent
         alone = model(short[1:2, :2]).logits
         torch.testing.assert_close(a.logits[1:2, :2], alone, rtol=1e-5, atol=1e-5)
 

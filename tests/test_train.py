@@ -29,7 +29,8 @@ SMALL = dict(vision=dict(image_size=48, patch_size=8, dim=32, n_layers=3, n_head
 TIMES = ("images_per_s", "seconds", "waiting")       # what may differ between two runs of the same thing
 
 # Runs jobs one after the other in this process, as `python train.py ARGV` would, with a fault at the n-th batch or checkpoint:
-# argv of this script: project root, result file, JSON list of {"argv", "fault": None | "kill" | "interrupt" | "half", "at", "rank"}
+# argv of this script: project root, result file, JSON list of {"argv", "fault": None | "kill" | "interrupt" | "half", "at", "rank",
+# "file": another program than train.py}
 SCRIPT = """
 import json, os, runpy, signal, sys
 import torch
@@ -41,7 +42,7 @@ import data, train
 real_collate, real_save, result = data.collate, torch.save, []
 if train.WORLD > 1:                                  # one process group for all jobs
     dist.init_process_group("gloo")
-    leave, dist.init_process_group, dist.destroy_process_group = dist.destroy_process_group, lambda *_: None, lambda: None
+    leave, dist.init_process_group, dist.destroy_process_group = dist.destroy_process_group, lambda *_, **__: None, lambda: None
 for job in jobs:
     calls, fault = 0, job.get("fault") if train.RANK == job.get("rank", 0) else None
     def collate(samples):
@@ -61,7 +62,7 @@ for job in jobs:
     torch.save = half if fault == "half" else real_save
     sys.argv = ["train.py", *job["argv"]]
     try:
-        runpy.run_path(train.__file__, run_name="__main__")
+        runpy.run_path(job.get("file", train.__file__), run_name="__main__")
         result.append(None)
     except SystemExit as e:
         if len(jobs) == 1:
@@ -496,7 +497,7 @@ def test_flags_go_over_the_tiny_preset_and_that_over_the_recipe(monkeypatch):
     s = train.settings(train.parse("--lr 0.5 --steps 7 --batch-size 12 --max-length 99 --template vicuna".split()), 1)
     assert (s["lr"], s["steps"], s["batch_size"], s["max_length"], s["template"]) == (0.5, 7, 12, 99, "vicuna")
     s = train.settings(train.parse(["--preset", "cumo-mistral-7b"]), 3)
-    assert {**s, "micro_batch": 0} == {**train.RECIPE[3], "micro_batch": 0} and s["lr"] == 4e-6 and s["batch_size"] == 256
+    assert {**s, "micro_batch": 0} == {**train.RECIPE[3], "micro_batch": 0, "experts": True, "aux": True} and s["lr"] == 4e-6 and s["batch_size"] == 256
     assert train.settings(train.parse([]), 3)["experts"] and not train.settings(train.parse(["--dense"]), 3)["experts"]
     micro = lambda *argv: train.settings(train.parse([*argv]), 3)["micro_batch"]
     assert micro("--batch-size", "12") == 12 and micro("--batch-size", "12", "--micro-batch", "3") == 3
@@ -737,16 +738,16 @@ def test_help_names_and_explains_every_flag(capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         train.parse(["--help"])
     assert e.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = "".join(capsys.readouterr().out.split())                          # argparse breaks lines at hyphens too
     for f in dataclasses.fields(train.Args):
         words = f.metadata["help"].replace("%%", "%")
-        assert f"--{f.name.replace('_', '-')}" in text and len(words) > 5 and " ".join(words.split()) in text, f.name
+        assert f"--{f.name.replace('_', '-')}" in text and len(words) > 5 and "".join(words.split()) in text, f.name
 
 
 def test_flags_arrive_with_their_types():
     args = train.parse("--stage 2 --lr 1e-3 --no-compile --fsdp --images X --workers 3 --balance-coef 0.2".split())
     assert (args.stage, args.lr, args.compile, args.fsdp, args.images, args.workers, args.balance_coef) == (2, 1e-3, False, True, "X", 3, 0.2)
-    assert train.parse([]) == train.Args(out=os.path.join("out", "tiny")) and train.parse(["--compile"]).compile is True
+    assert train.parse([]) == train.Args(out=os.path.join("out", "tiny"), recipe="cumo") and train.parse(["--compile"]).compile is True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

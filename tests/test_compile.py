@@ -1,0 +1,126 @@
+"""torch.compile: the training forward and generation are one graph each, give eager mode's numbers, and are compiled a bounded number of
+times. The backends used here trace and differentiate as the real one does, but write no code: that would take minutes."""
+import copy
+import random
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as m
+import train
+from model import IMAGE, PAD, Config, CuMo, TextConfig
+from test_train import base, flags, write_llava                                    # noqa: F401 (base is a fixture)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def small(preset):
+    """The preset's structure (scales, experts, grouped queries, what runs where) at the smallest sizes."""
+    c = Config.from_preset(preset).to_dict()
+    n_text = 4 if any(c["text"]["n_experts"]) else 0
+    c["vision"] |= dict(image_size=16, patch_size=8, dim=16, n_layers=2, n_heads=2, ffn_dim=24, n_experts=4)
+    c["connector"] |= dict(n_experts=4)
+    c["text"] |= dict(vocab_size=40, dim=16, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=24, n_experts=n_text)
+    return CuMo(Config.from_dict(c))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("preset", m.PRESETS)
+def test_the_training_forward_of_every_preset_is_one_graph(preset, dtype):
+    model = small(preset).to(dtype).train()
+    model.checkpointing(preset == "tiny")                                          # with activation checkpointing, too
+    tokens = torch.randint(0, 40, (2, 16))
+    tokens[0, 2:6], tokens[1, 12:] = IMAGE, PAD
+    images = torch.cat([torch.randn(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)]).to(dtype)          # the second row has none
+    labels = torch.where(tokens >= 0, tokens, -100)
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        out = forward(tokens, images, labels=labels)
+        out.loss.backward()
+        results.append([out.loss.detach(), out.logits.detach()] + [p.grad for n, p in model.named_parameters() if not n.endswith("k.bias")])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            assert (got - want).norm() <= (1e-5 if dtype == torch.float32 else 0.03) * want.norm() + 1e-7
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_an_epoch_of_mixed_lengths_is_compiled_at_most_eight_times_and_the_log_says_so(base, tmp_path, monkeypatch, capsys):  # noqa: F811
+    real, rng = torch.nn.Module.compile, random.Random(0)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: real(self, backend="eager", **kw))
+    samples = [{"id": i, "image": ["red.png"] * (i % 3), "conversations": [
+        {"from": "human", "value": "<image>\n" * (i % 3) + "why " * rng.randrange(1, 60)}, {"from": "gpt", "value": "red " * rng.randrange(1, 60)}]}
+        for i in range(24)]
+    batches, forward = set(), CuMo.forward
+    monkeypatch.setattr(CuMo, "forward", lambda self, tokens, images=None, **kw:
+                        batches.add((tokens.shape[1], len(images))) or forward(self, tokens, images, **kw))
+    train.main(flags(base, tmp_path / "o", "--stage", 3, "--epochs", 1, "--steps", 12, "--batch-size", 2, "--compile", *write_llava(tmp_path, samples)))
+    printed = capsys.readouterr().out
+    n = int(printed.split("compiled ")[1].split(" graphs")[0])
+    assert len({t for t, _ in batches}) > 8 and len({n for _, n in batches}) > 2
+    assert 2 <= n <= 8 and not counters["graph_break"], printed
+    assert "% of the time for data" in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Generation
+
+
+@pytest.mark.parametrize("text", [{}, dict(n_experts=4), dict(sliding_window=5)], ids=["dense", "experts", "window"])
+def test_compiled_generation_gives_eager_modes_tokens_with_two_graphs(tiny_model, text):
+    model = tiny_model(text=text)
+    tokens = torch.randint(0, 40, (3, 20))
+    tokens[0, 1:5], tokens[1, 7:], tokens[2, 15:] = IMAGE, PAD, PAD
+    images = torch.randn(1, 3, 16, 16)
+    for batch, n in ((tokens, 9), (tokens.flip(1).roll(1, 1).where(tokens >= 0, tokens), 12), (tokens[:, :18].clone(), 30)):
+        assert torch.equal(model.generate(batch, images, max_new_tokens=n, compile="aot_eager"), model.generate(batch, images, max_new_tokens=n))
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert model.generate(tokens, images, max_new_tokens=50, compile="aot_eager").shape == (3, 50)      # a longer cache: another decode step
+    assert counters["stats"]["unique_graphs"] == 3 and counters["stats"]["unique_graphs"] < 5
+    assert not hasattr(copy.deepcopy(model), "compiled")                           # nothing that would still run the old model
+
+
+def step_flops(model, tokens, n, **kw):
+    """FLOPs of the prefill and of each of the first n - 1 decode steps."""
+    flops, counter = [], None
+
+    class Enough(Exception):
+        pass
+
+    def on_token(_):
+        flops.append(counter.get_total_flops() - sum(flops))
+        if len(flops) == n:
+            raise Enough
+    with pytest.raises(Enough), FlopCounterMode(display=False) as counter:
+        model.generate(tokens, on_token=on_token, **kw)
+    return flops
+
+
+def test_a_decode_step_costs_what_it_attends_to_and_nothing_for_the_unused_cache(tiny_config):
+    model, t = CuMo(tiny_config(vision=None)).eval(), TextConfig
+    tokens = torch.randint(0, 40, (2, 30))
+    first, *steps = step_flops(model, tokens, 40, max_new_tokens=41)
+    assert [first, *steps] == step_flops(model, tokens, 40, max_new_tokens=100_000)
+    t = model.config.text
+    per_key = 2 * 2 * 2 * t.n_layers * t.n_heads * t.head_dim                      # 2 rows; q.k and p.v, each a multiplication and an addition
+    assert [b - a for a, b in zip(steps, steps[1:])] == [per_key] * 38
+    linear = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n)
+    assert steps[0] == 2 * 2 * linear + per_key * 31
+
+
+@pytest.mark.parametrize("n, want", [(1, 64), (64, 64), (65, 96), (96, 96), (97, 128), (129, 192), (193, 256), (1000, 1024), (1025, 1536), (2048, 2048)])
+def test_rungs(n, want):
+    assert m.rung(n) == want
