@@ -666,8 +666,8 @@ def decode(text: Decoder, token: Tensor, position: Tensor, cache: Cache, n_keys:
 
 @functools.cache
 def compiled(backend: str, cuda_graphs: bool):
-    """prefill and decode as one graph each. A decode step on a GPU is a few hundred tiny kernels, whose launches from Python take longer than
-    they do themselves; "reduce-overhead" records them once as a CUDA graph. Prefill is big enough to go without."""
+    """prefill and decode as one graph each. A decode step on a GPU is a few hundred tiny kernels, and to launch them from Python takes
+    longer than they do; "reduce-overhead" records them once as a CUDA graph. Prefill is big enough to go without."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)       # a graph per batch size and rung
     graphs = dict(mode="reduce-overhead") if cuda_graphs and backend == "inductor" else {}
     return (torch.compile(prefill, fullgraph=True, dynamic=False, backend=backend),

@@ -973,3 +973,19 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path):
     assert len(measured) == 3
     for folder, (grown, size) in zip(folders, measured):
         assert size > 1.3e8 and 0.9 * size < grown < 1.2 * size + 1e7, (folder.name, grown / size)       # under 0.9: nothing was measured
+
+
+@torch.no_grad()
+def test_whispers_encoder_equals_transformers(tmp_path):
+    hf = pytest.importorskip("transformers", reason="the reference is transformers' Whisper")
+    torch.manual_seed(0)
+    reference = hf.WhisperModel(hf.WhisperConfig(d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+                                                 encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                                 decoder_start_token_id=1)).eval()
+    reference.save_pretrained(tmp_path)
+    model, tokenizer = load(tmp_path)
+    mel = torch.randn(1, 80, 3000)
+    torch.testing.assert_close(model(mel), reference.encoder(mel).last_hidden_state, atol=1e-4, rtol=0)
+    assert tokenizer is None
+    with pytest.raises(ValueError, match="3000"):
+        model(mel[:, :, :2000])
