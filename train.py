@@ -103,7 +103,7 @@ class Args:
     llm: str | None = arg(None, "stage 1 of a real model: folder or hub name of the language model")
     init: str | None = arg(None, "model folder to start from, of any layout; default: what the stage before left in --out")
     out: str | None = arg(None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
-    resume: bool = arg(False, "go on from the checkpoint in --out, exactly. Your own only: FSDP's, a folder, is read with pickle, which can run code")
+    resume: bool = arg(False, "go on from the checkpoint in --out, exactly. Yours only: FSDP's is read with pickle, which can run code")
     dense: bool = arg(False, "do not upcycle in stage 3: the comparison")
     upcycle_at: int = arg(3, "the stage that turns FFNs into experts")
     trains: str | None = arg(None, "parts that train, with commas: " + ", ".join(PARTS) + " (the decoder's FFNs; its MoE layers); of a "
@@ -539,7 +539,8 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
         bar.update()
         stop = total[4] > 0 and step < steps - 1
         if stop or ((step + 1) % args.save_every == 0 and step < steps - 1):
-            file, last_saved = write_checkpoint(args, model, optimizer, {"identity": identity, "step": step + 1, "counts": counts}), step + 1
+            last_saved = step + 1
+            file = write_checkpoint(args, model, optimizer, {"identity": identity, "step": last_saved, "counts": counts})
         if stop:
             undo.close()
             say(f"stopped after step {step + 1} of {steps}; `--resume` with the same flags goes on from {file}")
@@ -815,11 +816,12 @@ def run_stage(args: Args, stage: int, source: str, device):
     """Train one stage from a model folder (or a backbones file, or the folders of --vision and --llm) and leave a model folder; measure
     it on held-out scenes."""
     s, began = settings(args, stage), time.time()
-    later = [] if args.fsdp and WORLD > 1 else None                                # FSDP: weights come when the model is cut, see `distribute`
+    later = [] if args.fsdp and WORLD > 1 else None                                # with FSDP weights come last, see `distribute`
     torch.manual_seed(args.seed)                                                   # the same new weights on every rank
     if args.vision and stage == 1:
         preset, source = Config.from_preset(args.preset), f"{args.vision} and {args.llm}"
-        model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales, preset.template, args.seed, torch.float32, later=later)
+        model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales, preset.template, args.seed, torch.float32,
+                                    later=later)
     else:
         model, tokenizer = load_backbones(source) if source.endswith(".safetensors") else load(source, dtype=torch.float32, later=later)
     if tokenizer is None:
@@ -1102,12 +1104,12 @@ def main(argv=None):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         restarts, store = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), None
-        if restarts and os.environ["GROUP_WORLD_SIZE"] == "1":                     # torchrun's store still holds the dead processes' addresses,
-            store = dist.PrefixStore(f"restart {restarts}", next(dist.rendezvous("env://"))[0])    # and the new ones might wait for those
+        if restarts and os.environ["GROUP_WORLD_SIZE"] == "1":                     # torchrun's store still has the dead ones' addresses,
+            store = dist.PrefixStore(f"restart {restarts}", next(dist.rendezvous("env://"))[0])   # and others might wait for them
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
         died = torch.tensor(restarts, device=device)                               # each node counts its own
         dist.all_reduce(died, dist.ReduceOp.MAX)
-        args.resume |= bool(died)                                                  # torchrun --max-restarts: a process died, all begin again
+        args.resume |= bool(died)                                                  # torchrun --max-restarts: one died, all begin again
     Config.from_preset(args.preset)                                                # an unknown name stops here
     if args.bench:
         return bench(args, device)

@@ -627,3 +627,17 @@ def test_length_grouping_puts_like_lengths_together():
 def test_indivisible_batch_is_a_value_error(batch, micro, world):
     with pytest.raises(ValueError, match=f"{batch}.*{world} processes x {micro}"):
         d.Batches(100, batch, micro, world=world)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Fast, and still the same
+
+
+@pytest.mark.parametrize("size", [7, 48, 224])
+def test_pixels_are_those_of_pad_resize_and_normalise_one_after_the_other(size):
+    for w, h in ((64, 48), (48, 64), (48, 48), (47, 48), (300, 7), (7, 300), (336, 200), (2, 2)):
+        pixels = np.random.default_rng(w).integers(0, 256, (h, w, 3), dtype=np.uint8)
+        square = d.pad_to_square(Image.fromarray(pixels)).resize((size, size), Image.Resampling.BICUBIC)
+        want = (np.asarray(square) / 255 - d.CLIP_MEAN) / d.CLIP_STD
+        got = d.load_image(Image.fromarray(pixels), size)
+        assert got.is_contiguous() and np.abs(got.permute(1, 2, 0).numpy() - want).max() < 1e-6
