@@ -54,7 +54,7 @@ from tqdm import tqdm
 import data as d
 import generate
 import kernels
-from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, Decoder, MoE, TextConfig, count_parameters, flops
+from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, MoE, TextConfig, count_parameters, flops
 from upcycle import assemble, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically, write_json
 
 BACKBONES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny-backbones.safetensors")
