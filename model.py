@@ -1,17 +1,19 @@
-"""model.py: the whole architecture. A CLIP vision transformer, a connector, a LLaMA-style decoder, each dense or with experts.
+"""model.py: the whole architecture. Senses, a bridge from each to the decoder's width, a LLaMA-style decoder, each dense or with experts.
 
     pixels ──► VisionTransformer ──► Connector ──┐
-    text   ──► embedding ────────────────────────┴──► token embeddings ──► Decoder ──► logits
+    mel    ──► AudioTransformer ───► Resampler ──┼──► token embeddings ──► Decoder ──► logits
+    text   ──► embedding ────────────────────────┘
 
 CuMo (arXiv 2405.05949) is LLaVA with the FFNs of the vision tower and of the connector turned into mixtures of experts. So there
 is one block, attention + feed-forward, used by tower and decoder alike, and its feed-forward is an `FFN` or a `MoE`. The number
-of experts in a config, layer by layer, is the only switch: 0 is dense.
+of experts in a config, layer by layer, is the only switch: 0 is dense. MoE-LLaVA has its experts in the decoder; so has Uni-MoE
+(arXiv 2405.11273), which also hears.
 
-A batch of conversations is one tensor: tokens (B, T). Ids >= 0 are text, IMAGE marks the slots that image features take, PAD
+A batch of conversations is one tensor: tokens (B, T). Ids >= 0 are text, IMAGE and AUDIO mark the slots that features take, PAD
 fills the right-hand end. Features are written over the slots in one masked scatter: no loop over samples, static shapes.
 
 Shapes: B batch, T tokens in a sequence, N tokens of an image (with or without CLS), D width, F FFN width, E experts, K top-k,
-H heads, V vocabulary, n images, S image side. `python model.py` prints each preset's parameter counts.
+H heads, V vocabulary, n images, S image side, m chunks of sound, Q queries. `python model.py` prints each preset's parameter counts.
 """
 import copy
 import dataclasses
@@ -24,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from kernels import ACTIVATIONS, ffn, moe_ffn, route
@@ -31,7 +34,7 @@ from kernels import ACTIVATIONS, ffn, moe_ffn, route
 IMAGE, AUDIO, PAD, IGNORE = -200, -201, -1, -100     # slots for features, padding, label that is not learnt (also in data.py)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Configuration: three parts, plain numbers
+# 1. Configuration: a few parts, plain numbers
 
 
 @dataclass
@@ -89,7 +92,7 @@ class TextConfig:
 
 @dataclass
 class AudioConfig:
-    """Whisper's encoder (large-v2's sizes)."""
+    """Whisper's encoder (large-v2's sizes), and the resampler behind it."""
     n_mels: int = 80
     n_frames: int = 3000            # mel frames of a 30 s chunk, 10 ms each; the second convolution halves them
     dim: int = 1280
@@ -100,9 +103,11 @@ class AudioConfig:
     norm_eps: float = 1e-5
     n_experts: list | int = 0       # always 0 here; VisionBlock asks
     top_k: int = 2
+    n_queries: int = 50             # Q: AUDIO slots of a chunk
+    n_query_layers: int = 2
 
     def __post_init__(self):
-        self.n_experts = [0] * self.n_layers
+        self.n_experts = [0] * self.n_layers if isinstance(self.n_layers, int) else []
 
 
 @dataclass
@@ -110,21 +115,23 @@ class Config:
     vision: VisionConfig | None = field(default_factory=VisionConfig)          # None: a language model alone
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    audio: AudioConfig | None = None                                           # None: the model hears nothing
     template: str = "mistral"       # chat template, see data.py
     balance_coef: float = 0.1       # CuMo, section 4.1
     z_coef: float = 0.01
 
     def __post_init__(self):
-        for name, kind in (("vision", VisionConfig), ("connector", ConnectorConfig), ("text", TextConfig)):
+        for name, kind in (("vision", VisionConfig), ("connector", ConnectorConfig), ("text", TextConfig), ("audio", AudioConfig)):
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, _from_dict(kind, getattr(self, name), f"{name}."))
             part = getattr(self, name)
-            if not isinstance(part, kind) and not (name == "vision" and part is None):
+            if not isinstance(part, kind) and not (name in ("vision", "audio") and part is None):
                 raise ValueError(f"{name} must be an object with {kind.__name__}'s fields, not {part!r}")
-            for key in ("image_size", "patch_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+            for key in ("image_size", "patch_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size",
+                        "n_mels", "n_frames", "n_queries", "n_query_layers"):
                 if part is not None and hasattr(part, key) and not (isinstance(getattr(part, key), int) and getattr(part, key) > 0):
                     raise ValueError(f"{name}.{key} = {getattr(part, key)!r} must be a whole number above 0")
-        for name in ("vision", "text"):
+        for name in ("vision", "text", "audio"):
             part = getattr(self, name)
             if part is None:
                 continue
@@ -134,7 +141,7 @@ class Config:
                 raise ValueError(f"{name}.n_experts lists {len(part.n_experts)} layers, {name}.n_layers is {part.n_layers}")
             if part.dim % part.n_heads:
                 raise ValueError(f"{name}.dim = {part.dim} is not a multiple of {name}.n_heads = {part.n_heads}")
-        for name in ("vision", "connector", "text"):
+        for name in ("vision", "connector", "text", "audio"):
             part = getattr(self, name)
             if part is None:
                 continue
@@ -150,6 +157,9 @@ class Config:
                 raise ValueError(f"vision.select_layer = {v.select_layer} must lie between {-v.n_layers - 1} and -1")
             if not v.scales or v.scales[0] != 1 or any(not isinstance(s, int) or s < 1 for s in v.scales):
                 raise ValueError(f"vision.scales = {v.scales} must be whole numbers that begin with 1, for example [1, 3]")
+        for key in ("n_frames", "dim"):                                            # halved by a convolution; half sines, half cosines
+            if self.audio and getattr(self.audio, key) % 2:
+                raise ValueError(f"audio.{key} = {getattr(self.audio, key)} must be even")
         t = self.text
         t.head_dim = t.head_dim or t.dim // t.n_heads
         for name in ("capacity_factor", "eval_capacity_factor"):
@@ -180,6 +190,11 @@ class Config:
     def n_image_tokens(self) -> int:
         return (self.vision.image_size // self.vision.patch_size) ** 2 if self.vision else 0
 
+    @property
+    def n_audio_tokens(self) -> int:
+        """Of a chunk."""
+        return self.audio.n_queries if self.audio else 0
+
 
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
@@ -192,6 +207,7 @@ def _from_dict(kind, d: dict, where: str = ""):
     return kind(**d)
 
 
+LLAMA_7B = dict(n_kv_heads=32, ffn_dim=11008, rope_theta=1e4)                      # the rest as in Mistral-7B, TextConfig's defaults
 PRESETS = {
     # Trains on a laptop CPU in minutes: 48 x 48 pixels, 36 patches of 8 x 8.
     "tiny": dict(
@@ -208,7 +224,15 @@ PRESETS = {
     "moe-llava-mistral-7b": dict(
         vision=dict(), text=dict(rope_theta=1e4, sliding_window=4096, n_experts=[4, 0] * 16, capacity_factor=1.5, eval_capacity_factor=2.0,
                                  aux="sum"), template="vicuna", balance_coef=0.01, z_coef=0.0),
+    # Uni-MoE: LLaMA-7B with one expert per modality or task in every layer, and no auxiliary loss. The paper hears speech with Whisper
+    # and other sounds with BEATs (arXiv 2212.09058); here one Whisper hears everything.
+    "uni-moe-7b": dict(vision=dict(), audio=dict(), text=dict(**LLAMA_7B, n_experts=4), template="vicuna", balance_coef=0.0, z_coef=0.0),
+    "uni-moe-7b-every-other": dict(
+        vision=dict(), audio=dict(), text=dict(**LLAMA_7B, n_experts=[4, 0] * 16), template="vicuna", balance_coef=0.0, z_coef=0.0),
 }
+PRESETS["uni-moe-tiny"] = dict(                                                    # tiny, and an ear for 1.5 s
+    vision=PRESETS["tiny"]["vision"], text=dict(**PRESETS["tiny"]["text"], n_experts=4), template="tiny", balance_coef=0.0, z_coef=0.0,
+    audio=dict(n_mels=80, n_frames=150, dim=128, n_layers=3, n_heads=4, ffn_dim=512, n_queries=16, n_query_layers=2))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The feed-forward part: dense, or experts
@@ -266,7 +290,7 @@ def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, text=None, **kw):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The senses: CLIP's ViT, Whisper's encoder, the connector
+# 3. The senses: CLIP's ViT and Whisper's encoder, the connector and the resampler
 
 
 class VisionBlock(nn.Module):
@@ -347,8 +371,15 @@ class VisionTransformer(nn.Module):
         return torch.cat(features, -1)
 
 
+def sinusoids(length: int, dim: int, device=None) -> Tensor:
+    """Whisper's positions (length, dim): sines, then cosines, of wavelengths from 2 pi to 10000 * 2 pi."""
+    freq = 1e4 ** -torch.linspace(0, 1, dim // 2, device=device)
+    angle = torch.arange(length, device=device).unsqueeze(1) * freq
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
 class AudioTransformer(nn.Module):
-    """Whisper's encoder: log-mel (n, 80, 3000), a 30 s chunk each, -> hidden states (n, 1500, D)."""
+    """Whisper's encoder: log-mel (m, 80, 3000), a 30 s chunk each, -> hidden states (m, 1500, D)."""
 
     def __init__(self, c: AudioConfig):
         super().__init__()
@@ -357,15 +388,56 @@ class AudioTransformer(nn.Module):
         self.pos = nn.Parameter(torch.empty(c.n_frames // 2, c.dim))               # sinusoids, stored as weights
         self.layers = nn.ModuleList(VisionBlock(c, i, k_bias=False) for i in range(c.n_layers))
         self.norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
+        self.checkpointing = False
 
     def forward(self, mel: Tensor) -> Tensor:
         if mel.shape[1:] != (self.config.n_mels, self.config.n_frames):
             raise ValueError(f"mel is {tuple(mel.shape)}, the encoder hears (n, {self.config.n_mels}, {self.config.n_frames})")
-        x = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))        # (m, D, n_frames / 2)
         x = x.transpose(1, 2) + self.pos
         for layer in self.layers:
-            x, _ = layer(x)
+            x, _ = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and self.training else layer(x)
         return self.norm(x)
+
+
+class ResamplerBlock(nn.Module):
+    """Pre-norm block in which Q queries look at N hidden states and at each other; then a feed-forward."""
+
+    def __init__(self, c: AudioConfig):
+        super().__init__()
+        self.n_heads = c.n_heads
+        self.norm1, self.norm2, self.norm_heard = (nn.LayerNorm(c.dim, eps=c.norm_eps) for _ in range(3))
+        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim, bias=b) for b in (True, False, True, True))     # as Whisper's
+        self.ffn = FFN(c.dim, c.ffn_dim, c.act, bias=True)
+
+    def forward(self, x: Tensor, heard: Tensor) -> Tensor:
+        """x (m, Q, D), heard (m, N, D) -> (m, Q, D)."""
+        h = self.norm1(x)
+        seen = torch.cat([self.norm_heard(heard), h], 1)                           # (m, N + Q, D)
+        q, k, v = (w(t).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w, t in ((self.q, h), (self.k, seen), (self.v, seen)))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.ffn(self.norm2(x))[0]
+
+
+class Resampler(nn.Module):
+    """Hidden states of sound (m, N, D_a) -> decoder width (m, Q, D): learnt queries ask, and their few answers stand for the many states.
+
+    A chunk of 30 s has 1500 states, which would fill the decoder's context; 50 queries make 50 tokens of them. Uni-MoE does so with
+    Q-Formers (BLIP-2, arXiv 2301.12597): self-attention among the queries, then cross-attention, starting from BERT's weights, or from
+    the Whisper decoder's for speech; then a linear layer. Here the two attentions are one, over states and queries together, as in
+    Flamingo's Perceiver resampler (arXiv 2204.14198): half the weights, the same sight, and nothing to download."""
+
+    def __init__(self, c: AudioConfig, dim_out: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(c.n_queries, c.dim))
+        self.layers = nn.ModuleList(ResamplerBlock(c) for _ in range(c.n_query_layers))
+        self.norm, self.out = nn.LayerNorm(c.dim, eps=c.norm_eps), nn.Linear(c.dim, dim_out)
+
+    def forward(self, heard: Tensor) -> Tensor:
+        x = self.queries.to(heard.dtype).expand(len(heard), -1, -1)
+        for layer in self.layers:
+            x = layer(x, heard)
+        return self.out(self.norm(x))
 
 
 class Connector(nn.Module):
@@ -506,12 +578,14 @@ class CuMo(nn.Module):
         v, t = config.vision, config.text
         self.vision = VisionTransformer(v) if v else None
         self.connector = Connector(config.connector, v.dim * len(v.scales), t.dim) if v else None
+        self.audio = AudioTransformer(config.audio) if config.audio else None
+        self.resampler = Resampler(config.audio, t.dim) if config.audio else None
         self.text = Decoder(t)
         self.cache = None                                            # compiled generation keeps its Cache here
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, parts=("vision", "connector", "text"), gain: float = 0.64):
+    def init_weights(self, parts=("vision", "connector", "audio", "resampler", "text"), gain: float = 0.64):
         """Normal(0, gain / sqrt(fan in)): GPT-2's 0.02 at width 1024, and the same output scale at every other width (with 0.02 a
         width of 128 starts with nearly uniform attention and learns late). The two projections that write to the residual stream
         are scaled down by depth, as in GPT-2."""
@@ -521,51 +595,73 @@ class CuMo(nn.Module):
                 continue
             if name.split(".")[-1].startswith("b"):                  # first: a MoE's biases are stacked, (E, F)
                 nn.init.zeros_(p)
+            elif name == "audio.pos":
+                p.copy_(sinusoids(*p.shape, device=p.device))
             elif p.dim() > 1 or name == "vision.cls":                # what is left are norms (ones) and biases (zeros)
-                std = gain * (p[0].numel() if p.dim() == 4 else p.shape[-1]) ** -0.5
+                std = gain * (p[0].numel() if p.dim() == 4 or ".conv" in name else p.shape[-1]) ** -0.5
                 if part != "connector" and name.endswith(("o.weight", "w_out")):
-                    std /= (2 * getattr(self.config, part).n_layers) ** 0.5
+                    std /= (2 * len(getattr(self, part).layers)) ** 0.5
                 nn.init.normal_(p, std=std)
 
     def checkpointing(self, on: bool = True):
         """Activation checkpointing: keep each block's input only, and compute the block again in the backward pass."""
-        self.text.checkpointing = on
-        if self.vision:
-            self.vision.checkpointing = on
+        for part in (self.vision, self.audio, self.text):
+            if part is not None:
+                part.checkpointing = on
 
-    def encode_images(self, images: Tensor, aux: dict | None = None) -> Tensor:
-        """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D)."""
+    def encode_images(self, images: Tensor, aux: dict | None = None, frames: Tensor | None = None) -> Tensor:
+        """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D), or (videos, N, D) with frames (videos,) int64: then the
+        next frames[i] images are one video, and it gets the mean over its frames. An image is a video of one frame."""
         if self.vision is None:
             raise ValueError("this model is a language model alone; it was given images")
         aux = aux if aux is not None else {"vision": None, "connector": None}
-        return self.connector(self.vision(images, aux["vision"]), aux["connector"])
+        embeds = self.connector(self.vision(images, aux["vision"]), aux["connector"])
+        if frames is None:
+            return embeds
+        if not torch.compiler.is_compiling() and not frames.is_meta and (int(frames.sum()) != len(images) or (frames < 1).any()):
+            raise ValueError(f"frames {frames.tolist()} must be above 0 and add up to the number of images, {len(images)}; "
+                             f"they give {int(frames.sum())}")
+        # The mean is over what the connector gives, as in the released Uni-MoE: a video costs as many tokens as an image, and what
+        # it loses is the order of its frames
+        video = torch.arange(len(frames), device=embeds.device).repeat_interleave(frames, output_size=len(images))     # (n,)
+        share = embeds / frames[video].to(embeds.dtype)[:, None, None]
+        return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
 
-    def embed(self, tokens: Tensor, image_embeds: Tensor | None) -> Tensor:
-        """tokens (B, T), image_embeds (n, N, D) -> (B, T, D): word embeddings, and image features written over the IMAGE slots, in order;
-        what is left over must be blank images, one for each row without a slot."""
+    def encode_audio(self, mel: Tensor) -> Tensor:
+        """mel (m, n_mels, n_frames), chunks of sound (data.log_mel) -> embeddings for the AUDIO slots (m, Q, D)."""
+        if self.audio is None:
+            raise ValueError("this model hears nothing; it was given audio")
+        return self.resampler(self.audio(mel))
+
+    def embed(self, tokens: Tensor, image_embeds: Tensor | None = None, audio_embeds: Tensor | None = None) -> Tensor:
+        """tokens (B, T), image_embeds (n, N, D), audio_embeds (m, Q, D) -> (B, T, D): word embeddings, and features written over the
+        IMAGE and AUDIO slots, in order. What is left over must be blanks: one image for each row without an image's slots, or, where
+        nothing sounds in the whole batch, one chunk."""
         x = self.text.embed(tokens.clamp(min=0))                                   # (B, T, D)
-        slots = tokens == IMAGE                                                    # (B, T)
+        images, sounds = tokens == IMAGE, tokens == AUDIO                          # (B, T)
         if not torch.compiler.is_compiling() and not tokens.is_meta:
-            n_slots, n_features = int(slots.sum()), 0 if image_embeds is None else image_embeds.shape[:2].numel()
-            if n_features not in (n_slots, n_slots + int((~slots).all(1).sum()) * self.config.n_image_tokens):
-                raise ValueError(f"tokens have {n_slots} IMAGE slots, the images give {n_features} features "
-                                 f"({self.config.n_image_tokens} an image)")
-            if (tokens == AUDIO).any():
-                raise ValueError("tokens have AUDIO slots, this model hears nothing")
-        if image_embeds is None:
-            return x
-        return x.masked_scatter(slots.unsqueeze(-1), image_embeds.to(x.dtype).reshape(-1, x.shape[-1]))
+            c, n_images, n_sounds = self.config, int(images.sum()), int(sounds.sum())
+            n_seen, n_heard = (0 if e is None else e.shape[:2].numel() for e in (image_embeds, audio_embeds))
+            if n_seen not in (n_images, n_images + int((~images).all(1).sum()) * c.n_image_tokens):
+                raise ValueError(f"tokens have {n_images} IMAGE slots, the images give {n_seen} features ({c.n_image_tokens} an image)")
+            if self.audio is None and (n_sounds or n_heard):
+                raise ValueError(f"tokens have {n_sounds} AUDIO slots, this model hears nothing")
+            if n_heard not in (n_sounds, n_sounds or c.n_audio_tokens):
+                raise ValueError(f"tokens have {n_sounds} AUDIO slots, the sounds give {n_heard} features ({c.n_audio_tokens} a chunk)")
+        for slots, embeds in ((images, image_embeds), (sounds, audio_embeds)):
+            if embeds is not None:
+                x = x.masked_scatter(slots.unsqueeze(-1), embeds.to(x.dtype).reshape(-1, x.shape[-1]))
+        return x
 
     def forward(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, labels: Tensor | None = None,
-                image_embeds: Tensor | None = None) -> Output:
-        """tokens (B, T) int64, images (n, 3, S, S) float in order of appearance (blank ones last), labels (B, T) int64 with -100 where nothing is
-        learnt (shifted here, not by the caller). image_embeds (n, N, D) takes the place of images that were encoded before.
-        Raises ValueError when slots and features do not match."""
-        if audio is not None:
-            raise ValueError("this model hears nothing; it was given audio")
+                image_embeds: Tensor | None = None, audio_embeds: Tensor | None = None, frames: Tensor | None = None) -> Output:
+        """tokens (B, T) int64, images (n, 3, S, S) float and audio (m, n_mels, n_frames) float in order of appearance (blank ones last),
+        labels (B, T) int64 with -100 where nothing is learnt (shifted here, not by the caller). frames: see encode_images. image_embeds
+        (n, N, D) and audio_embeds (m, Q, D) take the place of what was encoded before. ValueError when slots and features do not match."""
         aux = {"vision": [], "connector": [], "text": []}
-        n = 0 if images is None else len(images)
-        if labels is not None and self.vision and image_embeds is None and not torch.compiler.is_compiling() and not tokens.is_meta:
+        n = 0 if images is None else len(images if frames is None else frames)
+        adds_blanks = labels is not None and not torch.compiler.is_compiling() and not tokens.is_meta
+        if adds_blanks and self.vision and image_embeds is None:
             # Training: a row without an image brings a blank one, which fills no slot. The released code does so too, and counts the
             # blanks in the auxiliary losses. It also makes every rank run every module, without which DDP and FSDP would hang.
             # data.collate appends them; here they are appended for who did not.
@@ -573,10 +669,16 @@ class CuMo(nn.Module):
             if n_blank and n * self.config.n_image_tokens == int((tokens == IMAGE).sum()):
                 blank = torch.zeros(n_blank, 3, *[self.config.vision.image_size] * 2, device=tokens.device)
                 images = torch.cat([images, blank.to(images)]) if n else blank
+                frames = None if frames is None else F.pad(frames, (0, n_blank), value=1)
+        if adds_blanks and self.audio and audio_embeds is None and (audio is None or not len(audio)) and not (tokens == AUDIO).any():
+            # The same for a silent batch, that every rank runs the ear too. One chunk does, as no auxiliary loss counts it
+            audio = torch.zeros(1, self.config.audio.n_mels, self.config.audio.n_frames, device=tokens.device)
         if images is not None and len(images):
-            image_embeds = self.encode_images(images, aux)
+            image_embeds = self.encode_images(images, aux, frames)
+        if audio is not None and len(audio):
+            audio_embeds = self.encode_audio(audio)
         real = tokens != PAD
-        logits = self.text(self.embed(tokens, image_embeds), real, aux["text"])    # (B, T, V)
+        logits = self.text(self.embed(tokens, image_embeds, audio_embeds), real, aux["text"])      # (B, T, V)
         zero = torch.zeros((), device=tokens.device)
         parts, loss = {"lm": zero}, None
         for name, routings in aux.items():
@@ -594,7 +696,8 @@ class CuMo(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, max_new_tokens: int = 64,
                  temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, image_embeds: Tensor | None = None,
-                 on_token=None, generator: torch.Generator | None = None, compile: bool | str = False) -> Tensor:
+                 on_token=None, generator: torch.Generator | None = None, compile: bool | str = False,
+                 audio_embeds: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
         """Continue tokens (B, T), right-padded with PAD -> (B, <= max_new_tokens) int64; behind an eos a row holds eos.
 
         temperature 0 is greedy; top_p < 1 samples from the smallest set of tokens with that much probability. `on_token` is called
@@ -606,10 +709,10 @@ class CuMo(nn.Module):
         attends over the whole cache, and the cache is kept for the next call. In eager mode a step attends over what is written."""
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got {max_new_tokens}, {temperature}, {top_p}")
-        if audio is not None:
-            raise ValueError("this model hears nothing; it was given audio")
         if images is not None and len(images):
-            image_embeds = self.encode_images(images)
+            image_embeds = self.encode_images(images, None, frames)
+        if audio is not None and len(audio):
+            audio_embeds = self.encode_audio(audio)
         real = tokens != PAD
         length = real.sum(1)                                                       # (B,)
         if not torch.equal(real, torch.arange(tokens.shape[1], device=tokens.device) < length.unsqueeze(1)) or not (length > 0).all():
@@ -619,7 +722,7 @@ class CuMo(nn.Module):
             first, following = compiled("inductor" if compile is True else compile, on_cuda)
             cache, n_cache = self.cache, rung(n_cache)
             tokens = F.pad(tokens, (0, min(rung(tokens.shape[1]), n_cache) - tokens.shape[1]), value=PAD)
-        x = self.embed(tokens, image_embeds)
+        x = self.embed(tokens, image_embeds, audio_embeds)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         key = len(x), n_cache, dtype, x.device
         if cache is None or (len(cache.k[0]), cache.k[0].shape[2], cache.k[0].dtype, cache.k[0].device) != key:
@@ -684,8 +787,107 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> 
     return ids.gather(-1, (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def flops(config: Config, n_tokens: int, n_images: int = 1, trains=None) -> dict[str, float]:
-    """{part: FLOPs} of one training sample's forward pass; or, with `trains`, the parts that train, of its backward pass.
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. LoRA (arXiv 2106.09685): train a few numbers instead of the weights. W stays as it is, and what is learnt is a product of two thin
+# matrices: W + alpha / rank * B A. B starts at zero, so nothing changes at first; merged in the end, nothing is left of them.
+#
+# A parametrization hides this from all other code: who reads `ffn.w_in` gets W + BA, be it a linear layer's weight or E experts stacked,
+# each with its own A and B. The price: W + BA is spelt out where the usual code does B (A x). In arithmetic that is next to nothing
+# (rank products a weight, however many tokens follow). In memory it is one more copy of each such weight until the backward pass, or
+# with checkpointing of one layer's; and W's gradient exists for a moment, before it becomes those of A and B.
+
+
+class LoRA(nn.Module):
+    def __init__(self, w: Tensor, rank: int, alpha: float, generator: torch.Generator, device):
+        super().__init__()
+        *experts, n_out, n_in = w.shape
+        self.scale, self.merged = alpha / rank, False
+        a = torch.empty(*experts, rank, n_in, device="cpu")
+        a.uniform_(-n_in**-0.5, n_in**-0.5, generator=generator)                   # Kaiming's, as in PEFT; the paper: normal
+        self.a = nn.Parameter(a.to(device, w.dtype))                               # (..., rank, I)
+        self.b = nn.Parameter(torch.zeros(*experts, n_out, rank, device=device, dtype=w.dtype))          # (..., O, rank)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return (self.scale * b) @ a                                                # (..., O, I)
+
+    def forward(self, w: Tensor) -> Tensor:
+        """w (..., O, I) -> the same shape."""
+        return w if self.merged else w + self.product(self.a, self.b)
+
+
+def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int = 0, real: bool = False) -> CuMo:
+    """Adapters on the decoder's weights, in place: the FFNs' ("ffn", what becomes experts) or the attention's too ("all"). Those weights
+    are frozen; biases, norms and routers are left alone. real: a model on meta, whose weights come later, gets its adapters now.
+    In state dicts "q.weight" becomes "q.parametrizations.weight.original", and A and B "q.parametrizations.weight.0.a" and "...0.b"."""
+    if not (isinstance(rank, int) and rank >= 1 and alpha > 0):
+        raise ValueError(f"LoRA: rank = {rank} must be a whole number above 0, alpha = {alpha} above 0")
+    if which not in ("ffn", "all"):
+        raise ValueError(f"LoRA on {which!r} matches nothing; known: ffn, all")
+    if adapted(model):
+        raise ValueError("this model has LoRA adapters already; merge them first (drop_lora)")
+    generator = torch.Generator().manual_seed(seed)                                # the same adapters on every rank
+    for block in model.text.layers:
+        weights = [(block.ffn, name) for name in ("w_in", "w_gate", "w_out")]
+        weights += [(linear, "weight") for linear in (block.q, block.k, block.v, block.o) if which == "all"]
+        for module, name in weights:
+            w = getattr(module, name).requires_grad_(False)
+            lora = LoRA(w, rank, alpha, generator, "cpu" if w.is_meta and real else w.device)
+            parametrize.register_parametrization(module, name, lora, unsafe=True)  # unsafe: it does not try whether the shapes fit
+    return model
+
+
+def adapted(model: nn.Module) -> list[tuple[nn.Module, str, LoRA]]:
+    """(module, its weight's name, the adapter on it) of each."""
+    return [(module, name, chain[0]) for module in model.modules() if parametrize.is_parametrized(module)
+            for name, chain in module.parametrizations.items()]
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, on: bool = True):
+    """W += scale B A, and the adapters sleep; or back, with on=False. To a rounding the same, faster."""
+    for module, name, lora in adapted(model):
+        if lora.merged != on:
+            module.parametrizations[name].original += (1 if on else -1) * lora.product(lora.a, lora.b)
+            lora.merged = on
+
+
+def drop_lora(model: nn.Module):
+    """Merge for good: plain weights with plain names, which all want gradients again."""
+    merge_lora(model)
+    for module in {module: None for module, _, _ in adapted(model)}:
+        weights = {name: chain.original for name, chain in module.parametrizations.items()}
+        module.__class__ = type(module).__bases__[0]                               # by hand: remove_parametrizations changes that class,
+        del module.parametrizations                                                # which deep copies of the model share
+        for name, w in weights.items():
+            setattr(module, name, w.requires_grad_(True))
+
+
+def plain_name(name: str) -> str | None:
+    """A name in the state dict of a model with adapters -> that without them; None for an adapter's own A or B."""
+    path, adapter, kind = name.partition(".parametrizations.")                     # "text.layers.0.q", ..., "weight.original"
+    return name if not adapter else f"{path}.{kind.removesuffix('.original')}" if kind.endswith(".original") else None
+
+
+def merge_state(state: dict, model: nn.Module) -> dict:
+    """What drop_lora(model) would leave in its state dict, without touching it: `state` holds its tensors whole (gathered, say)."""
+    out = {}
+    for name, tensor in state.items():
+        if (plain := plain_name(name)) not in (None, name):
+            adapter = name.removesuffix("original") + "0"
+            lora = model.get_submodule(adapter)
+            tensor = tensor if lora.merged else tensor + lora.product(state[adapter + ".a"], state[adapter + ".b"])
+        if plain:
+            out[plain] = tensor
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Counting: arithmetic and parameters
+
+
+def flops(config: Config, n_tokens: int, n_images: int = 1, trains=None, n_audio: int = 0) -> dict[str, float]:
+    """{part: FLOPs} of one training sample's forward pass, with n_audio chunks of sound; or, with `trains`, the parts that train, of its
+    backward pass.
 
     Only matrix products count, at two FLOPs a multiply-add: each weight matrix meets each token, and in attention each token meets
     all T of its sequence, twice (q k, p v). Going back, a product becomes two: the gradient of its input, and of its weight. So frozen
@@ -695,7 +897,7 @@ def flops(config: Config, n_tokens: int, n_images: int = 1, trains=None) -> dict
         one = (1 + gated) * dim * width + width * out
         return top_k * (one + out) + dim * n_experts if n_experts else one         # K experts, their weighted sum, the router
 
-    v, c, t, parts, n = config.vision, config.connector, config.text, {}, config.n_image_tokens
+    v, c, a, t, parts, n = config.vision, config.connector, config.audio, config.text, {}, config.n_image_tokens
     if v:
         crops = n_images * sum(s * s for s in v.scales)                            # S2: a scale s is s x s crops
         unused = any(v.n_experts[v.n_used_layers:])                                # layers that run for their routers' losses only
@@ -707,6 +909,13 @@ def flops(config: Config, n_tokens: int, n_images: int = 1, trains=None) -> dict
         wide = v.dim * len(v.scales)
         entry, whole = wide * t.dim * (c.top_k if c.n_experts else 1), ffn(wide, t.dim, t.dim, c.n_experts, c.top_k)
         parts["connector"] = n_images * n * entry, n_images * n * (whole - entry), 0
+    if a:
+        states, asked = a.n_frames // 2, a.n_queries                               # two convolutions of width 3, the second of stride 2
+        entry, inner = a.n_frames * 3 * a.n_mels * a.dim, 3 * a.dim**2 + a.n_layers * (4 * a.dim**2 + 2 * a.dim * a.ffn_dim)
+        parts["audio"] = n_audio * entry, n_audio * states * inner, n_audio * states**2 * 2 * a.dim * a.n_layers
+        layer = asked * (2 * a.dim**2 + 2 * a.dim * a.ffn_dim) + (states + asked) * 2 * a.dim**2         # q, o, FFN; k, v
+        parts["resampler"] = (0, n_audio * (layer * a.n_query_layers + asked * a.dim * t.dim),
+                              n_audio * asked * (states + asked) * 2 * a.dim * a.n_query_layers)
     q, kv = t.n_heads * t.head_dim, t.n_kv_heads * t.head_dim
     layers = [ffn(t.dim, t.ffn_dim, t.dim, e, t.top_k, 1) for e in t.n_experts]
     inner = sum(layers) + 2 * t.dim * (q + kv) * t.n_layers + t.dim * t.vocab_size
@@ -714,11 +923,13 @@ def flops(config: Config, n_tokens: int, n_images: int = 1, trains=None) -> dict
     some = {"text.ffn": n_tokens * sum(layers), "text.moe": n_tokens * sum(cost for cost, e in zip(layers, t.n_experts) if e)}
     if trains is None:
         return {part: 2.0 * sum(costs) for part, costs in parts.items()}
-    back, reached = {}, False                                                      # reached: a part before this one wants a gradient
+    back, before = {}, {"connector": {"vision"}, "resampler": {"audio"}, "text": set(parts)}
+    learning = set()
     for part, (entry, inner, attention) in parts.items():                          # entry: the products that meet the part's input
+        reached = bool(learning & before.get(part, set()))                         # a part before this one wants a gradient
         learns = inner if part in trains else max((some[p] for p in trains if p in some and part == "text"), default=0)
         back[part] = 2.0 * (entry * (reached + (learns > 0)) + (inner + learns + 2 * attention) * (reached or learns > 0))
-        reached |= learns > 0
+        learning |= {part} if learns > 0 else set()
     return back
 
 
@@ -735,16 +946,19 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def main():
     short = lambda n: f"{n / 1e9:.2f}B" if n > 1e9 else f"{n / 1e6:.2f}M"
-    paper = {"cumo-mistral-7b": "8.26B / 7.80B", "cumo-mixtral-8x7b": "47.7B / 13.5B"}
-    print(f"{'preset':20} {'part':10} {'total':>16} {'activated':>16}")
+    paper = {("cumo-mistral-7b", "all"): "8.26B / 7.80B", ("cumo-mixtral-8x7b", "all"): "47.7B / 13.5B",
+             ("moe-llava-mistral-7b", "text"): "15.2B / 9.6B, which LLaMA-7B's shape has", ("uni-moe-7b", "text"): "19.7B / 11.1B",
+             ("uni-moe-7b-every-other", "text"): "13.2B / 8.9B"}                  # MoE-LLaVA and Uni-MoE count the decoder alone
+    print(f"{'preset':22} {'part':10} {'total':>16} {'activated':>16}")
     for name in PRESETS:
         with torch.device("meta"):
             counts = count_parameters(CuMo(Config.from_preset(name)))
+        counts["all"] = tuple(sum(c[i] for c in counts.values()) for i in (0, 1))
         for part, (total, activated) in counts.items():
-            print(f"{name:20} {part:10} {total:16,} {activated:16,}")
-        total, activated = (sum(c[i] for c in counts.values()) for i in (0, 1))
-        print(f"{name:20} {'all':10} {total:16,} {activated:16,}   = {short(total)} / {short(activated)}"
-              + (f"   (paper: {paper[name]})" if name in paper else "") + "\n")
+            note = f"   (paper: {paper[name, part]})" if (name, part) in paper else ""
+            note = f"   = {short(total)} / {short(activated)}{note}" if note or part == "all" else ""
+            print(f"{name:22} {part:10} {total:16,} {activated:16,}{note}")
+        print()
 
 
 if __name__ == "__main__":

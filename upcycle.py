@@ -3,7 +3,8 @@
 Sparse upcycling (arXiv 2212.05055) does not train experts from scratch: every expert starts as a copy of the trained dense FFN,
 and only the router is new. Since the chosen experts' weights sum to 1, the upcycled block computes at first exactly what the dense
 one did, so training goes on where it was and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision
-tower and in the connector at once, between its second and third stage.
+tower and in the connector at once, between its second and third stage. Uni-MoE's experts need not be copies of one FFN: fine-tuned
+apart before, each on one modality or task, they meet as experts of one decoder.
 
 A model folder holds config.json, model.safetensors (in shards with an index above 5 GB) and tokenizer.json.
 """
@@ -24,8 +25,8 @@ from tokenizers import Tokenizer
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from model import (FFN, ROPE_SCALING, AudioConfig, AudioTransformer, Config, ConnectorConfig, CuMo, MoE, TextConfig, VisionConfig,
-                   VisionTransformer)
+from model import (FFN, ROPE_SCALING, AudioConfig, AudioTransformer, Config, ConnectorConfig, CuMo, MoE, Resampler, TextConfig,
+                   VisionConfig, VisionTransformer, adapted, merge_state)
 
 SHARD_BYTES = 5 * 10**9
 
@@ -33,13 +34,25 @@ SHARD_BYTES = 5 * 10**9
 # 1. Dense -> experts
 
 
-def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: int = 0, real_routers: bool = False) -> CuMo:
+def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: int = 0, real_routers: bool = False,
+            experts: list | None = None, average: bool = False) -> CuMo:
     """Turn dense FFNs into MoEs, in place: every expert a copy, the router Normal(0, 0.02).
 
     vision, connector, text: the number of experts, for all layers or (vision, text) a list with one number a layer; 0 leaves a
     layer as it is. CuMo's stage 3 is upcycle(model, vision=4, connector=4); MoE-LLaVA's is upcycle(model, text=[4, 0] * 16).
     real_routers: a model on meta, whose weights come later (`put`), gets its routers now.
-    Raises ValueError for a bad count, and where a layer already has experts. Asserts that the output has not changed."""
+
+    experts: dense models of the same architecture (folders, or CuMos) that were fine-tuned apart, Uni-MoE's mixture: expert e of the
+    decoder's MoEs (in every layer, or as `text` says) gets the FFN of the e-th. All else stays the model's, or with `average` becomes
+    the mean over the experts' models. Their weights stream through one by one: they are never all in memory.
+    Raises ValueError for a bad count, and where a layer already has experts. Asserts that copies do not change the output."""
+    sources = [] if experts is None else sources_of(model, experts, average)
+    if experts is not None:
+        text = text or len(sources)
+        if wrong := {n for n in ([text] if isinstance(text, int) else text) if n not in (0, len(sources))}:
+            raise ValueError(f"text: {min(wrong)} experts asked for, {len(sources)} given to put together")
+    if adapted(model):
+        raise ValueError("this model has LoRA adapters; merge them first (drop_lora)")
     jobs = []                                                                      # (config part, its FFN owner, layer, experts)
     for name, wanted in (("vision", vision), ("connector", connector), ("text", text)):
         module, part = getattr(model, name), getattr(model.config, name)
@@ -66,7 +79,48 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
             part.n_experts[layer] = n_experts
         else:
             part.n_experts = n_experts
+    params = dict(model.named_parameters())
+    stacked = {name for path, m in model.text.named_modules(prefix="text") if isinstance(m, MoE) for name, _ in m.named_parameters(path)}
+    for e, tensors in enumerate(sources):
+        for name, _, tensor in tensors:
+            if name in stacked:
+                put(params[name], e, tensor)
+            elif average:                                                          # a running mean: 1 / 1 of the first, 1 / 2 of the next
+                params[name].data.lerp_(tensor.to(params[name]), 1 / (e + 1))
     return model
+
+
+OF_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity", "noisy", "aux"}
+
+
+def sources_of(model: CuMo, experts: list, average: bool) -> list:
+    """For each of the models to be put together, a stream of (our name, None, tensor); all are compared before the first is read."""
+    if not experts or next(model.parameters()).is_meta or any(model.config.text.n_experts):
+        raise ValueError("experts: name one model at least, and put them into a dense decoder that has its weights")
+    streams, ours = [], dataclasses.asdict(model.config)
+    for i, source in enumerate(experts):
+        where = f"expert {i}" if isinstance(source, CuMo) else os.fspath(source)
+        if isinstance(source, CuMo):
+            state = merge_state(source.state_dict(), source)
+            if source is model and average:                                        # which changes the model while others still stream in
+                state = {name: t.clone() for name, t in state.items()}
+            tensors = [((name, None, t) for name, t in state.items())]
+        else:
+            source, _ = load(source, later=(tensors := []))
+        if not isinstance(source, CuMo):
+            raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
+        if any(source.config.text.n_experts):
+            raise ValueError(f"{where}: has experts in its decoder; only dense models can become experts")
+        theirs = dataclasses.asdict(source.config)
+        for part in ("text", "vision", "connector", "audio"):
+            a, b = ours[part] or {}, theirs[part] or {}
+            if part != "text" and not average and not (a and b):                   # a decoder without senses can be an expert
+                continue
+            for key in a | b:
+                if a.get(key) != b.get(key) and not (part == "text" and key in OF_EXPERTS):
+                    raise ValueError(f"{where}: {part}.{key} = {b.get(key)}, the model that it goes into has {a.get(key)}")
+        streams += tensors
+    return streams
 
 
 @torch.no_grad()
@@ -424,7 +478,7 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
     one. Raises ValueError where a layout cannot hold this model."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    state = {k: v.detach().contiguous() for k, v in (model.state_dict() if state is None else state).items()}
+    state = {k: v.detach().contiguous() for k, v in merge_state(model.state_dict() if state is None else state, model).items()}
     if isinstance(model, VisionTransformer):
         state, config = {f"vision.{name}": tensor for name, tensor in state.items()}, Config(vision=model.config)
         if layout != "hf-clip":
@@ -432,6 +486,8 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
     else:
         config = model.config
     v, c, t, extra = config.vision, config.connector, config.text, {}
+    if layout in ("cumo", "moe-llava") and config.audio:
+        raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; write it as own (hf-llm: the decoder alone)")
     if layout != "hf-llm" and layout != "own" and v is None:
         raise ValueError(f"a language model alone has no tower to write as {layout}; --to hf-llm writes the decoder")
     if layout == "own":
@@ -686,9 +742,10 @@ def put(param: torch.Tensor, expert: int | None, tensor: torch.Tensor):
 
 
 def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,), template: str | None = None, seed: int = 0,
-             dtype: torch.dtype | None = None, listing: list | None = None, later: list | None = None):
+             dtype: torch.dtype | None = None, listing: list | None = None, later: list | None = None, audio: str | None = None):
     """A model that stage 1 can start from: the tower of one folder (or CuMo's clip.bin), the decoder of another, and a new connector, or
-    the one in `connector` (CuMo's and LLaVA's mm_projector.bin). -> (CuMo in eval mode, the decoder's tokenizer or None)."""
+    the one in `connector` (CuMo's and LLaVA's mm_projector.bin); with `audio`, a folder of Whisper, also an ear and a new resampler.
+    -> (CuMo in eval mode, the decoder's tokenizer or None)."""
     def part(source, name):                                                        # of what a folder holds, this part alone is wanted
         streams = None if later is None else []
         model, tokenizer = load(source, dtype=dtype, listing=listing, later=streams)
@@ -729,15 +786,38 @@ def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,), t
         model.connector.to_empty(device="cpu").to(tower.patch.weight.dtype)
         torch.manual_seed(seed)
         model.init_weights(parts=("connector",))
+    if audio:
+        ear = part(audio, "audio.")[0]
+        if not isinstance(ear, AudioTransformer):
+            raise ValueError(f"{audio}: is no ear; --audio wants a Whisper folder")
+        add_audio(model, ear, seed)
     return model.eval(), tokenizer
 
 
+def add_audio(model: CuMo, audio: AudioTransformer, seed: int = 0) -> CuMo:
+    """Give a model an ear, in place: this encoder (config.audio becomes its config), and a new resampler behind it."""
+    if model.config.audio:
+        raise ValueError("this model hears already")
+    like = next(audio.parameters())
+    config = dataclasses.replace(model.config, audio=dataclasses.replace(audio.config))            # checked as any other
+    model.config.audio = audio.config = config.audio
+    with torch.device("cpu" if like.is_meta else like.device):                     # an ear on meta gets its weights later, this has them
+        resampler = Resampler(config.audio, config.text.dim).to(like.dtype)
+    text = model.text
+    del model.text                                                                 # comes last, as in a model that was born with ears
+    model.audio, model.resampler, model.text = audio, resampler, text
+    torch.manual_seed(seed)
+    model.init_weights(parts=("resampler",))
+    return model.train(model.training)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The tiny preset's pre-trained backbones: what CLIP and Mistral are to the real presets. One file, the tokenizer in its header
+# 5. The tiny preset's pre-trained backbones: what CLIP, Mistral and Whisper are to the real presets. One file, the tokenizer in its
+# header
 
 
 def save_backbones(model: CuMo, file: str, tokenizer: Tokenizer):
-    state = {k: v.detach().contiguous() for k, v in model.state_dict().items() if not k.startswith("connector.")}
+    state = {k: v.detach().contiguous() for k, v in model.state_dict().items() if not k.startswith(("connector.", "resampler."))}
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     write_atomically(file, lambda name: save_file(state, name, metadata={
         "format": "pt", "tokenizer": tokenizer.to_str(), "config": json.dumps(model.config.to_dict())}))
@@ -753,7 +833,7 @@ def load_backbones(file: str):
     if not meta or not {"config", "tokenizer"} <= meta.keys():
         raise ValueError(f"{file}: has no config and tokenizer in its header; make it again with `python train.py --from-scratch`")
     model = CuMo(Config.from_dict(json.loads(meta["config"])))
-    fill(model, ({k: v for k, v in model.state_dict().items() if k.startswith("connector.")} | tensors).items(), file)
+    fill(model, ({k: v for k, v in model.state_dict().items() if k.startswith(("connector.", "resampler."))} | tensors).items(), file)
     return model, Tokenizer.from_str(meta["tokenizer"])
 
 
@@ -776,6 +856,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="""Weights in and out.
 
   python upcycle.py --vision CLIP_DIR --llm LLM_DIR --scales 1,3 --out DIR      tower + decoder + new connector: where stage 1 starts
+  ... --vision CLIP_DIR --llm LLM_DIR --audio WHISPER_DIR --out DIR             ... + ear + new resampler: where Uni-MoE's starts
+  python upcycle.py --experts DIR_A,DIR_B,DIR_C,DIR_D --out DIR                 decoders trained apart -> the experts of one
   python upcycle.py --from CUMO_DIR --out DIR                                   any layout that is understood -> this project's
   python upcycle.py --from DIR --to cumo --out DIR                              -> the published CuMo layout
   python upcycle.py --from DIR --to hf-llm --out DIR                            the decoder alone, for transformers (hf-clip: the tower)
@@ -785,6 +867,10 @@ the wrong shape is an error.""", formatter_class=argparse.RawDescriptionHelpForm
     parser.add_argument("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
     parser.add_argument("--vision", metavar="DIR", help="take the tower from this folder (CLIP), or from CuMo's clip.bin")
     parser.add_argument("--llm", metavar="DIR", help="take the decoder and the tokenizer from this folder")
+    parser.add_argument("--audio", metavar="DIR", help="take an ear from this folder (Whisper)")
+    parser.add_argument("--experts", metavar="DIRS", help="models, with commas: their decoders' FFNs become experts; the rest: the first's")
+    parser.add_argument("--average", action="store_true", help="of --experts: all else is the mean over them")
+    parser.add_argument("--every-other", action="store_true", help="of --experts: in layers 0, 2, 4... only; the others stay dense")
     parser.add_argument("--connector", metavar="FILE", help="take the connector from this mm_projector.bin; default: a new one")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not hold a model yet")
     parser.add_argument("--to", choices=LAYOUTS, default="own", help="layout to write (default: own)")
@@ -792,10 +878,12 @@ the wrong shape is an error.""", formatter_class=argparse.RawDescriptionHelpForm
     parser.add_argument("--template", help="chat template: mistral, vicuna, plain or tiny; default: by the decoder's architecture")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, for folders that have only the older tokenizer.model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store weights so; default: as they are")
-    parser.add_argument("--seed", type=int, default=0, help="of a new connector (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of a new connector, resampler or routers (default: 0)")
     args = parser.parse_args(argv)
-    if bool(args.source) == bool(args.vision and args.llm):
-        raise ValueError("give either --from DIR, or --vision DIR and --llm DIR")
+    if bool(args.source) + bool(args.vision and args.llm) + bool(args.experts) != 1:
+        raise ValueError("give either --from DIR, or --vision DIR and --llm DIR, or --experts DIRS")
+    if (args.audio and not args.vision) or ((args.average or args.every_other) and not args.experts):
+        raise ValueError("--audio goes with --vision and --llm; --average and --every-other go with --experts")
     if os.path.exists(os.path.join(args.out, "config.json")):
         raise ValueError(f"{args.out} holds a model already: choose another --out")
     try:
@@ -803,12 +891,19 @@ the wrong shape is an error.""", formatter_class=argparse.RawDescriptionHelpForm
     except ValueError:
         raise ValueError(f"--scales {args.scales}: whole numbers with commas, for example 1,3") from None
     listing, dtype = [], getattr(torch, args.dtype) if args.dtype else None
-    if args.source:
-        model, tokenizer = load(args.source, dtype=dtype, listing=listing)
+    if args.source or args.experts:
+        folders = args.experts.split(",") if args.experts else [args.source]
+        model, tokenizer = load(folders[0], dtype=dtype, listing=listing)
+        if args.experts:
+            if not isinstance(model, CuMo):
+                raise ValueError(f"{folders[0]}: an encoder alone; experts come from models with a decoder")
+            places = [len(folders) * (i % (1 + args.every_other) == 0) for i in range(model.config.text.n_layers)]
+            upcycle(model, text=places, seed=args.seed, experts=folders, average=args.average)
         if args.template:
             model.config.template = args.template
     else:
-        model, tokenizer = assemble(args.vision, args.llm, args.connector, scales, args.template, args.seed, dtype, listing)
+        model, tokenizer = assemble(args.vision, args.llm, args.connector, scales, args.template, args.seed, dtype, listing,
+                                    audio=args.audio)
     print_listing(listing)
     if args.tokenizer:
         tokenizer = read_tokenizer(args.tokenizer)
