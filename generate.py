@@ -2,7 +2,8 @@
 
     python generate.py --model out/tiny --image X.png --prompt "What color is the circle?"       one answer
     python generate.py --model out/tiny --image X.png                                            a chat (Ctrl-D ends it)
-    python generate.py --model out/tiny --image X.png --routing routing.png                      which expert took which patch
+    python generate.py --model out/uni --image X.png --audio Y.wav --video FRAMES_DIR            a chat about all of them
+    python generate.py --model out/tiny --image X.png --routing routing.png                      which expert took which patch (or token)
     python generate.py --model out/tiny --eval-drawn 1200                                        accuracy on held-out drawn scenes
     python generate.py --model out/tiny --eval questions.jsonl --images DIR --out answers.jsonl  answer a file; goes on where it stopped
     torchrun --nproc_per_node 8 generate.py --model M --eval questions.jsonl --images DIR --out answers.jsonl      the same on 8 GPUs
@@ -25,6 +26,7 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -43,8 +45,32 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def load_images(model: CuMo, images: list) -> torch.Tensor:
-    """Paths or PIL images -> (n, 3, S, S) on the model's device."""
-    return torch.stack([d.load_image(image, model.config.vision.image_size) for image in images]).to(model.text.embed.weight.device)
+    """Paths, PIL images or tensors of load_image -> (n, 3, S, S) on the model's device."""
+    images = [i if isinstance(i, torch.Tensor) else d.load_image(i, model.config.vision.image_size) for i in images]
+    return torch.stack(images).to(model.text.embed.weight.device)
+
+
+def sense(model: CuMo, samples: list[dict]) -> tuple[list[tuple], dict]:
+    """Samples with "images" and perhaps "audio" and "video" (data.load_senses) -> [(conversations, AUDIO slots of each sound), ...], and
+    what the model sees and hears, in order: {"images", "audio", "frames"}, each only if there is any, on the model's device."""
+    c, device = model.config, model.text.embed.weight.device
+    size, seconds = c.vision.image_size if c.vision else 1, c.audio.n_frames / 100 if c.n_audio_tokens else 0.
+    turns, images, audio, frames, slots = zip(*(d.load_senses(s, size, c.n_audio_tokens, seconds) for s in samples))
+    pictures, senses = [image for group in images for image in group], {}
+    if pictures:
+        senses["images"] = load_images(model, pictures)
+    if any(f is not None for f in frames):                                         # beside a video every image is one of a single frame
+        senses["frames"] = torch.tensor([n for group, f in zip(images, frames) for n in (f or [1] * len(group))], device=device)
+    if any(a is not None and len(a) for a in audio):
+        senses["audio"] = torch.cat(audio).to(device)
+    return list(zip(turns, slots)), senses
+
+
+def tokens_of(model: CuMo, tokenizer, texts: list[tuple]) -> torch.Tensor:
+    """`sense`'s conversations and slots -> tokens (B, T)."""
+    c = model.config
+    rows = [d.encode_chat(turns, tokenizer, c.template, c.n_image_tokens, slots)[0] for turns, slots in texts]
+    return d.pad_rows(rows, d.PAD).to(model.text.embed.weight.device)
 
 
 def eos_id(tokenizer, template: str) -> int:
@@ -52,16 +78,18 @@ def eos_id(tokenizer, template: str) -> int:
     return tokenizer.encode(d.EOS[template], add_special_tokens=False).ids[-1]
 
 
-def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embeds=None, **options) -> list[str]:
+def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embeds=None, audio_embeds=None, **options) -> list[str]:
     """Samples whose conversations end with the human's turn -> the model's next turns, stripped of white space.
 
     options: max_new_tokens, temperature, top_p, generator (CuMo.generate). stream: called with each new piece of text of the first
-    sample. image_embeds: features of the samples' images, where they were encoded before."""
+    sample. image_embeds, audio_embeds: features of what the samples hold, where it was encoded before (then a sample with sounds says
+    their "slots", and marks a video as an image)."""
     c = model.config
-    rows = [d.encode_chat(s["conversations"], tokenizer, c.template, c.n_image_tokens)[0] for s in samples]
-    images = None
-    if image_embeds is None and any(s["images"] for s in samples):
-        images = load_images(model, [image for s in samples for image in s["images"]])
+    if image_embeds is None and audio_embeds is None:
+        texts, senses = sense(model, samples)
+    else:
+        texts = [(s["conversations"], s.get("slots", 0)) for s in samples]
+        senses = dict(image_embeds=image_embeds, audio_embeds=audio_embeds)
     eos, said, shown = eos_id(tokenizer, c.template), [], [""]
 
     def on_token(token):
@@ -71,65 +99,86 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
             stream(text[len(shown[0]):])
             shown[0] = text
     options.setdefault("max_new_tokens", 64)
-    out = model.generate(d.pad_rows(rows, d.PAD).to(model.text.embed.weight.device), images, image_embeds=image_embeds, eos=eos,
-                         on_token=on_token if stream else None, **options)
+    out = model.generate(tokens_of(model, tokenizer, texts), eos=eos, on_token=on_token if stream else None, **senses, **options)
     return [tokenizer.decode([t for t in row if t != eos]).strip() for row in out.tolist()]
 
 
-def chat(model, tokenizer, images: list, prompt: str | None, **options):
-    """One answer to `prompt`, or without one a loop that reads questions. The images are encoded once and kept."""
-    embeds, conversation = None, []
-    if images:
-        with torch.no_grad():
-            embeds = model.encode_images(load_images(model, images))
-    write = lambda text: print(text, end="", flush=True)
+def chat(model, tokenizer, images: list, prompt: str | None, audio=(), video=(), **options) -> list[dict]:
+    """One answer to `prompt`, or without one a loop that reads questions. What it sees and hears is encoded once and kept. Returns the
+    conversation."""
+    sample, embeds = {"images": images, "audio": list(audio), "video": list(video), "conversations": []}, {}
+    conversation, write = sample["conversations"], lambda text: print(text, end="", flush=True)
     while True:
         try:
             text = (prompt if prompt is not None else input("> ")).strip()
         except EOFError:
             print()
-            return
-        if text:
-            head = "<image>\n" * (len(images) - text.count("<image>")) if not conversation else ""
+            return conversation
+        if text and not conversation:
+            head = "".join(f"<{kind}>\n" * (len(files) - text.count(f"<{kind}>"))
+                           for kind, files in (("image", images), ("video", video), ("audio", audio)))
             conversation.append({"from": "human", "value": head + text})
-            reply = answer(model, tokenizer, [{"conversations": conversation, "images": images}], stream=write,
-                           image_embeds=embeds, **options)[0]
+            with torch.no_grad():
+                ((turns, slots),), senses = sense(model, [sample])                 # turns: each "<video>" is an "<image>" now
+                if "images" in senses:
+                    embeds["image_embeds"] = model.encode_images(senses["images"], None, senses.get("frames"))
+                if "audio" in senses:
+                    embeds["audio_embeds"] = model.encode_audio(senses["audio"])
+        elif text:
+            conversation.append({"from": "human", "value": text})
+        if text:
+            asked = {"images": [], "conversations": turns + conversation[1:], "slots": slots}
+            reply = answer(model, tokenizer, [asked], stream=write, **embeds, **options)[0]
             print()
             conversation.append({"from": "gpt", "value": reply})
         if prompt is not None:
-            return
+            return conversation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Measuring on the drawn world
 
 
-def drawn_questions(n: int, seed: int = 0) -> list[tuple]:
-    """n (scene, type, question, answer), one a held-out scene, the types in turn."""
-    out, i = [], 0
+def drawn_questions(n: int, seed: int = 0, world: str = "image") -> list[tuple]:
+    """n (what, type, question, answer), one a held-out scene, sound, or both, the types in turn. what: a scene; a world with sounds,
+    "sound" or "both", puts {"sound": ...} into it."""
+    out, i, types = [], 0, {"image": d.TYPES, "sound": d.SOUND_TYPES, "both": d.BOTH_TYPES}[world]
     while len(out) < n:
-        scene = d.make_scene(900_000_000 + seed * 10_000_019 + i, held_out=True)
-        i, kind = i + 1, d.TYPES[len(out) % len(d.TYPES)]
-        if kind == "sign" and not scene["sign"] and i % 4:                         # mostly signs that are there
+        number = 900_000_000 + seed * 10_000_019 + i
+        what = {} if world == "sound" else d.make_scene(number, held_out=True)
+        i, kind = i + 1, types[len(out) % len(types)]
+        if world != "image":
+            what = what | {"sound": d.make_sound(number, True, *[("beeps", "glide")] * (world == "both"))}
+        if kind == "sign" and not what["sign"] and i % 4:                          # mostly signs that are there
             continue
-        if qa := d.ask(scene, kind, random.Random(i)):
-            out.append((scene, kind, *qa))
+        senses = {"image": [what], "sound": [what.get("sound")], "both": [what, what.get("sound")]}[world]
+        if qa := {"image": d.ask, "sound": d.ask_sound, "both": d.ask_both}[world](*senses, kind, random.Random(i)):
+            out.append((what, kind, *qa))
     return out
 
 
-def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False) -> dict:
-    """{type: [right, asked]} by exact match. in_words: the scene is given as text instead of as an image."""
-    scores, questions, was_training = {}, drawn_questions(n), model.training
+def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False, world: str = "image",
+             asked: list | None = None) -> dict:
+    """{type: [right, asked]} by exact match. in_words: scene and sound are given as text. world: "image", "sound" or
+    "both", see drawn_questions. asked: a list that gets each (sample, reply)."""
+    scores, questions, was_training = {}, drawn_questions(n, world=world), model.training
     model.eval()
     for i in tqdm(range(0, n, batch), desc="evaluating", leave=False, mininterval=1):
-        part = questions[i:i + batch]
-        samples = [{"images": [] if in_words else [d.draw_scene(scene)],
-                    "conversations": [{"from": "human", "value": (d.describe(scene) if in_words else "<image>") + "\n" + question}]}
-                   for scene, _, question, _ in part]
-        for (_, kind, _, right), reply in zip(part, answer(model, tokenizer, samples, max_new_tokens=8)):
+        part, samples = questions[i:i + batch], []
+        for what, _, question, _ in part:
+            images = [d.draw_scene(what)] if "objects" in what and not in_words else []
+            audio = [d.draw_sound(what["sound"])] if "sound" in what and not in_words else []
+            words = [d.describe(what)] if "objects" in what else []
+            words += [d.describe_sound(what["sound"])] if "sound" in what else []
+            head = " ".join(words) + "\n" if in_words else "<image>\n" * len(images) + "<audio>\n" * len(audio)
+            samples.append({"images": images, "audio": audio, "conversations": [{"from": "human", "value": head + question}]})
+        replies = answer(model, tokenizer, samples, max_new_tokens=8)
+        for (_, kind, _, right), reply in zip(part, replies):
             score = scores.setdefault(kind, [0, 0])
             score[0] += reply == right
             score[1] += 1
+        if asked is not None:
+            asked += zip(samples, replies)
     model.train(was_training)
     return scores
 
@@ -171,25 +220,34 @@ def read_rows(file: str, needs: str, kind) -> dict[str, dict]:
     return out
 
 
-def read_questions(file: str, folder: str = "") -> dict[str, dict]:
-    """{"question_id", "image": a file below `folder`, a list of them, or absent, "text"} -> {id: sample for `answer`, with the row}.
+def videos_of(video, folder: str, where: str) -> list[list[str]]:
+    """A folder of frames, a list of frame files, or a list of such folders or lists -> the frame files of each video."""
+    return d.LlavaJson.videos(SimpleNamespace(image_dir=folder), video, where) if video else []
 
-    The human's turn is LLaVA's: "<image>\\n" for every image, then the text; or the text alone where it has its own <image> marks.
-    Raises ValueError as read_rows, for a missing image, and for marks and images that differ in number."""
+
+def read_questions(file: str, folder: str = "") -> dict[str, dict]:
+    """{"question_id", "image": a file below `folder`, a list of them, or absent, "audio", "video" (as in LlavaJson), "text"} ->
+    {id: sample for `answer`, with the row}.
+
+    The human's turn is LLaVA's: "<image>\\n" for every image (so for videos, sounds), then the text; or the text alone where it has its own
+    marks. Raises ValueError as read_rows, for a missing file, and for marks and files that differ in number."""
     samples = {}
     for key, row in read_rows(file, "text", str).items():
-        images, n_marks = row.get("image") or [], row["text"].count("<image>")
-        images = [images] if isinstance(images, str) else images
-        if not isinstance(images, list):
-            raise ValueError(f"{file}: question {key!r}: 'image' must be a file or a list of files, not {images!r}")
-        images = [os.path.join(folder, str(image)) for image in images]
-        if n_marks not in (0, len(images)):
-            raise ValueError(f"{file}: question {key!r}: the text has {n_marks} <image>, the question has {len(images)} images")
-        for image in images:                                                       # now, and not after an hour of answers
-            if not os.path.isfile(image):
-                raise ValueError(f"{image}: no such file (question {key!r}); check --images")
-        turn = {"from": "human", "value": "<image>\n" * (len(images) - n_marks) + row["text"]}
-        samples[key] = {"row": row, "images": images, "conversations": [turn]}
+        where, sample, head = f"{file}: question {key!r}", {"row": row}, ""
+        for kind, name in (("image", "images"), ("video", "video"), ("audio", "audio")):
+            files = row.get(kind) or []
+            files = [files] if isinstance(files, str) and kind != "video" else files
+            if not isinstance(files, (str, list)):
+                raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
+            files = videos_of(files, folder, where) if kind == "video" else [os.path.join(folder, str(f)) for f in files]
+            n_marks = row["text"].count(f"<{kind}>") * (kind != "audio" or len(files) > 0)     # without sounds "<audio>" is but text
+            if n_marks not in (0, len(files)):
+                raise ValueError(f"{where}: the text has {n_marks} <{kind}>, the question has {len(files)} {kind}s")
+            for f in sum(files, []) if kind == "video" else files:                 # now, and not after an hour of answers
+                if not os.path.isfile(f):
+                    raise ValueError(f"{f}: no such file (question {key!r}); check --images")
+            sample[name], head = files, head + f"<{kind}>\n" * (len(files) - n_marks)
+        samples[key] = sample | {"conversations": [{"from": "human", "value": head + row["text"]}]}
     return samples
 
 
@@ -221,14 +279,19 @@ def answer_file(model: CuMo, tokenizer, questions: dict, out: str, model_id: str
     """read_questions' samples -> `out`: a line {"question_id", "prompt", "text", "model_id"} for each, in their order.
 
     options: as for `answer`. Under torchrun each process answers every WORLD-th question; the process group must be there."""
-    if model.vision is None and any(q["images"] for q in questions.values()):
+    if model.vision is None and any(q["images"] or q["video"] for q in questions.values()):
         raise ValueError(f"{model_id} is a language model alone; it cannot see the questions' images")
+    if model.audio is None and any(q["audio"] for q in questions.values()):
+        raise ValueError(f"{model_id} has no ears; it cannot hear the questions' sounds")
+    for key, q in questions.items():                                               # to a model with ears "<audio>" is no HTML tag
+        if model.audio is not None and (n := q["conversations"][0]["value"].count("<audio>")) != len(q["audio"]):
+            raise ValueError(f"question {key!r}: the text has {n} <audio>, the question has {len(q['audio'])} audios")
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     part, line = f"{out}.part-{RANK}-of-{WORLD}", lambda row: json.dumps(row) + "\n"
     done = answered([out, *parts_of(out)], questions, model_id)    # others may be writing already: answers to their own share only
     todo = [q for key, q in list(questions.items())[RANK::WORLD] if key not in done]
     # Like with like, so that there is little padding; the longest first, so that a batch too large for the memory fails at once
-    todo.sort(key=lambda q: (len(q["images"]), len(q["row"]["text"])), reverse=True)
+    todo.sort(key=lambda q: (len(q["images"]) + len(q["video"]), len(q["audio"]), len(q["row"]["text"])), reverse=True)
     try:
         with open(part, "a", encoding="utf-8") as f, tqdm(total=len(todo), desc="answering", disable=RANK > 0, mininterval=1) as bar:
             if f.tell():
@@ -427,7 +490,10 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     shown = routing_of(model, images)
     if not shown:
         raise ValueError("this model is dense: there is no routing to draw")
-    load = routing_of(model, population) if population else shown
+    load, population = Counter(), population or images
+    for i in range(0, len(population), 16):                                        # in batches: the population may be large
+        for name, experts in routing_of(model, population[i:i + 16]).items():
+            load.update((name, e) for e in experts[..., 0].flatten().tolist())
     names = [n for n in shown if n != "connector"]
     n_layers = min(n_layers, len(names))                                           # spread over the depth
     names = [names[round(i * (len(names) - 1) / max(1, n_layers - 1))] for i in range(n_layers)] + ["connector"] * ("connector" in shown)
@@ -459,10 +525,11 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
             paint = d.Image.fromarray(paint).resize((panel, panel), d.Image.Resampling.NEAREST)
             img.paste(d.Image.blend(square.convert("L").convert("RGB"), paint, 0.55), (gap + column * (panel + gap), y))
     base = height - 44
-    n_images = load[names[0]].shape[0]
+    n_images = len(population)
     draw.text((gap, base - bars - 26), f"Expert load: share of first choices, {n_images} image{'s' * (n_images > 1)}; the line is an even load",
               "black", font)
-    shares = {name: torch.bincount(load[name][..., 0].flatten(), minlength=n_experts) / load[name][..., 0].numel() for name in names}
+    shares = {name: torch.tensor([load[name, e] for e in range(n_experts)], dtype=torch.float) for name in names}
+    shares = {name: counts / counts.sum() for name, counts in shares.items()}
     high = max(2 / n_experts, *(float(s.max()) for s in shares.values()))
     for column, name in enumerate(names, 1):
         x, w = gap + column * (panel + gap), panel / n_experts
@@ -473,6 +540,201 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
         draw.line((x, even, x + panel, even), "#444444")
         draw.text((x + panel / 2, base + 16), name, "black", font, anchor="mm")
     write_atomically(png, lambda name: img.save(name, "PNG"))
+
+
+# The decoder's experts see words and pictures (and sounds) side by side. Who takes what? MoE-LLaVA (arXiv 2401.15947) asks it with three
+# figures, 4 to 6, counted here over whole conversations: how even is the load, does an expert prefer a modality, and which pathways,
+# expert after expert through the layers, do tokens take?
+
+MODALITIES = {"text": (125, 30, 85), "image": (0, 150, 136), "audio": (205, 110, 30)}           # and their colours
+
+
+class DecoderRouting:
+    """Counts of the decoder's routing, for L layers with experts, at most E in a layer, and M modalities (text, image, audio)."""
+
+    def __init__(self, c):
+        self.layers = [i for i, n in enumerate(c.n_experts) if n]
+        self.n_experts, self.top_k = [n for n in c.n_experts if n], c.top_k
+        self.kept = torch.zeros(len(self.layers), max(self.n_experts, default=0), len(MODALITIES), dtype=torch.long)   # choices served
+        self.dropped = torch.zeros(len(self.layers), len(MODALITIES), dtype=torch.long)        # choices over an expert's capacity
+        self.pathways = [Counter() for _ in MODALITIES]                            # {(first choice in each layer, ...): tokens}
+        self.prompts = 0
+
+    def add(self, other: "DecoderRouting"):
+        self.kept, self.dropped, self.prompts = self.kept + other.kept, self.dropped + other.dropped, self.prompts + other.prompts
+        for mine, theirs in zip(self.pathways, other.pathways):
+            mine.update(theirs)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of each modality; PAD is none."""
+        return [paths.total() for paths in self.pathways]
+
+    def share(self, among: str) -> torch.Tensor:
+        """(L, E, M) shares of `kept`, adding up to 1 over the "experts" (which of them serve a modality) or over the "modalities" (what an
+        expert serves), and 0 where there is nothing; "load": (L, E), of all choices that a layer served."""
+        counts, dim = (self.kept.sum(2), 1) if among == "load" else (self.kept, {"experts": 1, "modalities": 2}[among])
+        return counts / counts.sum(dim, keepdim=True).clamp(min=1)
+
+    def top(self, n: int = 10, modality: int | None = None) -> list[tuple]:
+        """The n most used pathways of a modality or of all tokens: [((expert, ...), share of these tokens), ...]."""
+        paths = sum(self.pathways, Counter()) if modality is None else self.pathways[modality]
+        return [(path, count / paths.total()) for path, count in sorted(paths.items(), key=lambda item: (-item[1], item[0]))[:n]]
+
+
+@torch.no_grad()
+def decoder_routing(model: CuMo, tokenizer, samples: list[dict], replies: list[str], stats: DecoderRouting | None = None) -> DecoderRouting:
+    """Adds a batch of samples and the replies to them up. It is one more forward pass, over prompt, reply and end mark: decoding with a
+    cache routes the reply token by token, and under a capacity factor a token alone is never dropped. So the drops counted are those
+    of this pass, and they depend on the batch; without a capacity factor, nothing does."""
+    stats, was_training = stats or DecoderRouting(model.config.text), model.training
+    texts, senses = sense(model, [{**s, "conversations": [*s["conversations"], {"from": "gpt", "value": reply}]}
+                                  for s, reply in zip(samples, replies, strict=True)])
+    tokens = tokens_of(model, tokenizer, texts)                                    # (B, T)
+    routing = model.eval()(tokens, **senses).routing["text"]
+    model.train(was_training)
+    tokens = tokens.flatten()
+    for m, mine in enumerate((tokens >= 0, tokens == d.IMAGE, tokens == d.AUDIO)):
+        for layer, r in enumerate(routing):
+            experts, served = r.experts[mine], r.weights[mine] > 0                 # (N of this modality, K) both
+            stats.kept[layer, :, m] += torch.bincount(experts[served], minlength=stats.kept.shape[1]).cpu()
+            stats.dropped[layer, m] += int((~served).sum())
+        first = torch.stack([r.experts[mine, 0] for r in routing], 1)              # (N, L) the router's wish, served or not
+        paths, counts = first.unique(dim=0, return_counts=True)
+        stats.pathways[m].update(dict(zip(map(tuple, paths.tolist()), counts.tolist())))
+    stats.prompts += len(samples)
+    return stats
+
+
+def draw_decoder_routing(stats: DecoderRouting, png: str):
+    """Four panels, layers from left to right in each: load, modalities in an expert, experts of a modality, pathways."""
+    if not stats.layers or not sum(stats.tokens):
+        raise ValueError("there is no routing to draw: no layer of the decoder has experts, or no token was counted")
+    names, colors, heard = list(MODALITIES), list(MODALITIES.values()), [m for m, n in enumerate(stats.tokens) if n]
+    n, most, left, right, row = len(stats.layers), max(stats.n_experts), 96, 960, 54       # row: height of a pathway's step
+    pitch = (right - left) / n
+    wide = min(0.74 * pitch, 150)                                                  # of a bar
+    tops = [116, 326, 530, 530 + 92 * len(heard) + 68]                             # of the panels
+    img = d.Image.new("RGB", (1300, tops[3] + max(most * row, 200) + 44), "white")
+    draw, font, small = d.ImageDraw.Draw(img), ImageFont.load_default(16), ImageFont.load_default(13)
+    middle, expert = lambda i: left + (i + 0.5) * pitch, lambda e: EXPERT_COLORS[e % len(EXPERT_COLORS)]
+
+    def stack(x, y, w, h, shares, paint, lines=()):
+        """A bar from y + h upwards, cut by shares; with percentages where they fit, beside the `lines` that will be drawn across."""
+        ends = [0, *torch.tensor(shares).cumsum(0).tolist()]
+        for a, b, color in zip(ends, ends[1:], paint):
+            low, high = y + h - round(a * h), y + h - round(b * h)
+            if low > high:
+                draw.rectangle((x, high, x + w - 1, low - 1), color)
+            if low - high >= 14 and w >= 30:
+                ink, at = "white" if sum(color) < 300 else "black", (low + high) / 2
+                for line in lines:
+                    if abs(at - line) < 9 and low - high > 30:
+                        at = line + (10 if at >= line else -10)
+                draw.text((x + w / 2, at), f"{100 * (b - a):.0f}%", ink, small, anchor="mm")
+
+    def panel(top, title, bottom):
+        draw.text((16, top - 34), title, "black", font)
+        draw.text((16, bottom + 11), "layer" * (pitch <= 62), "black", small, anchor="lm")
+        for i, layer in enumerate(stats.layers):
+            draw.text((middle(i), bottom + 11), f"layer {layer}" if pitch > 62 else str(layer), "black", small, anchor="mm")
+
+    def legend(top, entries):
+        for i, (color, text) in enumerate(entries):
+            draw.rectangle((right + 24, top + i * 20, right + 38, top + 14 + i * 20), color)
+            draw.text((right + 46, top + 7 + i * 20), text, "black", small, anchor="lm")
+
+    count = ", ".join(f"{names[m]} {stats.tokens[m]:,}" for m in heard)
+    served, lost = int(stats.kept.sum()), int(stats.dropped.sum())
+    draw.text((16, 12), f"The decoder's experts: {sum(stats.tokens):,} tokens ({count}) of {stats.prompts:,} "
+              f"prompt{'s' * (stats.prompts != 1)} with the model's replies", "black", font)
+    draw.text((16, 38), f"Each token chooses {stats.top_k} experts a layer; " + (
+        f"{lost / (served + lost):.1%} of the choices came over an expert's capacity and were dropped" if lost else "no choice was dropped")
+        + ". Bars show choices that were served", "#555555", small)
+
+    load, inside, spread = (stats.share(among).tolist() for among in ("load", "modalities", "experts"))
+    panel(tops[0], "Expert load: who does the work in each layer (lines: an even load)", tops[0] + 130)
+    legend(tops[0], [(expert(e), f"expert {e}") for e in range(most)])
+    for i, e in enumerate(stats.n_experts):
+        for k in range(e + 1):
+            y = tops[0] + 130 - round(130 * k / e)
+            draw.line((left + i * pitch, y, left + (i + 1) * pitch, y), "#bbbbbb")
+        stack(middle(i) - wide / 2, tops[0], wide, 130, load[i][:e], map(expert, range(e)))
+
+    panel(tops[1], "What each expert serves: its choices by modality (white lines: an expert without preference)", tops[1] + 126)
+    legend(tops[1], [(colors[m], names[m]) for m in heard[::-1]])
+    for i, e in enumerate(stats.n_experts):
+        w, mix = min(0.86 * pitch / e, 60), stats.kept[i].sum(0) / stats.kept[i].sum().clamp(min=1)
+        mix = [tops[1] + 110 - round(110 * m) for m in mix[heard].cumsum(0).tolist()[:-1]]
+        for j in range(e):
+            x = middle(i) + (j - e / 2) * w
+            stack(x + 1, tops[1], int(w) - 1, 110, [inside[i][j][m] for m in heard], [colors[m] for m in heard], mix)
+            draw.rectangle((x + 1, tops[1] + 113, x + int(w) - 1, tops[1] + 118), expert(j))
+        for y in mix:
+            draw.line((middle(i) - e / 2 * w, y, middle(i) + e / 2 * w, y), "white", 2)
+
+    panel(tops[2], "Where each modality goes: its choices by expert", tops[2] + 92 * len(heard) - 12)
+    for k, m in enumerate(heard):
+        draw.text((16, tops[2] + 92 * k + 40), names[m], colors[m], font, anchor="lm")
+        for i, e in enumerate(stats.n_experts):
+            stack(middle(i) - wide / 2, tops[2] + 92 * k, wide, 80, [spread[i][j][m] for j in range(e)], map(expert, range(e)))
+
+    # Pathways. Each line keeps its place within the experts that it meets, so that lines run beside each other; drawn three times as large
+    used, possible = len(set().union(*stats.pathways)), math.prod(stats.n_experts)
+    panel(tops[3], f"Pathways of first choices: the two most used of each modality, and in grey the next of all tokens ({used:,} of "
+          f"{possible:{',' if possible < 1e15 else '.0e'}} possible ones were taken)", tops[3] + most * row)
+    lines = [(path, share, names[m], tuple(int(c + (255 - c) * 0.5 * i) for c in colors[m]))
+             for m in heard for i, (path, share) in enumerate(stats.top(2, m))]
+    lines += [(*line, "all", (200, 200, 200)) for line in stats.top(20) if line[0] not in [path for path, *_ in lines]][:10 - len(lines)]
+    widths, z = [1.5 + 20 * share / sum(line[1] for line in lines) for _, share, *_ in lines], 3
+    canvas = d.Image.new("RGB", (int(right - left) * z, most * row * z), "white")
+    pen, gap = d.ImageDraw.Draw(canvas), min(26, 0.3 * pitch) * z / 2                    # gap: half of an expert's width
+    node = lambda i, e: ((middle(i) - left) * z, (e + 0.5) * row * z)
+    for i, e in enumerate(stats.n_experts):
+        for x, y in (node(i, j) for j in range(e)):
+            pen.rounded_rectangle((x - gap, y - 21 * z, x + gap, y + 21 * z), 8 * z, "#eeeeee")
+    for k in reversed(range(len(lines))):                                          # grey first, colours above
+        path, color, at = lines[k][0], lines[k][3], (sum(widths[:k]) + widths[k] / 2 - sum(widths) / 2) * z
+        points = [(x + side, y + at) for x, y in (node(i, e) for i, e in enumerate(path)) for side in (-gap, gap)]
+        pen.line(points, color, max(1, round(widths[k] * z)), joint="curve")
+    img.paste(canvas.resize((int(right - left), most * row), d.Image.Resampling.LANCZOS), (left, tops[3]))
+    for e in range(most):
+        draw.text((16, tops[3] + (e + 0.5) * row), f"expert {e}", expert(e), font, anchor="lm")
+    legend(tops[3], [(color, f"{share:.1%} of {what}: {('-' if n < 9 else '').join(map(str, path[:16]))}{'...' * (n > 16)}")
+                     for path, share, what, color in lines])
+    write_atomically(png, lambda name: img.save(name, "PNG"))
+
+
+def sees_by_experts(model: CuMo) -> bool:
+    return any(isinstance(m, MoE) for part in (model.vision, model.connector) if part is not None for m in part.modules())
+
+
+def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str], png: str, shown: list = (), batch: int = 16) -> list[str]:
+    """The pictures of samples and the replies to them -> the files written. Experts in the vision part: `png`, with the images `shown`
+    (default: the first three) and the load over all; in the decoder: `png`, or NAME-text.png beside the other. With a process group,
+    samples are a process's share: the decoder's counts are added up, and process 0 draws (the vision part from all images)."""
+    files, images = [], [image for s in samples for image in [*s["images"], *sum(s.get("video") or [], [])]]
+    stats = DecoderRouting(model.config.text)
+    for i in tqdm(range(0, len(samples), batch), desc="counting", leave=False, disable=RANK > 0) if stats.layers else ():
+        decoder_routing(model, tokenizer, samples[i:i + batch], replies[i:i + batch], stats)
+    if dist.is_initialized():
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, (images, stats))
+        if RANK > 0:
+            return []
+        (images, stats), *others = parts
+        for more, part in others:
+            images += more
+            stats.add(part)
+    if has_eyes := sees_by_experts(model):
+        if not images:
+            raise ValueError("--routing needs at least one --image (or an evaluation with images): this model's experts are where it sees")
+        draw_routing(model, list(shown) or images[:3], png, images)
+        files.append(png)
+    if stats.layers:
+        files.append(os.path.splitext(png)[0] + "-text" + os.path.splitext(png)[1] if has_eyes else png)
+        draw_decoder_routing(stats, files[-1])
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,13 +786,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="out/tiny", help="model folder (default: out/tiny)")
     parser.add_argument("--image", action="append", default=[], help="picture to talk about; give it again for several")
+    parser.add_argument("--audio", action="append", default=[], metavar="WAV", help="sound to talk about; also several times")
+    parser.add_argument("--video", action="append", nargs="+", default=[], metavar="DIR_OR_FRAME", help="video to talk about: a folder of "
+                        "frames, or its frames; also several times")
     parser.add_argument("--prompt", help="question; without it, a chat")
-    parser.add_argument("--routing", metavar="FILE.png", help="draw which experts took which patches of the images")
-    parser.add_argument("--eval-drawn", type=int, metavar="N", help="ask N questions about held-out drawn scenes")
+    parser.add_argument("--routing", metavar="FILE.png", help="draw which experts took which patches of the images, or which tokens of "
+                        "prompt and reply where the decoder has experts (both: also FILE-text.png); with --eval or --eval-drawn averaged "
+                        "over it. --eval's answers are counted as they stand in --out, also those of earlier runs")
+    parser.add_argument("--eval-drawn", type=int, metavar="N", help="ask N questions about held-out drawn scenes; a model that hears, N "
+                        "also about sounds and about both")
     command = parser.add_mutually_exclusive_group()
     command.add_argument("--eval", metavar="FILE", help="answer a question file as LLaVA's: a JSON object with question_id, text and "
-                         "image (a file, a list of files, or none) a line. An interrupted run goes on where it stopped; under torchrun "
-                         "every process answers its share")
+                         "image (a file, a list of files, or none), perhaps audio and video, a line. An interrupted run goes on where it "
+                         "stopped; under torchrun every process answers its share")
     command.add_argument("--score", choices=SCORERS, help="score a file of answers: exact match, VQA accuracy (ten humans), TextVQA's "
                          "(the same, words cleaned otherwise), POPE (yes or no), multiple choice. Needs no model")
     command.add_argument("--write-drawn", nargs="+", metavar=("DIR", "N"), help="write N (default: 500) drawn questions into DIR: "
@@ -566,8 +834,10 @@ def main(argv=None):
     if args.eval:
         if not args.out or args.batch < 1:
             raise ValueError("--eval needs --out, a file for the answers, and a --batch of at least 1")
+        if args.routing and args.eval_drawn:
+            raise ValueError("--routing averages over --eval or over --eval-drawn; ask for one of them at a time")
         questions, name = read_questions(args.eval, args.images), os.path.basename(os.path.abspath(args.model))
-        if len(answered([args.out], questions, name)) == len(questions):
+        if len(answered([args.out], questions, name)) == len(questions) and not args.routing:
             return print(f"{args.out} already holds all {len(questions)} answers") if RANK == 0 else None
         if WORLD > 1:
             if args.device == "cuda":
@@ -578,23 +848,54 @@ def main(argv=None):
     model, tokenizer = load(args.model, args.device)
     if tokenizer is None:
         raise ValueError(f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
-    if args.image and model.vision is None:
-        raise ValueError(f"{args.model} is a language model alone; it cannot see --image")
-    if args.routing:
-        if not args.image:
-            raise ValueError("--routing needs at least one --image")
-        draw_routing(model, args.image, args.routing)
-        print(f"wrote {args.routing}")
-    if args.eval_drawn:
-        print_table(evaluate(model, tokenizer, args.eval_drawn), f"{args.model}: {args.eval_drawn} questions about held-out scenes, exact match")
+    video = [frames for files in args.video for frames in videos_of(files, "", "--video")]
+    for file in sum(video, args.image + args.audio):
+        if not os.path.isfile(file):
+            raise ValueError(f"{file}: no such file")
+    if (args.image or video) and model.vision is None:
+        raise ValueError(f"{args.model} is a language model alone; it cannot see --image or --video")
+    if args.audio and model.audio is None:
+        raise ValueError(f"{args.model} has no ears; it cannot hear --audio")
     options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, compile=args.compile,
                    generator=torch.Generator(args.device).manual_seed(args.seed + RANK))
+    given, decides, prompt = {"images": args.image, "audio": args.audio, "video": video}, any(model.config.text.n_experts), args.prompt
+    talk, asked = prompt is not None or not (args.routing or args.eval_drawn or args.eval), []
+    if args.routing and not decides and not sees_by_experts(model):
+        raise ValueError(f"{args.model}: this model is dense: there is no routing to draw")
+    if args.routing and not args.eval and not args.eval_drawn:                     # the conversation at hand
+        if not any(given.values()) and not (prompt and prompt.strip() and decides):
+            raise ValueError("--routing needs at least one --image (or --audio, --video or --prompt where the decoder has experts), --eval "
+                             "or --eval-drawn")
+        reply = None
+        if decides:
+            thing = ("scene" if model.config.template == "tiny" else "image") if args.image else "video" if video else "sound"
+            if not (prompt and prompt.strip()):
+                print("> " + (prompt := f"Describe the {thing}."))
+            talk = False
+            *conversation, reply = chat(model, tokenizer, args.image, prompt, args.audio, video, **options)
+            given["conversations"], reply = conversation, reply["value"]
+        asked = [(given, reply)]
+    if args.eval_drawn:
+        worlds = ["image"] * (model.vision is not None or model.audio is None) + ["sound"] * (model.audio is not None)
+        for world in worlds + ["both"] * (len(worlds) == 2):
+            about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}[world]
+            scores = evaluate(model, tokenizer, args.eval_drawn, world=world, asked=asked if args.routing else None)
+            print_table(scores, f"{args.model}: {args.eval_drawn} questions about held-out {about}, exact match")
     if args.eval:
         answer_file(model, tokenizer, questions, args.out, name, args.batch, **options)
-        if WORLD > 1:
-            dist.destroy_process_group()
-    if args.prompt is not None or not (args.routing or args.eval_drawn or args.eval):
-        chat(model, tokenizer, args.image, args.prompt, **options)
+        if args.routing:
+            if WORLD > 1:
+                dist.barrier()                                                     # process 0 has written the answers
+            replies = answered([args.out], questions, name)
+            asked = [(question, replies[key]["text"]) for key, question in list(questions.items())[RANK::WORLD]]
+    if args.routing:
+        samples, replies = ([pair[i] for pair in asked] for i in (0, 1))
+        for file in draw_experts(model, tokenizer, samples, replies, args.routing, args.image, args.batch):
+            print(f"wrote {file}")
+    if args.eval and WORLD > 1:
+        dist.destroy_process_group()
+    if talk:
+        chat(model, tokenizer, args.image, prompt, args.audio, video, **options)
 
 
 if __name__ == "__main__":
