@@ -54,12 +54,16 @@ from tqdm import tqdm
 import data as d
 import generate
 import kernels
-from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, MoE, TextConfig, count_parameters, flops
-from upcycle import assemble, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically, write_json
+from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, MoE, TextConfig, add_lora, count_parameters, flops, merge_state, plain_name
+from upcycle import (add_audio, assemble, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
+                     write_json)
 
-BACKBONES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "tiny-backbones.safetensors")
+BACKBONES, HEARING = (os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", f"{preset}-backbones.safetensors")
+                      for preset in ("tiny", "uni-moe-tiny"))
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)                         # gathered, on rank 0
+# A checkpoint holds what trains (of a run with LoRA, the adapters); the rest is in the folder that the stage started from
+TRAINED, SHARDS = (StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=True, strict=False) for full in (True, False))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The recipe and the flags. A stage says what trains, on what, and how; flags override it
@@ -75,18 +79,30 @@ MOE_LLAVA = {    # the connector, then dense LLaVA on instructions, then "MoE-tu
     2: dict(trains=("connector", "text"), kind="chat", template=None, lr=2e-5, batch_size=128, max_length=2048),
     3: dict(trains=("connector", "text.ffn"), kind="chat", template=None, lr=2e-5, batch_size=128, max_length=2048),
 }
-RECIPES = {"cumo": RECIPE, "moe-llava": MOE_LLAVA}
+UNI_MOE = {      # the connectors, then one set of FFNs a sense, apart, then these as experts of one decoder (arXiv 2405.11273, section 3.3)
+    1: dict(RECIPE[1], trains=("connector", "resampler"), kind="mixed caption", lr=2e-5, batch_size=32),
+    2: dict(trains=(), lora=(64, 16, "ffn"), kind="chat", template=None, lr=4e-5, batch_size=16, max_length=2048, aux=False),
+    3: dict(trains=("connector", "resampler", "text.router"), lora=(8, 16, "all"), kind="mixed chat", template=None, lr=4e-5, batch_size=16,
+            max_length=2048),
+}
+SENSES = {"2 image": "chat", "2 sound": "sound chat", "2 both": "both chat"}       # stage 2 of the drawn default: its experts' questions
+RECIPES = {"cumo": RECIPE, "moe-llava": MOE_LLAVA, "uni-moe": UNI_MOE}
 MIXTRAL = {3: dict(lr=2e-6)}      # where the released script of CuMo-Mixtral differs
 TINY = {      # the same stages for a model four thousand times smaller, which wants larger steps
     "0a": dict(lr=1e-3, batch_size=64, steps=3000),
     "0b": dict(lr=2e-3, batch_size=64, steps=4500),
+    "0c": dict(lr=1e-3, batch_size=64, steps=1000),
+    "0d": dict(lr=1e-3, batch_size=64, steps=450),
     1: dict(lr=2e-3, batch_size=64, steps=100, max_length=256),
     2: dict(lr=5e-4, batch_size=64, steps=120, max_length=256),
     3: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
 }
 OVERRIDES = {("cumo", "tiny"): TINY, ("cumo", "cumo-mixtral-8x7b"): MIXTRAL,
-             ("moe-llava", "tiny"): {1: TINY[1], 2: TINY[3], 3: dict(lr=3e-4, batch_size=64, steps=200, max_length=256)}}
-PARTS = ("vision", "connector", "text", "text.ffn", "text.moe")
+             ("moe-llava", "tiny"): {1: TINY[1], 2: TINY[3], 3: dict(lr=3e-4, batch_size=64, steps=200, max_length=256)},
+             ("uni-moe", "uni-moe-tiny"): {1: dict(lr=2e-3, batch_size=64, steps=200, max_length=320),
+                                           2: dict(lr=2e-3, batch_size=64, steps=200, max_length=320),
+                                           3: dict(lr=1e-3, batch_size=64, steps=300, max_length=320)}}
+PARTS = ("vision", "connector", "audio", "resampler", "text", "text.ffn", "text.moe", "text.router")
 
 
 def arg(default, help):
@@ -96,28 +112,38 @@ def arg(default, help):
 @dataclass
 class Args:
     preset: str = arg("tiny", "model sizes: " + ", ".join(PRESETS))
-    recipe: str | None = arg(None, "cumo: experts in tower and connector; moe-llava: in the decoder; default: the preset's")
+    recipe: str | None = arg(None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: in the decoder, trained apart, for "
+                             "images and sounds; default: the preset's")
     stage: int | None = arg(None, "run this stage only (0 to 3); default: 1, 2 and 3")
     from_scratch: bool = arg(False, "begin with stage 0: make the tiny backbones again instead of taking the shipped ones")
     vision: str | None = arg(None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
     llm: str | None = arg(None, "stage 1 of a real model: folder or hub name of the language model")
+    audio: str | None = arg(None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing")
     init: str | None = arg(None, "model folder to start from, of any layout; default: what the stage before left in --out")
     out: str | None = arg(None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
     resume: bool = arg(False, "go on from the checkpoint in --out, exactly. Yours only: FSDP's is read with pickle, which can run code")
     dense: bool = arg(False, "do not upcycle in stage 3: the comparison")
     upcycle_at: int = arg(3, "the stage that turns FFNs into experts")
-    trains: str | None = arg(None, "parts that train, with commas: " + ", ".join(PARTS) + " (the decoder's FFNs; its MoE layers); of a "
-                             "run of all stages, in those with experts; default: the stage's")
-    n_experts: int = arg(4, "experts in each FFN that is upcycled")
+    trains: str | None = arg(None, "parts that train, with commas: " + ", ".join(PARTS) + " (the decoder's FFNs; its MoE layers; its "
+                             "routers), or none (but adapters); of a run of all stages, in those with experts; default: the stage's")
+    n_experts: str = arg("4", "experts in each FFN that is upcycled; in the decoder also one number for each of --moe-layers: 4,2,4")
     top_k: int = arg(2, "experts that each token is sent to")
-    moe_layers: str = arg("every_other", "moe-llava: decoder layers that get experts: every_other, all, first_half, second_half, or 0,3,5")
+    moe_layers: str | None = arg(None, "decoder layers that get experts: every_other (moe-llava's), all (uni-moe's), first_half, "
+                                 "second_half, or 0,3,5")
+    experts: str | None = arg(None, "uni-moe's stage 3: model folders with commas; each one's FFNs become one expert. A single one is "
+                              "copied. Default: the drawn stages' four")
+    average: bool = arg(False, "uni-moe's stage 3: what is not FFN from the mean of --experts, not from the first")
+    lora_rank: int | None = arg(None, "train adapters of this rank on the decoder instead of the weights themselves, and merge them at the end; "
+                                "0: none; default: the stage's (uni-moe: 64, then 8)")
+    lora_alpha: float | None = arg(None, "they count alpha / rank (default: 16)")
+    frames_apart: bool = arg(False, "a video's frames as so many images, instead of one with their mean features")
     capacity_factor: float | None = arg(1.5, "moe-llava: expert slots in training, over an even share of the choices; 0: nothing is dropped")
     eval_capacity_factor: float | None = arg(2.0, "moe-llava: the same outside training")
     noisy_gate: bool = arg(False, "moe-llava: choose the second expert with Gumbel noise while training, as DeepSpeed does")
     balance_coef: float | None = arg(None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
     z_coef: float | None = arg(None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)")
     data: str | None = arg(None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
-    images: str = arg("", "folder that the paths in --data are relative to")
+    images: str = arg("", "folder that the paths in --data (sounds and videos too) are relative to")
     template: str | None = arg(None, "chat template: " + ", ".join(d.TEMPLATES) + "; default: the stage's")
     strict: bool = arg(False, "stop at the first broken sample instead of replacing it (over 1%% broken stops in any case)")
     steps: int | None = arg(None, "optimizer steps; default: the stage's, or one epoch of --data")
@@ -168,19 +194,32 @@ def parse(argv=None) -> Args:
         raise ValueError("--expert-parallel and --fsdp are two ways to shard the same weights: give one of them")
     if (world := args.gpus if args.plan else WORLD) % args.expert_parallel:
         raise ValueError(f"--expert-parallel {args.expert_parallel}: {world} process(es) cannot form groups of {args.expert_parallel}")
-    if args.stage is None and not args.dense and args.n_experts % args.expert_parallel:        # stage 3's; others' are known when loaded
+    try:
+        numbers = [int(n) for n in args.n_experts.split(",")]
+    except ValueError:
+        raise ValueError(f"--n-experts {args.n_experts}: a number, or several with commas") from None
+    if args.stage is None and not args.dense and any(n % args.expert_parallel for n in numbers):     # stage 3's; others' are known when loaded
         raise ValueError(f"--n-experts {args.n_experts} is not a multiple of --expert-parallel {args.expert_parallel}")
     if args.matmul not in ("highest", "high", "medium"):
         raise ValueError(f"--matmul {args.matmul}: known are highest, high and medium")
     if args.stage not in (None, 0, 1, 2, 3):
         raise ValueError(f"--stage {args.stage}: the stages are 0, 1, 2 and 3")
-    if not 1 <= args.top_k <= args.n_experts:                                      # now, not when stage 3 begins
+    if not 1 <= args.top_k <= min(numbers):                                        # now, not when stage 3 begins
         raise ValueError(f"top_k = {args.top_k} of {args.n_experts} experts; need 1 <= --top-k <= --n-experts")
-    args.recipe = args.recipe or ("moe-llava" if args.preset.startswith("moe-llava") else "cumo")
+    args.recipe = args.recipe or next((name for name in RECIPES if args.preset.startswith(name)), "cumo")
     if args.recipe not in RECIPES:
         raise ValueError(f"--recipe {args.recipe}: known are {', '.join(RECIPES)}")
+    if args.recipe == "uni-moe" and args.preset == "tiny":
+        args.preset = "uni-moe-tiny"                                               # with an ear
+    if args.recipe == "cumo" and len(numbers) > 1:
+        raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have one number")
+    for name, value in (("experts", args.experts), ("average", args.average), ("audio", args.audio)):
+        if value and args.recipe != "uni-moe":
+            raise ValueError(f"--{name} belongs to --recipe uni-moe")
+    if (args.lora_rank or 0) < 0 or (args.lora_alpha is not None and args.lora_alpha <= 0):
+        raise ValueError(f"--lora-rank {args.lora_rank} must be at least 1 (0: no adapters), --lora-alpha {args.lora_alpha} above 0")
     for part in (args.trains or "").split(",") if args.trains is not None else ():
-        if part not in PARTS:
+        if part not in PARTS and part != "none":
             raise ValueError(f"--trains {args.trains}: {part!r} is no part; known: {', '.join(PARTS)}")
     if args.upcycle_at not in (1, 2, 3):
         raise ValueError(f"--upcycle-at {args.upcycle_at}: the stages are 1, 2 and 3")
@@ -191,24 +230,31 @@ def parse(argv=None) -> Args:
         raise ValueError(f"--device {args.device}: cuda or cpu")
     if bool(args.vision) != bool(args.llm) or (args.vision and (args.init or args.stage not in (None, 1))):
         raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room for --init")
-    name = args.recipe if args.preset == "tiny" and args.recipe != "cumo" else args.preset
+    name = args.recipe if args.preset in ("tiny", "uni-moe-tiny") and args.recipe != "cumo" else args.preset
     args.out = os.path.normpath(args.out or f"out/{name}")                         # "out/tiny/" must not become "out/tiny/.1"
     return args
 
 
 def settings(args: Args, stage, world: int | None = None) -> dict:
     """A stage's numbers: the recipe's, the preset's over them, the flags over both."""
-    s = dict(TINY[stage]) if stage in ("0a", "0b") else {**RECIPES[args.recipe][stage],
-                                                         **OVERRIDES.get((args.recipe, args.preset), {}).get(stage, {})}
+    number = int(str(stage)[0])                                                    # of "0a" 0, of "2 sound" 2
+    s = dict(TINY[stage]) if number == 0 else {**RECIPES[args.recipe][number],
+                                               **OVERRIDES.get((args.recipe, args.preset), {}).get(number, {})}
+    if stage in SENSES:
+        s["kind"] = SENSES[stage]
     for name in ("steps", "batch_size", "max_length", "lr", "template"):
         if getattr(args, name) is not None:
             s[name] = getattr(args, name)
-    s["experts"] = stage in (1, 2, 3) and stage >= args.upcycle_at and not args.dense
+    s["experts"] = number >= (3 if args.recipe == "uni-moe" else args.upcycle_at) and not args.dense
     s["aux"] = s.get("aux", True) or s["experts"]
     if args.trains and (s["experts"] or args.stage is not None):                   # of all stages, those with experts
-        s["trains"] = tuple(args.trains.split(","))
+        s["trains"] = tuple(part for part in args.trains.split(",") if part != "none")
+    rank, alpha, where = s.pop("lora", (0, 16, "all"))
+    rank = args.lora_rank if args.lora_rank is not None and (rank or s["experts"] or args.stage is not None) else rank
+    if rank and number:
+        s["lora"] = [rank, args.lora_alpha or alpha, where]
     share = s["batch_size"] // (world or WORLD)                                               # samples per process and step
-    s["micro_batch"] = min(args.micro_batch or (share if args.preset == "tiny" else 4), max(1, share))
+    s["micro_batch"] = min(args.micro_batch or (share if args.preset in ("tiny", "uni-moe-tiny") else 4), max(1, share))
     return s
 
 
@@ -237,9 +283,10 @@ def choose_trainable(model: CuMo, trains):
     auxiliary losses (as in the released code), but its experts' outputs go nowhere; when it is dense, it does not even run."""
     model.requires_grad_(False)
     for name in trains:
-        if name in ("text.ffn", "text.moe"):
+        if name in ("text.ffn", "text.moe", "text.router"):
             for layer in model.text.layers:
-                layer.ffn.requires_grad_(name == "text.ffn" or isinstance(layer.ffn, MoE))
+                if name == "text.ffn" or isinstance(layer.ffn, MoE):
+                    (layer.ffn.router if name == "text.router" else layer.ffn).requires_grad_(True)
         else:
             getattr(model, name).requires_grad_(True)
     if model.vision is not None:
@@ -323,7 +370,7 @@ def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
     has no weights, and then `later`, streams of (name, expert, tensor), fills each process's shards, tensor by tensor."""
     if args.checkpointing and isinstance(model, CuMo):
         model.checkpointing()
-    blocks = [b for m in model.modules() if isinstance(m, nn.ModuleList) for b in m]
+    blocks = [b for m in model.modules() if type(m) is nn.ModuleList for b in m]     # (LoRA's parametrizations are such lists, too)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     if args.compile:
         # The second length (or number of images) that it meets makes torch.compile write a graph for all of them, so lengths need no
@@ -342,9 +389,9 @@ def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
         for module in [*blocks, model]:
             fully_shard(module, mp_policy=policy, shard_placement_fn=even)
         model.to_empty(device=device)
-        params = dict(model.named_parameters())
-        for item in chain(new, *later):
-            put(params[item[0]], *item[1:])
+        params = {plain_name(name) or name: p for name, p in model.named_parameters()}
+        for name, *item in chain(new, *later):
+            put(params[plain_name(name) or name], *item)
         return model
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -392,12 +439,12 @@ def write_checkpoint(args: Args, model: nn.Module, optimizer, about: dict) -> st
     """-> its path. At every moment of this there is one complete checkpoint, if there was one before."""
     path = os.path.join(args.out, *("checkpoint", str(about["step"])) if args.fsdp and WORLD > 1 else ("checkpoint.pt",))
     if path.endswith(".pt"):                                                       # every rank takes part: --expert-parallel gathers
-        weights, state = get_state_dict(model, optimizer, options=FULL)
+        weights, state = get_state_dict(model, optimizer, options=TRAINED)
         if RANK == 0:
             write_atomically(path, lambda name: torch.save({**about, "model": weights, "optimizer": state}, name))
     else:
         try:
-            dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=path)
+            dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=SHARDS))), checkpoint_id=path)
         except CheckpointException as e:                                           # of one rank, and told to all
             if RANK == 0:
                 shutil.rmtree(path, ignore_errors=True)
@@ -415,13 +462,13 @@ def read_checkpoint(args: Args, model: nn.Module, optimizer, path: str):
     """Whoever wrote it, and on however many processes: each takes its own part."""
     if path.endswith(".pt"):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=args.fsdp)
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=FULL)
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=TRAINED)
         return
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=SHARDS)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                            # that one process is meant to read it alone
         dcp.load(state, checkpoint_id=path)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=SHARDS)
 
 
 def train(*args):
@@ -448,10 +495,10 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
     coef = lambda name: aux * config.balance_coef if name.endswith("/balance") else aux * config.z_coef if name.endswith("/z") else 1.0
     start = 0
     counts = {"skipped": 0, "broken": 0, "truncated": 0, "samples": 0}
-    identity = {"stage": stage, **{k: s.get(k) for k in ("steps", "batch_size", "lr", "max_length", "template")},
-                **{k: getattr(args, k) for k in ("preset", "recipe", "trains", "upcycle_at", "moe_layers", "capacity_factor", "noisy_gate", "vision", "llm", "init",
-                                                 "seed", "data", "dense", "n_experts", "top_k", "balance_coef", "z_coef",
-                                                 "warmup", "weight_decay", "grad_clip", "matmul")}}      # what the numbers depend on
+    identity = {"stage": stage, **{k: s.get(k) for k in ("steps", "batch_size", "lr", "max_length", "template", "lora")}, **{
+        k: getattr(args, k) for k in ("preset", "recipe", "trains", "upcycle_at", "moe_layers", "capacity_factor", "noisy_gate", "vision", "llm",
+                                      "audio", "init", "experts", "average", "seed", "data", "frames_apart", "dense", "n_experts", "top_k",
+                                      "balance_coef", "z_coef", "warmup", "weight_decay", "grad_clip", "matmul")}}     # what the numbers depend on
     file, saved = newest_checkpoint(out) if args.resume else (None, None)
     if file and saved["identity"]["stage"] == stage:
         if other := [f"{k} {saved['identity'].get(k)} (now {v})" for k, v in identity.items() if saved["identity"].get(k) != v]:
@@ -467,6 +514,7 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
     batches, bad_in_a_row, last_saved, spent = iter(loader_from(start)), 0, start, [0., 1e-9]
     # A thread prepares the next batch while torch computes (and lets go of Python's lock); what it raises, result() raises here
     pool, fetch = ThreadPoolExecutor(1), lambda: [next(batches) for _ in range(n_micro)]
+    undo.callback(pool.shutdown, wait=False)
     ahead = pool.submit(fetch)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     model.train()
@@ -499,10 +547,8 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
 
         sums = {}                                                                  # part -> its mean over the global batch
         for i, b in enumerate(micro):
-            last = i == n_micro - 1                                                # gradients travel between ranks once a step
-            if args.fsdp and WORLD > 1:
-                wrapped.set_requires_gradient_sync(last)
-            with nullcontext() if last or args.fsdp or WORLD == 1 else wrapped.no_sync(), autocast:
+            # With DDP gradients travel between ranks once a step; FSDP's do each time, or else every rank would have to keep them whole
+            with nullcontext() if i == n_micro - 1 or args.fsdp or WORLD == 1 else wrapped.no_sync(), autocast:
                 inputs = {k: v.to(device, non_blocking=True) for k, v in b.items() if torch.is_tensor(v) and (k != "images" or len(v))}
                 parts = wrapped(**inputs).parts
                 share = {name: weigh(name, b, total, n_micro) for name in parts}
@@ -680,30 +726,30 @@ class Regions(torch.utils.data.Dataset):
 
 
 class TextOnly(nn.Module):
-    """Stage 0b. The decoder learns language, and the questions, from descriptions in place of images.
+    """Stages 0b and 0d. The decoder learns language, and the questions, from descriptions in place of images and sounds.
 
     One in ten descriptions is spelled out, phrases in any order. The others come in the layout of an image: one slot a
     patch, holding the sum of the embeddings of its cell's words, with noise. Both are text; the second has the decoder look things
-    up by place among slots that hold many words at once, which is what patches are once the connector makes them read like words."""
+    up by place among slots that hold many words at once, which is what patches are once the connector makes them read like words.
+    A sound's slots hold the words of its description one after the other."""
 
     def __init__(self, model: CuMo):
         super().__init__()
         self.model, self.config = model, model.config
 
-    def forward(self, tokens, labels, bags):
-        """bags (n, N, W) word ids of each slot, padded with PAD."""
-        words = self.model.text.embed(bags.clamp(min=0)) * (bags != PAD).unsqueeze(-1)        # (n, N, W, D)
-        slots = words.sum(2)
+    def forward(self, tokens, labels, bags, sounds=None):
+        """bags (n, N, W) and sounds (m, Q, W): word ids of each slot, padded with PAD."""
+        slots = [None if b is None else (self.model.text.embed(b.clamp(min=0)) * (b != PAD).unsqueeze(-1)).sum(2) for b in (bags, sounds)]
         if self.training:
-            slots = slots + torch.randn_like(slots) * slots.detach().std() * 0.1
-        return self.model(tokens, labels=labels, image_embeds=slots)
+            slots = [None if x is None or not len(x) else x + torch.randn_like(x) * x.detach().std() * 0.1 for x in slots]
+        return self.model(tokens, labels=labels, image_embeds=slots[0], audio_embeds=slots[1])
 
 
 class Described(torch.utils.data.Dataset):
-    """Scenes in words for stage 0b: captions and questions."""
+    """Scenes in words for stage 0b, for stage 0d also sounds in words: captions and questions."""
 
     def __init__(self, size, seed, tokenizer, config):
-        self.size, self.seed, self.tokenizer, self.n = size, seed, tokenizer, config.n_image_tokens
+        self.size, self.seed, self.tokenizer, self.n, self.n_audio = size, seed, tokenizer, config.n_image_tokens, config.n_audio_tokens
         self.cells = patch_cells(config.vision.image_size // config.vision.patch_size)
 
     def __len__(self):
@@ -711,29 +757,73 @@ class Described(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         seed = self.seed * 100_000_007 + i
-        scene, rng = d.make_scene(seed), random.Random(seed + 1)
-        merged, kind = rng.random() < 0.9, rng.choices(("questions", "caption", "plain"), (18, 1, 1))[0]
-        spoken = [p + "." for p in d.phrases(scene).values()]
-        head = "<image>\n" if merged else " ".join(rng.sample(spoken, len(spoken))) + "\n"
-        pairs = [("Describe the scene.", d.describe(scene))] if kind != "questions" else \
-            [(q, a) for _, q, a in d.ask_many(scene, 8, rng)]
-        ids, labels = d.encode_chat(d.as_turns(pairs, head), self.tokenizer, "plain" if kind == "plain" and merged else "tiny", self.n)
+        world = ("image", "sound", "both")[i % 3] if self.n_audio else "image"
+        scene, rng = d.make_scene(seed) if world != "sound" else None, random.Random(seed + 1)
+        sound = d.make_sound(seed, kinds=("beeps", "glide") if world == "both" else tuple(d.SOUND_KINDS)) if world != "image" else None
+        merged, kind = rng.random() < 0.9, rng.choices(("questions", "caption", "plain"), (18, 1, 1) if world != "sound" else (6, 1, 1))[0]
+        spoken = [p + "." for p in d.phrases(scene).values()] if scene else []
+        head = "<image>\n" * bool(scene) + "<audio>\n" * bool(sound) if merged else \
+            " ".join(rng.sample(spoken, len(spoken)) + ([d.describe_sound(sound)] if sound else [])) + "\n"
+        if kind == "questions" or world == "both":
+            kind, pairs = "questions", [(q, a) for _, q, a in d.ask_many(scene, 3 if not scene else 5 if self.n_audio else 8, rng, sound)]
+        else:
+            pairs = [("Describe the scene.", d.describe(scene))] if scene else [("Describe the sound.", d.describe_sound(sound))]
+        ids, labels = d.encode_chat(d.as_turns(pairs, head), self.tokenizer, "plain" if kind == "plain" and merged else "tiny", self.n,
+                                    self.n_audio)
         if not merged:
-            return ids, labels, None
-        phrases = cell_phrases(scene)
-        return ids, labels, [ids_of(phrases[c], self.tokenizer) for c in self.cells]
+            return ids, labels, None, None
+        phrases, words = cell_phrases(scene) if scene else None, d.describe_sound(sound).split() if sound else []
+        return (ids, labels, [ids_of(phrases[c], self.tokenizer) for c in self.cells] if scene else None,
+                [ids_of(w, self.tokenizer) for w in words] + [[PAD]] * (self.n_audio - len(words)) if sound else None)
 
     def collate(self, samples):
-        bags = [slot for _, _, slots in samples if slots for slot in slots] or [[PAD]] * self.n
-        n = sum(slots is not None for _, _, slots in samples)
-        return {"tokens": d.pad_rows([ids for ids, _, _ in samples], PAD), "labels": d.pad_rows([l for _, l, _ in samples], IGNORE),
-                "bags": d.pad_rows(bags, PAD, 1).view(-1, self.n, max(len(b) for b in bags))[:n], "images": [],
-                "broken": [], "truncated": 0}
+        def bags(rows, n):                                                         # (how many, n slots, W words)
+            slots = [slot for row in rows if row for slot in row] or [[PAD]] * n
+            return d.pad_rows(slots, PAD, 1).view(-1, n, max(len(b) for b in slots))[:sum(row is not None for row in rows)]
+        ids, labels, images, sounds = zip(*samples)
+        return {"tokens": d.pad_rows(ids, PAD), "labels": d.pad_rows(labels, IGNORE), "bags": bags(images, self.n), "images": [],
+                "broken": [], "truncated": 0} | ({"sounds": bags(sounds, self.n_audio)} if self.n_audio else {})
+
+
+class Transcribe(nn.Module):
+    """Stage 0c. The ear, as Whisper is trained: from a sound, write down what it is. The writer is thrown away afterwards."""
+
+    def __init__(self, ear, vocab_size: int):
+        super().__init__()
+        dim = ear.config.dim
+        self.ear, self.writer = ear, CuMo(Config(vision=None, text=TextConfig(
+            vocab_size=vocab_size, dim=dim, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=3 * dim, rope_theta=1e4)))
+        self.config = self.writer.config
+
+    def forward(self, tokens, labels, audio):
+        return self.writer(tokens, labels=labels, image_embeds=self.ear(audio))     # what it hears stands where an image would
+
+
+class Sounds(torch.utils.data.Dataset):
+    """Drawn sounds and what they are, for stage 0c."""
+
+    def __init__(self, size, seed, tokenizer, config):
+        self.sounds, self.tokenizer, self.n = d.Drawn("sound caption", size, seed), tokenizer, config.audio.n_frames // 2
+        self.seconds = config.audio.n_frames / 100
+
+    def __len__(self):
+        return len(self.sounds)
+
+    def __getitem__(self, i):
+        sample = self.sounds[i]
+        ids = self.tokenizer.encode(" " + d.describe_sound(sample["sound"])).ids + [self.tokenizer.token_to_id("</s>")]
+        return [IMAGE] * self.n + ids, [IGNORE] * self.n + ids, d.load_audio(sample["audio"][0], self.seconds)
+
+    def collate(self, samples):
+        ids, labels, audio = zip(*samples)
+        return {"tokens": d.pad_rows(ids, PAD), "labels": d.pad_rows(labels, IGNORE), "audio": torch.cat(audio), "images": [], "broken": [],
+                "truncated": 0}
 
 
 def place(args: Args, stage) -> str:
     """The file or folder that a finished stage leaves."""
-    return os.path.join(args.out, {"0a": "tower.safetensors", "0b": "backbones.safetensors", 1: "stage1", 2: "stage2", 3: ""}[stage])
+    return os.path.join(args.out, {"0a": "tower.safetensors", "0b": "backbones.safetensors", "0c": "ear.safetensors", "0d": "backbones.safetensors", 1: "stage1", 2: "stage2",
+                                   3: "", **{stage: stage.replace("2 ", "stage2-") for stage in SENSES}}[stage])
 
 
 def loader(dataset, s: dict, args: Args, collate, lengths=None):
@@ -746,11 +836,12 @@ def loader(dataset, s: dict, args: Args, collate, lengths=None):
 
 
 def pretrain(args: Args, part: str, device):
-    """Stage "0a" makes --out/tower.safetensors, stage "0b" teaches the decoder and makes --out/backbones.safetensors."""
+    """Stage "0a" makes --out/tower.safetensors, stage "0b" teaches the decoder and makes --out/backbones.safetensors. For a model that
+    hears, "0c" adds an ear to the shipped backbones and makes --out/ear.safetensors, "0d" teaches the decoder to speak of sounds."""
     file, s = place(args, part), settings(args, part)
     torch.manual_seed(args.seed)
-    if part == "0b":
-        model, tokenizer = load_backbones(place(args, "0a"))
+    if part != "0a":
+        model, tokenizer = load_backbones(BACKBONES if part == "0c" else place(args, {"0b": "0a", "0d": "0c"}[part]))
     else:
         config = Config.from_preset(args.preset)
         def texts():                                                               # what the tiny template will be asked to spell
@@ -760,22 +851,31 @@ def pretrain(args: Args, part: str, device):
                 yield "".join(text for text, _ in d.render(d.as_turns(pairs), "tiny")) + d.describe(scene)
         tokenizer = d.train_tokenizer(texts(), config.text.vocab_size)
         model = CuMo(config)
+    if part == "0c":
+        model.config.balance_coef = model.config.z_coef = 0.0
+        ear = CuMo(Config.from_preset(args.preset)).audio
+        add_audio(model, ear, args.seed)
     n_scenes = s["steps"] * s["batch_size"]                                        # every scene once
     if part == "0a":
         choose_trainable(model, ("vision",))
         model.vision.requires_grad_(True)                                          # the contrastive loss reaches the last layer too
         data, trained = Regions(n_scenes, args.seed + 11, tokenizer, model.config), Contrastive(model.vision, model.config.text.vocab_size)
+    elif part == "0c":
+        data, trained = Sounds(n_scenes, args.seed + 13, tokenizer, model.config), Transcribe(model.audio, model.config.text.vocab_size)
+        trained.ear.pos.requires_grad_(False)                                      # sinusoids, as Whisper's
     else:
         choose_trainable(model, ("text",))
         data, trained = Described(n_scenes, args.seed + 12, tokenizer, model.config), TextOnly(model)
-    say(f"stage {part}: {'tower, contrastively, on captions' if part == '0a' else 'decoder, on text'}; {s['steps']} steps of {s['batch_size']}")
+    what = {"0a": "tower, contrastively, on captions", "0b": "decoder, on text", "0c": "ear, on descriptions of sounds",
+            "0d": "decoder, on text about scenes and sounds"}[part]
+    say(f"stage {part}: {what}; {s['steps']} steps of {s['batch_size']}")
 
     def done(_):
         if RANK == 0:
             save_backbones(model, file, tokenizer)
-            if part == "0b":
-                generate.print_table(generate.evaluate(model, tokenizer, args.eval_questions, in_words=True),
-                                     "the decoder alone, on held-out scenes in words")
+            for world in {"0b": ("image",), "0d": ("image", "sound", "both")}.get(part, ()):
+                generate.print_table(generate.evaluate(model, tokenizer, args.eval_questions, in_words=True, world=world),
+                                     f"the decoder alone, on held-out {world} questions in words")
     train(args, part, s, trained, loader(data, s, args, data.collate), device, done)
 
 
@@ -796,20 +896,49 @@ def moe_layers(where: str, n_layers: int) -> list[int]:
     return layers
 
 
+def expert_counts(args: Args, n_layers: int, on: bool = True) -> list[int]:
+    """Experts of each decoder layer, by --moe-layers and --n-experts."""
+    where = args.moe_layers if args.moe_layers is not None else "all" if args.recipe == "uni-moe" else "every_other"
+    numbers = [int(n) for n in args.n_experts.split(",")]
+    places = moe_layers(where, n_layers)
+    if len(numbers) not in (1, len(places)):
+        raise ValueError(f"--n-experts {args.n_experts} has {len(numbers)} numbers, --moe-layers {where} are {len(places)} layers")
+    counts = dict(zip(places, numbers * (len(places) if len(numbers) == 1 else 1)))
+    return [counts.get(i, 0) * on for i in range(n_layers)]
+
+
 def make_experts(args: Args, model: CuMo, real_routers: bool = False):
     """Upcycle where the recipe says, unless a stage before did so."""
     c, how = model.config, dict(top_k=args.top_k, seed=args.seed, real_routers=real_routers)
-    if args.recipe == "moe-llava":
-        if not any(c.text.n_experts):
-            places = moe_layers(args.moe_layers, c.text.n_layers)
-            upcycle(model, text=[args.n_experts * (i in places) for i in range(c.text.n_layers)], **how)
-            c.balance_coef, c.z_coef, c.text.aux = 0.01, 0.0, "sum"                # MoE-LLaVA sums over layers and has no z-loss
-        c.text.capacity_factor, c.text.eval_capacity_factor = args.capacity_factor or None, args.eval_capacity_factor or None
-        c.text.noisy = args.noisy_gate
-    elif not any(c.vision.n_experts):
-        upcycle(model, vision=args.n_experts, connector=args.n_experts, **how)
+    part = c.vision if args.recipe == "cumo" else c.text
+    if any(part.n_experts):
+        have = set(part.n_experts) - {0}, part.top_k
+        if (args.n_experts, args.top_k) != (Args.n_experts, Args.top_k) and have != ({int(n) for n in args.n_experts.split(",")}, args.top_k):
+            raise ValueError(f"the model has experts already ({have[0]}, top-{have[1]}): --n-experts and --top-k cannot change them")
+    elif args.recipe == "cumo":
+        upcycle(model, vision=int(args.n_experts), connector=int(args.n_experts), **how)
         if not c.balance_coef and not c.z_coef:                                    # the released stage-2 folders say 0
             c.balance_coef, c.z_coef = Config.balance_coef, Config.z_coef
+    elif args.recipe == "moe-llava":
+        upcycle(model, text=expert_counts(args, c.text.n_layers), **how)
+        c.balance_coef, c.z_coef, c.text.aux = 0.01, 0.0, "sum"                    # MoE-LLaVA sums over layers and has no z-loss
+    else:
+        folders = expert_folders(args)
+        folders = folders * int(args.n_experts) if len(folders) == 1 else folders  # "pure copies", the paper's Table 8
+        args.n_experts = str(len(folders))
+        counts = expert_counts(args, c.text.n_layers)
+        if real_routers:
+            raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py --experts A,B,C,D --out DIR`, and --init DIR")
+        upcycle(model, text=counts, **how, experts=folders, average=args.average)
+        c.balance_coef, c.z_coef = 0.0, 0.0                                        # the paper has no auxiliary loss; --balance-coef has
+    if args.recipe == "moe-llava":
+        c.text.capacity_factor, c.text.eval_capacity_factor = args.capacity_factor or None, args.eval_capacity_factor or None
+        c.text.noisy = args.noisy_gate
+
+
+def expert_folders(args: Args) -> list[str]:
+    """Uni-MoE's experts: one decoder as stage 1 left it, and one trained for each sense."""
+    return args.experts.split(",") if args.experts else [place(args, stage) for stage in (1, *SENSES)]
 
 
 def run_stage(args: Args, stage: int, source: str, device):
@@ -821,7 +950,7 @@ def run_stage(args: Args, stage: int, source: str, device):
     if args.vision and stage == 1:
         preset, source = Config.from_preset(args.preset), f"{args.vision} and {args.llm}"
         model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales, preset.template, args.seed, torch.float32,
-                                    later=later)
+                                    later=later, audio=args.audio)
     else:
         model, tokenizer = load_backbones(source) if source.endswith(".safetensors") else load(source, dtype=torch.float32, later=later)
     if tokenizer is None:
@@ -830,43 +959,51 @@ def run_stage(args: Args, stage: int, source: str, device):
     if getattr(model, "vision", None) is None:
         raise ValueError(f"{source}: a language model alone, without the vision tower and connector that training needs")
     model = model.float()                                                          # master weights (backbones may be stored shorter)
+    if args.recipe == "uni-moe" and model.config.audio is None:
+        raise ValueError(f"{source}: hears nothing; uni-moe's stage 1 wants --vision, --llm and --audio WHISPER_DIR")
     c = model.config
-    if args.recipe == "moe-llava" and not args.dense and not any(c.text.n_experts):
-        moe_layers(args.moe_layers, c.text.n_layers)                               # a wrong one stops stage 1 already
+    if args.recipe != "cumo" and not args.dense and not any(c.text.n_experts):
+        expert_counts(args, c.text.n_layers)                                       # wrong ones stop stage 1 already
     if s["experts"]:
         make_experts(args, model, real_routers=later is not None)
     for name in ("balance_coef", "z_coef"):
         if getattr(args, name) is not None:
             setattr(c, name, getattr(args, name))
+    choose_trainable(model, s["trains"])
+    if s.get("lora"):
+        add_lora(model, *s["lora"], args.seed, real=later is not None)
     if later is None:
         model.to(device)
-    choose_trainable(model, s["trains"])
     template = s["template"] or c.template
     if args.template and args.template != "plain":
         c.template = args.template                                                 # the model is asked in the layout that it learnt
     if args.data:
         data = d.LlavaJson(args.data, args.images)
-        lengths, s["steps"] = data.lengths(c.n_image_tokens), s.get("steps") if args.steps else max(1, args.epochs * len(data) // s["batch_size"])
+        lengths, s["steps"] = data.lengths(c.n_image_tokens, c.n_audio_tokens), s.get("steps") if args.steps else max(1, args.epochs * len(data) // s["batch_size"])
     elif "steps" not in s:
         raise ValueError(f"{args.preset} on drawn scenes needs --steps; or give your own with --data")
     else:                                                                          # every drawn scene is seen once
-        data, lengths = d.Drawn(s["kind"], s["steps"] * s["batch_size"], args.seed + stage), None
-    encoded = d.Encoded(data, tokenizer, template, c.vision.image_size, c.n_image_tokens, s["max_length"], args.strict)
+        data, lengths = d.Drawn(s["kind"], s["steps"] * s["batch_size"], args.seed + int(str(stage)[0])), None
+    encoded = d.Encoded(data, tokenizer, template, c.vision.image_size, c.n_image_tokens, s["max_length"], args.strict, c.n_audio_tokens,
+                        c.audio.n_frames / 100 if c.audio else 0., average=not args.frames_apart)
     counts = count_parameters(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
         raise ValueError(f"stage {stage}: --trains {args.trains}: nothing to train here; text.moe needs experts, see --upcycle-at")
-    say(f"stage {stage}: {s['steps']} steps of {s['batch_size']} from {source}; training {', '.join(s['trains'])} ({trained / 1e6:.2f}M of "
+    say(f"stage {stage}: {s['steps']} steps of {s['batch_size']} from {source}; training {', '.join([*s['trains'], *['adapters'] * bool(s.get('lora'))])} ({trained / 1e6:.2f}M of "
         f"{sum(t for t, _ in counts.values()) / 1e6:.2f}M parameters, {sum(a for _, a in counts.values()) / 1e6:.2f}M activated)")
 
     def done(state):
         if RANK > 0:
             return
-        save(model, place(args, stage), tokenizer, state)
+        save(model, place(args, stage), tokenizer, merge_state(state, model))
         if not args.data:                                                          # what is measured is what lies on the disk
-            n = args.eval_questions if stage == 3 else max(1, args.eval_questions // 4)
-            scores = generate.evaluate(*load(place(args, stage), device), n)
-            generate.print_table(scores, f"after stage {stage}: {n} questions about held-out scenes, exact match")
+            n, scores, trained = args.eval_questions if stage == 3 else max(1, args.eval_questions // 4), {}, load(place(args, stage), device)
+            worlds = {1: ("image", "sound"), 3: ("image", "sound", "both")}.get(stage, (str(stage)[2:],)) if args.recipe == "uni-moe" else ("image",)
+            for world in worlds:
+                scores |= (asked := generate.evaluate(*trained, n, world=world))
+                about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}[world]
+                generate.print_table(asked, f"after stage {stage}: {n} questions about held-out {about}, exact match")
             with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
                 f.write(json.dumps({"stage": stage, "seed": args.seed, "dense": args.dense, "scores": scores,
                                     "seconds": time.time() - began}) + "\n")
@@ -930,7 +1067,7 @@ class Live(TorchDispatchMode):
 
 
 @functools.cache
-def rehearse(config: str, trains: tuple, rows: int, length: int, checkpointing: bool, grads: bool, dtype: torch.dtype):
+def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, checkpointing: bool, grads: bool, dtype: torch.dtype):
     """A forward and backward pass on meta, where tensors have shapes but no memory -> (bytes that the forward pass leaves for the backward
     pass, the most alive at once), without weights and, with `grads`, gradients that are there before. (torch.compile needs less.)"""
     def attention(q, k, v, attn_mask=None, is_causal=True, enable_gqa=False):      # meta would choose the one with the T x T matrix
@@ -941,15 +1078,18 @@ def rehearse(config: str, trains: tuple, rows: int, length: int, checkpointing: 
         with torch.device("meta"):
             model = CuMo(Config.from_dict(json.loads(config))).train()
             tokens, images = torch.zeros(rows, length, dtype=torch.long), torch.empty(rows, 3, *[model.config.vision.image_size] * 2)
+            audio = torch.empty(rows, model.config.audio.n_mels, model.config.audio.n_frames) if model.config.audio else None
     finally:
         torch.set_default_dtype(usual)
     choose_trainable(model, trains)
+    if lora:
+        add_lora(model, *lora)
     model.checkpointing(checkpointing)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if grads and p.requires_grad else None
     with Live(t for p in model.parameters() for t in (p, p.grad) if t is not None) as live, \
             mock.patch.object(F, "scaled_dot_product_attention", attention):
-        loss = model(tokens, images, labels=tokens).loss
+        loss = model(tokens, images, audio, labels=tokens).loss
         kept = live.now
         loss.backward()
     return kept, live.peak
@@ -957,14 +1097,17 @@ def rehearse(config: str, trains: tuple, rows: int, length: int, checkpointing: 
 
 def planned(args: Args, s: dict) -> tuple[Config, CuMo]:
     """The preset as a stage trains it, and its model without memory."""
-    c, e = Config.from_preset(args.preset), args.n_experts * s["experts"]
+    c = Config.from_preset(args.preset)
     if args.recipe == "cumo":
+        e = int(args.n_experts) * s["experts"]
         c.vision.n_experts, c.vision.top_k, c.connector.n_experts, c.connector.top_k = [e] * c.vision.n_layers, args.top_k, e, args.top_k
     else:
-        c.text.n_experts, c.text.top_k = [e * (i % 2 == 0) for i in range(c.text.n_layers)], args.top_k
+        c.text.n_experts, c.text.top_k = expert_counts(args, c.text.n_layers, s["experts"]), args.top_k
     with torch.device("meta"):
         model = CuMo(c)
     choose_trainable(model, s["trains"])
+    if s.get("lora"):
+        add_lora(model, *s["lora"])
     return c, model
 
 
@@ -975,10 +1118,9 @@ def memory(args: Args, stage, gpus: int, fsdp: bool, checkpointing: bool) -> dic
     dealt = {p for m in model.modules() if isinstance(m, MoE) for name, p in m.named_parameters() if name != "router"}
     size = lambda params: sum(p.numel() / (args.expert_parallel if p in dealt else 1) for p in params)
     trained = [p for p in model.parameters() if p.requires_grad]
-    blocks = [size(b.parameters()) for m in model.modules() if isinstance(m, nn.ModuleList) for b in m]
-    several = s["batch_size"] > s["micro_batch"] * gpus                            # micro-batches: gradients are there from the first on,
-    grads = 4 * size(trained) / (1 if several else cut)                            # which FSDP leaves whole until the last
-    kept, top = rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), s["micro_batch"], s["max_length"], checkpointing,
+    blocks = [size(b.parameters()) for m in model.modules() if type(m) is nn.ModuleList for b in m]
+    several, grads = s["batch_size"] > s["micro_batch"] * gpus, 4 * size(trained) / cut     # micro-batches: gradients are there from the first on
+    kept, top = rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), tuple(s.get("lora", ())), s["micro_batch"], s["max_length"], checkpointing,
                          several or fsdp, torch.bfloat16 if bf16 else torch.float32)
     fixed = {"weights": 4 * size(model.parameters()) / cut, "optimizer": 8 * size(trained) / cut}
     if fsdp:         # what is in no block stays gathered, of the blocks this one and the next; one block's gradients are on their way
@@ -998,16 +1140,19 @@ def plan(args: Args):
             raise ValueError("--plan: stage 0 trains the tiny backbones in minutes; plan 1, 2 or 3")
         s = settings(args, stage, args.gpus)
         (config, model), n, length = planned(args, s), s["batch_size"], s["max_length"]
-        n_samples = args.epochs * (len(d.LlavaJson(args.data)) if args.data else N_SAMPLES[args.recipe][stage])
+        if not (args.data or args.steps or args.recipe in N_SAMPLES):
+            raise ValueError(f"--plan: of how many steps? Give --steps or --data; {args.recipe}'s data sets are not on record here")
+        n_samples = args.epochs * (len(d.LlavaJson(args.data)) if args.data else N_SAMPLES.get(args.recipe, {}).get(stage, 0))
         steps = s["steps"] if "steps" in s and (args.steps or not args.data) else max(1, n_samples // n)
         way = "FSDP" if args.fsdp else f"experts over {args.expert_parallel}" if args.expert_parallel > 1 else "DDP"
         if n % (args.gpus * s["micro_batch"]):
             raise ValueError(f"batch size {n} is not a multiple of --gpus {args.gpus} x {s['micro_batch']} samples at a time")
         print(f"\n{args.preset}, stage {stage}, {f'{args.gpus} GPUs ({way})' if args.gpus > 1 else '1 GPU'}: steps of {n}, "
-              f"{s['micro_batch']} samples a GPU at a time, each of {length} tokens and an image")
+              f"{s['micro_batch']} samples a GPU at a time, each of {length} tokens and an image{' and a sound' * (config.audio is not None)}")
         print("{:10} {:>14} {:>14} {:>14} {:>26} {:>10} {:>28}".format("", "parameters", "activated", "trained", "GFLOPs a sample: forward",
                                                                        "backward", "again, with --checkpointing"))
-        forward, back = flops(config, length), flops(config, length, trains=s["trains"])
+        adapters = {None: (), "ffn": ("text.ffn",), "all": ("text",)}[s.get("lora", [None])[-1]]       # they want W's gradient too
+        forward, back = (flops(config, length, n_audio=config.audio is not None, trains=t) for t in (None, (*s["trains"], *adapters)))
         again = {part: forward[part] * (part != "connector" and back[part] > 0) for part in forward}       # the blocks,
         again["text"] = max(0., again["text"] - 2 * length * config.text.dim * config.text.vocab_size)     # not the head
         rows = {part: [*both, sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad),
@@ -1114,11 +1259,14 @@ def main(argv=None):
     if args.bench:
         return bench(args, device)
     stages = [args.stage] if args.stage is not None else [0, 1, 2, 3] if args.from_scratch else [1, 2, 3]
-    if stages[0] == 0:
+    if args.recipe == "uni-moe":
+        senses = [2] if args.data else list(SENSES)
+        stages = ["0c", "0d"] * (stages[0] == 0) + [stage for n in stages if n for stage in (senses if n == 2 else [n])]
+    elif stages[0] == 0:
         stages = ["0a", "0b", *stages[1:]]
-    if "0a" in stages and args.preset != "tiny":
+    if stages[0] in ("0a", "0c") and args.preset not in ("tiny", "uni-moe-tiny"):
         raise ValueError(f"stage 0 makes the tiny preset's backbones; {args.preset} starts from real weights: --vision DIR --llm DIR")
-    if "0a" in stages and args.fsdp:
+    if stages[0] in ("0a", "0c") and args.fsdp:
         raise ValueError("stage 0 makes backbones too small to shard: leave --fsdp out")
     began, first = time.time(), stages[0]
     finished = [s for s in stages if os.path.exists(os.path.join(place(args, s), "config.json")) or os.path.isfile(place(args, s))]
@@ -1145,12 +1293,15 @@ def main(argv=None):
         if stages.index(first) > i:
             say(f"stage {stage}: done before")
             continue
-        if stage in ("0a", "0b"):
+        if str(stage)[0] == "0":
             pretrain(args, stage, device)
         else:
-            if args.preset != "tiny" and stage == 1 and not (args.init or args.vision):
+            if args.preset not in ("tiny", "uni-moe-tiny") and stage == 1 and not (args.init or args.vision):
                 raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision CLIP_DIR and --llm LLM_DIR, or --init")
-            before = BACKBONES if stage == 1 and i == 0 else place(args, stages[i - 1] if i else stage - 1)
+            shipped = HEARING if args.recipe == "uni-moe" else BACKBONES
+            before = shipped if stage == 1 and i == 0 else place(args, stages[i - 1] if i else int(str(stage)[0]) - 1)
+            if args.recipe == "uni-moe" and stage != 1:                            # each from stage 1's; dense, the last goes on with all three
+                before = expert_folders(args)[-1 if args.dense else 0] if stage == 3 else place(args, 1)
             run_stage(args, stage, args.init if args.init and i == 0 else before, device)
     if RANK == 0:
         draw_curves(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "loss.png"))
@@ -1161,7 +1312,7 @@ def main(argv=None):
                 generate.draw_routing(model, scenes[:3], os.path.join(args.out, "routing.png"), population=scenes)
         last = os.path.normpath(place(args, stages[-1]))
         say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures." + (
-            "" if stages[-1] == "0b" else f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""))
+            "" if stages[-1] in ("0b", "0d") else f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""))
     if WORLD > 1:
         dist.destroy_process_group()
 
