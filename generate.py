@@ -709,15 +709,16 @@ def sees_by_experts(model: CuMo) -> bool:
     return any(isinstance(m, MoE) for part in (model.vision, model.connector) if part is not None for m in part.modules())
 
 
-def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str], png: str, shown: list = (), batch: int = 16) -> list[str]:
+def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str], png: str, shown: list = (), batch: int = 16,
+                 alone: bool = False) -> list[str]:
     """The pictures of samples and the replies to them -> the files written. Experts in the vision part: `png`, with the images `shown`
     (default: the first three) and the load over all; in the decoder: `png`, or NAME-text.png beside the other. With a process group,
-    samples are a process's share: the decoder's counts are added up, and process 0 draws (the vision part from all images)."""
+    unless `alone`, samples are a process's share: the decoder's counts are added up, and process 0 draws (the vision part from all images)."""
     files, images = [], [image for s in samples for image in [*s["images"], *sum(s.get("video") or [], [])]]
     stats = DecoderRouting(model.config.text)
     for i in tqdm(range(0, len(samples), batch), desc="counting", leave=False, disable=RANK > 0) if stats.layers else ():
         decoder_routing(model, tokenizer, samples[i:i + batch], replies[i:i + batch], stats)
-    if dist.is_initialized():
+    if dist.is_initialized() and not alone:
         parts = [None] * WORLD
         dist.all_gather_object(parts, (images, stats))
         if RANK > 0:

@@ -998,15 +998,19 @@ def run_stage(args: Args, stage: int, source: str, device):
             return
         save(model, place(args, stage), tokenizer, merge_state(state, model))
         if not args.data:                                                          # what is measured is what lies on the disk
-            n, scores, trained = args.eval_questions if stage == 3 else max(1, args.eval_questions // 4), {}, load(place(args, stage), device)
+            n, scores, asked = args.eval_questions if stage == 3 else max(1, args.eval_questions // 4), {}, []
+            trained = load(place(args, stage), device)
             worlds = {1: ("image", "sound"), 3: ("image", "sound", "both")}.get(stage, (str(stage)[2:],)) if args.recipe == "uni-moe" else ("image",)
             for world in worlds:
-                scores |= (asked := generate.evaluate(*trained, n, world=world))
+                scores |= (points := generate.evaluate(*trained, n, world=world, asked=asked))
                 about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}[world]
-                generate.print_table(asked, f"after stage {stage}: {n} questions about held-out {about}, exact match")
+                generate.print_table(points, f"after stage {stage}: {n} questions about held-out {about}, exact match")
             with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
                 f.write(json.dumps({"stage": stage, "seed": args.seed, "dense": args.dense, "scores": scores,
                                     "seconds": time.time() - began}) + "\n")
+            if stage == 3 and s["experts"]:
+                some = asked[::max(1, len(asked) // 250)]
+                generate.draw_experts(*trained, *zip(*some), os.path.join(args.out, "routing.png"), alone=True)
     train(args, stage, s, model, loader(encoded, s, args, d.collate, lengths), device, done, later or ())
 
 
@@ -1305,11 +1309,6 @@ def main(argv=None):
             run_stage(args, stage, args.init if args.init and i == 0 else before, device)
     if RANK == 0:
         draw_curves(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "loss.png"))
-        if stages[-1] == 3 and not args.dense and not args.data:
-            model, _ = load(args.out)
-            scenes = [s["images"][0] for s in d.Drawn("caption", 256, args.seed, held_out=True)]
-            if any(model.config.vision.n_experts) or model.config.connector.n_experts:
-                generate.draw_routing(model, scenes[:3], os.path.join(args.out, "routing.png"), population=scenes)
         last = os.path.normpath(place(args, stages[-1]))
         say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures." + (
             "" if stages[-1] in ("0b", "0d") else f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""))

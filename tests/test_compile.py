@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as m
 import train
-from model import IMAGE, PAD, Config, CuMo
+from model import AUDIO, IMAGE, PAD, Config, CuMo
 from test_train import base, flags, write_llava                                    # noqa: F401 (base is a fixture)
 
 
@@ -30,6 +30,8 @@ def small(preset):
     c["vision"] |= dict(image_size=16, patch_size=8, dim=16, n_layers=2, n_heads=2, ffn_dim=24, n_experts=4)
     c["connector"] |= dict(n_experts=4)
     c["text"] |= dict(vocab_size=40, dim=16, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=24, n_experts=n_text)
+    if c["audio"]:
+        c["audio"] |= dict(n_mels=5, n_frames=12, dim=16, n_layers=1, n_heads=2, ffn_dim=24, n_queries=3)
     return CuMo(Config.from_dict(c))
 
 
@@ -44,13 +46,16 @@ def test_the_training_forward_of_every_preset_is_one_graph(preset, dtype):
     model.checkpointing(preset == "tiny")                                          # with activation checkpointing, too
     tokens = torch.randint(0, 40, (2, 16))
     tokens[0, 2:6], tokens[1, 12:] = IMAGE, PAD
+    audio = None
+    if model.audio:
+        tokens[1, 4:7], audio = AUDIO, torch.randn(1, 5, 12).to(dtype)
     images = torch.cat([torch.randn(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)]).to(dtype)          # the second row has none
     labels = torch.where(tokens >= 0, tokens, -100)
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
         torch.manual_seed(1)
-        out = forward(tokens, images, labels=labels)
+        out = forward(tokens, images, audio, labels)
         out.loss.backward()
         results.append([out.loss.detach(), out.logits.detach()] + [p.grad for n, p in model.named_parameters() if not n.endswith("k.bias")])
     for got, want in zip(results[1], results[0], strict=True):
