@@ -553,7 +553,8 @@ def ask_sound(sound: dict, kind: str, rng: random.Random):
 
 
 def ask_both(scene: dict, sound: dict, kind: str, rng: random.Random):
-    """A question that neither eyes nor ears alone can answer, and its answer; or None where the two offer none."""
+    """A question that neither eyes nor ears alone can answer, and its answer; or None where the two offer none. The answer first says what
+    is seen and heard, "two and three: no": a model thinks by writing, and one this small cannot count twice and compare before a word."""
     objects, n = scene["objects"], sound["beeps"]
     things = [word for o in objects for word in o[2:]]
     counts = {word: things.count(word) for word in sorted(set(things))}            # {"red": 2, "circle": 1, ...}
@@ -561,17 +562,19 @@ def ask_both(scene: dict, sound: dict, kind: str, rng: random.Random):
         case "as many" if n in counts.values() and (near := [w for w, c in counts.items() if abs(c - n) == 1]):
             same = [word for word, c in counts.items() if c == n]                  # both answers are at hand, so a coin decides
             yes = rng.random() < 0.5
-            return f"Are there as many beeps as {plural(rng.choice(same if yes else near))}?", "yes" if yes else "no"
+            word = rng.choice(same if yes else near)
+            return f"Are there as many beeps as {plural(word)}?", f"{NUMBERS[n]} and {NUMBERS[counts[word]]}: {'yes' if yes else 'no'}"
         case "more" if n:
-            return "Are there more beeps or more shapes?", "equal" if n == len(objects) else "beeps" if n > len(objects) else "shapes"
+            m = len(objects)
+            return "Are there more beeps or more shapes?", f"{NUMBERS[n]} and {NUMBERS[m]}: {'equal' if n == m else 'beeps' if n > m else 'shapes'}"
         case "if rises" if sound["way"] and len({o[2] for o in objects}) > 1:
             a = rng.choice(objects)
             a, b = rng.sample((a, rng.choice([o for o in objects if o[2] != a[2]])), 2)
             question = f"What color is the shape at the {PLACES[a[0]]} if the sound rises, at the {PLACES[b[0]]} if it falls?"
-            return question, (a if sound["way"] == "rises" else b)[2]
+            return question, f"{sound['way']}: {(a if sound['way'] == 'rises' else b)[2]}"
         case "together" if n and (few := [word for word, c in counts.items() if n + c <= 5]):
             word = rng.choice(few)
-            return f"How many beeps and {plural(word)} are there together?", NUMBERS[n + counts[word]]
+            return f"How many beeps and {plural(word)} are there together?", f"{NUMBERS[n]} and {NUMBERS[counts[word]]}: {NUMBERS[n + counts[word]]}"
     return None
 
 

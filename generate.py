@@ -172,7 +172,7 @@ def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = 
             words += [d.describe_sound(what["sound"])] if "sound" in what else []
             head = " ".join(words) + "\n" if in_words else "<image>\n" * len(images) + "<audio>\n" * len(audio)
             samples.append({"images": images, "audio": audio, "conversations": [{"from": "human", "value": head + question}]})
-        replies = answer(model, tokenizer, samples, max_new_tokens=8)
+        replies = answer(model, tokenizer, samples, max_new_tokens=16)
         for (_, kind, _, right), reply in zip(part, replies):
             score = scores.setdefault(kind, [0, 0])
             score[0] += reply == right

@@ -92,7 +92,7 @@ TINY = {      # the same stages for a model four thousand times smaller, which w
     "0a": dict(lr=1e-3, batch_size=64, steps=3000),
     "0b": dict(lr=2e-3, batch_size=64, steps=4500),
     "0c": dict(lr=1e-3, batch_size=64, steps=1000),
-    "0d": dict(lr=1e-3, batch_size=64, steps=450),
+    "0d": dict(lr=1e-3, batch_size=64, steps=500),
     1: dict(lr=2e-3, batch_size=64, steps=100, max_length=256),
     2: dict(lr=5e-4, batch_size=64, steps=120, max_length=256),
     3: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
@@ -757,7 +757,7 @@ class Described(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         seed = self.seed * 100_000_007 + i
-        world = ("image", "sound", "both")[i % 3] if self.n_audio else "image"
+        world = ("image", "both", "sound", "both")[i % 4] if self.n_audio else "image"
         scene, rng = d.make_scene(seed) if world != "sound" else None, random.Random(seed + 1)
         sound = d.make_sound(seed, kinds=("beeps", "glide") if world == "both" else tuple(d.SOUND_KINDS)) if world != "image" else None
         merged, kind = rng.random() < 0.9, rng.choices(("questions", "caption", "plain"), (18, 1, 1) if world != "sound" else (6, 1, 1))[0]
@@ -765,7 +765,9 @@ class Described(torch.utils.data.Dataset):
         head = "<image>\n" * bool(scene) + "<audio>\n" * bool(sound) if merged else \
             " ".join(rng.sample(spoken, len(spoken)) + ([d.describe_sound(sound)] if sound else [])) + "\n"
         if kind == "questions" or world == "both":
-            kind, pairs = "questions", [(q, a) for _, q, a in d.ask_many(scene, 3 if not scene else 5 if self.n_audio else 8, rng, sound)]
+            asked = d.ask_many(scene, {"image": 5 if self.n_audio else 8, "sound": 3, "both": 10}[world], rng, sound)
+            asked = [qa for qa in asked if qa[0] in d.BOTH_TYPES][:6] or asked[:3] if world == "both" else asked
+            kind, pairs = "questions", [(q, a) for _, q, a in asked]
         else:
             pairs = [("Describe the scene.", d.describe(scene))] if scene else [("Describe the sound.", d.describe_sound(sound))]
         ids, labels = d.encode_chat(d.as_turns(pairs, head), self.tokenizer, "plain" if kind == "plain" and merged else "tiny", self.n,
@@ -983,7 +985,8 @@ def run_stage(args: Args, stage: int, source: str, device):
     elif "steps" not in s:
         raise ValueError(f"{args.preset} on drawn scenes needs --steps; or give your own with --data")
     else:                                                                          # every drawn scene is seen once
-        data, lengths = d.Drawn(s["kind"], s["steps"] * s["batch_size"], args.seed + int(str(stage)[0])), None
+        data = d.Drawn(s["kind"], s["steps"] * s["batch_size"], args.seed + int(str(stage)[0]))
+        lengths = [(1, 0, 2)[i % 3] for i in range(len(data))] if s["kind"] == "mixed chat" else None    # a sound's questions are short
     encoded = d.Encoded(data, tokenizer, template, c.vision.image_size, c.n_image_tokens, s["max_length"], args.strict, c.n_audio_tokens,
                         c.audio.n_frames / 100 if c.audio else 0., average=not args.frames_apart)
     counts = count_parameters(model)

@@ -452,7 +452,9 @@ def test_every_answer_is_what_sound_and_scene_say(held_out, unseen):
             if kind in d.SOUND_TYPES:
                 assert truth(d.describe_sound(sample["sound"]), question) == turn["value"]
             elif kind in d.BOTH_TYPES:
-                assert truth_of_both(sample["scene"], sample["sound"], question) == turn["value"]
+                seen, answer = turn["value"].split(": ")
+                assert truth_of_both(sample["scene"], sample["sound"], question) == answer
+                assert seen.split(" and ")[0] == (sample["sound"]["way"] or d.NUMBERS[sample["sound"]["beeps"]])
             else:
                 assert kind in d.TYPES and senses[0]
     assert set(counts) == set(d.TYPES + d.SOUND_TYPES + d.BOTH_TYPES)
@@ -474,7 +476,7 @@ def test_no_answer_can_be_guessed_from_its_question(held_out, unseen):
     for kind in ("sound chat", "both chat"):
         for sample in d.Drawn(kind, 1500, seed=5, held_out=held_out):
             for kind_, turn in zip(sample["types"], sample["conversations"][1::2]):
-                said[kind_][turn["value"]] += 1
+                said[kind_][turn["value"].split(": ")[-1]] += 1
     share = lambda kind: max(said[kind].values()) / said[kind].total()
     for kind in ("glide", "higher", "loudness", "as many"):
         assert len(said[kind]) == 2 and share(kind) < 0.6, (kind, said[kind])
@@ -491,8 +493,10 @@ def test_as_many_needs_both_senses():
         if qa := d.ask_both(scene, sound, "as many", rng):
             word = re.fullmatch(r"Are there as many beeps as (.+)\?", qa[0])[1]
             shapes = sum(word.split()[0] in (o[2], o[3] + "s", o[3] + "es") for o in scene["objects"])
-            by_beeps[sound["beeps"]][qa[1]] += 1
-            by_shapes[shapes][qa[1]] += 1
+            answer = qa[1].split(": ")
+            assert answer[0] == f"{d.NUMBERS[sound['beeps']]} and {d.NUMBERS[shapes]}"
+            by_beeps[sound["beeps"]][answer[1]] += 1
+            by_shapes[shapes][answer[1]] += 1
     for counter in [*by_beeps.values(), *(c for c in by_shapes.values() if c.total() > 100)]:
         if counter.total() > 100:
             assert 0.25 < counter["yes"] / counter.total() < 0.75, (by_beeps, by_shapes)
