@@ -1,4 +1,4 @@
-"""train.py: the three stages of CuMo, from pre-trained backbones to a model that answers questions about pictures.
+"""train.py: CuMo's three stages, from pre-trained backbones to a model that answers questions about pictures; MoE-LLaVA's; Uni-MoE's.
 
     python train.py                                     the embedded default: preset tiny, drawn data, CPU, minutes
     torchrun --nproc_per_node 2 train.py                the same with data parallelism (--fsdp: sharded; --expert-parallel 2: experts are)
@@ -11,6 +11,13 @@
     stage 1   pre-training: the connector alone learns to make image patches read like words
     stage 2   pre-finetuning: everything trains, still dense, on captions ("to warm up", CuMo section 3.3)
     stage 3   instruction tuning: FFNs of tower and connector are upcycled to experts, everything trains on questions
+
+That is CuMo's recipe. --recipe moe-llava has its experts in the decoder; --recipe uni-moe also hears, and trains its experts apart:
+
+    stage 0   the ear learns from sounds and what they are, the decoder from text about scenes and sounds
+    stage 1   connector and resampler learn from captions of scenes and of sounds
+    stage 2   one set of decoder FFNs for images, one for sounds, one for both, each apart, by LoRA
+    stage 3   these become the experts of one decoder, and routers, connectors and adapters train on all senses
 
 Each stage starts from the folder that the stage before it left. A run writes to --out: checkpoint.pt, or with --fsdp checkpoint/,
 which --resume goes on from (on any number of processes), stage1/, stage2/ and at last the model itself, log.jsonl, loss.png, routing.png.
