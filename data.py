@@ -571,7 +571,8 @@ def ask_both(scene: dict, sound: dict, kind: str, rng: random.Random):
             a = rng.choice(objects)
             a, b = rng.sample((a, rng.choice([o for o in objects if o[2] != a[2]])), 2)
             question = f"What color is the shape at the {PLACES[a[0]]} if the sound rises, at the {PLACES[b[0]]} if it falls?"
-            return question, f"{sound['way']}: {(a if sound['way'] == 'rises' else b)[2]}"
+            o = a if sound["way"] == "rises" else b
+            return question, f"{sound['way']}, {PLACES[o[0]]}: {o[2]}"
         case "together" if n and (few := [word for word, c in counts.items() if n + c <= 5]):
             word = rng.choice(few)
             return f"How many beeps and {plural(word)} are there together?", f"{NUMBERS[n]} and {NUMBERS[counts[word]]}: {NUMBERS[n + counts[word]]}"

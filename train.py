@@ -334,7 +334,8 @@ def show_whole(model: nn.Module, optimizer, experts: dict, mesh):
     part = lambda t: t.to_local() if isinstance(t, DTensor) else t.chunk(mesh.shape[1])[mesh.get_local_rank("row")] if t.dim() else t
 
     def weights(change, state):
-        state.update({name: change(state[name]) for name in experts if name in state})
+        # (to cut, only what is whole: what a checkpoint leaves out, as it does not train, torch puts in as this rank has it)
+        state.update({name: change(state[name]) for name, p in experts.items() if name in state and (change is whole or state[name].shape != p.shape)})
 
     def moments(change, state):                                                    # its keys are numbers or names, in the order of params
         keys, params = ([p for group in g for p in group["params"]] for g in (state["param_groups"], optimizer.param_groups))

@@ -454,7 +454,7 @@ def test_every_answer_is_what_sound_and_scene_say(held_out, unseen):
             elif kind in d.BOTH_TYPES:
                 seen, answer = turn["value"].split(": ")
                 assert truth_of_both(sample["scene"], sample["sound"], question) == answer
-                assert seen.split(" and ")[0] == (sample["sound"]["way"] or d.NUMBERS[sample["sound"]["beeps"]])
+                assert re.split(" and |, ", seen)[0] == (sample["sound"]["way"] or d.NUMBERS[sample["sound"]["beeps"]])
             else:
                 assert kind in d.TYPES and senses[0]
     assert set(counts) == set(d.TYPES + d.SOUND_TYPES + d.BOTH_TYPES)

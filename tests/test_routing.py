@@ -414,7 +414,7 @@ def test_drawn_questions_about_sounds_are_held_out(kind, types, tokenizer):
     questions = generate.drawn_questions(60, world=kind)
     assert [k for _, k, _, _ in questions] == (list(types) * 60)[:60]
     train = {d.describe_sound(d.make_sound(i)) for i in range(2000)}
-    assert not train & {d.describe_sound(what["sound"]) for what, *_ in questions} and ("objects" in questions[0][0]) == (kind == "both")
+    assert not train & {d.describe_sound(what["sound"]) for what, *_ in questions if what["sound"]["kind"] != "glide"} and ("objects" in questions[0][0]) == (kind == "both")
     asked = []
     scores = generate.evaluate(talker(tokenizer.get_vocab_size(), audio=EAR), tokenizer, 12, world=kind, asked=asked)
     assert set(scores) == set(types) and sum(n for _, n in scores.values()) == 12 == len(asked)
