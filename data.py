@@ -666,24 +666,27 @@ class LlavaJson:
             paths[key] = [os.path.join(self.image_dir, p) for p in files]
         video = sample.get("video") or []
         return {"id": f"{where} (id {sample.get('id', '-')})", "images": paths["image"], "audio": paths["audio"],
-                "video": self.videos(video if isinstance(video, (str, list)) else [video], where), "conversations": sample["conversations"]}
+                "video": video_files(video if isinstance(video, (str, list)) else [video], self.image_dir, where), "conversations": sample["conversations"]}
 
-    def videos(self, videos, where: str) -> list[list[str]]:
-        """The frame files of each video."""
-        join = lambda p: os.path.join(self.image_dir, p)
-        if isinstance(videos, str) or all(isinstance(p, str) and not os.path.isdir(join(p)) for p in videos) and videos:
-            videos = [videos]                                                      # one video: its folder, or its frames
-        out = []
-        for video in videos:
-            if isinstance(video, str):
-                names = sorted(os.listdir(join(video))) if os.path.isdir(join(video)) else []
-                if not (names := [name for name in names if name.lower().endswith(FRAMES)]):
-                    raise ValueError(f"{where}: {join(video)}: no folder of frames; `ffmpeg -i FILE -r 1 FOLDER/%04d.png` fills one")
-                video = [os.path.join(video, name) for name in names]
-            if not isinstance(video, list) or not all(isinstance(p, str) for p in video):
-                raise ValueError(f"{where}: 'video' must be a folder, a list of frame files, or a list of folders or such lists")
-            out.append([join(p) for p in video])
-        return out
+
+def video_files(videos, folder: str, where: str) -> list[list[str]]:
+    """A folder of frames, a list of frame files, or a list of such folders or lists -> the frame files of each video."""
+    join = lambda p: os.path.join(folder, p)
+    if not videos:
+        return []
+    if isinstance(videos, str) or all(isinstance(p, str) and not os.path.isdir(join(p)) for p in videos):
+        videos = [videos]                                                      # one video: its folder, or its frames
+    out = []
+    for video in videos:
+        if isinstance(video, str):
+            names = sorted(os.listdir(join(video))) if os.path.isdir(join(video)) else []
+            if not (names := [name for name in names if name.lower().endswith(FRAMES)]):
+                raise ValueError(f"{where}: {join(video)}: no folder of frames; `ffmpeg -i FILE -r 1 FOLDER/%04d.png` fills one")
+            video = [os.path.join(video, name) for name in names]
+        if not isinstance(video, list) or not all(isinstance(p, str) for p in video):
+            raise ValueError(f"{where}: 'video' must be a folder, a list of frame files, or a list of folders or such lists")
+        out.append([join(p) for p in video])
+    return out
 
 
 def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds: float = 30.0, max_frames: int = 8, average: bool = True):

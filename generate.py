@@ -26,7 +26,6 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -220,11 +219,6 @@ def read_rows(file: str, needs: str, kind) -> dict[str, dict]:
     return out
 
 
-def videos_of(video, folder: str, where: str) -> list[list[str]]:
-    """A folder of frames, a list of frame files, or a list of such folders or lists -> the frame files of each video."""
-    return d.LlavaJson.videos(SimpleNamespace(image_dir=folder), video, where) if video else []
-
-
 def read_questions(file: str, folder: str = "") -> dict[str, dict]:
     """{"question_id", "image": a file below `folder`, a list of them, or absent, "audio", "video" (as in LlavaJson), "text"} ->
     {id: sample for `answer`, with the row}.
@@ -239,7 +233,7 @@ def read_questions(file: str, folder: str = "") -> dict[str, dict]:
             files = [files] if isinstance(files, str) and kind != "video" else files
             if not isinstance(files, (str, list)):
                 raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
-            files = videos_of(files, folder, where) if kind == "video" else [os.path.join(folder, str(f)) for f in files]
+            files = d.video_files(files, folder, where) if kind == "video" else [os.path.join(folder, str(f)) for f in files]
             n_marks = row["text"].count(f"<{kind}>") * (kind != "audio" or len(files) > 0)     # without sounds "<audio>" is but text
             if n_marks not in (0, len(files)):
                 raise ValueError(f"{where}: the text has {n_marks} <{kind}>, the question has {len(files)} {kind}s")
@@ -849,7 +843,7 @@ def main(argv=None):
     model, tokenizer = load(args.model, args.device)
     if tokenizer is None:
         raise ValueError(f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
-    video = [frames for files in args.video for frames in videos_of(files, "", "--video")]
+    video = [frames for files in args.video for frames in d.video_files(files, "", "--video")]
     for file in sum(video, args.image + args.audio):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file")

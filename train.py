@@ -65,8 +65,8 @@ from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, MoE, TextConfig, ad
 from upcycle import (add_audio, assemble, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
                      write_json)
 
-BACKBONES, HEARING = (os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", f"{preset}-backbones.safetensors")
-                      for preset in ("tiny", "uni-moe-tiny"))
+DRAWN = "tiny", "uni-moe-tiny"                                                           # presets of the drawn world; their backbones are shipped
+BACKBONES, HEARING = (os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", f"{preset}-backbones.safetensors") for preset in DRAWN)
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)                         # gathered, on rank 0
 # A checkpoint holds what trains (of a run with LoRA, the adapters); the rest is in the folder that the stage started from
@@ -237,7 +237,7 @@ def parse(argv=None) -> Args:
         raise ValueError(f"--device {args.device}: cuda or cpu")
     if bool(args.vision) != bool(args.llm) or (args.vision and (args.init or args.stage not in (None, 1))):
         raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room for --init")
-    name = args.recipe if args.preset in ("tiny", "uni-moe-tiny") and args.recipe != "cumo" else args.preset
+    name = args.recipe if args.preset in DRAWN and args.recipe != "cumo" else args.preset
     args.out = os.path.normpath(args.out or f"out/{name}")                         # "out/tiny/" must not become "out/tiny/.1"
     return args
 
@@ -261,7 +261,7 @@ def settings(args: Args, stage, world: int | None = None) -> dict:
     if rank and number:
         s["lora"] = [rank, args.lora_alpha or alpha, where]
     share = s["batch_size"] // (world or WORLD)                                               # samples per process and step
-    s["micro_batch"] = min(args.micro_batch or (share if args.preset in ("tiny", "uni-moe-tiny") else 4), max(1, share))
+    s["micro_batch"] = min(args.micro_batch or (share if args.preset in DRAWN else 4), max(1, share))
     return s
 
 
@@ -1279,7 +1279,7 @@ def main(argv=None):
         stages = ["0c", "0d"] * (stages[0] == 0) + [stage for n in stages if n for stage in (senses if n == 2 else [n])]
     elif stages[0] == 0:
         stages = ["0a", "0b", *stages[1:]]
-    if stages[0] in ("0a", "0c") and args.preset not in ("tiny", "uni-moe-tiny"):
+    if stages[0] in ("0a", "0c") and args.preset not in DRAWN:
         raise ValueError(f"stage 0 makes the tiny preset's backbones; {args.preset} starts from real weights: --vision DIR --llm DIR")
     if stages[0] in ("0a", "0c") and args.fsdp:
         raise ValueError("stage 0 makes backbones too small to shard: leave --fsdp out")
@@ -1311,7 +1311,7 @@ def main(argv=None):
         if str(stage)[0] == "0":
             pretrain(args, stage, device)
         else:
-            if args.preset not in ("tiny", "uni-moe-tiny") and stage == 1 and not (args.init or args.vision):
+            if args.preset not in DRAWN and stage == 1 and not (args.init or args.vision):
                 raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision CLIP_DIR and --llm LLM_DIR, or --init")
             shipped = HEARING if args.recipe == "uni-moe" else BACKBONES
             before = shipped if stage == 1 and i == 0 else place(args, stages[i - 1] if i else int(str(stage)[0]) - 1)

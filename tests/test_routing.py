@@ -16,7 +16,7 @@ from kernels import Routing
 from model import Config, CuMo, Output
 from upcycle import load, save
 from test_audio import write_wav
-from test_generate import build, picture, prompt
+from test_generate import build, picture, prompt, written                          # noqa: F401 (written is a fixture)
 
 TEXT = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=48, rope_theta=1e4, n_experts=[4, 0, 3], top_k=2)
 EAR = dict(n_mels=80, n_frames=150, dim=32, n_layers=1, n_heads=4, ffn_dim=64, n_queries=4, n_query_layers=1)
@@ -75,18 +75,6 @@ def size_of(file):
     with Image.open(file) as png:
         assert png.format == "PNG"
         return png.size
-
-
-@pytest.fixture
-def written(monkeypatch):
-    """[text, ...] that is written into pictures."""
-    texts, draw = [], d.ImageDraw.ImageDraw.text
-
-    def record(self, at, text, *a, **kw):
-        texts.append(text)
-        draw(self, at, text, *a, **kw)
-    monkeypatch.setattr(d.ImageDraw.ImageDraw, "text", record)
-    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
