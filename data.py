@@ -198,9 +198,9 @@ def load_audio(audio, seconds: float = 30.0) -> torch.Tensor:
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-TEMPLATES = ("plain", "tiny", "mistral", "vicuna")
+EOS = {"plain": "\n", "tiny": "</s>", "mistral": "</s>", "vicuna": "</s>", "openchat": "<|end_of_turn|>"}     # what ends an answer
+TEMPLATES = tuple(EOS)
 SLOTS = {"<image>": IMAGE, "<audio>": AUDIO}
-EOS = {"plain": "\n", "tiny": "</s>", "mistral": "</s>", "vicuna": "</s>"}         # what ends an answer
 
 
 def render(conversations: list, template: str) -> list[tuple[str, bool]]:
@@ -237,9 +237,9 @@ def render(conversations: list, template: str) -> list[tuple[str, bool]]:
                 head = f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if i == 0 else "[INST] "
                 pieces.append((f"{head}{text} [/INST]", False))
             case "mistral", _: pieces.append((f" {text} </s>", True))
-            # vicuna: LLaVA-1.5's "v1".
-            case "vicuna", "human": pieces.append(((SYSTEM + " ") * (i == 0) + f"USER: {text} ASSISTANT:", False))
-            case "vicuna", _: pieces.append((f" {text}</s>", True))
+            # vicuna: LLaVA-1.5's "v1". openchat: the same with OpenChat's end mark; MoE-LLaVA does not use OpenChat's own words.
+            case _, "human": pieces.append(((SYSTEM + " ") * (i == 0) + f"USER: {text} ASSISTANT:", False))
+            case _, _: pieces.append((f" {text}{EOS[template]}", True))
     return pieces
 
 
@@ -251,6 +251,8 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     differ and the sample is dropped with "tokenization mismatch". Here the text is tokenized once, and a token is learnt if its
     characters reach into an answer. Raises ValueError as `render` does, and if a complete conversation leaves nothing to learn."""
     pieces = render(conversations, template)
+    if template == "openchat" and tokenizer.token_to_id(EOS[template]) is None:
+        raise ValueError(f"template openchat ends answers with {EOS[template]}, which this tokenizer does not know; use --template vicuna")
     mask = b"".join(bytes([learnt]) * len(text) for text, learnt in pieces)        # 1 for each character of an answer
     ids, labels, at = [], [], 0                                                    # at: characters before this chunk
     marks = "(<image>)" if n_audio_tokens == 0 else "(<image>|<audio>)"            # without audio, "<audio>" is but an HTML tag

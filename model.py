@@ -223,7 +223,7 @@ PRESETS = {
     # MoE-LLaVA (arXiv 2401.15947) on OpenChat-7B, a Mistral: experts in every other layer of the decoder, a LLaVA-1.5 all else.
     "moe-llava-mistral-7b": dict(
         vision=dict(), text=dict(rope_theta=1e4, sliding_window=4096, n_experts=[4, 0] * 16, capacity_factor=1.5, eval_capacity_factor=2.0,
-                                 aux="sum"), template="vicuna", balance_coef=0.01, z_coef=0.0),
+                                 aux="sum"), template="openchat", balance_coef=0.01, z_coef=0.0),
     # Uni-MoE: LLaMA-7B with one expert per modality or task in every layer, and no auxiliary loss. The paper hears speech with Whisper
     # and other sounds with BEATs (arXiv 2212.09058); here one Whisper hears everything.
     "uni-moe-7b": dict(vision=dict(), audio=dict(), text=dict(**LLAMA_7B, n_experts=4), template="vicuna", balance_coef=0.0, z_coef=0.0),

@@ -366,9 +366,10 @@ def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | Aud
         text = dataclasses.replace(text, top_k=moe["top_k_experts"], capacity_factor=moe["capacity_factor"], aux="sum",
                                    eval_capacity_factor=moe["eval_capacity_factor"], min_capacity=moe["min_capacity"],
                                    n_experts=[dict(zip(places, numbers, strict=True)).get(i, 0) for i in range(text.n_layers)])
+    template = "vicuna" if text_kind == "llama" else "openchat" if moe else "mistral"      # MoE-LLaVA's Mistral is OpenChat
     return Config(vision=vision, connector=ConnectorConfig(act=act, n_experts=n_experts if cfg.get("mlp_smoe") else 0, top_k=top_k), text=text,
                   balance_coef=moe["router_aux_loss_coef"] if moe else cfg.get("balance_loss_coef", 0.1),
-                  z_coef=0.0 if moe else cfg.get("router_z_loss_coef", 0.01), template=cfg.get("template", "vicuna" if text_kind == "llama" else "mistral"))
+                  z_coef=0.0 if moe else cfg.get("router_z_loss_coef", 0.01), template=cfg.get("template", template))
 
 
 def kind_is_multimodal(cfg: dict) -> bool:
@@ -875,7 +876,7 @@ the wrong shape is an error.""", formatter_class=argparse.RawDescriptionHelpForm
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not hold a model yet")
     parser.add_argument("--to", choices=LAYOUTS, default="own", help="layout to write (default: own)")
     parser.add_argument("--scales", default="1", help="S2 scales of a model put together, for example 1,3 (CuMo; default: 1)")
-    parser.add_argument("--template", help="chat template: mistral, vicuna, plain or tiny; default: by the decoder's architecture")
+    parser.add_argument("--template", help="chat template: mistral, vicuna, openchat, plain or tiny; default: by the decoder's architecture")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, for folders that have only the older tokenizer.model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store weights so; default: as they are")
     parser.add_argument("--seed", type=int, default=0, help="of a new connector, resampler or routers (default: 0)")

@@ -135,6 +135,8 @@ CHATS = {
         "mistral": INST + "<image>\nWhat? [/INST]«  </s>»[INST] So? [/INST]« No. </s>»",
         "vicuna": SYS + " USER: <image>\nWhat? ASSISTANT:« </s>»USER: So? ASSISTANT:« No.</s>»"}),
 }
+for _, texts in CHATS.values():                                                        # MoE-LLaVA's openchat differs in the end mark alone
+    texts["openchat"] = texts["vicuna"].replace("</s>", "<|end_of_turn|>")
 EVERY = pytest.mark.parametrize("name, template", [(n, t) for n in CHATS for t in d.TEMPLATES])
 
 
@@ -149,7 +151,9 @@ def words():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return d.train_tokenizer(words(), 400)
+    t = d.train_tokenizer(words(), 400)
+    t.add_special_tokens([d.EOS["openchat"]])
+    return t
 
 
 def sentencepiece(kind):
@@ -168,7 +172,7 @@ def sentencepiece(kind):
     else:
         t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>")])
+    t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>", "<|end_of_turn|>")])
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return t
 
@@ -219,7 +223,7 @@ def test_sentencepiece_ids_equal_llavas_with_one_bos_in_front(name, template, sp
 
 
 @pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
-@pytest.mark.parametrize("template", ["tiny", "mistral", "vicuna"])
+@pytest.mark.parametrize("template", ["tiny", "mistral", "vicuna", "openchat"])
 @pytest.mark.parametrize("name", [n for n in CHATS if "prompt" not in n])
 def test_a_prompt_is_what_stands_before_the_learnt_answer(name, template, kind, tokenizer):
     conversation, t = turns(CHATS[name][0]), tokenizer if kind == "bytes" else sentencepiece(kind)
@@ -239,6 +243,13 @@ def test_labels_of_plain_are_all_behind_the_image_as_llavas(spm):
                                             ("vicuna", SYS + " USER:   Why?\n ASSISTANT: No.</s>")])
 def test_a_turn_without_image_keeps_its_white_space_as_llavas(template, text, tokenizer):
     assert d.encode_chat(turns(["  Why?\n", "No."]), tokenizer, template, 1)[0] == tokenizer.encode(text).ids
+
+
+def test_openchat_wants_a_tokenizer_with_its_end_mark(tokenizer):
+    ids, _ = d.encode_chat(turns(["Why?", "No."]), tokenizer, "openchat", 1)
+    assert ids[-1] == tokenizer.token_to_id("<|end_of_turn|>")
+    with pytest.raises(ValueError, match="end_of_turn.*--template vicuna"):
+        d.encode_chat(turns(["Why?", "No."]), d.train_tokenizer(words(), 400), "openchat", 1)
 
 
 def test_audio_slots_are_expanded_and_masked(tokenizer):

@@ -185,7 +185,7 @@ def test_published_layout_loads_runs_and_comes_back(tmp_path):
     c = model.config
     assert c.text.n_experts == [4, 0, 4, 0] and c.text.top_k == 2 and not any(c.vision.n_experts) and not c.connector.n_experts
     assert (c.text.capacity_factor, c.text.eval_capacity_factor, c.text.min_capacity, c.text.aux) == (1.5, 2.0, 0, "sum")
-    assert (c.balance_coef, c.z_coef, c.text.sliding_window, c.vision.n_heads) == (0.01, 0, 4096, 3)
+    assert (c.balance_coef, c.z_coef, c.text.sliding_window, c.vision.n_heads, c.template) == (0.01, 0, 4096, 3, "openchat")
 
     # the MoE layer's answer, from the file's tensors by their names and the gate above
     x, at = torch.randn(50, D), "model.layers.2.mlp.deepspeed_moe."
