@@ -99,16 +99,16 @@ TINY = {      # the same stages for a model four thousand times smaller, which w
     "0a": dict(lr=1e-3, batch_size=64, steps=3000),
     "0b": dict(lr=2e-3, batch_size=64, steps=4500),
     "0c": dict(lr=1e-3, batch_size=64, steps=1000),
-    "0d": dict(lr=1e-3, batch_size=64, steps=500),
+    "0d": dict(lr=1e-3, batch_size=64, steps=1000),
     1: dict(lr=2e-3, batch_size=64, steps=100, max_length=256),
     2: dict(lr=5e-4, batch_size=64, steps=120, max_length=256),
     3: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
 }
 OVERRIDES = {("cumo", "tiny"): TINY, ("cumo", "cumo-mixtral-8x7b"): MIXTRAL,
              ("moe-llava", "tiny"): {1: TINY[1], 2: TINY[3], 3: dict(lr=3e-4, batch_size=64, steps=200, max_length=256)},
-             ("uni-moe", "uni-moe-tiny"): {1: dict(lr=2e-3, batch_size=64, steps=200, max_length=320),
-                                           2: dict(lr=2e-3, batch_size=64, steps=200, max_length=320),
-                                           3: dict(lr=1e-3, batch_size=64, steps=300, max_length=320)}}
+             ("uni-moe", "uni-moe-tiny"): {1: dict(lr=2e-3, batch_size=64, steps=200, max_length=352),
+                                           2: dict(lr=2e-3, batch_size=64, steps=200, max_length=352),
+                                           3: dict(lr=1e-3, batch_size=64, steps=300, max_length=352)}}
 PARTS = ("vision", "connector", "audio", "resampler", "text", "text.ffn", "text.moe", "text.router")
 
 
