@@ -15,6 +15,7 @@ text mark the place of the next one.
 import functools
 import json
 import math
+import mmap
 import os
 import random
 import re
@@ -116,14 +117,18 @@ def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
     before it is read) longer than max_seconds."""
     remedy = f"`ffmpeg -i FILE -ac 1 -ar {RATE} -c:a pcm_s16le OUT.wav` makes a good one of most files"
     try:
-        with wave.open(os.fspath(path), "rb") as f:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:     # changes stay in memory
+            at = memory.find(b"fmt ", 0, 4096) + 8
+            if memory[at:at + 2] == b"\xfe\xff" and memory[at + 24:at + 26] == b"\1\0":
+                memory[at:at + 2] = b"\1\0"      # "extensible" PCM, ffmpeg's 24 bits: the same samples; `wave` knows it from Python 3.12 on
+            f = wave.open(memory)
             channels, width, rate, n = f.getnchannels(), f.getsampwidth(), f.getframerate(), f.getnframes()
             if n == 0 or width > 4 or not RATES[0] <= rate <= RATES[1]:
                 raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
             data = f.readframes(n) if n / rate <= max_seconds else None
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check the path, and --images") from None
-    except (OSError, EOFError, wave.Error) as e:
+    except (OSError, EOFError, ValueError, wave.Error) as e:                       # (an empty file cannot be mapped: ValueError)
         raise ValueError(f"{path}: cannot be read as PCM WAV: {str(e) or 'it ends too early'}; {remedy}") from None
     if data is None:
         raise ValueError(f"{path}: {n / rate:,.0f} s of sound, over the limit of {max_seconds:,.0f} s; cut it into parts")
@@ -681,7 +686,8 @@ def video_files(videos, folder: str, where: str) -> list[list[str]]:
     out = []
     for video in videos:
         if isinstance(video, str):
-            names = sorted(os.listdir(join(video))) if os.path.isdir(join(video)) else []
+            names = os.listdir(join(video)) if os.path.isdir(join(video)) else []
+            names.sort(key=lambda name: [(text, int(n or 0)) for text, n in re.findall(r"(\D*)(\d*)", name)])      # f10 after f9
             if not (names := [name for name in names if name.lower().endswith(FRAMES)]):
                 raise ValueError(f"{where}: {join(video)}: no folder of frames; `ffmpeg -i FILE -r 1 FOLDER/%04d.png` fills one")
             video = [os.path.join(video, name) for name in names]

@@ -54,7 +54,7 @@ def sense(model: CuMo, samples: list[dict]) -> tuple[list[tuple], dict]:
     what the model sees and hears, in order: {"images", "audio", "frames"}, each only if there is any, on the model's device."""
     c, device = model.config, model.text.embed.weight.device
     size, seconds = c.vision.image_size if c.vision else 1, c.audio.n_frames / 100 if c.n_audio_tokens else 0.
-    turns, images, audio, frames, slots = zip(*(d.load_senses(s, size, c.n_audio_tokens, seconds) for s in samples))
+    turns, images, audio, frames, slots = zip(*(d.load_senses(s, size, c.n_audio_tokens, seconds, average=not c.frames_apart) for s in samples))
     pictures, senses = [image for group in images for image in group], {}
     if pictures:
         senses["images"] = load_images(model, pictures)

@@ -117,6 +117,7 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     audio: AudioConfig | None = None                                           # None: the model hears nothing
     template: str = "mistral"       # chat template, see data.py
+    frames_apart: bool = False      # a video's frames as so many images; else as one, with their mean features (Uni-MoE)
     balance_coef: float = 0.1       # CuMo, section 4.1
     z_coef: float = 0.01
 

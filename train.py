@@ -987,6 +987,7 @@ def run_stage(args: Args, stage: int, source: str, device):
     template = s["template"] or c.template
     if args.template and args.template != "plain":
         c.template = args.template                                                 # the model is asked in the layout that it learnt
+    c.frames_apart |= args.frames_apart
     if args.data:
         data = d.LlavaJson(args.data, args.images)
         lengths, s["steps"] = data.lengths(c.n_image_tokens, c.n_audio_tokens), s.get("steps") if args.steps else max(1, args.epochs * len(data) // s["batch_size"])
@@ -996,7 +997,7 @@ def run_stage(args: Args, stage: int, source: str, device):
         data = d.Drawn(s["kind"], s["steps"] * s["batch_size"], args.seed + int(str(stage)[0]))
         lengths = [(1, 0, 2)[i % 3] for i in range(len(data))] if s["kind"] == "mixed chat" else None    # a sound's questions are short
     encoded = d.Encoded(data, tokenizer, template, c.vision.image_size, c.n_image_tokens, s["max_length"], args.strict, c.n_audio_tokens,
-                        c.audio.n_frames / 100 if c.audio else 0., average=not args.frames_apart)
+                        c.audio.n_frames / 100 if c.audio else 0., average=not c.frames_apart)
     counts = count_parameters(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:

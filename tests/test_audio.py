@@ -1,6 +1,7 @@
 """data.py's ears: WAV files, resampling, Whisper's features, sounds and videos in samples, and the drawn sounds."""
 import hashlib
 import json
+import os
 import random
 import re
 import struct
@@ -56,7 +57,26 @@ def test_pcm_of_every_width_reads_as_written(width, channels, tmp_path):
     assert np.abs(got - both.mean(1)).max() <= 1e-7
 
 
-BAD_WAVS = {"missing": (None, "no such file; check the path"), "empty": (b"", "ends too early.*ffmpeg"),
+def extensible(content, subformat=1):
+    """The same WAV with the longer header that ffmpeg writes for 24 bits: the format stands in the first bytes of a GUID."""
+    guid = struct.pack("<H", subformat) + b"\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
+    form = struct.pack("<IH", 40, 0xFFFE) + content[22:36] + struct.pack("<H", 22) + content[34:36] + bytes(4) + guid
+    return b"RIFF" + struct.pack("<I", len(content) + 16) + content[8:16] + form + content[36:]
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_extensible_pcm_reads_like_plain_pcm_and_other_kinds_are_refused(width, tmp_path):
+    file, wave = tmp_path / "x.wav", sine(440, 0.01)
+    content = open(write_wav(file, wave, 16_000, width), "rb").read()
+    plain, _ = d.read_wav(file)
+    file.write_bytes(extensible(content))
+    assert np.array_equal(d.read_wav(file)[0], plain) and file.read_bytes() == extensible(content)
+    file.write_bytes(extensible(content, 3))
+    with pytest.raises(ValueError, match="x.wav: .*ffmpeg"):
+        d.read_wav(file)
+
+
+BAD_WAVS = {"missing": (None, "no such file; check the path"), "empty": (b"", "empty.*ffmpeg"),
             "text": (b"no sound" * 50, "ffmpeg"), "mp3": (b"ID3\4" + bytes(300), "ffmpeg"),
             "truncated": (header(2, data=bytes(16_000)), "truncated, 8000 of 32000 samples.*again"),
             "header alone": (header(2), "truncated, 0 of 32000"), "half a header": (header(2)[:30], "ends too early"),
@@ -315,6 +335,12 @@ def test_collate_joins_sounds_and_frames_in_order(tokenizer):
     silent = d.collate([rows[2]])
     assert silent["audio"].shape == (1, 80, 100) and not silent["audio"].any() and "frames" not in silent
     assert not {"audio", "frames"} & set(d.collate([encoded(samples, tokenizer, n_audio_tokens=0)[2]]))
+
+
+def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ("f10.png", "f9.png", "f1.png", "a2.jpg", "notes.txt", "f010b.png"):
+        (tmp_path / name).touch()
+    assert [os.path.basename(f) for f in d.video_files(str(tmp_path), "", "x")[0]] == ["a2.jpg", "f1.png", "f9.png", "f10.png", "f010b.png"]
 
 
 def test_json_brings_sounds_and_videos(tmp_path):

@@ -5,11 +5,13 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import generate
 import kernels
 import upcycle as U
 from model import AUDIO, IGNORE, IMAGE, PAD, Config, CuMo, add_lora, count_parameters, flops, merge_state, sinusoids
@@ -176,6 +178,14 @@ def test_slots_that_do_not_match(hearing, tiny_model):
         model(tokens_of(["A", 3]), audio=mel[:1, :, :10])
     with pytest.raises(ValueError, match="hears nothing"):
         tiny_model()(tokens_of([3]), audio_embeds=torch.zeros(1, 3, 16))
+
+
+def test_a_model_that_learnt_frames_apart_is_asked_so(hearing):
+    frames = [Image.new("RGB", (16, 16), (40 * i, 0, 0)) for i in range(5)]
+    asked = [{"images": [], "video": [frames], "conversations": [{"from": "human", "value": "<video>\nWhat?"}]}]
+    for apart, groups in ((False, [5]), (True, [1] * 5)):
+        texts, given = generate.sense(hearing(frames_apart=apart), asked)
+        assert texts[0][0][0]["value"].count("<image>") == len(groups) and given["frames"].tolist() == groups
 
 
 def test_video_is_the_mean_of_its_frames(hearing):
