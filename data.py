@@ -673,7 +673,8 @@ class LlavaJson:
             paths[key] = [os.path.join(self.image_dir, p) for p in files]
         video = sample.get("video") or []
         return {"id": f"{where} (id {sample.get('id', '-')})", "images": paths["image"], "audio": paths["audio"],
-                "video": video_files(video if isinstance(video, (str, list)) else [video], self.image_dir, where), "conversations": sample["conversations"]}
+                "video": video_files(video if isinstance(video, (str, list)) else [video], self.image_dir, where),
+                "conversations": sample["conversations"]}
 
 
 def video_files(videos, folder: str, where: str) -> list[list[str]]:

@@ -65,12 +65,14 @@ from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, MoE, TextConfig, ad
 from upcycle import (add_audio, assemble, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
                      write_json)
 
-DRAWN = "tiny", "uni-moe-tiny"                                                           # presets of the drawn world; their backbones are shipped
-BACKBONES, HEARING = (os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", f"{preset}-backbones.safetensors") for preset in DRAWN)
+DRAWN = "tiny", "uni-moe-tiny"                                                           # presets of the drawn world; backbones are shipped
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
+BACKBONES, HEARING = (os.path.join(ASSETS, f"{preset}-backbones.safetensors") for preset in DRAWN)
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)                         # gathered, on rank 0
 # A checkpoint holds what trains (of a run with LoRA, the adapters); the rest is in the folder that the stage started from
-TRAINED, SHARDS = (StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=True, strict=False) for full in (True, False))
+TRAINED, SHARDS = (StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=True, strict=False)
+                   for full in (True, False))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The recipe and the flags. A stage says what trains, on what, and how; flags override it
@@ -93,6 +95,8 @@ UNI_MOE = {      # the connectors, then one set of FFNs a sense, apart, then the
             max_length=2048),
 }
 SENSES = {"2 image": "chat", "2 sound": "sound chat", "2 both": "both chat"}       # stage 2 of the drawn default: its experts' questions
+FILES = {"0a": "tower.safetensors", "0b": "backbones.safetensors", "0c": "ear.safetensors", "0d": "backbones.safetensors",
+         1: "stage1", 2: "stage2", **{stage: stage.replace("2 ", "stage2-") for stage in SENSES}, 3: ""}      # what a stage leaves in --out
 RECIPES = {"cumo": RECIPE, "moe-llava": MOE_LLAVA, "uni-moe": UNI_MOE}
 MIXTRAL = {3: dict(lr=2e-6)}      # where the released script of CuMo-Mixtral differs
 TINY = {      # the same stages for a model four thousand times smaller, which wants larger steps
@@ -242,23 +246,27 @@ def parse(argv=None) -> Args:
     return args
 
 
+def number(stage) -> int:
+    """Of 1 1, of "0a" 0, of "2 sound" 2."""
+    return int(str(stage)[0])
+
+
 def settings(args: Args, stage, world: int | None = None) -> dict:
     """A stage's numbers: the recipe's, the preset's over them, the flags over both."""
-    number = int(str(stage)[0])                                                    # of "0a" 0, of "2 sound" 2
-    s = dict(TINY[stage]) if number == 0 else {**RECIPES[args.recipe][number],
-                                               **OVERRIDES.get((args.recipe, args.preset), {}).get(number, {})}
+    n = number(stage)
+    s = {**RECIPES[args.recipe][n], **OVERRIDES.get((args.recipe, args.preset), {}).get(n, {})} if n else dict(TINY[stage])
     if stage in SENSES:
         s["kind"] = SENSES[stage]
     for name in ("steps", "batch_size", "max_length", "lr", "template"):
         if getattr(args, name) is not None:
             s[name] = getattr(args, name)
-    s["experts"] = number >= (3 if args.recipe == "uni-moe" else args.upcycle_at) and not args.dense
+    s["experts"] = n >= (3 if args.recipe == "uni-moe" else args.upcycle_at) and not args.dense
     s["aux"] = s.get("aux", True) or s["experts"]
     if args.trains and (s["experts"] or args.stage is not None):                   # of all stages, those with experts
         s["trains"] = tuple(part for part in args.trains.split(",") if part != "none")
     rank, alpha, where = s.pop("lora", (0, 16, "all"))
     rank = args.lora_rank if args.lora_rank is not None and (rank or s["experts"] or args.stage is not None) else rank
-    if rank and number:
+    if rank and n:
         s["lora"] = [rank, args.lora_alpha or alpha, where]
     share = s["batch_size"] // (world or WORLD)                                               # samples per process and step
     s["micro_batch"] = min(args.micro_batch or (share if args.preset in DRAWN else 4), max(1, share))
@@ -335,7 +343,8 @@ def show_whole(model: nn.Module, optimizer, experts: dict, mesh):
 
     def weights(change, state):
         # (to cut, only what is whole: what a checkpoint leaves out, as it does not train, torch puts in as this rank has it)
-        state.update({name: change(state[name]) for name, p in experts.items() if name in state and (change is whole or state[name].shape != p.shape)})
+        state.update({name: change(state[name]) for name, p in experts.items()
+                      if name in state and (change is whole or state[name].shape != p.shape)})
 
     def moments(change, state):                                                    # its keys are numbers or names, in the order of params
         keys, params = ([p for group in g for p in group["params"]] for g in (state["param_groups"], optimizer.param_groups))
@@ -832,8 +841,7 @@ class Sounds(torch.utils.data.Dataset):
 
 def place(args: Args, stage) -> str:
     """The file or folder that a finished stage leaves."""
-    return os.path.join(args.out, {"0a": "tower.safetensors", "0b": "backbones.safetensors", "0c": "ear.safetensors", "0d": "backbones.safetensors", 1: "stage1", 2: "stage2",
-                                   3: "", **{stage: stage.replace("2 ", "stage2-") for stage in SENSES}}[stage])
+    return os.path.join(args.out, FILES[stage])
 
 
 def loader(dataset, s: dict, args: Args, collate, lengths=None):
@@ -990,11 +998,12 @@ def run_stage(args: Args, stage: int, source: str, device):
     c.frames_apart |= args.frames_apart
     if args.data:
         data = d.LlavaJson(args.data, args.images)
-        lengths, s["steps"] = data.lengths(c.n_image_tokens, c.n_audio_tokens), s.get("steps") if args.steps else max(1, args.epochs * len(data) // s["batch_size"])
+        lengths = data.lengths(c.n_image_tokens, c.n_audio_tokens)
+        s["steps"] = args.steps or max(1, args.epochs * len(data) // s["batch_size"])
     elif "steps" not in s:
         raise ValueError(f"{args.preset} on drawn scenes needs --steps; or give your own with --data")
     else:                                                                          # every drawn scene is seen once
-        data = d.Drawn(s["kind"], s["steps"] * s["batch_size"], args.seed + int(str(stage)[0]))
+        data = d.Drawn(s["kind"], s["steps"] * s["batch_size"], args.seed + number(stage))
         lengths = [(1, 0, 2)[i % 3] for i in range(len(data))] if s["kind"] == "mixed chat" else None    # a sound's questions are short
     encoded = d.Encoded(data, tokenizer, template, c.vision.image_size, c.n_image_tokens, s["max_length"], args.strict, c.n_audio_tokens,
                         c.audio.n_frames / 100 if c.audio else 0., average=not c.frames_apart)
@@ -1002,7 +1011,8 @@ def run_stage(args: Args, stage: int, source: str, device):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
         raise ValueError(f"stage {stage}: --trains {args.trains}: nothing to train here; text.moe needs experts, see --upcycle-at")
-    say(f"stage {stage}: {s['steps']} steps of {s['batch_size']} from {source}; training {', '.join([*s['trains'], *['adapters'] * bool(s.get('lora'))])} ({trained / 1e6:.2f}M of "
+    say(f"stage {stage}: {s['steps']} steps of {s['batch_size']} from {source}; training "
+        f"{', '.join([*s['trains'], *['adapters'] * bool(s.get('lora'))])} ({trained / 1e6:.2f}M of "
         f"{sum(t for t, _ in counts.values()) / 1e6:.2f}M parameters, {sum(a for _, a in counts.values()) / 1e6:.2f}M activated)")
 
     def done(state):
@@ -1012,8 +1022,8 @@ def run_stage(args: Args, stage: int, source: str, device):
         if not args.data:                                                          # what is measured is what lies on the disk
             n, scores, asked = args.eval_questions if stage == 3 else max(1, args.eval_questions // 4), {}, []
             trained = load(place(args, stage), device)
-            worlds = {1: ("image", "sound"), 3: ("image", "sound", "both")}.get(stage, (str(stage)[2:],)) if args.recipe == "uni-moe" else ("image",)
-            for world in worlds:
+            hears = {1: ("image", "sound"), 3: ("image", "sound", "both")}
+            for world in hears.get(stage, (str(stage)[2:],)) if args.recipe == "uni-moe" else ("image",):
                 scores |= (points := generate.evaluate(*trained, n, world=world, asked=asked))
                 about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}[world]
                 generate.print_table(points, f"after stage {stage}: {n} questions about held-out {about}, exact match")
@@ -1135,9 +1145,10 @@ def memory(args: Args, stage, gpus: int, fsdp: bool, checkpointing: bool) -> dic
     size = lambda params: sum(p.numel() / (args.expert_parallel if p in dealt else 1) for p in params)
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = [size(b.parameters()) for m in model.modules() if type(m) is nn.ModuleList for b in m]
-    several, grads = s["batch_size"] > s["micro_batch"] * gpus, 4 * size(trained) / cut     # micro-batches: gradients are there from the first on
-    kept, top = rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), tuple(s.get("lora", ())), s["micro_batch"], s["max_length"], checkpointing,
-                         several or fsdp, torch.bfloat16 if bf16 else torch.float32)
+    several = s["batch_size"] > s["micro_batch"] * gpus                            # micro-batches: gradients are there from the first on
+    grads = 4 * size(trained) / cut
+    kept, top = rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), tuple(s.get("lora", ())), s["micro_batch"], s["max_length"],
+                         checkpointing, several or fsdp, torch.bfloat16 if bf16 else torch.float32)
     fixed = {"weights": 4 * size(model.parameters()) / cut, "optimizer": 8 * size(trained) / cut}
     if fsdp:         # what is in no block stays gathered, of the blocks this one and the next; one block's gradients are on their way
         fixed["gathered"] = short * (size(model.parameters()) - sum(blocks) + 2 * max(blocks)) + (short + 4) * max(blocks)
@@ -1309,21 +1320,22 @@ def main(argv=None):
         if stages.index(first) > i:
             say(f"stage {stage}: done before")
             continue
-        if str(stage)[0] == "0":
+        if number(stage) == 0:
             pretrain(args, stage, device)
         else:
             if args.preset not in DRAWN and stage == 1 and not (args.init or args.vision):
                 raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision CLIP_DIR and --llm LLM_DIR, or --init")
             shipped = HEARING if args.recipe == "uni-moe" else BACKBONES
-            before = shipped if stage == 1 and i == 0 else place(args, stages[i - 1] if i else int(str(stage)[0]) - 1)
+            before = shipped if stage == 1 and i == 0 else place(args, stages[i - 1] if i else number(stage) - 1)
             if args.recipe == "uni-moe" and stage != 1:                            # each from stage 1's; dense, the last goes on with all three
                 before = expert_folders(args)[-1 if args.dense else 0] if stage == 3 else place(args, 1)
             run_stage(args, stage, args.init if args.init and i == 0 else before, device)
     if RANK == 0:
         draw_curves(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "loss.png"))
         last = os.path.normpath(place(args, stages[-1]))
-        say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures." + (
-            "" if stages[-1] in ("0b", "0d") else f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""))
+        hint = f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""
+        say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures."
+            + hint * (stages[-1] not in ("0b", "0d")))
     if WORLD > 1:
         dist.destroy_process_group()
 

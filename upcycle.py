@@ -474,9 +474,9 @@ LAYOUTS = ("own", "cumo", "moe-llava", "hf-llm", "hf-clip")
 def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: dict | None = None, layout: str = "own"):
     """Write a model folder. `state` replaces model.state_dict() where the weights are gathered elsewhere (FSDP).
 
-    layout: "own"; "cumo" and "moe-llava", the published ones, which the released codes load; "hf-llm" and "hf-clip", the decoder or the (dense) tower alone
-    as transformers writes them. CLIP's post_layernorm, which nothing here uses, is not written: transformers will say that it made a new
-    one. Raises ValueError where a layout cannot hold this model."""
+    layout: "own"; "cumo" and "moe-llava", the published ones, which the released codes load; "hf-llm" and "hf-clip", the decoder or the
+    (dense) tower alone as transformers writes them. CLIP's post_layernorm, which nothing here uses, is not written: transformers will say
+    that it made a new one. Raises ValueError where a layout cannot hold this model."""
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     state = {k: v.detach().contiguous() for k, v in merge_state(model.state_dict() if state is None else state, model).items()}
@@ -518,7 +518,8 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
             raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; this one has QKV bias")
         described |= {"architectures": [f"Llava{kind}ForCausalLM"], "model_type": f"llava_{kind.lower()}",
                       "mm_vision_tower": CLIP_L if clip_config_json(v) == clip_config_json(VisionConfig()) else "",
-                      "mm_hidden_size": v.dim, "mm_vision_select_layer": v.select_layer, "mm_vision_select_feature": "patch", "mm_projector_type": "smoe_mlp" if c.n_experts else "mlp2x_gelu",
+                      "mm_hidden_size": v.dim, "mm_vision_select_layer": v.select_layer, "mm_vision_select_feature": "patch",
+                      "mm_projector_type": "smoe_mlp" if c.n_experts else "mlp2x_gelu",
                       "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad",
                       "scales": v.scales, "num_experts": max(counts, default=4), "num_selected": v.top_k if any(v.n_experts) else c.top_k,
                       "num_layers": 3, "dropout": False, "clip_smoe": any(v.n_experts), "mlp_smoe": c.n_experts > 0, "training": False,
@@ -552,8 +553,9 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
 def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: list | None = None, later: list | None = None):
     """A model folder, or a model's name on the Hugging Face hub -> (model in eval mode, tokenizer or None).
 
-    Understands our own layout, the published CuMo checkpoints, LLaVA-1.5, and Hugging Face's LLaMA, Mistral, Mixtral and Qwen2 decoders (a CuMo
-    without senses: model(tokens) works), CLIP (a VisionTransformer) and Whisper's encoder (an AudioTransformer). config.json says which it is, never the folder's name.
+    Understands our own layout, the published CuMo checkpoints, LLaVA-1.5, and Hugging Face's LLaMA, Mistral, Mixtral and Qwen2 decoders
+    (a CuMo without senses: model(tokens) works), CLIP (a VisionTransformer) and Whisper's encoder (an AudioTransformer). config.json says
+    which it is, never the folder's name.
     Weights stream tensor by tensor into their final place, in the dtype they are stored in unless one is given, so memory peaks little
     above the model's size. `listing` collects (their name, our name, shape, dtype) of each tensor. `later`: the model stays on meta, and
     the stream of its weights is appended to this list, for `put`: who shards the model first never holds the whole. Raises ValueError
