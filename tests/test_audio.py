@@ -244,7 +244,7 @@ def test_every_chunk_of_a_long_sound_fills_its_own_slots(tokenizer):
 
 def test_encode_chat_takes_one_number_for_each_audio_mark(tokenizer):
     chat = turns("<audio>\nWhat?", "Yes.", "And <audio>?", "No.")
-    for template in d.TEMPLATES:
+    for template in ("plain", "tiny", "mistral", "vicuna"):
         a, b = (d.encode_chat(chat, tokenizer, template, 4, n) for n in ([2, 2], 2))
         assert a == b and a[0].count(d.AUDIO) == 4
         ids = d.encode_chat(chat, tokenizer, template, 4, [5, 1])[0]

@@ -202,7 +202,7 @@ def test_labels_are_the_answers_also_where_llava_drops_the_sample(template, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", d.TEMPLATES)
+@pytest.mark.parametrize("template", ["plain", "tiny", "mistral", "vicuna"])
 def test_a_prompt_is_llavas_and_what_precedes_the_answer_in_training(template, kind):
     tokenizer = tokenizer_of(kind)
     for texts in ordinary(template):
