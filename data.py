@@ -57,18 +57,19 @@ def load_image(image, size: int) -> torch.Tensor:
         raise ValueError(f"{name}: no such file; check the path, and --images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{name}: cannot be read as an image: {e}") from None
-    seen, where = resize_padded(image, size)
+    seen, tall, first, last = resize_padded(image, size)
     x = np.empty((3, size, size), np.float32)
     for out, band, (scale, shift), mean in zip(x, seen.split(), NORMALISE, MEAN_COLOR):       # plane by plane, in two passes over the pixels
-        if seen.size != (size, size):
-            out.fill(np.float32(mean) * np.float32(scale) + np.float32(shift))
-        np.multiply(np.asarray(band), scale, out=out[where], dtype=np.float32, casting="unsafe")
-        out[where] += shift
+        out, band = (out.T, np.asarray(band).T) if tall else (out, np.asarray(band))
+        out[:first] = out[last:] = np.float32(mean) * np.float32(scale) + np.float32(shift)
+        np.multiply(band, scale, out=out[first:last], dtype=np.float32, casting="unsafe")
+        out[first:last] += shift
     return torch.from_numpy(x)
 
 
-def resize_padded(image: Image.Image, size: int) -> tuple[Image.Image, tuple[slice, slice]]:
-    """Of pad_to_square(image).resize((size, size)) the part that is not mere padding, bit for bit, and its (rows, columns).
+def resize_padded(image: Image.Image, size: int) -> tuple[Image.Image, bool, int, int]:
+    """Of pad_to_square(image).resize((size, size)) the part that is not mere padding, bit for bit, and (tall, first, last): it is
+    the square's columns (tall) or rows first to last.
 
     Pillow resizes along rows first, then along columns, each output pixel from the input within `reach` of its centre. So of the padded
     axis only the output from `first` to `last` sees the image; it is resized alone, from just as much padding as it sees. Its ends are
@@ -89,7 +90,7 @@ def resize_padded(image: Image.Image, size: int) -> tuple[Image.Image, tuple[sli
     canvas = Image.new("RGB", shape(stop - start, image.height if tall else size), MEAN_COLOR)
     canvas.paste(image, shape(at - start, 0))
     seen = canvas.resize(shape(last - first, size), Image.Resampling.BICUBIC, box=part(low - start, high - start, side if tall else size))
-    return seen, (slice(None), slice(first, last)) if tall else (slice(first, last), slice(None))
+    return seen, tall, first, last
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:
