@@ -59,7 +59,7 @@ def load_image(image, size: int) -> torch.Tensor:
         raise ValueError(f"{name}: cannot be read as an image: {e}") from None
     seen, tall, first, last = resize_padded(image, size)
     x = np.empty((3, size, size), np.float32)
-    for out, band, (scale, shift), mean in zip(x, seen.split(), NORMALISE, MEAN_COLOR):       # plane by plane, in two passes over the pixels
+    for out, band, (scale, shift), mean in zip(x, seen.split(), NORMALISE, MEAN_COLOR):       # plane by plane, two passes over each
         out, band = (out.T, np.asarray(band).T) if tall else (out, np.asarray(band))
         out[:first] = out[last:] = np.float32(mean) * np.float32(scale) + np.float32(shift)
         np.multiply(band, scale, out=out[first:last], dtype=np.float32, casting="unsafe")
@@ -369,7 +369,7 @@ def draw_scene(scene: dict) -> Image.Image:
 
 
 STAR = [(np.sin(i * np.pi / 5) * (1.12, 0.45)[i % 2], -np.cos(i * np.pi / 5) * (1.12, 0.45)[i % 2]) for i in range(10)]
-FONT = ImageFont.load_default_imagefont()                                          # 6 x 11 pixels a letter, inside Pillow: the same everywhere
+FONT = ImageFont.load_default_imagefont()                                       # 6 x 11 pixels a letter, inside Pillow: the same everywhere
 
 
 def phrases(scene: dict) -> dict:
@@ -574,7 +574,8 @@ def ask_both(scene: dict, sound: dict, kind: str, rng: random.Random):
             return f"Are there as many beeps as {plural(word)}?", f"{NUMBERS[n]} and {NUMBERS[counts[word]]}: {'yes' if yes else 'no'}"
         case "more" if n:
             m = len(objects)
-            return "Are there more beeps or more shapes?", f"{NUMBERS[n]} and {NUMBERS[m]}: {'equal' if n == m else 'beeps' if n > m else 'shapes'}"
+            more = "equal" if n == m else "beeps" if n > m else "shapes"
+            return "Are there more beeps or more shapes?", f"{NUMBERS[n]} and {NUMBERS[m]}: {more}"
         case "if rises" if sound["way"] and len({o[2] for o in objects}) > 1:
             a = rng.choice(objects)
             a, b = rng.sample((a, rng.choice([o for o in objects if o[2] != a[2]])), 2)
@@ -583,7 +584,8 @@ def ask_both(scene: dict, sound: dict, kind: str, rng: random.Random):
             return question, f"{sound['way']}, {PLACES[o[0]]}: {o[2]}"
         case "together" if n and (few := [word for word, c in counts.items() if n + c <= 5]):
             word = rng.choice(few)
-            return f"How many beeps and {plural(word)} are there together?", f"{NUMBERS[n]} and {NUMBERS[counts[word]]}: {NUMBERS[n + counts[word]]}"
+            m = counts[word]
+            return f"How many beeps and {plural(word)} are there together?", f"{NUMBERS[n]} and {NUMBERS[m]}: {NUMBERS[n + m]}"
     return None
 
 

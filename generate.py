@@ -54,7 +54,8 @@ def sense(model: CuMo, samples: list[dict]) -> tuple[list[tuple], dict]:
     what the model sees and hears, in order: {"images", "audio", "frames"}, each only if there is any, on the model's device."""
     c, device = model.config, model.text.embed.weight.device
     size, seconds = c.vision.image_size if c.vision else 1, c.audio.n_frames / 100 if c.n_audio_tokens else 0.
-    turns, images, audio, frames, slots = zip(*(d.load_senses(s, size, c.n_audio_tokens, seconds, average=not c.frames_apart) for s in samples))
+    turns, images, audio, frames, slots = zip(*(
+        d.load_senses(s, size, c.n_audio_tokens, seconds, average=not c.frames_apart) for s in samples))
     pictures, senses = [image for group in images for image in group], {}
     if pictures:
         senses["images"] = load_images(model, pictures)
@@ -465,7 +466,8 @@ def write_drawn(folder: str, n: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Pictures of the routing
 
-EXPERT_COLORS = ((230, 80, 60), (60, 140, 230), (250, 190, 40), (80, 180, 90), (150, 90, 200), (60, 200, 200), (240, 120, 180), (150, 150, 150))
+EXPERT_COLORS = ((230, 80, 60), (60, 140, 230), (250, 190, 40), (80, 180, 90),
+                 (150, 90, 200), (60, 200, 200), (240, 120, 180), (150, 150, 150))
 
 
 @torch.no_grad()
@@ -707,7 +709,8 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
                  alone: bool = False) -> list[str]:
     """The pictures of samples and the replies to them -> the files written. Experts in the vision part: `png`, with the images `shown`
     (default: the first three) and the load over all; in the decoder: `png`, or NAME-text.png beside the other. With a process group,
-    unless `alone`, samples are a process's share: the decoder's counts are added up, and process 0 draws (the vision part from all images)."""
+    unless `alone`, samples are a process's share: the decoder's counts are added up, and process 0 draws (the vision part from all
+    images)."""
     files, images = [], [image for s in samples for image in [*s["images"], *sum(s.get("video") or [], [])]]
     stats = DecoderRouting(model.config.text)
     for i in tqdm(range(0, len(samples), batch), desc="counting", leave=False, disable=RANK > 0) if stats.layers else ():

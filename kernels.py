@@ -368,7 +368,8 @@ def _problem(b, n, d, f, d_out, e, gated, bias, device, dtype, seed=0):
 
 def check(device: str) -> float:
     """Each backend's output and gradients against `loop` in float64: the largest relative error, asserted and printed."""
-    print(f"{'backend':10} {'dtype':10} {'error':>10}   largest |difference| / |reference| of output and all gradients, against loop in float64")
+    print(f"{'backend':10} {'dtype':10} {'error':>10}   largest |difference| / |reference| of output and all gradients, "
+          "against loop in float64")
     for backend, dtype, limit in (("loop", torch.float32, 1e-5), ("sorted", torch.float64, 1e-12), ("sorted", torch.float32, 1e-5),
                                   ("grouped", torch.bfloat16, 3e-2)):
         worst = 0.0

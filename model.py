@@ -276,9 +276,9 @@ class MoE(nn.Module):
 
         With a capacity factor the answer depends on the company that a token is in: the batch competes for slots, also in
         generation, where a prompt is routed whole and every later step routes one token a row."""
-        logits, t, noise = F.linear(x.to(self.router.dtype), self.router), self.text, None     # (..., N, E); MoE-LLaVA's router may be float32
+        logits, t, noise = F.linear(x.to(self.router.dtype), self.router), self.text, None     # (..., N, E); a router may be float32
         factor = None if t is None else t.capacity_factor if self.training else t.eval_capacity_factor
-        if t is not None and t.noisy and self.training:                            # DeepSpeed also draws in evaluation; here answers stay the same
+        if t is not None and t.noisy and self.training:                            # DeepSpeed draws in evaluation too; here answers repeat
             noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
         r = route(logits, self.top_k, mask, factor, t.min_capacity if t else 0, noise)
         return moe_ffn(x, r, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act, self.backend, self.group), r
@@ -356,7 +356,8 @@ class VisionTransformer(nn.Module):
         crops' feature maps side by side, and averages them back onto the base grid. Scales are concatenated channel-wise."""
         side, features = self.config.image_size // self.config.patch_size, []
         if images.shape[1:] != (3, self.config.image_size, self.config.image_size):
-            raise ValueError(f"images are {tuple(images.shape)}, the tower reads (n, 3, {self.config.image_size}, {self.config.image_size})")
+            size = self.config.image_size
+            raise ValueError(f"images are {tuple(images.shape)}, the tower reads (n, 3, {size}, {size})")
         images = images.to(self.patch.weight.dtype)
         for s in self.config.scales:
             if s == 1:

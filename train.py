@@ -5,7 +5,7 @@
     python train.py --stage 3 --init DIR --data FILE.json --images DIR      one stage on LLaVA's data format
     torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 --vision CLIP_DIR --llm MISTRAL_DIR --data ... --images ...
                                                         real models; stages 2 and 3 start from what the one before left
-    python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan       what it would cost; --bench: how fast it is
+    python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan    what it would cost; --bench: how fast it is
 
     stage 0   for who has no backbones: the tower learns from captions (contrastively), the decoder from text
     stage 1   pre-training: the connector alone learns to make image patches read like words
@@ -86,7 +86,7 @@ RECIPE = {    # the paper's numbers (section 4.1 and the released scripts), for 
     3: dict(trains=EVERYTHING, kind="chat", template=None, lr=4e-6, batch_size=256, max_length=4096),
 }
 MOE_LLAVA = {    # the connector, then dense LLaVA on instructions, then "MoE-tuning" of the decoder's FFNs (section 3.3 there; the released
-    1: dict(RECIPE[1]),                        # scripts tune all decoder layers' FFNs and the connector, the paper speaks of the MoE layers)
+    1: dict(RECIPE[1]),                        # scripts tune all decoder layers' FFNs and the connector, the paper the MoE layers)
     2: dict(trains=("connector", "text"), kind="chat", template=None, lr=2e-5, batch_size=128, max_length=2048),
     3: dict(trains=("connector", "text.ffn"), kind="chat", template=None, lr=2e-5, batch_size=128, max_length=2048),
 }
@@ -125,8 +125,8 @@ def arg(default, help):
 @dataclass
 class Args:
     preset: str = arg("tiny", "model sizes: " + ", ".join(PRESETS))
-    recipe: str | None = arg(None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: in the decoder, trained apart, for "
-                             "images and sounds; default: the preset's")
+    recipe: str | None = arg(None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: in the decoder, trained apart, "
+                             "for images and sounds; default: the preset's")
     stage: int | None = arg(None, "run this stage only (0 to 3); default: 1, 2 and 3")
     from_scratch: bool = arg(False, "begin with stage 0: make the tiny backbones again instead of taking the shipped ones")
     vision: str | None = arg(None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
@@ -146,11 +146,11 @@ class Args:
     experts: str | None = arg(None, "uni-moe's stage 3: model folders with commas; each one's FFNs become one expert. A single one is "
                               "copied. Default: the drawn stages' four")
     average: bool = arg(False, "uni-moe's stage 3: what is not FFN from the mean of --experts, not from the first")
-    lora_rank: int | None = arg(None, "train adapters of this rank on the decoder instead of the weights themselves, and merge them at the end; "
-                                "0: none; default: the stage's (uni-moe: 64, then 8)")
+    lora_rank: int | None = arg(None, "train adapters of this rank on the decoder instead of the weights themselves, and merge them at the "
+                                "end; 0: none; default: the stage's (uni-moe: 64, then 8)")
     lora_alpha: float | None = arg(None, "they count alpha / rank (default: 16)")
     frames_apart: bool = arg(False, "a video's frames as so many images, instead of one with their mean features")
-    capacity_factor: float | None = arg(1.5, "moe-llava: expert slots in training, over an even share of the choices; 0: nothing is dropped")
+    capacity_factor: float | None = arg(1.5, "moe-llava: expert slots in training, over an even share of the choices; 0: drop nothing")
     eval_capacity_factor: float | None = arg(2.0, "moe-llava: the same outside training")
     noisy_gate: bool = arg(False, "moe-llava: choose the second expert with Gumbel noise while training, as DeepSpeed does")
     balance_coef: float | None = arg(None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
@@ -211,7 +211,7 @@ def parse(argv=None) -> Args:
         numbers = [int(n) for n in args.n_experts.split(",")]
     except ValueError:
         raise ValueError(f"--n-experts {args.n_experts}: a number, or several with commas") from None
-    if args.stage is None and not args.dense and any(n % args.expert_parallel for n in numbers):     # stage 3's; others' are known when loaded
+    if args.stage is None and not args.dense and any(n % args.expert_parallel for n in numbers):     # others' are known when loaded
         raise ValueError(f"--n-experts {args.n_experts} is not a multiple of --expert-parallel {args.expert_parallel}")
     if args.matmul not in ("highest", "high", "medium"):
         raise ValueError(f"--matmul {args.matmul}: known are highest, high and medium")
@@ -527,9 +527,9 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
     start = 0
     counts = {"skipped": 0, "broken": 0, "truncated": 0, "samples": 0}
     identity = {"stage": stage, **{k: s.get(k) for k in ("steps", "batch_size", "lr", "max_length", "template", "lora")}, **{
-        k: getattr(args, k) for k in ("preset", "recipe", "trains", "upcycle_at", "moe_layers", "capacity_factor", "noisy_gate", "vision", "llm",
-                                      "audio", "init", "experts", "average", "seed", "data", "frames_apart", "dense", "n_experts", "top_k",
-                                      "balance_coef", "z_coef", "warmup", "weight_decay", "grad_clip", "matmul")}}     # what the numbers depend on
+        k: getattr(args, k) for k in ("preset", "recipe", "trains", "upcycle_at", "moe_layers", "capacity_factor", "noisy_gate", "vision",
+                                      "llm", "audio", "init", "experts", "average", "seed", "data", "frames_apart", "dense", "n_experts", "top_k",
+                                      "balance_coef", "z_coef", "warmup", "weight_decay", "grad_clip", "matmul")}}     # all that numbers depend on
     file, saved = newest_checkpoint(out) if args.resume else (None, None)
     if file and saved["identity"]["stage"] == stage:
         if other := [f"{k} {saved['identity'].get(k)} (now {v})" for k, v in identity.items() if saved["identity"].get(k) != v]:
@@ -751,7 +751,8 @@ class Regions(torch.utils.data.Dataset):
         labels = torch.tensor([[index[p] for p in ps] for ps in phrases])[:, self.cells]      # (B, N)
         end = [self.tokenizer.token_to_id("</s>")]
         return {"tokens": d.pad_rows([ids_of(p, self.tokenizer) + end for p in index], PAD),
-                "labels": F.pad(labels, (1, 0), value=IGNORE), "images": torch.stack([d.load_image(s["images"][0], self.size) for s in samples]),
+                "labels": F.pad(labels, (1, 0), value=IGNORE),
+                "images": torch.stack([d.load_image(s["images"][0], self.size) for s in samples]),
                 "captions": d.pad_rows([self.tokenizer.encode(" " + d.describe(s["scene"])).ids + end for s in samples], PAD),
                 "broken": [], "truncated": 0}
 
@@ -945,7 +946,8 @@ def make_experts(args: Args, model: CuMo, real_routers: bool = False):
     part = c.vision if args.recipe == "cumo" else c.text
     if any(part.n_experts):
         have = set(part.n_experts) - {0}, part.top_k
-        if (args.n_experts, args.top_k) != (Args.n_experts, Args.top_k) and have != ({int(n) for n in args.n_experts.split(",")}, args.top_k):
+        if (args.n_experts, args.top_k) != (Args.n_experts, Args.top_k) \
+                and have != ({int(n) for n in args.n_experts.split(",")}, args.top_k):
             raise ValueError(f"the model has experts already ({have[0]}, top-{have[1]}): --n-experts and --top-k cannot change them")
     elif args.recipe == "cumo":
         upcycle(model, vision=int(args.n_experts), connector=int(args.n_experts), **how)
@@ -960,7 +962,8 @@ def make_experts(args: Args, model: CuMo, real_routers: bool = False):
         args.n_experts = str(len(folders))
         counts = expert_counts(args, c.text.n_layers)
         if real_routers:
-            raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py --experts A,B,C,D --out DIR`, and --init DIR")
+            raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py --experts A,B,C,D --out DIR`, "
+                             "and --init DIR")
         upcycle(model, text=counts, **how, experts=folders, average=args.average)
         c.balance_coef, c.z_coef = 0.0, 0.0                                        # the paper has no auxiliary loss; --balance-coef has
     if args.recipe == "moe-llava":
@@ -1343,7 +1346,7 @@ def main(argv=None):
                 raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision CLIP_DIR and --llm LLM_DIR, or --init")
             shipped = HEARING if args.recipe == "uni-moe" else BACKBONES
             before = shipped if stage == 1 and i == 0 else place(args, stages[i - 1] if i else number(stage) - 1)
-            if args.recipe == "uni-moe" and stage != 1:                            # each from stage 1's; dense, the last goes on with all three
+            if args.recipe == "uni-moe" and stage != 1:                            # each from stage 1's; dense, stage 3 from the last
                 before = expert_folders(args)[-1 if args.dense else 0] if stage == 3 else place(args, 1)
             run_stage(args, stage, args.init if args.init and i == 0 else before, device)
     if RANK == 0:
@@ -1359,7 +1362,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as e:                                             # one line; a loading process wraps its traceback around it
+    except (ValueError, OSError) as e:                                             # one line, without a loading process's traceback
         sys.exit(f"train.py: {str(e).rsplit('ValueError: ', 1)[-1].strip()}")
     except KeyboardInterrupt:
         sys.exit(130)

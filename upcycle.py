@@ -328,7 +328,8 @@ def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | Aud
         shape = lambda name: shapes[f"audio_tower.encoder.{name}"]
         return AudioConfig(n_mels=shape("conv1.weight")[1], n_frames=2 * shape("embed_positions.weight")[0], dim=shape("conv1.weight")[0],
                            n_layers=count(shapes, r"^audio_tower\.encoder\.layers\.(\d+)\."), ffn_dim=shape("layers.0.fc1.weight")[0],
-                           n_heads=cfg.get("encoder_attention_heads", shape("conv1.weight")[0] // 64), act=cfg.get("activation_function", "gelu"))
+                           n_heads=cfg.get("encoder_attention_heads", shape("conv1.weight")[0] // 64),
+                            act=cfg.get("activation_function", "gelu"))
     if kind in DECODERS and not kind_is_multimodal(cfg):
         return Config(vision=None, text=text_config(cfg, shapes, kind),
                       template=cfg.get("template", "mistral" if kind.startswith("mi") else "vicuna"))
@@ -352,8 +353,8 @@ def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | Aud
         select, act, chosen = cfg.get("mm_vision_select_layer", -2), "gelu", cfg.get("mm_vision_select_feature", "patch") == "patch"
     if not chosen or cfg.get("mm_use_im_start_end") or cfg.get("mm_video_tower") or \
             (cfg.get("image_projector_type") or cfg.get("mm_projector_type") or "mlp2x_gelu") not in ("mlp2x_gelu", "smoe_mlp"):
-        raise ValueError("only patch features without CLS, no image start and end tokens, no video tower, and connectors of type mlp2x_gelu and smoe_mlp are "
-                         "supported; the config asks for others")
+        raise ValueError("only patch features without CLS, no image start and end tokens, no video tower, and connectors of type "
+                         "mlp2x_gelu and smoe_mlp are supported; the config asks for others")
     n_experts, top_k = cfg.get("num_experts") or 0, cfg.get("num_selected") or 2
     vision = vision_config(vision_cfg, shapes, select_layer=select, scales=cfg.get("scales") or [1], top_k=top_k,
                            n_experts=n_experts if cfg.get("clip_smoe") else 0)
@@ -414,9 +415,11 @@ def moe_llava_json(config: Config, tokenizer) -> dict:
     """MoE-LLaVA's config.json: a dense LLaVA, and `moe` says where the decoder's experts are."""
     v, t = config.vision, config.text
     if any(v.n_experts) or config.connector.n_experts or config.connector.act != "gelu" or v.scales != [1] or t.qkv_bias or config.z_coef:
-        raise ValueError("MoE-LLaVA's layout has a dense tower of one scale, a dense connector with gelu, a LLaMA or Mistral decoder and no z loss")
+        raise ValueError("MoE-LLaVA's layout has a dense tower of one scale, a dense connector with gelu, a LLaMA or Mistral decoder and "
+                         "no z loss")
     if t.aux != "sum" or not (t.capacity_factor and t.eval_capacity_factor):
-        raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses over the layers (text.aux sum); this model not")
+        raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses over the layers (text.aux sum); this "
+                         "model not")
     dense = dataclasses.replace(t, n_experts=0, capacity_factor=None, eval_capacity_factor=None)
     dense.n_experts = [0] * t.n_layers
     described = text_config_json(dense, tokenizer, config.template)
@@ -637,7 +640,7 @@ def weight_files(path: str, cfg: dict, own: bool) -> list[str]:
 
 
 def tensors_in(file: str, shapes_only: bool = False, rename=str):
-    """Yield (name, tensor), or (name, shape), of a .safetensors or .bin file. A .bin is a pickle; weights_only refuses one that runs code."""
+    """Yield (name, tensor), or (name, shape), of a .safetensors or .bin file (a pickle: weights_only refuses one that runs code)."""
     try:
         if file.endswith(".safetensors"):
             with safe_open(file, framework="pt") as f:
