@@ -181,10 +181,12 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
     """wave (n,) -> (n_chunks, 80, 100 * seconds) float32, Whisper's features: chunks of `seconds`, the last filled up with silence.
 
     Each chunk is normalised for itself: what is more than 80 dB below its loudest point counts as silence. Raises ValueError if
-    it has no samples, is no mono wave, or would take more than MAX_CHUNKS chunks."""
+    it has no samples, is no mono wave, holds NaN, or would take more than MAX_CHUNKS chunks."""
     wave = np.asarray(wave, np.float32)
     if wave.ndim != 1 or not len(wave):
         raise ValueError(f"a sound must be one mono wave, (n,) with n > 0, not {wave.shape}")
+    if not np.isfinite(wave).all():                                                # one NaN would silence its whole chunk
+        raise ValueError("the wave holds NaN or infinity: mend what made it")
     if len(wave) > MAX_CHUNKS * seconds * sample_rate:
         raise ValueError(f"{len(wave) / sample_rate:,.0f} s of sound, over the limit of {MAX_CHUNKS * seconds:,.0f} s; cut it into parts")
     wave, n = resample(wave, sample_rate), HOP * round(RATE / HOP * seconds)       # n: samples of a chunk

@@ -205,6 +205,8 @@ def parse(argv=None) -> Args:
             raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)} must be at least 1")
     if args.expert_parallel > 1 and args.fsdp:
         raise ValueError("--expert-parallel and --fsdp are two ways to shard the same weights: give one of them")
+    if args.expert_parallel > 1 and args.bench:
+        raise ValueError("--bench times experts that are all on one process: leave --expert-parallel out")
     if (world := args.gpus if args.plan else WORLD) % args.expert_parallel:
         raise ValueError(f"--expert-parallel {args.expert_parallel}: {world} process(es) cannot form groups of {args.expert_parallel}")
     try:

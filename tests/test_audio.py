@@ -112,6 +112,12 @@ def test_a_three_hour_wave_is_refused_before_it_is_computed():
     assert d.MAX_CHUNKS == 20 and d.log_mel(np.zeros(16_000 * 30), 16_000, seconds=1.5).shape == (20, 80, 150)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_wave_that_is_not_finite_is_refused(bad):
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        d.log_mel(np.array([0, bad, 0.5]), 16_000)
+
+
 @pytest.mark.parametrize("bad", [np.zeros(0), np.zeros((2, 100))])
 def test_what_is_no_mono_wave_is_a_value_error(bad):
     with pytest.raises(ValueError, match="mono"):
