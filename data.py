@@ -185,10 +185,10 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
     wave = np.asarray(wave, np.float32)
     if wave.ndim != 1 or not len(wave):
         raise ValueError(f"a sound must be one mono wave, (n,) with n > 0, not {wave.shape}")
-    if not np.isfinite(wave).all():                                                # one NaN would silence its whole chunk
-        raise ValueError("the wave holds NaN or infinity: mend what made it")
     if len(wave) > MAX_CHUNKS * seconds * sample_rate:
         raise ValueError(f"{len(wave) / sample_rate:,.0f} s of sound, over the limit of {MAX_CHUNKS * seconds:,.0f} s; cut it into parts")
+    if not np.isfinite(wave).all():                                                # one NaN would silence its whole chunk
+        raise ValueError("the wave holds NaN or infinity: mend what made it")
     wave, n = resample(wave, sample_rate), HOP * round(RATE / HOP * seconds)       # n: samples of a chunk
     chunks, (window, filters) = torch.from_numpy(np.pad(wave, (0, -len(wave) % n))).view(-1, n), whisper_ear()
     spectrum = torch.stft(chunks, FFT, HOP, window=window, return_complex=True)[..., :-1]          # (n_chunks, 201, frames)
