@@ -291,7 +291,7 @@ def keep_pages():
     """Let glibc keep the memory that tensors leave behind.
 
     It takes each one over 32 MB from the kernel anew and gives it back afterwards, and every fresh page is a page fault, that is a
-    trip to the kernel that fills 4 KB with zeros: a quarter of the time of a long-sequence CPU step. The next step wants just as much
+    trip to the kernel that fills 4 KB with zeros: a fifth to a half of a CPU step on long sequences. The next step wants just as much
     memory, so nothing is lost by keeping it. Whoever sets glibc's own MALLOC_ variables decides; other C libraries do without."""
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)
