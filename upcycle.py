@@ -139,7 +139,8 @@ def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Genera
     x = torch.randn(16, dim, generator=generator).to(like.device, like.dtype)      # drawn in any case: the next router depends on it
     if not like.is_meta and not (text and (text.capacity_factor or text.eval_capacity_factor)):
         before, after = dense(x)[0].float(), moe(x)[0].float()
-        tolerance = 8 * torch.finfo(like.dtype).eps * before.abs().max().clamp(min=1e-3)    # weights sum to 1 but for rounding
+        # Weights sum to 1 but for rounding, and long sums come out in another order; what is wrong would be off by far more
+        tolerance = (8 * torch.finfo(like.dtype).eps + 1e-4) * before.abs().max().clamp(min=1e-3)
         assert (before - after).abs().max() <= tolerance, f"upcycling changed the output by {(before - after).abs().max()}"
     return moe
 

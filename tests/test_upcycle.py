@@ -54,6 +54,25 @@ def test_upcycling_leaves_the_output_unchanged(tiny_model, parts, dtype, toleran
     torch.testing.assert_close(after.parts["lm"], before.parts["lm"], rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@torch.no_grad()
+def test_terms_that_nearly_cancel_do_not_look_like_a_changed_output(seed):
+    """Trained FFNs add up large terms of both signs, and their sum is rounded by its terms, in whatever order these come."""
+    g = torch.Generator().manual_seed(seed)
+    dense, terms = FFN(64, 512, "gelu"), 10 * torch.randn(64, 256, generator=g)
+    dense.w_in.copy_(torch.randn(256, 64, generator=g).mul(0.3).repeat(2, 1))
+    dense.w_out.copy_(torch.cat([terms + torch.randn(64, 256, generator=g), -terms], 1))
+    assert isinstance(U.experts_from(dense, 4, 2, torch.Generator().manual_seed(seed)), MoE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upcycling_that_changes_the_output_is_stopped(tiny_model, monkeypatch, dtype):
+    real = MoE.forward
+    monkeypatch.setattr(MoE, "forward", lambda self, x, mask=None: (real(self, x, mask)[0] * 0.9, None))
+    with pytest.raises(AssertionError, match="upcycling changed the output"):
+        upcycle(tiny_model().to(dtype), vision=4)
+
+
 @torch.no_grad()
 def test_experts_are_copies_that_can_grow_apart(tiny_model):
     model = tiny_model()
