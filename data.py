@@ -371,7 +371,7 @@ def draw_scene(scene: dict) -> Image.Image:
 
 
 STAR = [(np.sin(i * np.pi / 5) * (1.12, 0.45)[i % 2], -np.cos(i * np.pi / 5) * (1.12, 0.45)[i % 2]) for i in range(10)]
-FONT = ImageFont.load_default_imagefont()                                       # 6 x 11 pixels a letter, inside Pillow: the same everywhere
+FONT = ImageFont.load_default_imagefont()                                          # 6 x 11 pixels a letter, and the same everywhere
 
 
 def phrases(scene: dict) -> dict:

@@ -276,7 +276,7 @@ class MoE(nn.Module):
 
         With a capacity factor the answer depends on the company that a token is in: the batch competes for slots, also in
         generation, where a prompt is routed whole and every later step routes one token a row."""
-        logits, t, noise = F.linear(x.to(self.router.dtype), self.router), self.text, None     # (..., N, E); a router may be float32
+        logits, t, noise = F.linear(x.to(self.router.dtype), self.router), self.text, None     # (..., N, E); MoE-LLaVA's: float32
         factor = None if t is None else t.capacity_factor if self.training else t.eval_capacity_factor
         if t is not None and t.noisy and self.training:                            # DeepSpeed draws in evaluation too; here answers repeat
             noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()

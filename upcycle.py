@@ -330,7 +330,7 @@ def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | Aud
         return AudioConfig(n_mels=shape("conv1.weight")[1], n_frames=2 * shape("embed_positions.weight")[0], dim=shape("conv1.weight")[0],
                            n_layers=count(shapes, r"^audio_tower\.encoder\.layers\.(\d+)\."), ffn_dim=shape("layers.0.fc1.weight")[0],
                            n_heads=cfg.get("encoder_attention_heads", shape("conv1.weight")[0] // 64),
-                            act=cfg.get("activation_function", "gelu"))
+                           act=cfg.get("activation_function", "gelu"))
     if kind in DECODERS and not kind_is_multimodal(cfg):
         return Config(vision=None, text=text_config(cfg, shapes, kind),
                       template=cfg.get("template", "mistral" if kind.startswith("mi") else "vicuna"))
