@@ -292,7 +292,7 @@ def keep_pages():
 
     It takes each one over 32 MB from the kernel anew and gives it back afterwards, and every fresh page is a page fault, that is a
     trip to the kernel that fills 4 KB with zeros: a fifth to a half of a CPU step on long sequences. The price is a heap with gaps
-    (uni-moe's stage 3 takes 3.7 GB at its peak, not 2.4). Whoever sets glibc's own MALLOC_ variables decides; other C libraries do
+    (uni-moe's --bench peaks at 3.3 GB, not 2.5). Whoever sets glibc's own MALLOC_ variables decides; other C libraries do
     without."""
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)
