@@ -74,7 +74,7 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None, capacity_facto
     # Balance: fraction of tokens whose first choice is e, times mean probability of e. Only the second factor carries gradient:
     # an expert that is chosen too often has its probability pushed down. Perfectly even gives exactly 1.
     count = real.sum(-1, keepdim=True).clamp(min=1)                          # (..., 1)
-    first = F.one_hot(experts[..., 0], n_experts).to(p.dtype)                # (..., N, E)
+    first = _one_hot(experts[..., 0], n_experts).to(p.dtype)                 # (..., N, E)
     mean_p = (p * real.unsqueeze(-1)).sum(-2) / count                        # (..., E) no einsum: autocast makes it bf16
     mean_first = (first * real.unsqueeze(-1)).sum(-2) / count                # (..., E)
     balance = n_experts * (mean_p * mean_first).sum(-1)                      # (...)
@@ -92,6 +92,11 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None, capacity_facto
     return Routing(weights, experts, balance.mean(), z.mean())
 
 
+def _one_hot(index: Tensor, n: int) -> Tensor:
+    """index (...) int64 -> (..., n) bool. F.one_hot looks at the values first, and where it does, that is a wait for them."""
+    return index.unsqueeze(-1) == torch.arange(n, device=index.device)
+
+
 def _within_capacity(experts: Tensor, real: Tensor, n_experts: int, factor: float, min_capacity: int) -> Tensor:
     """1 where a choice still finds a free slot at its expert, else 0: (..., N, K).
 
@@ -101,7 +106,7 @@ def _within_capacity(experts: Tensor, real: Tensor, n_experts: int, factor: floa
     top_k = experts.shape[-1]
     n_real = real.sum(-1, keepdim=True).double()                                     # (..., 1) float64: ceil must be exact
     capacity = (n_real * top_k * factor / n_experts).ceil().clamp(min=min_capacity)  # (..., 1)
-    queue = F.one_hot(experts.transpose(-1, -2), n_experts) * real.long()[..., None, :, None]   # (..., K, N, E)
+    queue = _one_hot(experts.transpose(-1, -2), n_experts) * real.long()[..., None, :, None]    # (..., K, N, E)
     place = queue.flatten(-3, -2).cumsum(-2).view_as(queue) * queue                  # 1 for the first in line at its expert
     return (place.sum(-1).transpose(-1, -2) <= capacity.unsqueeze(-1)).to(real.dtype)
 
@@ -186,7 +191,7 @@ def _sort_by_expert(x, experts, n_experts):
     flat = experts.flatten()                                                 # (N*K,) token 0's choices, token 1's, ...
     order = flat.argsort(stable=True)                                        # pairs by expert, in token order inside each
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    counts = F.one_hot(flat, n_experts).sum(0)                               # bincount, without a wait for the host
+    counts = _one_hot(flat, n_experts).sum(0)                                # bincount, without a wait for the host
     return _Gather.apply(x, order // experts.shape[-1], inverse), counts, order, inverse
 
 

@@ -10,7 +10,7 @@ of experts in a config, layer by layer, is the only switch: 0 is dense. MoE-LLaV
 (arXiv 2405.11273), which also hears.
 
 A batch of conversations is one tensor: tokens (B, T). Ids >= 0 are text, IMAGE and AUDIO mark the slots that features take, PAD
-fills the right-hand end. Features are written over the slots in one masked scatter: no loop over samples, static shapes.
+fills the right-hand end. Features are written over the slots in one piece: no loop over samples, static shapes.
 
 Shapes: B batch, T tokens in a sequence, N tokens of an image (with or without CLS), D width, F FFN width, E experts, K top-k,
 H heads, V vocabulary, n images, S image side, m chunks of sound, Q queries. `python model.py` prints each preset's parameter counts.
@@ -635,24 +635,37 @@ class CuMo(nn.Module):
             raise ValueError("this model hears nothing; it was given audio")
         return self.resampler(self.audio(mel))
 
-    def embed(self, tokens: Tensor, image_embeds: Tensor | None = None, audio_embeds: Tensor | None = None) -> Tensor:
+    def count_slots(self, tokens: Tensor) -> list[int] | None:
+        """tokens (B, T) -> [IMAGE slots, rows without one, AUDIO slots]; None on meta, and while torch.compile traces.
+
+        To count is to wait for the device. So a forward pass does it once, and first, while there is nothing to wait for."""
+        if tokens.is_meta or torch.compiler.is_compiling():
+            return None
+        images = tokens == IMAGE
+        return torch.stack([images.sum(), (~images.any(1)).sum(), (tokens == AUDIO).sum()]).tolist()
+
+    def embed(self, tokens: Tensor, image_embeds: Tensor | None = None, audio_embeds: Tensor | None = None,
+              counts: list[int] | None = None) -> Tensor:
         """tokens (B, T), image_embeds (n, N, D), audio_embeds (m, Q, D) -> (B, T, D): word embeddings, and features written over the
         IMAGE and AUDIO slots, in order. What is left over must be blanks: one image for each row without an image's slots, or, where
-        nothing sounds in the whole batch, one chunk."""
-        x = self.text.embed(tokens.clamp(min=0))                                   # (B, T, D)
-        images, sounds = tokens == IMAGE, tokens == AUDIO                          # (B, T)
-        if not torch.compiler.is_compiling() and not tokens.is_meta:
-            c, n_images, n_sounds = self.config, int(images.sum()), int(sounds.sum())
+        nothing sounds in the whole batch, one chunk. counts: of the slots, where they are known (`count_slots`)."""
+        if counts := counts or self.count_slots(tokens):
+            c, (n_images, n_blank, n_sounds) = self.config, counts
             n_seen, n_heard = (0 if e is None else e.shape[:2].numel() for e in (image_embeds, audio_embeds))
-            if n_seen not in (n_images, n_images + int((~images).all(1).sum()) * c.n_image_tokens):
+            if n_seen not in (n_images, n_images + n_blank * c.n_image_tokens):
                 raise ValueError(f"tokens have {n_images} IMAGE slots, the images give {n_seen} features ({c.n_image_tokens} an image)")
             if self.audio is None and (n_sounds or n_heard):
                 raise ValueError(f"tokens have {n_sounds} AUDIO slots, this model hears nothing")
             if n_heard not in (n_sounds, n_sounds or c.n_audio_tokens):
                 raise ValueError(f"tokens have {n_sounds} AUDIO slots, the sounds give {n_heard} features ({c.n_audio_tokens} a chunk)")
-        for slots, embeds in ((images, image_embeds), (sounds, audio_embeds)):
-            if embeds is not None:
-                x = x.masked_scatter(slots.unsqueeze(-1), embeds.to(x.dtype).reshape(-1, x.shape[-1]))
+        x = self.text.embed(tokens.clamp(min=0))                                   # (B, T, D)
+        for slots, embeds in ((tokens == IMAGE, image_embeds), (tokens == AUDIO, audio_embeds)):
+            if embeds is not None and len(embeds):
+                # Each place fetches the feature of the slot that it is, or of the last one before it, which it then does not take. To
+                # write by the mask (masked_scatter) says the same, but going back that waits for the device to count the mask
+                which = (slots.flatten().cumsum(0) - 1).clamp(min=0)               # (B * T,)
+                fetched = embeds.to(x.dtype).flatten(0, 1).index_select(0, which).view_as(x)
+                x = torch.where(slots.unsqueeze(-1), fetched, x)
         return x
 
     def forward(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, labels: Tensor | None = None,
@@ -662,17 +675,16 @@ class CuMo(nn.Module):
         (n, N, D) and audio_embeds (m, Q, D) take the place of what was encoded before. ValueError when slots and features do not match."""
         aux = {"vision": [], "connector": [], "text": []}
         n = 0 if images is None else len(images if frames is None else frames)
-        adds_blanks = labels is not None and not torch.compiler.is_compiling() and not tokens.is_meta
-        if adds_blanks and self.vision and image_embeds is None:
+        counts = self.count_slots(tokens)
+        n_slots, n_blank, n_sounds = counts or (0, 0, 1)
+        if labels is not None and self.vision and image_embeds is None and n_blank and n * self.config.n_image_tokens == n_slots:
             # Training: a row without an image brings a blank one, which fills no slot. The released code does so too, and counts the
             # blanks in the auxiliary losses. It also makes every rank run every module, without which DDP and FSDP would hang.
             # data.collate appends them; here they are appended for who did not.
-            n_blank = int((tokens != IMAGE).all(1).sum())
-            if n_blank and n * self.config.n_image_tokens == int((tokens == IMAGE).sum()):
-                blank = torch.zeros(n_blank, 3, *[self.config.vision.image_size] * 2, device=tokens.device)
-                images = torch.cat([images, blank.to(images)]) if n else blank
-                frames = None if frames is None else F.pad(frames, (0, n_blank), value=1)
-        if adds_blanks and self.audio and audio_embeds is None and (audio is None or not len(audio)) and not (tokens == AUDIO).any():
+            blank = torch.zeros(n_blank, 3, *[self.config.vision.image_size] * 2, device=tokens.device)
+            images = torch.cat([images, blank.to(images)]) if n else blank
+            frames = None if frames is None else F.pad(frames, (0, n_blank), value=1)
+        if labels is not None and self.audio and audio_embeds is None and not n_sounds and (audio is None or not len(audio)):
             # The same for a silent batch, that every rank runs the ear too. One chunk does, as no auxiliary loss counts it
             audio = torch.zeros(1, self.config.audio.n_mels, self.config.audio.n_frames, device=tokens.device)
         if images is not None and len(images):
@@ -680,7 +692,7 @@ class CuMo(nn.Module):
         if audio is not None and len(audio):
             audio_embeds = self.encode_audio(audio)
         real = tokens != PAD
-        logits = self.text(self.embed(tokens, image_embeds, audio_embeds), real, aux["text"])      # (B, T, V)
+        logits = self.text(self.embed(tokens, image_embeds, audio_embeds, counts), real, aux["text"])      # (B, T, V)
         zero = torch.zeros((), device=tokens.device)
         parts, loss = {"lm": zero}, None
         for name, routings in aux.items():
@@ -688,8 +700,9 @@ class CuMo(nn.Module):
             for kind in ("balance", "z"):
                 parts[f"{name}/{kind}"] = reduce(torch.stack([getattr(r, kind) for r in routings])) if routings else zero
         if labels is not None:
-            target = labels[:, 1:].flatten()                                       # the logits at t speak of the token at t + 1
-            lm = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
+            # The logits at t speak of the token at t + 1. The labels are shifted, not the logits: these are large, and a slice is a copy
+            target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()          # (B * T,)
+            lm = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
             parts["lm"] = lm / (target != IGNORE).sum().clamp(min=1)
             loss = parts["lm"] + sum(coef * parts[f"{name}/{kind}"] for name in aux
                                      for kind, coef in (("balance", self.config.balance_coef), ("z", self.config.z_coef)))

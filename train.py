@@ -593,10 +593,11 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
         row = torch.stack([v.float() for v in sums.values()])
         if WORLD > 1:
             dist.all_reduce(row)
-        row = dict(zip(sums, row.tolist()))
-        row["loss"] = sum(coef(name) * v for name, v in row.items())
         norm = clip_gradients(params, experts, mesh, args.grad_clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        *row, norm = torch.cat([row, norm.float().view(1)]).tolist()               # the step's one wait for the device
+        row = dict(zip(sums, row))
+        row["loss"] = sum(coef(name) * v for name, v in row.items())
         if math.isfinite(row["loss"]) and math.isfinite(norm):
             optimizer.step()
             bad_in_a_row = 0

@@ -409,7 +409,8 @@ def test_features_go_to_the_slots_in_order_over_the_batch(tiny_model):
     assert out.image_embeds.shape == (3, 4, 16) and model(tokens[1:2]).image_embeds is None
     x = model.embed(tokens, out.image_embeds)
     for place, want in (((0, slice(1, 5)), 0), ((2, slice(0, 4)), 1), ((2, slice(5, 9)), 2)):
-        assert torch.equal(x[place], model.encode_images(images[want:want + 1])[0])
+        assert torch.equal(x[place], out.image_embeds[want])
+        torch.testing.assert_close(x[place], model.encode_images(images[want:want + 1])[0])   # alone, some CPUs round otherwise
     assert torch.equal(x[1, :2], model.text.embed.weight[[5, 6]]) and torch.equal(x[2, 4], model.text.embed.weight[4])
     torch.testing.assert_close(out.logits[2], model(tokens[2:], images[1:]).logits[0], rtol=1e-5, atol=1e-5)
 
