@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as m
 import train
-from model import AUDIO, IMAGE, PAD, Config, CuMo
+from model import AUDIO, IMAGE, PAD, Cache, Config, CuMo, MoE
 from test_train import base, flags, write_llava                                    # noqa: F401 (base is a fixture)
 
 
@@ -63,6 +65,41 @@ def test_the_training_forward_of_every_preset_is_one_graph(preset, dtype):
         if want is not None:
             assert (got - want).norm() <= (1e-5 if dtype == torch.float32 else 0.03) * want.norm() + 1e-7
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+class NoMaskedScatter(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert "masked_scatter" not in str(op)                                     # its gradient waits, which its fake hides
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", m.PRESETS)
+def test_nothing_in_a_step_or_in_decoding_waits_for_the_device(preset, monkeypatch):
+    """Fake tensors have no values: who asks for one, or for a shape that depends on one (where a GPU would have to be waited for), fails."""
+    monkeypatch.setattr(CuMo, "count_slots", lambda self, tokens: [4, 1, 3 * bool(self.audio)])        # the one question, asked before
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = small(preset).train()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for moe in (module for module in model.modules() if isinstance(module, MoE)):
+            moe.backend = "grouped"                                                # the one for CUDA
+        model.config.text.noisy, model.config.text.capacity_factor = True, 1.5
+        tokens, images = torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, 3, 16, 16)
+        for question, error in ((lambda: tokens.sum().item(), DataDependentOutputException),
+                                (lambda: tokens[tokens > 0], DynamicOutputShapeException)):
+            with pytest.raises(error):                                             # it would be seen
+                question()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        with NoMaskedScatter():
+            model(tokens, images, torch.zeros(1, 5, 12) if model.audio else None, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        text, last, cache = model.eval().text, torch.ones(2, dtype=torch.long), Cache(model.config.text, 2, 32, "cpu", torch.bfloat16)
+        with torch.no_grad():
+            logits = m.prefill(text, text.embed(tokens), tokens != PAD, last, cache)
+            assert m.decode(text, m.sample(logits, 0.7, 0.9), last + 1, cache, 32).shape == (2, 40)
 
 
 def test_an_epoch_of_mixed_lengths_is_compiled_at_most_eight_times_and_the_log_says_so(base, tmp_path, monkeypatch, capsys):  # noqa: F811
