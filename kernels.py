@@ -20,9 +20,14 @@ and can be lifted out alone. `python kernels.py` checks the backends against eac
 Shapes, used throughout: N tokens, D width, F FFN width, E experts, K top-k, "..." any leading dimensions (images, say).
 """
 import argparse
+import ctypes
 import functools
+import os
+import platform
+import sys
 import time
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -410,46 +415,105 @@ def _seconds(runs: dict, device: str, repeat: int) -> dict:
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
 
-def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int):
-    """Forward + backward of a MoE layer, 4 experts, top-2, against one dense FFN over K x tokens: the same arithmetic."""
+def matmul_speed(device: str, dtype: torch.dtype, repeat: int = 7) -> float:
+    """FLOP/s of one large matrix product, the ceiling of everything here."""
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / _seconds({"matmul": lambda: a @ a}, device, repeat)["matmul"]
+
+
+def keep_pages():
+    """Let glibc keep the memory that tensors leave behind.
+
+    It takes each one over 32 MB from the kernel anew and gives it back afterwards, and every fresh page is a page fault, that is a
+    trip to the kernel that fills 4 KB with zeros: a fifth to a half of a CPU step on long sequences. The price is a heap with gaps
+    (uni-moe's `train.py --bench` peaks at 3.3 GB, not 2.5). Whoever sets glibc's own MALLOC_ variables decides; other C libraries do
+    without."""
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 10**8)):     # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of <malloc.h>
+            libc.mallopt(parameter, value)
+
+
+def as_transformers(name: str, weights: list):
+    """The same experts in Hugging Face's Mixtral, by its implementation `name`: -> a function of x (N, D) and a Routing that gives (N, D),
+    and its weights."""
+    try:
+        with mock.patch.object(sys, "path", sys.path[1:]):                   # it looks for another package named kernels, and would find
+            from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts       # this file and run it again
+    except ImportError:
+        raise ValueError("--transformers compares with that library: pip install transformers") from None
+    w_in, w_out, w_gate = weights[:3]
+    config = MixtralConfig(num_local_experts=len(w_in), hidden_size=w_in.shape[2], intermediate_size=w_in.shape[1])      # silu
+    config._experts_implementation = name
+    with torch.device("meta"):
+        experts = MixtralExperts(config)
+    experts.gate_up_proj = torch.nn.Parameter(torch.cat([w_gate, w_in], 1).detach())               # (E, 2F, D)
+    experts.down_proj = torch.nn.Parameter(w_out.detach())
+    return lambda x, r: experts(x, r.experts, r.weights.to(x.dtype)), list(experts.parameters())
+
+
+LAYERS = {"tiny": (64, 37, 128, 512, 128), "CLIP ViT-L": (4, 577, 1024, 4096, 1024), "connector": (4, 576, 2048, 4096, 4096),
+          "CLIP ViT-L, gated": (4, 577, 1024, 4096, 1024)}                   # images, tokens of each, D, F, D_out
+
+
+def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int, transformers: bool = False):
+    """Forward + backward of a MoE layer, 4 experts, top-2, against one dense FFN over K x tokens: the same arithmetic. transformers: a
+    layer of Mixtral's kind (gated, no biases) too, also as that library computes it."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{name}, {str(dtype)[6:]}, forward + backward, median of {repeat}; x is the time over the dense FFN's")
-    print(f"{'layer':12} {'tokens':>7} {'D':>5} {'F':>5}" + "".join(f"{c:>20}" for c in ("dense, K x tokens", "sorted", "grouped", "loop",
-                                                                                         "samples x experts")))
-    many = 80 if device == "cuda" else 4
-    for layer, b, n, d, f, d_out in (("tiny", 64, 37, 128, 512, 128), ("CLIP ViT-L", many, 577, 1024, 4096, 1024),
-                                     ("connector", many, 576, 2048, 4096, 4096)):
-        x, logits, weights = _problem(b, n, d, f, d_out, 4, False, True, device, dtype)
-        twice, (w_in, w_out, w_gate, b_in, b_out) = torch.cat([x.detach()] * 2).requires_grad_(), weights
-        runs = {"dense": lambda: ffn(twice, w_in[0], w_out[0], None, b_in[0], b_out[0])}
+    speed = matmul_speed(device, dtype)
+    print(f"\n{name}, {str(dtype)[6:]}; matrix products reach {speed / 1e12:.3f} TFLOP/s. Forward + backward, median of {repeat}")
+    for layer, (b, n, d, f, d_out) in LAYERS.items():
+        if layer.endswith("gated") and not transformers:
+            continue
+        b *= 20 if device == "cuda" and n > 100 else 1                       # a GPU wants more to do
+        gated = layer.endswith("gated")
+        act = "silu" if gated else "gelu"
+        x, logits, weights = _problem(b, n, d, f, d_out, 4, gated, not gated, device, dtype)
+        twice, (w_in, w_out, *others) = torch.cat([x.detach()] * 2).requires_grad_(), weights
+        one = [None if w is None else w[0] for w in others]
+        runs = {"dense, K x tokens": lambda: ffn(twice, w_in[0], w_out[0], *one, act)}
         for backend in ("sorted", "grouped", "loop"):
             if backend != "grouped" or dtype == torch.bfloat16:
-                runs[backend] = lambda backend=backend: moe_ffn(x, route(logits, 2), *weights, backend=backend)
-        runs["samples"] = lambda: samples_and_experts(x, route(logits, 2), *weights, "gelu")
-        if compiled:
-            runs = {k: torch.compile(run) if k in ("dense", "sorted", "grouped") else run for k, run in runs.items()}
-        y = torch.randn(b, n, d_out, device=device, dtype=dtype)
-        grads = {"dense": torch.cat([y] * 2)}
+                runs[backend] = lambda backend=backend: moe_ffn(x, route(logits, 2), *weights, act=act, backend=backend)
+        runs["samples x experts"] = lambda: samples_and_experts(x, route(logits, 2), *weights, act)
         inputs = [t for t in (x, twice, logits, *weights) if t is not None]
+        for theirs in ("eager", "grouped_mm") if gated else ():
+            run, params = as_transformers(theirs, weights)
+            inputs += params
+            runs[f"transformers {theirs}"] = lambda run=run: run(x.flatten(0, 1), route(logits.flatten(0, 1), 2)).view(x.shape)
+            assert torch.allclose(runs[f"transformers {theirs}"](), runs["sorted"](), rtol=0.05, atol=0.05), "not the same function"
+        if compiled:
+            runs = {k: torch.compile(run) if k[:5] in ("dense", "sorte", "group") else run for k, run in runs.items()}
+        y = torch.randn(b, n, d_out, device=device, dtype=dtype)
 
         def once(k):
             for leaf in inputs:
                 leaf.grad = None                                             # as a training step: gradients are written, not added
-            torch.autograd.backward(runs[k](), grads.get(k, y))
+            torch.autograd.backward(runs[k](), torch.cat([y] * 2) if k[:5] == "dense" else y)
         t = _seconds({k: functools.partial(once, k) for k in runs}, device, repeat)
-        cell = lambda k: f"{t[k] * 1e3:9.2f} ms {t[k] / t['dense']:6.2f}x" if k in t else "-"
-        print(f"{layer:12} {b * n:7} {d:5} {f:5}" + "".join(f"{cell(k):>20}" for k in ("dense", "sorted", "grouped", "loop", "samples")))
+        work = 3 * 2 * 2 * b * n * f * (d + d_out + d * gated)               # forward and twice that backward; K = 2
+        print(f"\n{layer + ':':18} {b * n:,} tokens, {d} -> {f} -> {d_out:4}         ms  time / dense  of matmul")
+        for k, seconds in t.items():
+            print(f"    {k:44} {seconds * 1e3:9.2f} {seconds / t['dense, K x tokens']:12.2f}x {work / seconds / speed:10.1%}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=7, help="timed runs of each (default: 7)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the dense, sorted and grouped rows")
+    parser.add_argument("--transformers", action="store_true", help="one layer more, which Hugging Face's Mixtral has, also by its code")
     args = parser.parse_args()
+    keep_pages()
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         check(device)
-        bench(device, torch.bfloat16 if device == "cuda" else torch.float32, args.compile, args.repeat)
+        bench(device, torch.bfloat16 if device == "cuda" else torch.float32, args.compile, args.repeat, args.transformers)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(f"kernels.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

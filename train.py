@@ -24,13 +24,11 @@ which --resume goes on from (on any number of processes), stage1/, stage2/ and a
 `torchrun --max-restarts 3 ... train.py ...` goes on by itself after a process died.
 """
 import argparse
-import ctypes
 import dataclasses
 import functools
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
@@ -285,19 +283,6 @@ def say(*words):
     if RANK == 0:
         tqdm.write(" ".join(str(w) for w in words), file=sys.stdout)
         sys.stdout.flush()
-
-
-def keep_pages():
-    """Let glibc keep the memory that tensors leave behind.
-
-    It takes each one over 32 MB from the kernel anew and gives it back afterwards, and every fresh page is a page fault, that is a
-    trip to the kernel that fills 4 KB with zeros: a fifth to a half of a CPU step on long sequences. The price is a heap with gaps
-    (uni-moe's --bench peaks at 3.3 GB, not 2.5). Whoever sets glibc's own MALLOC_ variables decides; other C libraries do
-    without."""
-    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
-        libc = ctypes.CDLL(None)
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 10**8)):           # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of <malloc.h>
-            libc.mallopt(parameter, value)
 
 
 def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -1266,10 +1251,8 @@ def bench(args: Args, device):
             optimizer.step()
             optimizer.zero_grad()
         runs |= {name: step} | ({"as released": functools.partial(step, True)} if name == "experts" else {})
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    seconds = kernels._seconds(runs | {"matmul": lambda: a @ a}, device.type, args.steps or 5)
-    peak, cores = 2 * n**3 / seconds["matmul"], torch.get_num_threads()
+    seconds = kernels._seconds(runs, device.type, args.steps or 5)
+    peak, cores = kernels.matmul_speed(device.type, torch.bfloat16 if device.type == "cuda" else torch.float32), torch.get_num_threads()
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {cores} threads'}, {args.preset}, {rows} samples of "
           f"{batch['tokens'].shape[1]} tokens; matrix products reach {peak / 1e12:.3f} TFLOP/s\n{'step of stage 3':16} {'seconds':>8} "
           f"{'samples/s':>10} {'TFLOP/s':>9} {'of matmul':>10} {'time / dense':>13} {'time / experts':>15}")
@@ -1293,7 +1276,7 @@ def main(argv=None):
         torch.backends.cuda.enable_flash_sdp(False)                                # for which AMX is slow (the switch is the CPU's too)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
-        keep_pages()
+        kernels.keep_pages()
     if WORLD > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
