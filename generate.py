@@ -754,7 +754,7 @@ def decode_bytes(model: CuMo, batch: int, length: int) -> float:
     return (size + 2 * t.n_layers * batch * length * t.n_kv_heads * t.head_dim) * embed.element_size()
 
 
-def bench(preset: str, device: str, prompt: int = 640, n: int = 64):
+def bench(preset: str, device: str, compile: bool | str = False, prompt: int = 640, n: int = 64):
     """Tokens per second of the preset's decoder with random weights, behind a prompt of an image's length, at batch 1 and 8."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     config = Config.from_preset(preset)
@@ -765,14 +765,21 @@ def bench(preset: str, device: str, prompt: int = 640, n: int = 64):
     torch.set_default_dtype(torch.float32)
     seconds = _seconds({"sum": x.sum, "copy": x.clone}, device[:4], 9)
     bandwidth = max(x.nbytes / seconds["sum"], 2 * x.nbytes / seconds["copy"])     # a copy also writes
-    print(f"{preset}, {str(dtype)[6:]}, {device}, {prompt} tokens of prompt; the memory gives {bandwidth / 1e9:.1f} GB/s\n"
+    print(f"{preset}, {str(dtype)[6:]}, {device}{', compiled' * bool(compile)}, {prompt} tokens of prompt; the memory gives "
+          f"{bandwidth / 1e9:.1f} GB/s\n"
           f"{'batch':>5} {'tokens/s':>9} {'ms a step':>10} {'MB a token':>11} {'of bandwidth':>13}")
     for batch in (1, 8):
         tokens, times = torch.randint(config.text.vocab_size, (batch, prompt), device=device), []
         for _ in range(3):                                                         # the first warms up (and compiles)
-            ends = []
-            model.generate(tokens, max_new_tokens=n, on_token=lambda token: ends.append((token.tolist(), time.perf_counter())[1]))
-            times.append((ends[-1] - ends[0]) / (n - 1))                           # without the prompt's pass
+            seen, ends = [], []
+
+            def on_token(token):
+                seen.append(token)
+                if len(seen) in (1, n):                                            # in between nobody waits for a GPU
+                    token.tolist()
+                    ends.append(time.perf_counter())
+            model.generate(tokens, max_new_tokens=n, on_token=on_token, compile=compile)
+            times.append((ends[1] - ends[0]) / (n - 1))                            # without the prompt's pass
         step, size = min(times[1:]), decode_bytes(model, batch, prompt + n // 2)
         print(f"{batch:5} {batch / step:9.1f} {step * 1e3:10.3f} {size / batch / 1e6:11.2f} {size / step / bandwidth:13.1%}")
 
@@ -802,7 +809,8 @@ def main(argv=None):
     command.add_argument("--write-drawn", nargs="+", metavar=("DIR", "N"), help="write N (default: 500) drawn questions into DIR: "
                          "questions.jsonl and images/ for --eval, and for --score one file of annotations a kind")
     command.add_argument("--bench", nargs="?", const="tiny", metavar="PRESET", help="tokens/s of decoding, and the share of the memory's "
-                         "bandwidth that they take, both measured now; random weights (default: tiny)")
+                         "bandwidth that they take, both measured now; random weights (default: tiny). Compiled on CUDA, elsewhere by "
+                         "--compile")
     parser.add_argument("--images", default="", metavar="DIR", help="of --eval: the folder below which its images lie")
     parser.add_argument("--out", metavar="FILE", help="of --eval: the answers, a JSON object a line, in the order of the questions")
     parser.add_argument("--batch", type=int, default=16, help="of --eval: questions answered together (default: 16)")
@@ -817,7 +825,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args(argv)
     if args.bench:
-        return bench(args.bench, args.device)
+        return bench(args.bench, args.device, args.compile or args.device.startswith("cuda"))
     if args.score:
         if not args.answers or not args.annotations:
             raise ValueError("--score needs --answers and --annotations")

@@ -221,6 +221,10 @@ PRESETS = {
         vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), text=dict()),
     "cumo-mixtral-8x7b": dict(
         vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), text=dict(n_experts=8)),
+    # The same around a decoder of TinyLlama-1.1B's shape (arXiv 2401.02385): what one GPU can train.
+    "cumo-1b": dict(
+        vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), template="vicuna",
+        text=dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, ffn_dim=5632, rope_theta=1e4)),
     # MoE-LLaVA (arXiv 2401.15947) on OpenChat-7B, a Mistral: experts in every other layer of the decoder, a LLaVA-1.5 all else.
     "moe-llava-mistral-7b": dict(
         vision=dict(), text=dict(rope_theta=1e4, sliding_window=4096, n_experts=[4, 0] * 16, capacity_factor=1.5, eval_capacity_factor=2.0,

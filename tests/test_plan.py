@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import generate
 import train
-from model import IMAGE, Config, CuMo, VisionTransformer, flops
+from model import IMAGE, PRESETS, Config, CuMo, VisionTransformer, flops
 
 ALL = ("vision", "connector", "text")
 
@@ -142,8 +142,10 @@ def test_fsdp_shares_out_and_the_rest_does_not():
     assert ddp["DDP buckets"] == one["gradients"] and ddp["weights"] == one["weights"]
 
 
-def test_bench_of_a_training_step(capsys, monkeypatch):
-    train.main("--bench --device cpu --micro-batch 2 --steps 1".split())
+@pytest.mark.parametrize("preset", ["tiny", "cumo-small"])
+def test_bench_of_a_training_step(capsys, monkeypatch, preset):
+    monkeypatch.setitem(PRESETS, "cumo-small", PRESETS["tiny"] | dict(connector=dict(n_experts=4)))    # of words at random, as real presets
+    train.main(f"--bench --preset {preset} --device cpu --micro-batch 2 --steps 1 --max-length 128".split())
     text = capsys.readouterr().out
     rows = {line[:16].strip(): line[16:].split() for line in text.splitlines()[-3:]}
     assert set(rows) == {"experts", "as released", "dense"} and "matrix products reach" in text
@@ -158,8 +160,12 @@ def test_the_released_dispatch_computes_the_same(tiny_model, monkeypatch):
     assert torch.allclose(model(tokens, images).logits, want, atol=1e-4)
 
 
-def test_bench_of_decoding(capsys):
-    generate.bench("tiny", "cpu", prompt=8, n=3)
+@pytest.mark.parametrize("compile", [False, "aot_eager"])
+def test_bench_of_decoding(capsys, monkeypatch, compile):
+    calls, real = [], CuMo.generate
+    monkeypatch.setattr(CuMo, "generate", lambda self, *a, **kw: calls.append(kw["compile"]) or real(self, *a, **kw))
+    generate.bench("tiny", "cpu", compile, prompt=8, n=3)
+    assert calls == [compile] * 6
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["1", "8"] and all(float(row[1]) > 0 and row[-1].endswith("%") for row in rows)
 
