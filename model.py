@@ -575,6 +575,15 @@ class Output(NamedTuple):
     routing: dict                   # part -> list of Routing: one a layer (vision: for each scale in turn)
 
 
+def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits (B, T, V), labels (B, T) -> the mean over the labels that are learnt, a float32 scalar.
+
+    The logits at t speak of the token at t + 1. The labels are shifted, not the logits: these are large, and a slice is a copy."""
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()                  # (B * T,)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
+    return total / (target != IGNORE).sum().clamp(min=1)
+
+
 class CuMo(nn.Module):
     """The multimodal model. Built on the current default device: `with torch.device("meta")` costs no memory."""
 
@@ -588,6 +597,7 @@ class CuMo(nn.Module):
         self.resampler = Resampler(config.audio, t.dim) if config.audio else None
         self.text = Decoder(t)
         self.cache = None                                            # compiled generation keeps its Cache here
+        self.lm_loss = lm_loss                                       # or that compiled
         self.init_weights()
 
     @torch.no_grad()
@@ -704,10 +714,7 @@ class CuMo(nn.Module):
             for kind in ("balance", "z"):
                 parts[f"{name}/{kind}"] = reduce(torch.stack([getattr(r, kind) for r in routings])) if routings else zero
         if labels is not None:
-            # The logits at t speak of the token at t + 1. The labels are shifted, not the logits: these are large, and a slice is a copy
-            target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()          # (B * T,)
-            lm = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
-            parts["lm"] = lm / (target != IGNORE).sum().clamp(min=1)
+            parts["lm"] = self.lm_loss(logits, labels)
             loss = parts["lm"] + sum(coef * parts[f"{name}/{kind}"] for name in aux
                                      for kind, coef in (("balance", self.config.balance_coef), ("z", self.config.z_coef)))
         return Output(logits, loss, parts, image_embeds[:n] if n else None if images is not None else image_embeds, aux)

@@ -61,7 +61,7 @@ from tqdm import tqdm
 import data as d
 import generate
 import kernels
-from model import IGNORE, IMAGE, PAD, PRESETS, Config, CuMo, MoE, TextConfig, add_lora, count_parameters, flops, merge_state, plain_name
+from model import IGNORE, IMAGE, PAD, PRESETS, Config, Connector, CuMo, MoE, TextConfig, add_lora, count_parameters, flops, merge_state, plain_name
 from upcycle import (add_audio, assemble, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
                      write_json)
 
@@ -398,6 +398,11 @@ def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
         torch._dynamo.utils.counters.clear()
         for block in blocks:
             block.compile()
+        for m in model.modules():
+            if isinstance(m, Connector):
+                m.compile(dynamic=True)                                            # there is one: better one graph for all lengths at once
+            if isinstance(m, CuMo):
+                m.lm_loss = torch.compile(m.lm_loss, dynamic=True)                 # without a float32 copy of (B, T, V)
     if WORLD == 1:
         return model
     if args.fsdp:

@@ -1,6 +1,7 @@
 """torch.compile: the training forward and generation are one graph each, give eager mode's numbers, and are compiled a bounded number of
 times. The backends used here trace and differentiate as the real one does, but write no code: that would take minutes."""
 import copy
+import functools
 import random
 
 import pytest
@@ -103,8 +104,8 @@ def test_nothing_in_a_step_or_in_decoding_waits_for_the_device(preset, monkeypat
 
 
 def test_an_epoch_of_mixed_lengths_is_compiled_at_most_eight_times_and_the_log_says_so(base, tmp_path, monkeypatch, capsys):  # noqa: F811
-    real, rng = torch.nn.Module.compile, random.Random(0)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: real(self, backend="eager", **kw))
+    rng = random.Random(0)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     samples = [{"id": i, "image": ["red.png"] * (i % 3), "conversations": [
         {"from": "human", "value": "<image>\n" * (i % 3) + "why " * rng.randrange(1, 40)},
         {"from": "gpt", "value": "red " * rng.randrange(1, 40)}]}
