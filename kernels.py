@@ -74,24 +74,24 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None, capacity_facto
         others = (logits + noise).scatter(-1, first, -torch.inf).topk(top_k - 1, dim=-1).indices
         experts = torch.cat([first, others], -1)
         weights = p.gather(-1, experts)
-    real = torch.ones_like(p[..., 0]) if mask is None else mask.to(p.dtype)  # (..., N) 1 for tokens, 0 for padding
+    real = None if mask is None else mask.unsqueeze(-1).to(p.dtype)          # (..., N, 1) 1 for tokens, 0 for padding
+
+    def mean(t):                                                             # over the tokens: (..., N, C) -> (..., C)
+        # no einsum: autocast makes it bf16
+        return t.sum(-2) / max(1, t.shape[-2]) if real is None else (t * real).sum(-2) / real.sum(-2).clamp(min=1)
 
     # Balance: fraction of tokens whose first choice is e, times mean probability of e. Only the second factor carries gradient:
     # an expert that is chosen too often has its probability pushed down. Perfectly even gives exactly 1.
-    count = real.sum(-1, keepdim=True).clamp(min=1)                          # (..., 1)
     first = _one_hot(experts[..., 0], n_experts).to(p.dtype)                 # (..., N, E)
-    mean_p = (p * real.unsqueeze(-1)).sum(-2) / count                        # (..., E) no einsum: autocast makes it bf16
-    mean_first = (first * real.unsqueeze(-1)).sum(-2) / count                # (..., E)
-    balance = n_experts * (mean_p * mean_first).sum(-1)                      # (...)
+    balance = n_experts * (mean(p) * mean(first)).sum(-1)                    # (...)
     # z: keeps the logits small, where float rounding cannot flip a choice and the softmax still has gradient.
-    z = (logits.logsumexp(-1).square() * real).sum(-1) / count[..., 0]       # (...)
-    if mask is not None:                                                     # rows that are padding only count nowhere
-        row = (real.sum(-1) > 0).to(p.dtype)
+    z = mean(logits.logsumexp(-1, keepdim=True).square()).squeeze(-1)        # (...)
+    if mask is not None:
+        weights = weights * real
+        row = mask.any(-1).to(p.dtype)                                       # rows that are padding only count nowhere
         balance, z = (balance * row).sum() / row.sum().clamp(min=1), (z * row).sum() / row.sum().clamp(min=1)
-    kept = real.unsqueeze(-1).expand_as(weights)                             # (..., N, K) 1 where the choice is served
     if capacity_factor is not None:
-        kept = kept * _within_capacity(experts, real, n_experts, capacity_factor, min_capacity)
-    weights = weights * kept
+        weights = weights * _within_capacity(experts, mask, n_experts, capacity_factor, min_capacity)
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total > 0, total, 1)                     # not a clamp to tiny: its gradient overflows
     return Routing(weights, experts, balance.mean(), z.mean())
@@ -102,18 +102,19 @@ def _one_hot(index: Tensor, n: int) -> Tensor:
     return index.unsqueeze(-1) == torch.arange(n, device=index.device)
 
 
-def _within_capacity(experts: Tensor, real: Tensor, n_experts: int, factor: float, min_capacity: int) -> Tensor:
+def _within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int, factor: float, min_capacity: int) -> Tensor:
     """1 where a choice still finds a free slot at its expert, else 0: (..., N, K).
 
     Every expert has `capacity` slots. They fill in token order, all first choices before any second choice; who comes too late is
     dropped. DeepSpeed counts padding as tokens; here padding takes no slot.
     """
     top_k = experts.shape[-1]
+    real = torch.ones_like(experts[..., 0]) if mask is None else mask.long()         # (..., N)
     n_real = real.sum(-1, keepdim=True).double()                                     # (..., 1) float64: ceil must be exact
     capacity = (n_real * top_k * factor / n_experts).ceil().clamp(min=min_capacity)  # (..., 1)
-    queue = _one_hot(experts.transpose(-1, -2), n_experts) * real.long()[..., None, :, None]    # (..., K, N, E)
+    queue = _one_hot(experts.transpose(-1, -2), n_experts) * real[..., None, :, None]   # (..., K, N, E)
     place = queue.flatten(-3, -2).cumsum(-2).view_as(queue) * queue                  # 1 for the first in line at its expert
-    return (place.sum(-1).transpose(-1, -2) <= capacity.unsqueeze(-1)).to(real.dtype)
+    return (place.sum(-1).transpose(-1, -2) <= capacity.unsqueeze(-1)).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def _sort_by_expert(x, experts, n_experts):
 def _combine(out, weights, order, inverse):
     """Expert outputs in sorted order (N*K, D_out) -> back in token order, weighted and summed over K: (N, D_out)."""
     n, k = weights.shape
-    return torch.bmm(weights.unsqueeze(1), _Gather.apply(out, inverse, order).view(n, k, out.shape[-1])).squeeze(1)
+    return (weights.unsqueeze(-1) * _Gather.apply(out, inverse, order).view(n, k, out.shape[-1])).sum(1)
 
 
 # Rows a (M, I), in one segment an expert, times that expert's matrix w (E, O, I), plus its bias b (E, O): -> (M, O). Every product is
@@ -224,15 +225,14 @@ def segment_mm(a: Tensor, w: Tensor, b: Tensor | None, counts: Tensor) -> Tensor
 def segment_mm_backward(grad: Tensor, a: Tensor, w: Tensor, counts: Tensor, needs: list[bool]) -> list[Tensor]:
     sizes = counts.tolist()                                                  # gradients that nobody needs stay empty
     da, dw, db = (torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip((a, w, w[:, :, 0]), needs))
-    start = 0
-    for e, n in enumerate(sizes):
-        rows, start = slice(start, start + n), start + n
+    nothing = [None] * len(sizes)
+    for e, (g, rows, into) in enumerate(zip(grad.split(sizes), a.split(sizes), da.split(sizes) if needs[0] else nothing)):
         if needs[0]:
-            torch.mm(grad[rows], w[e], out=da[rows])
+            torch.mm(g, w[e], out=into)
         if needs[1]:
-            torch.mm(grad[rows].t(), a[rows], out=dw[e])                     # an expert without tokens: no rows, so zero
+            torch.mm(g.t(), rows, out=dw[e])                                 # an expert without tokens: no rows, so zero
         if needs[2]:
-            torch.sum(grad[rows], 0, out=db[e])
+            torch.sum(g, 0, out=db[e])
     return [da, dw, db]
 
 

@@ -1240,28 +1240,32 @@ def bench(args: Args, device):
     for part.ffn_dim in (1024, 2048):
         at.append(work(dense))
     part.ffn_dim = max(8, 8 * round((1 + (work(config) - at[0]) / (at[1] - at[0])) * 128))
-    runs = {}
-    for name, c in (("experts", config), ("dense", dense)):
+
+    def steps(name, c):
         with device:
             model = CuMo(c).train()
         choose_trainable(model, s["trains"])
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer, model = torch.optim.AdamW(params, lr=1e-5, fused=device.type == "cuda"), distribute(args, model, device)
 
-        def step(released=False, model=model, params=params, optimizer=optimizer):
+        def step(released=False):
             with mock.patch("model.moe_ffn", as_released) if released else nullcontext(), amp(), \
                     torch.compiler.set_stance("force_eager" if released else "default"):
                 model(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-        runs |= {name: step} | ({"as released": functools.partial(step, True)} if name == "experts" else {})
-    seconds = kernels._seconds(runs, device.type, args.steps or 5)
+        return {name: step} | ({"as released": functools.partial(step, True)} if name == "experts" else {})
+    time_them = functools.partial(kernels._seconds, device=device.type, repeat=args.steps or 5)
+    if device.type == "cuda":                                                      # one model after the other: memory is scarce,
+        seconds = time_them(steps("experts", config)) | time_them(steps("dense", dense))
+    else:                                                                          # in turn: a CPU's speed drifts
+        seconds = time_them(steps("experts", config) | steps("dense", dense))
     peak, cores = kernels.matmul_speed(device.type, torch.bfloat16 if device.type == "cuda" else torch.float32), torch.get_num_threads()
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {cores} threads'}, {args.preset}, {rows} samples of "
           f"{batch['tokens'].shape[1]} tokens; matrix products reach {peak / 1e12:.3f} TFLOP/s\n{'step of stage 3':16} {'seconds':>8} "
           f"{'samples/s':>10} {'TFLOP/s':>9} {'of matmul':>10} {'time / dense':>13} {'time / experts':>15}")
-    for name, t in ((name, seconds[name]) for name in runs):
+    for name, t in seconds.items():
         speed = work(dense if name == "dense" else config) / t
         print(f"{name:16} {t:8.3f} {rows / t:10.2f} {speed / 1e12:9.3f} {speed / peak:10.1%} {t / seconds['dense']:12.2f}x "
               f"{t / seconds['experts']:14.2f}x")
