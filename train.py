@@ -61,7 +61,8 @@ from tqdm import tqdm
 import data as d
 import generate
 import kernels
-from model import IGNORE, IMAGE, PAD, PRESETS, Config, Connector, CuMo, MoE, TextConfig, add_lora, count_parameters, flops, merge_state, plain_name
+from model import (IGNORE, IMAGE, PAD, PRESETS, Config, Connector, CuMo, MoE, TextConfig, add_lora, count_parameters, flops, merge_state,
+                   plain_name)
 from upcycle import (add_audio, assemble, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
                      write_json)
 
@@ -557,7 +558,7 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
             for message in b["broken"]:
                 tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
         total = torch.tensor([sum(b["n_labels"] for b in micro), sum(b["n_images"] for b in micro), sum(len(b["broken"]) for b in micro),
-                              sum(b["truncated"] for b in micro), len(stopping)], dtype=torch.float64, device=device)
+                              sum(b["truncated"] for b in micro), len(stopping)], dtype=torch.float64, device=device if WORLD > 1 else "cpu")
         if WORLD > 1:
             dist.all_reduce(total)
         total = total.tolist()
@@ -585,7 +586,7 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
             dist.all_reduce(row)
         norm = clip_gradients(params, experts, mesh, args.grad_clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        *row, norm = torch.cat([row, norm.float().view(1)]).tolist()               # the step's one wait for the device
+        *row, norm = torch.cat([row, norm.float().view(1)]).tolist()               # in one piece: to look is to wait for the device
         row = dict(zip(sums, row))
         row["loss"] = sum(coef(name) * v for name, v in row.items())
         if math.isfinite(row["loss"]) and math.isfinite(norm):
