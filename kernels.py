@@ -225,14 +225,15 @@ def segment_mm(a: Tensor, w: Tensor, b: Tensor | None, counts: Tensor) -> Tensor
 def segment_mm_backward(grad: Tensor, a: Tensor, w: Tensor, counts: Tensor, needs: list[bool]) -> list[Tensor]:
     sizes = counts.tolist()                                                  # gradients that nobody needs stay empty
     da, dw, db = (torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip((a, w, w[:, :, 0]), needs))
-    nothing = [None] * len(sizes)
-    for e, (g, rows, into) in enumerate(zip(grad.split(sizes), a.split(sizes), da.split(sizes) if needs[0] else nothing)):
+    start = 0
+    for e, n in enumerate(sizes):
+        rows, start = slice(start, start + n), start + n
         if needs[0]:
-            torch.mm(g, w[e], out=into)
+            torch.mm(grad[rows], w[e], out=da[rows])
         if needs[1]:
-            torch.mm(g.t(), rows, out=dw[e])                                 # an expert without tokens: no rows, so zero
+            torch.mm(grad[rows].t(), a[rows], out=dw[e])                     # an expert without tokens: no rows, so zero
         if needs[2]:
-            torch.sum(g, 0, out=db[e])
+            torch.sum(grad[rows], 0, out=db[e])
     return [da, dw, db]
 
 
@@ -464,10 +465,10 @@ def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int, transfor
     speed = matmul_speed(device, dtype)
     print(f"\n{name}, {str(dtype)[6:]}; matrix products reach {speed / 1e12:.3f} TFLOP/s. Forward + backward, median of {repeat}")
     for layer, (b, n, d, f, d_out) in LAYERS.items():
-        if layer.endswith("gated") and not transformers:
+        gated = layer.endswith("gated")
+        if gated and not transformers:
             continue
         b *= 20 if device == "cuda" and n > 100 else 1                       # a GPU wants more to do
-        gated = layer.endswith("gated")
         act = "silu" if gated else "gelu"
         x, logits, weights = _problem(b, n, d, f, d_out, 4, gated, not gated, device, dtype)
         twice, (w_in, w_out, *others) = torch.cat([x.detach()] * 2).requires_grad_(), weights
@@ -486,11 +487,12 @@ def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int, transfor
         if compiled:
             runs = {k: torch.compile(run) if k[:5] in ("dense", "sorte", "group") else run for k, run in runs.items()}
         y = torch.randn(b, n, d_out, device=device, dtype=dtype)
+        grads = {"dense, K x tokens": torch.cat([y] * 2)}
 
         def once(k):
             for leaf in inputs:
                 leaf.grad = None                                             # as a training step: gradients are written, not added
-            torch.autograd.backward(runs[k](), torch.cat([y] * 2) if k[:5] == "dense" else y)
+            torch.autograd.backward(runs[k](), grads.get(k, y))
         t = _seconds({k: functools.partial(once, k) for k in runs}, device, repeat)
         work = 3 * 2 * 2 * b * n * f * (d + d_out + d * gated)               # forward and twice that backward; K = 2
         print(f"\n{layer + ':':18} {b * n:,} tokens, {d} -> {f} -> {d_out:4}         ms  time / dense  of matmul")
