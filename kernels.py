@@ -201,76 +201,136 @@ def _sort_by_expert(x, experts, n_experts):
     return _Gather.apply(x, order // experts.shape[-1], inverse), counts, order, inverse
 
 
-def _combine(out, weights, order, inverse):
-    """Expert outputs in sorted order (N*K, D_out) -> back in token order, weighted and summed over K: (N, D_out)."""
-    n, k = weights.shape
-    return (weights.unsqueeze(-1) * _Gather.apply(out, inverse, order).view(n, k, out.shape[-1])).sum(1)
+class _Combine(torch.autograd.Function):
+    """Expert outputs in sorted order (N*K, D_out) -> back in token order, weighted and summed over K: (N, D_out).
+
+    By hand for its way back: autograd would write weight times gradient in token order and sort that afterwards; here each sorted row
+    fetches its token's gradient and its own weight at once."""
+    @staticmethod
+    def forward(ctx, out, weights, order, inverse):
+        rows = out.index_select(0, inverse).view(*weights.shape, out.shape[-1])        # (N, K, D_out)
+        ctx.save_for_backward(rows, weights, order)
+        y = rows[:, 0] * weights[:, :1]
+        for k in range(1, weights.shape[1]):
+            y = y.addcmul_(rows[:, k], weights[:, k:k + 1])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weights, order = ctx.saved_tensors
+        of_out = grad.index_select(0, order // weights.shape[1]).mul_(weights.flatten()[order].unsqueeze(-1))
+        return of_out, torch.linalg.vecdot(rows, grad.unsqueeze(1)), None, None
 
 
-# Rows a (M, I), in one segment an expert, times that expert's matrix w (E, O, I), plus its bias b (E, O): -> (M, O). Every product is
-# written where it belongs: rows of one output, rows of a's gradient, one expert's slice of w's. Autograd over split, linear and cat
-# computes the same and copies all of it once more. As an operator of its own it is one node to torch.compile, whatever the sizes are.
+# All experts on rows in expert order. Each takes its segment through the whole FFN before the next begins, while its rows are still in
+# the cache. Every product is written where it belongs: rows of one output, one expert's slice of a gradient. Autograd over split, `ffn`
+# and cat computes the same and copies all of it once more. As operators they are one node each to torch.compile, whatever the sizes are.
+
+_INTO = {"gelu": torch.ops.aten.gelu.out, "silu": torch.ops.aten.silu.out,                         # ACTIVATIONS, written to `out`
+         "quick_gelu": lambda x, out: torch.mul(x, torch.sigmoid(1.702 * x), out=out)}
 
 
-@torch.library.custom_op("nanocumo::segment_mm", mutates_args=())
-def segment_mm(a: Tensor, w: Tensor, b: Tensor | None, counts: Tensor) -> Tensor:
-    sizes = counts.tolist()                                                  # one wait for the device, on CUDA
-    out = a.new_empty(a.shape[0], w.shape[1])
-    for e, (part, into) in enumerate(zip(a.split(sizes), out.split(sizes))):
-        torch.mm(part, w[e].t(), out=into) if b is None else torch.addmm(b[e], part, w[e].t(), out=into)
-    return out
+def _quick_gelu_backward(grad, x):
+    s = torch.sigmoid(1.702 * x)
+    return grad * s * (1 + 1.702 * x * (1 - s))
 
 
-@torch.library.custom_op("nanocumo::segment_mm_backward", mutates_args=())
-def segment_mm_backward(grad: Tensor, a: Tensor, w: Tensor, counts: Tensor, needs: list[bool]) -> list[Tensor]:
-    sizes = counts.tolist()                                                  # gradients that nobody needs stay empty
-    da, dw, db = (torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip((a, w, w[:, :, 0]), needs))
+_BACKWARD = {"gelu": torch.ops.aten.gelu_backward, "silu": torch.ops.aten.silu_backward, "quick_gelu": _quick_gelu_backward}
+
+
+def _ffn_outputs(x, w_in, w_out, w_gate, b_in, b_out, counts, act):
+    n, hidden = x.shape[0], (x.shape[0], w_in.shape[1])                      # not len: torch.compile would take it for a constant
+    return x.new_empty(n, w_out.shape[1]), x.new_empty(hidden), x.new_empty(hidden), x.new_empty(hidden if w_gate is not None else 0)
+
+
+def _ffn_gradients(grad, x, h, a, gate, w_in, w_out, w_gate, counts, act, needs):
+    like = x, w_in, w_out, w_gate, w_in[:, :, 0], w_out[:, :, 0]
+    return [torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip(like, needs)]    # those that nobody needs stay empty
+
+
+def _segments(counts):
+    """-> each expert and its rows. One wait for the device, on CUDA."""
     start = 0
-    for e, n in enumerate(sizes):
-        rows, start = slice(start, start + n), start + n
-        if needs[0]:
-            torch.mm(grad[rows], w[e], out=da[rows])
-        if needs[1]:
-            torch.mm(grad[rows].t(), a[rows], out=dw[e])                     # an expert without tokens: no rows, so zero
+    for e, n in enumerate(counts.tolist()):
+        yield e, slice(start, start + n)
+        start += n
+
+
+@torch.library.custom_op("nanocumo::ffn_segments", mutates_args=())
+def ffn_segments(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, b_in: Tensor | None, b_out: Tensor | None,
+                 counts: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (M, D), counts (E,) rows for each expert -> (M, D_out), and for the way back x W_in, what W_out multiplies, x W_gate: (M, F)."""
+    out, h, a, gate = _ffn_outputs(x, w_in, w_out, w_gate, b_in, b_out, counts, act)
+
+    def product(t, w, b, into):
+        torch.mm(t[rows], w[e].t(), out=into[rows]) if b is None else torch.addmm(b[e], t[rows], w[e].t(), out=into[rows])
+    for e, rows in _segments(counts):
+        product(x, w_in, b_in, h)
+        if w_gate is None:
+            _INTO[act](h[rows], out=a[rows])
+        else:
+            product(x, w_gate, None, gate)
+            torch.mul(ACTIVATIONS[act](gate[rows]), h[rows], out=a[rows])
+        product(a, w_out, b_out, out)
+    return out, h, a, gate
+
+
+@torch.library.custom_op("nanocumo::ffn_segments_backward", mutates_args=())
+def ffn_segments_backward(grad: Tensor, x: Tensor, h: Tensor, a: Tensor, gate: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None,
+                          counts: Tensor, act: str, needs: list[bool]) -> list[Tensor]:
+    """grad (M, D_out) of the output -> gradients of x, w_in, w_out, w_gate, b_in, b_out, those that `needs` names."""
+    dx, dw_in, dw_out, dw_gate, db_in, db_out = all_of_them = _ffn_gradients(grad, x, h, a, gate, w_in, w_out, w_gate, counts, act, needs)
+    for e, rows in _segments(counts):
         if needs[2]:
-            torch.sum(grad[rows], 0, out=db[e])
-    return [da, dw, db]
+            torch.mm(grad[rows].t(), a[rows], out=dw_out[e])                 # an expert without tokens: no rows, so zero
+        if needs[5]:
+            torch.sum(grad[rows], 0, out=db_out[e])
+        da = grad[rows] @ w_out[e]                                           # (n_e, F)
+        if w_gate is None:
+            dh = _BACKWARD[act](da, h[rows])
+        else:
+            dh, dgate = da * ACTIVATIONS[act](gate[rows]), _BACKWARD[act](da * h[rows], gate[rows])
+        if needs[0]:
+            torch.mm(dh, w_in[e], out=dx[rows])
+            if w_gate is not None:
+                dx[rows].addmm_(dgate, w_gate[e])
+        if needs[1]:
+            torch.mm(dh.t(), x[rows], out=dw_in[e])
+        if needs[3]:
+            torch.mm(dgate.t(), x[rows], out=dw_gate[e])
+        if needs[4]:
+            torch.sum(dh, 0, out=db_in[e])
+    return all_of_them
 
 
-@segment_mm.register_fake
-def _(a, w, b, counts):
-    return a.new_empty(a.shape[0], w.shape[1])
+ffn_segments.register_fake(_ffn_outputs)
+ffn_segments_backward.register_fake(_ffn_gradients)
 
 
-@segment_mm_backward.register_fake
-def _(grad, a, w, counts, needs):
-    return [torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip((a, w, w[:, :, 0]), needs)]
+def _save(ctx, inputs, output):
+    x, w_in, w_out, w_gate, _, _, counts, ctx.act = inputs
+    ctx.save_for_backward(x, *output[1:], w_in, w_out, w_gate, counts)
+    ctx.set_materialize_grads(False)                                         # of the three that are for the way back only
 
 
-def _segment_mm_gradients(ctx, grad):
-    a, w, counts = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    out = segment_mm_backward(grad.contiguous(), a, w, counts, needs)
-    return *(g if need else None for g, need in zip(out, needs)), None
+def _backward(ctx, grad, *_):
+    needs = list(ctx.needs_input_grad[:6])
+    out = ffn_segments_backward(grad.contiguous(), *ctx.saved_tensors, ctx.act, needs)
+    return *(g if need else None for g, need in zip(out, needs)), None, None
 
 
-@register_flop_formula(torch.ops.nanocumo.segment_mm)                        # FlopCounterMode does not look into an operator
-def _(a, w, b, counts, out_shape=None, **kw):
-    return 2 * a[0] * w[1] * w[2]
+ffn_segments.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.nanocumo.segment_mm_backward)
-def _(grad, a, w, counts, needs, out_shape=None, **kw):
-    return 2 * a[0] * w[1] * w[2] * (needs[0] + needs[1])
+@register_flop_formula(torch.ops.nanocumo.ffn_segments)                      # FlopCounterMode does not look into an operator
+def _(x, w_in, w_out, w_gate, *args, out_shape=None, **kw):
+    return 2 * x[0] * w_in[1] * (x[1] * (1 if w_gate is None else 2) + w_out[1])
 
 
-segment_mm.register_autograd(_segment_mm_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
-    inputs[0], inputs[1], inputs[3]))
-
-
-def _segments(counts, expert):
-    """-> product(a, w, b) by segment_mm."""
-    return lambda a, w, b: segment_mm(a, w.to(a.dtype), None if b is None else b.to(a.dtype), counts)
+@register_flop_formula(torch.ops.nanocumo.ffn_segments_backward)
+def _(grad, x, h, a, gate, w_in, w_out, w_gate, counts, act, needs, out_shape=None, **kw):
+    gates = 1 if w_gate is None else 2
+    return 2 * x[0] * w_in[1] * (w_out[1] * (1 + needs[2]) + x[1] * (gates * needs[0] + needs[1] + needs[3]))
 
 
 def _grouped(counts, expert):
@@ -290,20 +350,22 @@ def _grouped(counts, expert):
     return product
 
 
-def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act, by=_segments):
-    """As moe_loop, with one sort and E contiguous slices."""
+def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
+    """As moe_loop, with one sort and E contiguous segments."""
     x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
-    product = by(counts, experts.flatten()[order])                           # (N*K,) the expert of each sorted row
-    h = product(x, w_in, b_in)                                               # (N*K, F)
-    h = ACTIVATIONS[act](h) if w_gate is None else ACTIVATIONS[act](product(x, w_gate, None)) * h
-    return _combine(product(h, w_out, b_out), weights, order, inverse)
+    out = ffn_segments(x, *(None if w is None else w.to(x.dtype) for w in (w_in, w_out, w_gate, b_in, b_out)), counts, act)[0]
+    return _Combine.apply(out, weights, order, inverse)
 
 
-def moe_grouped(x, *args):
-    """As moe_sorted, without the host knowing the slices: nothing waits."""
+def moe_grouped(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
+    """As moe_sorted, without the host knowing the segments: nothing waits."""
     if x.dtype != torch.bfloat16:
         raise ValueError(f"backend 'grouped' computes in bfloat16, x is {x.dtype}; use backend 'sorted' or cast x")
-    return moe_sorted(x, *args, by=_grouped)
+    x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
+    product = _grouped(counts, experts.flatten()[order])                     # (N*K,) the expert of each sorted row
+    h = product(x, w_in, b_in)                                               # (N*K, F)
+    h = ACTIVATIONS[act](h) if w_gate is None else ACTIVATIONS[act](product(x, w_gate, None)) * h
+    return _Combine.apply(product(h, w_out, b_out), weights, order, inverse)
 
 
 BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}
@@ -350,7 +412,7 @@ def moe_parallel(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act, run
     rows = _AllToAll.apply(rows, send, receive, group)                       # (M, D)
     expert = torch.arange(mine, device=x.device).repeat(n).repeat_interleave(asked, output_size=sum(receive))          # (M,)
     out = run(rows, rows.new_ones(len(rows), 1), expert.unsqueeze(1), w_in, w_out, w_gate, b_in, b_out, act)           # (M, D_out)
-    return _combine(_AllToAll.apply(out, receive, send, group), weights, order, inverse)
+    return _Combine.apply(_AllToAll.apply(out, receive, send, group), weights, order, inverse)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. `python kernels.py`: are the backends right, and what does sparsity cost?

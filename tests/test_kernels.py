@@ -276,6 +276,22 @@ def test_grouped_pads_odd_widths_and_finds_each_rows_bias(act, gated, bias):
     compare("grouped", torch.bfloat16, 2e-2, act, n=30, d=11, f=13, d_out=5, gated=gated, bias=bias)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2, 3), (4,), (5, 6), (0, 6)])
+def test_sorted_gives_the_gradients_that_are_wanted_and_no_others(wanted, gated):
+    leaves, experts = problem(gated=gated)
+    gradients = []
+    for backend in ("loop", "sorted"):
+        mine = [None if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
+        y = moe_ffn(mine[0], Routing(mine[1], experts, None, None), *mine[2:], act="silu", backend=backend)
+        if y.requires_grad:
+            y.square().sum().backward()
+        gradients.append([None if t is None else t.grad for t in mine])
+    for i, (want, got) in enumerate(zip(*gradients)):
+        assert (got is not None) == (i in wanted and leaves[i] is not None)
+        assert got is None or torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+
+
 def test_sorted_gradcheck():
     (x, w, *rest), experts = problem(n=4, d=3, f=4, d_out=2, e=3, gated=True)
     run = lambda x, w, *rest: moe_ffn(x, Routing(w, experts, None, None), *rest, act="silu", backend="sorted")
