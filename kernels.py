@@ -525,7 +525,8 @@ def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int, transfor
     layer of Mixtral's kind (gated, no biases) too, also as that library computes it."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     speed = matmul_speed(device, dtype)
-    print(f"\n{name}, {str(dtype)[6:]}; matrix products reach {speed / 1e12:.3f} TFLOP/s. Forward + backward, median of {repeat}")
+    print(f"\n{name}, {str(dtype)[6:]}; matrix products reach {speed / 1e12:.3f} TFLOP/s. Forward + backward, median of {repeat} "
+          f"(of {10 * repeat} at tiny's sizes)")
     for layer, (b, n, d, f, d_out) in LAYERS.items():
         gated = layer.endswith("gated")
         if gated and not transformers:
@@ -555,7 +556,7 @@ def bench(device: str, dtype: torch.dtype, compiled: bool, repeat: int, transfor
             for leaf in inputs:
                 leaf.grad = None                                             # as a training step: gradients are written, not added
             torch.autograd.backward(runs[k](), grads.get(k, y))
-        t = _seconds({k: functools.partial(once, k) for k in runs}, device, repeat)
+        t = _seconds({k: functools.partial(once, k) for k in runs}, device, repeat * (10 if layer == "tiny" else 1))
         work = 3 * 2 * 2 * b * n * f * (d + d_out + d * gated)               # forward and twice that backward; K = 2
         print(f"\n{layer + ':':18} {b * n:,} tokens, {d} -> {f} -> {d_out:4}         ms  time / dense  of matmul")
         for k, seconds in t.items():
