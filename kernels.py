@@ -139,14 +139,15 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
 
     x (..., N, D); r as `route` gave it for those tokens; w_in, w_gate (E, F, D), w_out (E, D_out, F), b_in (E, F),
     b_out (E, D_out). Returns (..., N, D_out) in x's dtype (autocast's inside autocast). backend: "loop", "sorted", "grouped",
-    or None to choose: grouped for bf16 on CUDA, else sorted. group: the ranks that share the experts (`moe_parallel`). Raises
-    ValueError for an unknown backend or activation, and for grouped with another dtype than bf16."""
+    or None to choose: grouped for bf16 on CUDA (and on meta, where train.py --plan stands for it), else sorted. group: the ranks that
+    share the experts (`moe_parallel`). Raises ValueError for an unknown backend or activation, and for grouped with another dtype
+    than bf16."""
     if act not in ACTIVATIONS:
         raise ValueError(f"unknown activation {act!r}; known: {', '.join(ACTIVATIONS)}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):           # on meta there are only shapes
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if backend is None:
-        backend = "grouped" if x.is_cuda and x.dtype == torch.bfloat16 else "sorted"
+        backend = "grouped" if x.device.type in ("cuda", "meta") and x.dtype == torch.bfloat16 else "sorted"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if r.experts.shape[:-1] != x.shape[:-1]:
@@ -235,7 +236,7 @@ def _quick_gelu_backward(grad, x):
     return grad * s * (1 + 1.702 * x * (1 - s))
 
 
-_BACKWARD = {"gelu": torch.ops.aten.gelu_backward, "silu": torch.ops.aten.silu_backward, "quick_gelu": _quick_gelu_backward}
+_DERIVATIVES = {"gelu": torch.ops.aten.gelu_backward, "silu": torch.ops.aten.silu_backward, "quick_gelu": _quick_gelu_backward}
 
 
 def _ffn_outputs(x, w_in, w_out, w_gate, b_in, b_out, counts, act):
@@ -279,7 +280,7 @@ def ffn_segments(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, 
 def ffn_segments_backward(grad: Tensor, x: Tensor, h: Tensor, a: Tensor, gate: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None,
                           counts: Tensor, act: str, needs: list[bool]) -> list[Tensor]:
     """grad (M, D_out) of the output -> gradients of x, w_in, w_out, w_gate, b_in, b_out, those that `needs` names."""
-    dx, dw_in, dw_out, dw_gate, db_in, db_out = all_of_them = _ffn_gradients(grad, x, h, a, gate, w_in, w_out, w_gate, counts, act, needs)
+    dx, dw_in, dw_out, dw_gate, db_in, db_out = gradients = _ffn_gradients(grad, x, h, a, gate, w_in, w_out, w_gate, counts, act, needs)
     for e, rows in _segments(counts):
         if needs[2]:
             torch.mm(grad[rows].t(), a[rows], out=dw_out[e])                 # an expert without tokens: no rows, so zero
@@ -287,9 +288,9 @@ def ffn_segments_backward(grad: Tensor, x: Tensor, h: Tensor, a: Tensor, gate: T
             torch.sum(grad[rows], 0, out=db_out[e])
         da = grad[rows] @ w_out[e]                                           # (n_e, F)
         if w_gate is None:
-            dh = _BACKWARD[act](da, h[rows])
+            dh = _DERIVATIVES[act](da, h[rows])
         else:
-            dh, dgate = da * ACTIVATIONS[act](gate[rows]), _BACKWARD[act](da * h[rows], gate[rows])
+            dh, dgate = da * ACTIVATIONS[act](gate[rows]), _DERIVATIVES[act](da * h[rows], gate[rows])
         if needs[0]:
             torch.mm(dh, w_in[e], out=dx[rows])
             if w_gate is not None:
@@ -300,26 +301,26 @@ def ffn_segments_backward(grad: Tensor, x: Tensor, h: Tensor, a: Tensor, gate: T
             torch.mm(dgate.t(), x[rows], out=dw_gate[e])
         if needs[4]:
             torch.sum(dh, 0, out=db_in[e])
-    return all_of_them
+    return gradients
 
 
 ffn_segments.register_fake(_ffn_outputs)
 ffn_segments_backward.register_fake(_ffn_gradients)
 
 
-def _save(ctx, inputs, output):
+def _ffn_save(ctx, inputs, output):
     x, w_in, w_out, w_gate, _, _, counts, ctx.act = inputs
     ctx.save_for_backward(x, *output[1:], w_in, w_out, w_gate, counts)
     ctx.set_materialize_grads(False)                                         # of the three that are for the way back only
 
 
-def _backward(ctx, grad, *_):
+def _ffn_backward(ctx, grad, *_):
     needs = list(ctx.needs_input_grad[:6])
     out = ffn_segments_backward(grad.contiguous(), *ctx.saved_tensors, ctx.act, needs)
     return *(g if need else None for g, need in zip(out, needs)), None, None
 
 
-ffn_segments.register_autograd(_backward, setup_context=_save)
+ffn_segments.register_autograd(_ffn_backward, setup_context=_ffn_save)
 
 
 @register_flop_formula(torch.ops.nanocumo.ffn_segments)                      # FlopCounterMode does not look into an operator

@@ -339,6 +339,16 @@ def test_autocast_computes_in_bf16_and_leaves_gradients_in_float32(backend):
         assert got is y or got.dtype == torch.float32
 
 
+def test_default_on_meta_is_that_of_cuda(monkeypatch):
+    used = []
+    for name in ("sorted", "grouped"):
+        monkeypatch.setitem(kernels.BACKENDS, name, lambda x, *args, name=name: used.append(name) or x)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.empty(3, 8, dtype=dtype, device="meta")
+        moe_ffn(x, route(torch.empty(3, 2, device="meta"), 1), torch.empty(2, 8, 8, device="meta"), torch.empty(2, 8, 8, device="meta"))
+    assert used == ["grouped", "sorted"]
+
+
 def test_default_on_the_cpu_is_sorted():
     (x, w, *rest), experts = problem(dtype=torch.float32)
     r = Routing(w, experts, None, None)
