@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -131,6 +132,91 @@ def ffn(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None, b_
     h = F.linear(x, w_in, b_in)                                              # (..., F)
     h = ACTIVATIONS[act](h) if w_gate is None else ACTIVATIONS[act](F.linear(x, w_gate)) * h
     return F.linear(h, w_out, b_out)
+
+
+class FFN(nn.Module):
+    """A dense FFN.
+
+    Weights lie as in nn.Linear, (out, in), and have the names that MoE stacks. So to upcycle
+    one is a single torch.stack.
+    """
+
+    def __init__(self, dim, ffn_dim, act, dim_out=None, gated=False, bias=False):
+        super().__init__()
+        if dim_out is None:
+            dim_out = dim
+        self.act = act
+        self.w_in = nn.Parameter(torch.empty(ffn_dim, dim))
+        self.w_gate = nn.Parameter(torch.empty(ffn_dim, dim)) if gated else None
+        self.w_out = nn.Parameter(torch.empty(dim_out, ffn_dim))
+        self.b_in = nn.Parameter(torch.zeros(ffn_dim)) if bias else None
+        self.b_out = nn.Parameter(torch.zeros(dim_out)) if bias else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None):
+        """x (..., D) -> (..., D_out), and None in the place of a Routing."""
+        y = ffn(x, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act)
+        return y, None
+
+
+class MoE(nn.Module):
+    """E such FFNs and a router, which has no bias.
+
+    capacity_factor limits the experts' slots in training and eval_capacity_factor outside of it;
+    None drops nothing. noisy draws the second choice with Gumbel noise while training.
+    """
+
+    def __init__(self, dim, ffn_dim, act, n_experts, top_k, dim_out=None, gated=False, bias=False,
+                 capacity_factor=None, eval_capacity_factor=None, min_capacity=0, noisy=False):
+        super().__init__()
+        if dim_out is None:
+            dim_out = dim
+        self.act = act
+        self.top_k = top_k
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.min_capacity = min_capacity
+        self.noisy = noisy
+
+        # None lets moe_ffn choose the backend
+        self.backend = None
+        # the ranks that share the experts, see moe_parallel; None: every rank has them all
+        self.group = None
+
+        self.router = nn.Parameter(torch.empty(n_experts, dim))
+        self.w_in = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
+        self.w_gate = nn.Parameter(torch.empty(n_experts, ffn_dim, dim)) if gated else None
+        self.w_out = nn.Parameter(torch.empty(n_experts, dim_out, ffn_dim))
+        self.b_in = nn.Parameter(torch.zeros(n_experts, ffn_dim)) if bias else None
+        self.b_out = nn.Parameter(torch.zeros(n_experts, dim_out)) if bias else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None):
+        """x (..., N, D), mask (..., N) False at padding -> (..., N, D_out) and the Routing.
+
+        With a capacity factor the answer for a token depends on its company, since the tokens of a
+        batch compete for slots. That holds in generation too, where a prompt is routed whole and
+        every later step routes one token a row.
+        """
+        # MoE-LLaVA keeps its routers in float32
+        logits = F.linear(x.to(self.router.dtype), self.router)  # (..., N, E)
+
+        # DeepSpeed draws the noise in evaluation too; here an answer can be repeated
+        noise = None
+        if self.noisy and self.training:
+            noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
+
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        r = route(logits, self.top_k, mask, factor, self.min_capacity, noise)
+        y = moe_ffn(x, r, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act,
+                    self.backend, self.group)
+        return y, r
+
+
+def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, dim_out=None, gated=False, bias=False,
+                 **limits):
+    """An FFN, or with n_experts above 0 a MoE of that shape. Only a MoE looks at `limits`."""
+    if n_experts == 0:
+        return FFN(dim, ffn_dim, act, dim_out, gated, bias)
+    return MoE(dim, ffn_dim, act, n_experts, top_k, dim_out, gated, bias, **limits)
 
 
 def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None, b_in: Tensor | None = None,

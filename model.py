@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from kernels import ACTIVATIONS, ffn, moe_ffn, route
+from kernels import ACTIVATIONS, FFN, MoE, feed_forward
 
 IMAGE, AUDIO, PAD, IGNORE = -200, -201, -1, -100     # slots for features, padding, label that is not learnt (also in data.py)
 
@@ -88,6 +88,12 @@ class TextConfig:
     min_capacity: int = 0                      # slots that every expert has at least
     noisy: bool = False                        # DeepSpeed's Gumbel noise on the second choice, in training only
     aux: str = "mean"               # auxiliary losses over the layers: "mean" (CuMo-Mixtral) or "sum" (MoE-LLaVA)
+
+    @property
+    def expert_limits(self) -> dict:
+        """What a MoE of the decoder is told beside its sizes: kernels.MoE's last arguments."""
+        names = ("capacity_factor", "eval_capacity_factor", "min_capacity", "noisy")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -240,62 +246,7 @@ PRESETS["uni-moe-tiny"] = dict(                                                 
     audio=dict(n_mels=80, n_frames=150, dim=128, n_layers=3, n_heads=4, ffn_dim=512, n_queries=16, n_query_layers=2))
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. The feed-forward part: dense, or experts
-
-
-class FFN(nn.Module):
-    """Dense. Weights lie as in nn.Linear, (out, in), and carry the names that MoE stacks, so upcycling is one torch.stack."""
-
-    def __init__(self, dim, ffn_dim, act, dim_out=None, gated=False, bias=False):
-        super().__init__()
-        self.act, dim_out = act, dim_out or dim
-        self.w_in = nn.Parameter(torch.empty(ffn_dim, dim))
-        self.w_gate = nn.Parameter(torch.empty(ffn_dim, dim)) if gated else None
-        self.w_out = nn.Parameter(torch.empty(dim_out, ffn_dim))
-        self.b_in = nn.Parameter(torch.zeros(ffn_dim)) if bias else None
-        self.b_out = nn.Parameter(torch.zeros(dim_out)) if bias else None
-
-    def forward(self, x: Tensor, mask: Tensor | None = None):
-        """x (..., D) -> (..., D_out), and no routing."""
-        return ffn(x, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act), None
-
-
-class MoE(nn.Module):
-    """E such FFNs and a router. The router has no bias, and its softmax is float32 (kernels.route)."""
-
-    def __init__(self, dim, ffn_dim, act, n_experts, top_k, dim_out=None, gated=False, bias=False, text: "TextConfig | None" = None):
-        super().__init__()
-        self.act, self.top_k, self.text, dim_out = act, top_k, text, dim_out or dim     # text: whose capacities hold
-        self.backend = None                                            # None lets kernels.moe_ffn choose
-        self.group = None                                              # ranks that share the experts (train.py --expert-parallel)
-        self.router = nn.Parameter(torch.empty(n_experts, dim))        # (E, D)
-        self.w_in = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
-        self.w_gate = nn.Parameter(torch.empty(n_experts, ffn_dim, dim)) if gated else None
-        self.w_out = nn.Parameter(torch.empty(n_experts, dim_out, ffn_dim))
-        self.b_in = nn.Parameter(torch.zeros(n_experts, ffn_dim)) if bias else None
-        self.b_out = nn.Parameter(torch.zeros(n_experts, dim_out)) if bias else None
-
-    def forward(self, x: Tensor, mask: Tensor | None = None):
-        """x (..., N, D), mask (..., N) False at padding -> (..., N, D_out) and the Routing.
-
-        With a capacity factor the answer depends on the company that a token is in: the batch competes for slots, also in
-        generation, where a prompt is routed whole and every later step routes one token a row."""
-        logits, t, noise = F.linear(x.to(self.router.dtype), self.router), self.text, None     # (..., N, E); MoE-LLaVA's: float32
-        factor = None if t is None else t.capacity_factor if self.training else t.eval_capacity_factor
-        if t is not None and t.noisy and self.training:                            # DeepSpeed draws in evaluation too; here answers repeat
-            noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
-        r = route(logits, self.top_k, mask, factor, t.min_capacity if t else 0, noise)
-        return moe_ffn(x, r, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act, self.backend, self.group), r
-
-
-def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, text=None, **kw):
-    if n_experts == 0:
-        return FFN(dim, ffn_dim, act, **kw)
-    return MoE(dim, ffn_dim, act, n_experts, top_k, text=text, **kw)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. The senses: CLIP's ViT and Whisper's encoder, the connector and the resampler
+# 2. The senses: CLIP's ViT and Whisper's encoder, the connector and the resampler
 
 
 class VisionBlock(nn.Module):
@@ -461,7 +412,7 @@ class Connector(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Decoder: LLaMA / Mistral / Mixtral
+# 3. Decoder: LLaMA / Mistral / Mixtral
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
@@ -512,7 +463,8 @@ class DecoderBlock(nn.Module):
         self.k = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
-        self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, text=c, gated=True)
+        self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, gated=True,
+                                **c.expert_limits)
 
     def forward(self, x, rope, real, attend=None, cache=None, positions=None):
         """x (B, T, D), rope (cos, sin), real (B, T) False at PAD, attend None (causal) or (B or 1, 1, T, keys) bool."""
@@ -539,6 +491,13 @@ class Decoder(nn.Module):
         self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
         self.checkpointing = False
 
+    def apply_expert_limits(self):
+        """Tell every MoE the config's capacities. Call it after a change of these in the config."""
+        for layer in self.layers:
+            if isinstance(layer.ffn, MoE):
+                for name, value in self.config.expert_limits.items():
+                    setattr(layer.ffn, name, value)
+
     def forward(self, x, real, aux=None, cache=None, positions=None, n_keys=None):
         """x (B, T, D), real (B, T) bool. With a cache, x is written to it before attending: from position 0 on, or to positions (B, T),
         each row's own, all below n_keys (default: the cache's length). What lies behind n_keys costs nothing.
@@ -564,7 +523,7 @@ class Decoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The whole
+# 4. The whole
 
 
 class Output(NamedTuple):
@@ -814,7 +773,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. LoRA (arXiv 2106.09685): train a few numbers instead of the weights. W stays as it is, and what is learnt is a product of two thin
+# 5. LoRA (arXiv 2106.09685): train a few numbers instead of the weights. W stays as it is, and what is learnt is a product of two thin
 # matrices: W + alpha / rank * B A. B starts at zero, so nothing changes at first; merged in the end, nothing is left of them.
 #
 # A parametrization hides this from all other code: who reads `ffn.w_in` gets W + BA, be it a linear layer's weight or E experts stacked,
@@ -908,7 +867,7 @@ def merge_state(state: dict, model: nn.Module) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Counting: arithmetic and parameters
+# 6. Counting: arithmetic and parameters
 
 
 def flops(config: Config, n_tokens: int, n_images: int = 1, trains=None, n_audio: int = 0) -> dict[str, float]:

@@ -964,6 +964,7 @@ def make_experts(args: Args, model: CuMo, real_routers: bool = False):
     if args.recipe == "moe-llava":
         c.text.capacity_factor, c.text.eval_capacity_factor = args.capacity_factor or None, args.eval_capacity_factor or None
         c.text.noisy = args.noisy_gate
+        model.text.apply_expert_limits()
 
 
 def expert_folders(args: Args) -> list[str]:
@@ -1250,7 +1251,7 @@ def bench(args: Args, device):
         optimizer, model = torch.optim.AdamW(params, lr=1e-5, fused=device.type == "cuda"), distribute(args, model, device)
 
         def step(released=False):
-            with mock.patch("model.moe_ffn", as_released) if released else nullcontext(), amp(), \
+            with mock.patch("kernels.moe_ffn", as_released) if released else nullcontext(), amp(), \
                     torch.compiler.set_stance("force_eager" if released else "default"):
                 model(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(params, args.grad_clip)

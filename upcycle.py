@@ -73,7 +73,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
                 jobs.append((part, owner, layer, n_experts))
     generator = torch.Generator().manual_seed(seed)                                # the same routers on every rank
     for part, owner, layer, n_experts in jobs:
-        owner.ffn = experts_from(owner.ffn, n_experts, top_k, generator, part if part is model.config.text else None, real_routers)
+        limits = part.expert_limits if part is model.config.text else {}
+        owner.ffn = experts_from(owner.ffn, n_experts, top_k, generator, real_routers, **limits)
         part.top_k = top_k
         if isinstance(part.n_experts, list):
             part.n_experts[layer] = n_experts
@@ -124,20 +125,19 @@ def sources_of(model: CuMo, experts: list, average: bool) -> list:
 
 
 @torch.no_grad()
-def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Generator, text: TextConfig | None = None,
-                 real_router: bool = False) -> MoE:
-    """One dense FFN -> a MoE of n_experts copies of it, on the same device and in the same dtype. text: whose capacities hold."""
+def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Generator, real_router: bool = False, **limits) -> MoE:
+    """One dense FFN -> a MoE of n_experts copies of it, on the same device and in the same dtype. limits: MoE's capacities."""
     (ffn_dim, dim), like = dense.w_in.shape, dense.w_in
     with torch.device("meta"):
         moe = MoE(dim, ffn_dim, dense.act, n_experts, top_k, len(dense.w_out), dense.w_gate is not None, dense.b_in is not None,
-                  text)
+                  **limits)
     state = {name: w.detach().unsqueeze(0).repeat(n_experts, *[1] * w.dim()) for name, w in dense.named_parameters()}
     router = torch.randn(n_experts, dim, generator=generator) * 0.02
     state["router"] = router.to("cpu" if like.is_meta and real_router else like.device, like.dtype)
     moe.load_state_dict(state, assign=True)
     moe.requires_grad_(True)
     x = torch.randn(16, dim, generator=generator).to(like.device, like.dtype)      # drawn in any case: the next router depends on it
-    if not like.is_meta and not (text and (text.capacity_factor or text.eval_capacity_factor)):
+    if not like.is_meta and not moe.capacity_factor and not moe.eval_capacity_factor:
         before, after = dense(x)[0].float(), moe(x)[0].float()
         # Weights sum to 1 but for rounding, and long sums come out in another order; what is wrong would be off by far more
         tolerance = (8 * torch.finfo(like.dtype).eps + 1e-4) * before.abs().max().clamp(min=1e-3)
@@ -779,9 +779,6 @@ def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,), t
                             template=template or decoder.config.template))
     model.vision, model.text = tower, decoder.text
     tower.config, decoder.text.config = model.config.vision, model.config.text
-    for layer in decoder.text.layers:
-        if isinstance(layer.ffn, MoE):
-            layer.ffn.text = model.config.text
     if connector:
         try:
             fill(model.connector, tensors_in(connector), connector, translate, dtype=dtype or tower.patch.weight.dtype, listing=listing,

@@ -87,6 +87,7 @@ def test_nothing_in_a_step_or_in_decoding_waits_for_the_device(preset, monkeypat
         for moe in (module for module in model.modules() if isinstance(module, MoE)):
             moe.backend = "grouped"                                                # the one for CUDA
         model.config.text.noisy, model.config.text.capacity_factor = True, 1.5
+        model.text.apply_expert_limits()
         tokens, images = torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, 3, 16, 16)
         for question, error in ((lambda: tokens.sum().item(), DataDependentOutputException),
                                 (lambda: tokens[tokens > 0], DynamicOutputShapeException)):

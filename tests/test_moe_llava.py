@@ -330,6 +330,7 @@ def test_text_moe_alone_begins_where_dense_ended(run, tmp_path):
     train.main(flags(f"{run}/stage2", tmp_path / "out", *more))
     after = load(str(tmp_path / "out"))[0]
     assert after.config.text.capacity_factor is None and after.config.text.n_experts == [0, 4, 0, 4]
+    assert after.text.layers[1].ffn.capacity_factor is None and after.text.layers[1].ffn.eval_capacity_factor == 2.0
     changed, names = moved(upcycled(f"{run}/stage2", *more), after)
     assert changed == {n for n in names if n.startswith(("connector.", "text.layers.1.ffn.", "text.layers.3.ffn."))}
 
@@ -422,7 +423,7 @@ def listen(monkeypatch):
         routings.append((logits, mask, capacity_factor, r))
         return r
     monkeypatch.setattr(m, "sample", lambda logits, *rest: (steps.append(logits), sample(logits, *rest))[1])
-    monkeypatch.setattr(m, "route", heard)
+    monkeypatch.setattr("kernels.route", heard)
     return steps, routings
 
 

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import generate
-import kernels
 import upcycle as U
+from kernels import route
 from model import AUDIO, IGNORE, IMAGE, PAD, Config, CuMo, add_lora, count_parameters, flops, merge_state, sinusoids
 from upcycle import add_audio, assemble, load, save, upcycle
 
@@ -329,7 +329,7 @@ def test_with_routing_forced_to_one_expert_the_model_is_its_source(family, monke
     real = tokens != PAD
     for e, source in enumerate(models):
         one_hot = torch.full((3,), -1e4).index_fill(0, torch.tensor([e]), 1e4)     # its softmax is exactly 0 and 1
-        monkeypatch.setattr("model.route", lambda logits, *args: kernels.route(one_hot.expand_as(logits), *args))
+        monkeypatch.setattr("kernels.route", lambda logits, *args: route(one_hot.expand_as(logits), *args))
         torch.testing.assert_close(model(tokens, images).logits[real], source(tokens, images).logits[real], rtol=1e-5, atol=1e-5)
         assert not torch.allclose(model(tokens, images).logits[real], models[e - 1](tokens, images).logits[real], atol=1e-2)
 

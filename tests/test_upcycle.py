@@ -111,7 +111,7 @@ def test_the_config_follows_and_rebuilds_the_model(tiny_model):
     assert (c.vision.n_experts, c.connector.n_experts, c.text.n_experts) == ([4, 0, 2], 3, [0, 4])
     assert c.vision.top_k == c.connector.top_k == c.text.top_k == 1
     assert [type(layer.ffn) for layer in model.vision.layers] == [MoE, FFN, MoE] and isinstance(model.connector.ffn, MoE)
-    assert model.text.layers[1].ffn.text is model.config.text and model.vision.layers[0].ffn.text is None
+    assert model.text.layers[1].ffn.capacity_factor == 1.5 and model.vision.layers[0].ffn.capacity_factor is None
     twin = CuMo(Config.from_dict(c.to_dict()))
     twin.load_state_dict(model.state_dict())                                 # strict: names and shapes agree
     with torch.no_grad():
