@@ -735,6 +735,36 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
     return files
 
 
+def draw_curves(log_file: str, png: str):
+    """The language loss of each stage (grey: every step; blue: running mean), side by side."""
+    rows = {}
+    with open(log_file) as f:
+        for line in f:
+            row = json.loads(line)
+            rows.setdefault(str(row["stage"]), []).append(row.get("lm", row["loss"]))
+    width, height, left, top = 330, 240, 46, 34
+    img = d.Image.new("RGB", (width * len(rows), height), "white")
+    draw = d.ImageDraw.Draw(img)
+    for panel, (stage, losses) in enumerate(rows.items()):
+        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 12, top, height - 30
+        losses = [l if math.isfinite(l) else 0. for l in losses]
+        high = max(losses[len(losses) // 50:] or losses) * 1.05 or 1.
+        at = lambda i, v: (x0 + (x1 - x0) * i / max(1, len(losses) - 1), y1 - (y1 - y0) * min(v, high) / high)
+        mean, smooth = 0., []
+        for i, v in enumerate(losses, 1):
+            mean = 0.9 * mean + 0.1 * v
+            smooth.append(mean / (1 - 0.9**i))                                    # as Adam corrects its mean
+        for k in range(5):                                                         # grid, and the axis' numbers
+            y = at(0, high * k / 4)[1]
+            draw.line((x0, y, x1, y), "#dddddd")
+            draw.text((x0 - 6, y), f"{high * k / 4:.2g}", "black", anchor="rm")
+        draw.line([at(i, v) for i, v in enumerate(losses)], "#bbbbbb")
+        draw.line([at(i, v) for i, v in enumerate(smooth)], "#1f5fbf", width=2)
+        draw.text(((x0 + x1) / 2, 16), f"stage {stage}: loss, at the end {smooth[-1]:.3f}", "black", anchor="mm")
+        draw.text(((x0 + x1) / 2, height - 14), f"{len(losses)} steps", "black", anchor="mm")
+    write_atomically(png, lambda name: img.save(name, "PNG"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. --bench: how near decoding comes to its limit
 #

@@ -772,6 +772,53 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> 
     return ids.gather(-1, (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)).squeeze(-1)
 
 
+def choose_trainable(model: CuMo, trains):
+    """Set requires_grad for the parts named in `trains`, and for nothing else.
+
+    A part is one of the model's modules ("vision", "connector", "audio", "resampler", "text"), or
+    "text.ffn" (all FFNs of the decoder), "text.moe" (those with experts) or "text.router".
+
+    Weights that no loss reaches stay frozen even then: DDP insists on a gradient for all others.
+    """
+    model.requires_grad_(False)
+    for name in trains:
+        if name in ("vision", "connector", "audio", "resampler", "text"):
+            getattr(model, name).requires_grad_(True)
+            continue
+        for layer in model.text.layers:
+            if name == "text.ffn":
+                layer.ffn.requires_grad_(True)
+            elif name == "text.moe" and isinstance(layer.ffn, MoE):
+                layer.ffn.requires_grad_(True)
+            elif name == "text.router" and isinstance(layer.ffn, MoE):
+                layer.ffn.router.requires_grad_(True)
+    if model.vision is not None:
+        freeze_unreached_layers(model.vision)
+
+
+def freeze_unreached_layers(vision: VisionTransformer):
+    """Freeze what lies behind the select layer, where the features are read off, but for routers.
+
+    With select_layer -2 the last layer does not touch the features. When it is dense, it does not
+    even run. When it has experts, its router still counts in the auxiliary losses (as in the
+    released code), and what comes before its experts reaches the router; but the experts' outputs
+    go nowhere.
+    """
+    n_used = vision.config.n_used_layers
+    last_reached = n_used - 1
+    for i, layer in enumerate(vision.layers):
+        if i >= n_used and isinstance(layer.ffn, MoE):
+            last_reached = i
+
+    for i, layer in enumerate(vision.layers):
+        if i > last_reached:
+            layer.requires_grad_(False)
+        elif i >= n_used and i == last_reached:
+            for name, p in layer.ffn.named_parameters():
+                if name != "router":
+                    p.requires_grad_(False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. LoRA (arXiv 2106.09685): train a few numbers instead of the weights. W stays as it is, and what is learnt is a product of two thin
 # matrices: W + alpha / rank * B A. B starts at zero, so nothing changes at first; merged in the end, nothing is left of them.

@@ -61,9 +61,9 @@ from tqdm import tqdm
 import data as d
 import generate
 import kernels
-from model import (IGNORE, IMAGE, PAD, PRESETS, Config, Connector, CuMo, MoE, TextConfig, add_lora, count_parameters, flops, merge_state,
-                   plain_name)
-from upcycle import (add_audio, assemble, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
+from model import (IGNORE, IMAGE, PAD, PRESETS, Config, Connector, CuMo, MoE, TextConfig, add_lora, choose_trainable, count_parameters,
+                   flops, merge_state, plain_name)
+from upcycle import (add_audio, assemble, expert_counts, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
                      write_json)
 
 DRAWN = "tiny", "uni-moe-tiny"                                                           # presets of the drawn world; backbones are shipped
@@ -292,30 +292,6 @@ def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
     if step < n_warm:
         return peak * (step + 1) / n_warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warm) / max(1, steps - n_warm)))
-
-
-def choose_trainable(model: CuMo, trains):
-    """requires_grad for the named parts, less the weights that no loss reaches (DDP insists on a gradient for everything else).
-
-    With select_layer -2 the last vision layer does not touch the features. When it has experts, its router still counts in the
-    auxiliary losses (as in the released code), but its experts' outputs go nowhere; when it is dense, it does not even run."""
-    model.requires_grad_(False)
-    for name in trains:
-        if name in ("text.ffn", "text.moe", "text.router"):
-            for layer in model.text.layers:
-                if name == "text.ffn" or isinstance(layer.ffn, MoE):
-                    (layer.ffn.router if name == "text.router" else layer.ffn).requires_grad_(True)
-        else:
-            getattr(model, name).requires_grad_(True)
-    if model.vision is not None:
-        n_used = model.config.vision.n_used_layers
-        reached = [i for i, layer in enumerate(model.vision.layers) if i < n_used or isinstance(layer.ffn, MoE)]
-        for i, layer in enumerate(model.vision.layers):
-            if i > max(reached, default=-1):
-                layer.requires_grad_(False)
-            elif i >= n_used and i == max(reached):
-                for name, p in layer.ffn.named_parameters():
-                    p.requires_grad_(name == "router" and "vision" in trains)
 
 
 def shard_experts(args: Args, model: nn.Module, device):
@@ -911,28 +887,12 @@ def pretrain(args: Args, part: str, device):
 # 4. Stages 1 to 3
 
 
-def moe_layers(where: str, n_layers: int) -> list[int]:
-    """The decoder layers that get experts. MoE-LLaVA compares these placements; every other layer is its choice."""
-    half, ranges = n_layers // 2, {"every_other": (0, n_layers, 2), "all": (n_layers,)}
-    ranges |= {"first_half": (half,), "second_half": (half, n_layers)}
-    try:
-        layers = list(range(*ranges[where])) if where in ranges else [int(i) for i in where.split(",")]
-    except ValueError:
-        raise ValueError(f"--moe-layers {where}: {', '.join(ranges)}, or layer numbers with commas") from None
-    if not layers or len(set(layers)) < len(layers) or not all(0 <= i < n_layers for i in layers):
-        raise ValueError(f"--moe-layers {where}: the decoder has layers 0 to {n_layers - 1}; name each once")
-    return layers
-
-
-def expert_counts(args: Args, n_layers: int, on: bool = True) -> list[int]:
-    """Experts of each decoder layer, by --moe-layers and --n-experts."""
-    where = args.moe_layers if args.moe_layers is not None else "all" if args.recipe == "uni-moe" else "every_other"
-    numbers = [int(n) for n in args.n_experts.split(",")]
-    places = moe_layers(where, n_layers)
-    if len(numbers) not in (1, len(places)):
-        raise ValueError(f"--n-experts {args.n_experts} has {len(numbers)} numbers, --moe-layers {where} are {len(places)} layers")
-    counts = dict(zip(places, numbers * (len(places) if len(numbers) == 1 else 1)))
-    return [counts.get(i, 0) * on for i in range(n_layers)]
+def decoder_experts(args: Args, n_layers: int) -> list[int]:
+    """The number of experts of each decoder layer, by the flags or the recipe's own placement."""
+    where = args.moe_layers
+    if where is None:
+        where = "all" if args.recipe == "uni-moe" else "every_other"
+    return expert_counts(n_layers, where, args.n_experts)
 
 
 def make_experts(args: Args, model: CuMo, real_routers: bool = False):
@@ -949,13 +909,13 @@ def make_experts(args: Args, model: CuMo, real_routers: bool = False):
         if not c.balance_coef and not c.z_coef:                                    # the released stage-2 folders say 0
             c.balance_coef, c.z_coef = Config.balance_coef, Config.z_coef
     elif args.recipe == "moe-llava":
-        upcycle(model, text=expert_counts(args, c.text.n_layers), **how)
+        upcycle(model, text=decoder_experts(args, c.text.n_layers), **how)
         c.balance_coef, c.z_coef, c.text.aux = 0.01, 0.0, "sum"                    # MoE-LLaVA sums over layers and has no z-loss
     else:
         folders = expert_folders(args)
         folders = folders * int(args.n_experts) if len(folders) == 1 else folders  # "pure copies", the paper's Table 8
         args.n_experts = str(len(folders))
-        counts = expert_counts(args, c.text.n_layers)
+        counts = decoder_experts(args, c.text.n_layers)
         if real_routers:
             raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py --experts A,B,C,D --out DIR`, "
                              "and --init DIR")
@@ -994,7 +954,7 @@ def run_stage(args: Args, stage: int, source: str, device):
         raise ValueError(f"{source}: hears nothing; uni-moe's stage 1 wants --vision, --llm and --audio WHISPER_DIR")
     c = model.config
     if args.recipe != "cumo" and not args.dense and not any(c.text.n_experts):
-        expert_counts(args, c.text.n_layers)                                       # wrong ones stop stage 1 already
+        decoder_experts(args, c.text.n_layers)                                     # wrong ones stop stage 1 already
     if s["experts"]:
         make_experts(args, model, real_routers=later is not None)
     for name in ("balance_coef", "z_coef"):
@@ -1047,36 +1007,6 @@ def run_stage(args: Args, stage: int, source: str, device):
                 some = asked[::max(1, len(asked) // 250)]
                 generate.draw_experts(*trained, *zip(*some), os.path.join(args.out, "routing.png"), alone=True)
     train(args, stage, s, model, loader(encoded, s, args, d.collate, lengths), device, done, later or ())
-
-
-def draw_curves(log_file: str, png: str):
-    """The language loss of each stage (grey: every step; blue: running mean), side by side."""
-    rows = {}
-    with open(log_file) as f:
-        for line in f:
-            row = json.loads(line)
-            rows.setdefault(str(row["stage"]), []).append(row.get("lm", row["loss"]))
-    width, height, left, top = 330, 240, 46, 34
-    img = d.Image.new("RGB", (width * len(rows), height), "white")
-    draw = d.ImageDraw.Draw(img)
-    for panel, (stage, losses) in enumerate(rows.items()):
-        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 12, top, height - 30
-        losses = [l if math.isfinite(l) else 0. for l in losses]
-        high = max(losses[len(losses) // 50:] or losses) * 1.05 or 1.
-        at = lambda i, v: (x0 + (x1 - x0) * i / max(1, len(losses) - 1), y1 - (y1 - y0) * min(v, high) / high)
-        mean, smooth = 0., []
-        for i, v in enumerate(losses, 1):
-            mean = 0.9 * mean + 0.1 * v
-            smooth.append(mean / (1 - 0.9**i))                                    # as Adam corrects its mean
-        for k in range(5):                                                         # grid, and the axis' numbers
-            y = at(0, high * k / 4)[1]
-            draw.line((x0, y, x1, y), "#dddddd")
-            draw.text((x0 - 6, y), f"{high * k / 4:.2g}", "black", anchor="rm")
-        draw.line([at(i, v) for i, v in enumerate(losses)], "#bbbbbb")
-        draw.line([at(i, v) for i, v in enumerate(smooth)], "#1f5fbf", width=2)
-        draw.text(((x0 + x1) / 2, 16), f"stage {stage}: loss, at the end {smooth[-1]:.3f}", "black", anchor="mm")
-        draw.text(((x0 + x1) / 2, height - 14), f"{len(losses)} steps", "black", anchor="mm")
-    write_atomically(png, lambda name: img.save(name, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1141,7 +1071,9 @@ def planned(args: Args, s: dict) -> tuple[Config, CuMo]:
         e = int(args.n_experts) * s["experts"]
         c.vision.n_experts, c.vision.top_k, c.connector.n_experts, c.connector.top_k = [e] * c.vision.n_layers, args.top_k, e, args.top_k
     else:
-        c.text.n_experts, c.text.top_k = expert_counts(args, c.text.n_layers, s["experts"]), args.top_k
+        c.text.n_experts, c.text.top_k = decoder_experts(args, c.text.n_layers), args.top_k
+        if not s["experts"]:
+            c.text.n_experts = [0] * c.text.n_layers
     with torch.device("meta"):
         model = CuMo(c)
     choose_trainable(model, s["trains"])
@@ -1348,7 +1280,7 @@ def main(argv=None):
                 before = expert_folders(args)[-1 if args.dense else 0] if stage == 3 else place(args, 1)
             run_stage(args, stage, args.init if args.init and i == 0 else before, device)
     if RANK == 0:
-        draw_curves(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "loss.png"))
+        generate.draw_curves(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "loss.png"))
         last = os.path.normpath(place(args, stages[-1]))
         hint = f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""
         say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures."

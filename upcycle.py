@@ -145,6 +145,57 @@ def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Genera
     return moe
 
 
+PLACEMENTS = "every_other", "all", "first_half", "second_half"
+
+
+def moe_layers(where: str, n_layers: int) -> list[int]:
+    """The decoder layers that get experts, of n_layers.
+
+    where: one of PLACEMENTS, which MoE-LLaVA compares (every other layer is its choice), or layer
+    numbers with commas. Raises ValueError for anything else, and for layers that do not exist.
+    """
+    half = n_layers // 2
+    if where == "every_other":
+        layers = list(range(0, n_layers, 2))
+    elif where == "all":
+        layers = list(range(n_layers))
+    elif where == "first_half":
+        layers = list(range(half))
+    elif where == "second_half":
+        layers = list(range(half, n_layers))
+    else:
+        try:
+            layers = [int(i) for i in where.split(",")]
+        except ValueError:
+            raise ValueError(f"--moe-layers {where}: {', '.join(PLACEMENTS)}, or layer numbers "
+                             "with commas") from None
+
+    outside = [i for i in layers if not 0 <= i < n_layers]
+    if not layers or outside or len(set(layers)) < len(layers):
+        raise ValueError(f"--moe-layers {where}: the decoder has layers 0 to {n_layers - 1}; "
+                         "name each once")
+    return layers
+
+
+def expert_counts(n_layers: int, where: str, n_experts: str) -> list[int]:
+    """The number of experts of each decoder layer, 0 where it stays dense.
+
+    where: as for moe_layers. n_experts: one number for all of these layers, or one for each of
+    them, with commas. For example (4, "0,3", "4,2") gives [4, 0, 0, 2].
+    """
+    layers = moe_layers(where, n_layers)
+    numbers = [int(n) for n in n_experts.split(",")]
+    if len(numbers) == 1:
+        numbers = numbers * len(layers)
+    if len(numbers) != len(layers):
+        raise ValueError(f"--n-experts {n_experts} has {len(numbers)} numbers, --moe-layers {where} "
+                         f"are {len(layers)} layers")
+    counts = [0] * n_layers
+    for layer, number in zip(layers, numbers):
+        counts[layer] = number
+    return counts
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. What other programs call the same tensors. One table serves loading, saving and the listing that `python upcycle.py` prints
 #
@@ -901,8 +952,9 @@ the wrong shape is an error.""", formatter_class=argparse.RawDescriptionHelpForm
         if args.experts:
             if not isinstance(model, CuMo):
                 raise ValueError(f"{folders[0]}: an encoder alone; experts come from models with a decoder")
-            places = [len(folders) * (i % (1 + args.every_other) == 0) for i in range(model.config.text.n_layers)]
-            upcycle(model, text=places, seed=args.seed, experts=folders, average=args.average)
+            where = "every_other" if args.every_other else "all"
+            counts = expert_counts(model.config.text.n_layers, where, str(len(folders)))
+            upcycle(model, text=counts, seed=args.seed, experts=folders, average=args.average)
         if args.template:
             model.config.template = args.template
     else:

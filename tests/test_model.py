@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
-from model import AUDIO, IGNORE, IMAGE, PAD, Config, CuMo, MoE, count_parameters, sample
+from model import AUDIO, IGNORE, IMAGE, PAD, Config, CuMo, MoE, choose_trainable, count_parameters, sample
 
 EXPERTS = dict(vision=dict(n_experts=4), connector=dict(n_experts=4))        # CuMo in small
 TEXT_EXPERTS = dict(n_experts=[4, 0])                                        # MoE-LLaVA in small
@@ -519,7 +519,6 @@ def test_a_text_only_batch_leaves_the_text_loss_and_its_gradients_alone(tiny_mod
 @pytest.mark.parametrize("parts", [{}, EXPERTS, dict(vision=dict(n_experts=[4, 0, 4]))])
 @pytest.mark.parametrize("trains", [("connector",), ("vision", "connector", "text")])
 def test_every_trainable_parameter_gets_a_gradient_from_a_text_only_batch(tiny_model, parts, trains):
-    from train import choose_trainable
     model, tokens = tiny_model(**parts).train(), tokens_of([7, 3, 9, 2], [5, 6])
     choose_trainable(model, trains)
     _, reached = gradients(model, tokens, labels=labels_of(tokens))

@@ -483,7 +483,7 @@ def test_experts_in_all_three_parts(tiny_model, tmp_path):
     upcycle(model, vision=4, connector=4, text=[0, 4])
     tokens, labels = question(vocab=40, n_slots=4)
     images = torch.randn(2, 3, 16, 16)
-    train.choose_trainable(model, ("vision", "connector", "text"))
+    m.choose_trainable(model, ("vision", "connector", "text"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     out = model.train()(tokens, images, labels=labels)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import generate
 import train
-from model import IMAGE, PRESETS, Config, CuMo, VisionTransformer, flops
+from model import IMAGE, PRESETS, Config, CuMo, VisionTransformer, choose_trainable, flops
 
 ALL = ("vision", "connector", "text")
 
@@ -25,7 +25,7 @@ def counted(config, trains, length, rows=2, device="meta"):
         model, images = CuMo(config).train(), torch.zeros(rows, 3, *[config.vision.image_size] * 2)
         tokens = torch.zeros(rows, length, dtype=torch.long)
     tokens[:, :config.n_image_tokens] = IMAGE
-    train.choose_trainable(model, trains)
+    choose_trainable(model, trains)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             loss = model(tokens, images, labels=tokens.clamp(min=0)).loss
@@ -86,7 +86,7 @@ def test_memory_is_what_a_run_allocates(stage, micro, checkpointing):
 
     def run():
         model = CuMo(config).train()
-        train.choose_trainable(model, s["trains"])
+        choose_trainable(model, s["trains"])
         model.checkpointing(checkpointing)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         for _ in range(2):                                                         # AdamW's state is there from the first step's end

@@ -530,7 +530,7 @@ def test_exactly_what_trains_gets_a_gradient(batch, stage, moe, select):
     trains = train.RECIPE[stage]["trains"]
     want = {n for n in reached if n.split(".")[0] in trains}
     model = small(select, moe)
-    train.choose_trainable(model, trains)
+    m.choose_trainable(model, trains)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == want
     model.train()(**batch).loss.backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == want
