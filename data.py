@@ -19,8 +19,6 @@ import mmap
 import os
 import random
 import re
-import tempfile
-import time
 import wave
 import zlib
 
@@ -848,37 +846,3 @@ class Batches:
             for batch in epoch[step % self.per_epoch:]:
                 yield from batch[self.rank::self.world].reshape(-1, self.micro_batch).tolist()
                 step += 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. `python data.py`: how fast are images, against what Pillow needs in any case?
-
-
-def image_speed(width: int, height: int, size: int = 336, n: int = 24, rounds: int = 7) -> tuple[float, float]:
-    """Seconds an image on one core: (Pillow's decoding and resizing alone, load_image), of n noisy JPEGs of that size and of about
-    150 kB, as much as COCO's photographs have: decoding takes as long as there is detail.
-
-    Time is this thread's own, so that a busy machine counts little; the two take turns, and the best round counts."""
-    rng, best = np.random.default_rng(0), [float("inf")] * 2
-    bare = lambda file: Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [os.path.join(folder, f"{i}.jpg") for i in range(n)]
-        for file in files:
-            coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
-            smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
-            noisy = smooth + rng.normal(0, 12, (height, width, 1))
-            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, quality=90)
-        for i in range(2 * rounds):
-            start = time.thread_time()
-            for file in files:
-                load_image(file, size) if i % 2 else bare(file)
-            best[i % 2] = min(best[i % 2], (time.thread_time() - start) / n)
-    return tuple(best)
-
-
-if __name__ == "__main__":
-    print("JPEGs -> 336 x 336, images a second and core\n            Pillow alone  load_image")
-    times = {f"{w} x {h}": image_speed(w, h) for w, h in ((640, 480), (640, 427), (480, 640))}     # common ones of COCO
-    times["together "] = tuple(sum(t) / 3 for t in zip(*times.values()))
-    for name, (bare, ours) in times.items():
-        print(f"{name} {1 / bare:14.0f} {1 / ours:11.0f}   {100 * bare / ours:.0f}%")

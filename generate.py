@@ -8,7 +8,6 @@
     python generate.py --model out/tiny --eval questions.jsonl --images DIR --out answers.jsonl  answer a file; goes on where it stopped
     torchrun --nproc_per_node 8 generate.py --model M --eval questions.jsonl --images DIR --out answers.jsonl      the same on 8 GPUs
     python generate.py --score vqa --answers answers.jsonl --annotations FILE                    points: exact, vqa, textvqa, pope, choice
-    python generate.py --bench cumo-mistral-7b                                                   decoding against the memory's bandwidth
     python generate.py --write-drawn DIR 500                                                     drawn questions as such files, to try it
 
 The default model was taught the questions of data.ask, among them: What color is the star? What shape is at the top left? Where is
@@ -22,7 +21,6 @@ import os
 import random
 import re
 import sys
-import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -33,8 +31,7 @@ from PIL import ImageFont
 from tqdm import tqdm
 
 import data as d
-from kernels import _seconds
-from model import Config, CuMo, MoE
+from model import CuMo, MoE
 from upcycle import load, write_atomically
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun; --eval alone uses them
@@ -766,55 +763,6 @@ def draw_curves(log_file: str, png: str):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. --bench: how near decoding comes to its limit
-#
-# A step of decoding multiplies every weight with one vector a row of the batch: so little arithmetic that the time goes into reading the
-# weights, and behind them the rows' keys and values. Bytes over bandwidth is the shortest time that a step can take. A larger batch
-# reads the weights once for all its rows: nearly as many steps a second, each with more tokens. (A tiny model fits into a CPU's cache,
-# which is faster than memory, and its time goes into starting operators: there the share says little.)
-
-
-def decode_bytes(model: CuMo, batch: int, length: int) -> float:
-    """Bytes that a step reads: the decoder's weights (of experts those that a batch is likely to meet), `length` keys and values a row."""
-    t, embed = model.config.text, model.text.embed.weight
-    size = 0. if model.text.head is None else -float(embed.numel())               # of the embedding a step reads a few rows only
-    for m in model.text.modules():
-        met = 1 - (1 - m.top_k / len(m.router)) ** batch if isinstance(m, MoE) else 1
-        size += met * sum(p.numel() for p in m.parameters(recurse=False))
-    return (size + 2 * t.n_layers * batch * length * t.n_kv_heads * t.head_dim) * embed.element_size()
-
-
-def bench(preset: str, device: str, compile: bool | str = False, prompt: int = 640, n: int = 64):
-    """Tokens per second of the preset's decoder with random weights, behind a prompt of an image's length, at batch 1 and 8."""
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    config = Config.from_preset(preset)
-    config.vision = None                                                           # the image is read once, before
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        model, x = CuMo(config).eval(), torch.ones((1 << 30 if dtype == torch.bfloat16 else 1 << 26))
-    torch.set_default_dtype(torch.float32)
-    seconds = _seconds({"sum": x.sum, "copy": x.clone}, device[:4], 9)
-    bandwidth = max(x.nbytes / seconds["sum"], 2 * x.nbytes / seconds["copy"])     # a copy also writes
-    print(f"{preset}, {str(dtype)[6:]}, {device}{', compiled' * bool(compile)}, {prompt} tokens of prompt; the memory gives "
-          f"{bandwidth / 1e9:.1f} GB/s\n"
-          f"{'batch':>5} {'tokens/s':>9} {'ms a step':>10} {'MB a token':>11} {'of bandwidth':>13}")
-    for batch in (1, 8):
-        tokens, times = torch.randint(config.text.vocab_size, (batch, prompt), device=device), []
-        for _ in range(3):                                                         # the first warms up (and compiles)
-            seen, ends = [], []
-
-            def on_token(token):
-                seen.append(token)
-                if len(seen) in (1, n):                                            # in between nobody waits for a GPU
-                    token.tolist()
-                    ends.append(time.perf_counter())
-            model.generate(tokens, max_new_tokens=n, on_token=on_token, compile=compile)
-            times.append((ends[1] - ends[0]) / (n - 1))                            # without the prompt's pass
-        step, size = min(times[1:]), decode_bytes(model, batch, prompt + n // 2)
-        print(f"{batch:5} {batch / step:9.1f} {step * 1e3:10.3f} {size / batch / 1e6:11.2f} {size / step / bandwidth:13.1%}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
@@ -838,9 +786,6 @@ def main(argv=None):
                          "(the same, words cleaned otherwise), POPE (yes or no), multiple choice. Needs no model")
     command.add_argument("--write-drawn", nargs="+", metavar=("DIR", "N"), help="write N (default: 500) drawn questions into DIR: "
                          "questions.jsonl and images/ for --eval, and for --score one file of annotations a kind")
-    command.add_argument("--bench", nargs="?", const="tiny", metavar="PRESET", help="tokens/s of decoding, and the share of the memory's "
-                         "bandwidth that they take, both measured now; random weights (default: tiny). Compiled on CUDA, elsewhere by "
-                         "--compile")
     parser.add_argument("--images", default="", metavar="DIR", help="of --eval: the folder below which its images lie")
     parser.add_argument("--out", metavar="FILE", help="of --eval: the answers, a JSON object a line, in the order of the questions")
     parser.add_argument("--batch", type=int, default=16, help="of --eval: questions answered together (default: 16)")
@@ -854,8 +799,6 @@ def main(argv=None):
                         "take a minute longer, so it is for many or long ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     args = parser.parse_args(argv)
-    if args.bench:
-        return bench(args.bench, args.device, args.compile or args.device.startswith("cuda"))
     if args.score:
         if not args.answers or not args.annotations:
             raise ValueError("--score needs --answers and --annotations")

@@ -5,7 +5,7 @@
     python train.py --stage 3 --init DIR --data FILE.json --images DIR      one stage on LLaVA's data format
     torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 --vision CLIP_DIR --llm MISTRAL_DIR --data ... --images ...
                                                         real models; stages 2 and 3 start from what the one before left
-    python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan    what it would cost; --bench: how fast it is
+    python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan    what it would cost
 
     stage 0   for who has no backbones: the tower learns from captions (contrastively), the decoder from text
     stage 1   pre-training: the connector alone learns to make image patches read like words
@@ -24,11 +24,13 @@ which --resume goes on from (on any number of processes), stage1/, stage2/ and a
 `torchrun --max-restarts 3 ... train.py ...` goes on by itself after a process died.
 """
 import argparse
+import ctypes
 import dataclasses
 import functools
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import signal
@@ -60,7 +62,6 @@ from tqdm import tqdm
 
 import data as d
 import generate
-import kernels
 from model import (IGNORE, IMAGE, PAD, PRESETS, Config, Connector, CuMo, MoE, TextConfig, add_lora, choose_trainable, count_parameters,
                    flops, merge_state, plain_name)
 from upcycle import (add_audio, assemble, expert_counts, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
@@ -181,7 +182,6 @@ class Args:
     gpu_gb: int = arg(80, "of --plan: memory of a GPU")
     peak_tflops: float = arg(989., "of --plan: what a GPU could do (an H100's dense bfloat16)")
     mfu: float = arg(0.4, "of --plan: the share of it that training reaches")
-    bench: bool = arg(False, "time a step of stage 3 with random weights: with experts, dense at equal FLOPs, and as released")
     eval_questions: int = arg(1200, "held-out questions after the last stage (a quarter of them after the others)")
 
 
@@ -204,8 +204,6 @@ def parse(argv=None) -> Args:
             raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)} must be at least 1")
     if args.expert_parallel > 1 and args.fsdp:
         raise ValueError("--expert-parallel and --fsdp are two ways to shard the same weights: give one of them")
-    if args.expert_parallel > 1 and args.bench:
-        raise ValueError("--bench times experts that are all on one process: leave --expert-parallel out")
     if (world := args.gpus if args.plan else WORLD) % args.expert_parallel:
         raise ValueError(f"--expert-parallel {args.expert_parallel}: {world} process(es) cannot form groups of {args.expert_parallel}")
     try:
@@ -1010,7 +1008,7 @@ def run_stage(args: Args, stage: int, source: str, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. --plan: what a stage will cost, before it costs anything. --bench: how near a step comes to what the device can do
+# 5. --plan: what a stage will cost, before it costs anything
 
 N_SAMPLES = {"cumo": {1: 558_000, 2: 708_000, 3: 1_649_000}, "moe-llava": {1: 558_000, 2: 964_000, 3: 665_000}}       # the papers'
 
@@ -1148,78 +1146,54 @@ def plan(args: Args):
               f"the smallest number (1, 2, 4, 8...) that does: {next(least, 'none. Try a smaller --micro-batch')}")
 
 
-def as_released(x, r, *weights, **_):
-    """In the place of kernels.moe_ffn: the released CuMo's loop over samples and experts."""
-    x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-    rows = (x, r) if x.dim() == 3 else (x[None], kernels.Routing(r.weights[None], r.experts[None], r.balance, r.z))
-    return kernels.samples_and_experts(*rows, *weights[:6]).view(*x.shape[:-1], -1)
-
-
-def bench(args: Args, device):
-    """Seconds of a step of stage 3, on data that lies in memory. "dense": no experts, FFNs widened until the FLOPs are equal."""
-    s, amp = settings(args, 3), functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=device.type == "cuda")
-    config, dense, rows = planned(args, s)[0], planned(args, s | {"experts": False})[0], s["micro_batch"]
-    torch.manual_seed(args.seed)
-    if args.preset == "tiny":
-        data = d.Encoded(d.Drawn("chat", rows, args.seed), load_backbones(BACKBONES)[1], "tiny", config.vision.image_size,
-                         config.n_image_tokens, s["max_length"])
-        batch = {k: v.to(device) for k, v in d.collate([data[i] for i in range(rows)]).items() if torch.is_tensor(v)}
-    else:                                                                          # no tokenizer at hand: any words
-        words = torch.randint(config.text.vocab_size, (rows, s["max_length"]))
-        tokens = words.index_fill(1, torch.arange(config.n_image_tokens), IMAGE)
-        images = torch.randn(rows, 3, *[config.vision.image_size] * 2)
-        batch = {"tokens": tokens.to(device), "labels": words.to(device), "images": images.to(device)}
-    work = lambda c: sum(sum(flops(c, batch["tokens"].shape[1], trains=t).values()) for t in (None, s["trains"])) * rows
-    part, at = dense.vision if args.recipe == "cumo" else dense.text, []
-    for part.ffn_dim in (1024, 2048):
-        at.append(work(dense))
-    part.ffn_dim = max(8, 8 * round((1 + (work(config) - at[0]) / (at[1] - at[0])) * 128))
-
-    def steps(name, c):
-        with device:
-            model = CuMo(c).train()
-        choose_trainable(model, s["trains"])
-        params = [p for p in model.parameters() if p.requires_grad]
-        optimizer, model = torch.optim.AdamW(params, lr=1e-5, fused=device.type == "cuda"), distribute(args, model, device)
-
-        def step(released=False):
-            with mock.patch("kernels.moe_ffn", as_released) if released else nullcontext(), amp(), \
-                    torch.compiler.set_stance("force_eager" if released else "default"):
-                model(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-        return {name: step} | ({"as released": functools.partial(step, True)} if name == "experts" else {})
-    time_them = functools.partial(kernels._seconds, device=device.type, repeat=args.steps or 5)
-    if device.type == "cuda":                                                      # one model after the other: memory is scarce,
-        seconds = time_them(steps("experts", config)) | time_them(steps("dense", dense))
-    else:                                                                          # in turn: a CPU's speed drifts
-        seconds = time_them(steps("experts", config) | steps("dense", dense))
-    peak, cores = kernels.matmul_speed(device.type, torch.bfloat16 if device.type == "cuda" else torch.float32), torch.get_num_threads()
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {cores} threads'}, {args.preset}, {rows} samples of "
-          f"{batch['tokens'].shape[1]} tokens; matrix products reach {peak / 1e12:.3f} TFLOP/s\n{'step of stage 3':16} {'seconds':>8} "
-          f"{'samples/s':>10} {'TFLOP/s':>9} {'of matmul':>10} {'time / dense':>13} {'time / experts':>15}")
-    for name, t in seconds.items():
-        speed = work(dense if name == "dense" else config) / t
-        print(f"{name:16} {t:8.3f} {rows / t:10.2f} {speed / 1e12:9.3f} {speed / peak:10.1%} {t / seconds['dense']:12.2f}x "
-              f"{t / seconds['experts']:14.2f}x")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def keep_pages():
+    """Let glibc keep the memory that tensors leave behind.
+
+    It takes every tensor over 32 MB from the kernel anew and gives it back afterwards. Each fresh
+    page is then a page fault, that is a trip to the kernel, which fills 4 KB with zeros: a fifth to
+    a half of a CPU step on long sequences. The price is a heap with gaps (a step of uni-moe peaks
+    at 3.3 GB, not 2.5). Whoever sets glibc's own MALLOC_ variables decides for himself; other C
+    libraries are left alone.
+    """
+    tuned = any(name.startswith("MALLOC_") for name in os.environ)
+    if platform.libc_ver()[0] != "glibc" or tuned:
+        return
+
+    # the numbers of these parameters in <malloc.h>, and their values
+    m_mmap_max = (-4, 0)
+    m_trim_threshold = (-1, 2**31 - 1)
+    m_top_pad = (-2, 10**8)
+    libc = ctypes.CDLL(None)
+    for parameter, value in (m_mmap_max, m_trim_threshold, m_top_pad):
+        libc.mallopt(parameter, value)
+
+
+def prepare_device(args: Args) -> torch.device:
+    """The device that the flags choose, set up for a run."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device here; leave the flag out for the CPU")
+    torch.set_float32_matmul_precision(args.matmul)
+    if args.matmul == "medium":
+        # the CPU's flash kernel multiplies small blocks, for which AMX is slow (this switch is the
+        # CPU's too)
+        torch.backends.cuda.enable_flash_sdp(False)
+
+    name = args.device
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        keep_pages()
+    return torch.device(name)
 
 
 def main(argv=None):
     args = parse(argv)
     if args.plan:
         return plan(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; leave the flag out for the CPU")
-    torch.set_float32_matmul_precision(args.matmul)
-    if args.matmul == "medium":                                                    # the CPU's flash kernel multiplies small blocks,
-        torch.backends.cuda.enable_flash_sdp(False)                                # for which AMX is slow (the switch is the CPU's too)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cpu":
-        kernels.keep_pages()
+    device = prepare_device(args)
     if WORLD > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1232,8 +1206,6 @@ def main(argv=None):
         dist.all_reduce(died, dist.ReduceOp.MAX)
         args.resume |= bool(died)                                                  # torchrun --max-restarts: one died, all begin again
     Config.from_preset(args.preset)                                                # an unknown name stops here
-    if args.bench:
-        return bench(args, device)
     stages = [args.stage] if args.stage is not None else [0, 1, 2, 3] if args.from_scratch else [1, 2, 3]
     if args.recipe == "uni-moe":
         senses = [2] if args.data else list(SENSES)

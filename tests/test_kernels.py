@@ -1,10 +1,6 @@
 """kernels.py against the formulas of DESIGN.md section 4, written out again in plain Python."""
 import math
-import os
-import subprocess
-import sys
 from fractions import Fraction
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -253,14 +249,17 @@ def compare(backend, dtype, limit, act="gelu", **sizes):
 
 
 SIZES = {"usual": {}, "wider out": dict(d_out=13), "one token": dict(n=1), "empty experts": dict(n=2, e=8, k=1), "k = 1": dict(k=1),
-         "k = E": dict(k=4), "one expert": dict(e=1, k=1), "multiples of 8": dict(d=16, f=24, d_out=8)}
+         "k = E": dict(k=4), "one expert": dict(e=1, k=1), "multiples of 8": dict(d=16, f=24, d_out=8),
+         "many experts": dict(n=5, d=10, f=7, d_out=10, e=8, k=3), "usual, larger": dict(n=66, d=16, f=24, d_out=16)}
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("act, gated", [("gelu", False), ("quick_gelu", False), ("silu", False), ("silu", True), ("gelu", True)])
-@pytest.mark.parametrize("backend", ["loop", "sorted"])
-def test_backend_equals_the_definition_with_all_gradients(backend, act, gated, bias):
-    compare(backend, torch.float64, 1e-12, act, gated=gated, bias=bias)
+@pytest.mark.parametrize("backend, dtype, limit", [("loop", torch.float64, 1e-12), ("sorted", torch.float64, 1e-12),
+                                                   ("loop", torch.float32, 1e-5), ("sorted", torch.float32, 1e-5),
+                                                   ("grouped", torch.bfloat16, 3e-2)])
+def test_backend_equals_the_definition_with_all_gradients(backend, dtype, limit, act, gated, bias):
+    compare(backend, dtype, limit, act, gated=gated, bias=bias)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -367,74 +366,3 @@ def test_moe_ffn_refuses_a_routing_for_other_tokens():
     (x, w, *rest), experts = problem(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"\(8,\).*\(9,\)"):
         moe_ffn(x, Routing(w[:8], experts[:8], None, None), *rest)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The benchmark
-
-
-@pytest.mark.parametrize("name", ["eager", "grouped_mm"])
-def test_the_benchmark_compares_with_transformers_on_the_same_function(name):
-    pytest.importorskip("transformers")
-    x, logits, weights = kernels._problem(1, 33, 16, 24, 16, 4, True, False, "cpu", torch.float32)
-    theirs, params = kernels.as_transformers(name, weights)
-    results = []
-    for run, leaves in ((lambda r: moe_ffn(x[0], r, *weights, act="silu"), [w for w in weights if w is not None]), (lambda r: theirs(x[0], r), params)):
-        x.grad = logits.grad = None
-        y = run(route(logits[0], 2))
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        results.append([y, x.grad, logits.grad, *(w.grad for w in leaves)])
-    (*ours, w_in, w_out, w_gate), (*others, gate_up, down) = results
-    for got, want in zip([*others, gate_up, down], [*ours, torch.cat([w_gate, w_in], 1), w_out], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("flag", [[], ["--transformers"]])
-def test_the_benchmark_prints_time_over_dense_and_the_ceiling_it_measured(monkeypatch, capsys, flag):
-    if flag:
-        pytest.importorskip("transformers")
-    monkeypatch.setattr(sys, "argv", ["kernels.py", "--repeat", "1", *flag])
-    monkeypatch.setattr(kernels, "LAYERS", {"tiny": (2, 5, 8, 12, 8), "tiny, gated": (2, 5, 8, 12, 8)})
-    monkeypatch.setattr(kernels, "check", lambda device: None)
-    kernels.main()
-    out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines() if line.startswith("    ")]
-    assert "matrix products reach" in out and ("tiny, gated" in out) == bool(flag)
-    assert [row[0] for row in rows] == (["dense,", "sorted", "loop", "samples"] * 2 + ["transformers"] * 2)[:4 + 6 * bool(flag)]
-    assert all(float(row[-3]) > 0 and row[-2].endswith("x") and row[-1].endswith("%") for row in rows) and rows[0][-2] == "1.00x"
-
-
-@pytest.mark.parametrize("libc, environment, calls", [("glibc", {}, 3), ("glibc", {"MALLOC_ARENA_MAX": "2"}, 0), ("", {}, 0)])
-def test_pages_are_kept_with_glibc_alone_and_unless_the_user_tuned_it(monkeypatch, libc, environment, calls):
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    seen = []
-    monkeypatch.setattr(kernels.platform, "libc_ver", lambda: (libc, "2.36"))
-    monkeypatch.setattr(kernels.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *a: seen.append(a)))
-    kernels.keep_pages()
-    assert len(seen) == calls
-
-
-@pytest.mark.skipif(kernels.platform.libc_ver()[0] != "glibc", reason="other C libraries keep pages or not as they please")
-def test_kept_pages_spare_page_faults():
-    script = """if True:
-        import resource, sys, torch
-        sys.path.insert(0, sys.argv[1])
-        import kernels
-        faults = []
-        for kept in (False, True):
-            if kept:
-                kernels.keep_pages()
-            for i in range(8):                                                     # as a step does: several, let go together (of a single
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt        # one glibc cannot align the next in the same place)
-                tensors = [torch.empty(n * 2**22).fill_(0.) for n in (4, 1, 3, 2)]     # 160 MB
-                del tensors
-                faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        print(sum(faults[4:8]), sum(faults[12:]))"""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | {"MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    p = subprocess.run([sys.executable, "-c", script, os.path.dirname(kernels.__file__)], env=clean, capture_output=True, text=True)
-    assert p.returncode == 0, p.stderr
-    fresh, kept = map(int, p.stdout.split())
-    assert kept < 0.1 * fresh or fresh < 100                                       # (huge pages: few faults either way)

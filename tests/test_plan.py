@@ -1,4 +1,4 @@
-"""The plan against what is counted and measured: FLOPs by torch's own counter, memory by the allocator's log of a real run; the benches."""
+"""The plan against what is counted and measured: FLOPs by torch's own counter, memory by the allocator's log of a real run."""
 import json
 import re
 
@@ -7,9 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import generate
 import train
-from model import IMAGE, PRESETS, Config, CuMo, VisionTransformer, choose_trainable, flops
+from model import IMAGE, Config, CuMo, VisionTransformer, choose_trainable, flops
 
 ALL = ("vision", "connector", "text")
 
@@ -140,41 +139,3 @@ def test_fsdp_shares_out_and_the_rest_does_not():
     one, ddp, fsdp = (train.memory(args, 3, gpus, sharded, False) for gpus, sharded in ((1, False), (8, False), (8, True)))
     assert fsdp["weights"] == one["weights"] / 8 and fsdp["optimizer"] == one["optimizer"] / 8 and fsdp["gradients"] == one["gradients"] / 8
     assert ddp["DDP buckets"] == one["gradients"] and ddp["weights"] == one["weights"]
-
-
-@pytest.mark.parametrize("preset", ["tiny", "cumo-small"])
-def test_bench_of_a_training_step(capsys, monkeypatch, preset):
-    monkeypatch.setitem(PRESETS, "cumo-small", PRESETS["tiny"] | dict(connector=dict(n_experts=4)))    # of words at random, as real presets
-    train.main(f"--bench --preset {preset} --device cpu --micro-batch 2 --steps 1 --max-length 128".split())
-    text = capsys.readouterr().out
-    rows = {line[:16].strip(): line[16:].split() for line in text.splitlines()[-3:]}
-    assert set(rows) == {"experts", "as released", "dense"} and "matrix products reach" in text
-    assert rows["dense"][-2] == "1.00x" and rows["experts"][-1] == "1.00x" and all(float(r[1]) > 0 for r in rows.values())
-
-
-def test_the_released_dispatch_computes_the_same(tiny_model, monkeypatch):
-    model = tiny_model(vision=dict(n_experts=4), connector=dict(n_experts=4), text=dict(n_experts=4))
-    tokens, images = torch.tensor([[IMAGE] * 4 + [1, 2, 3]] * 2), torch.randn(2, 3, 16, 16)
-    want = model(tokens, images).logits
-    monkeypatch.setattr("kernels.moe_ffn", train.as_released)
-    assert torch.allclose(model(tokens, images).logits, want, atol=1e-4)
-
-
-@pytest.mark.parametrize("compile", [False, "aot_eager"])
-def test_bench_of_decoding(capsys, monkeypatch, compile):
-    calls, real = [], CuMo.generate
-    monkeypatch.setattr(CuMo, "generate", lambda self, *a, **kw: calls.append(kw["compile"]) or real(self, *a, **kw))
-    generate.bench("tiny", "cpu", compile, prompt=8, n=3)
-    assert calls == [compile] * 6
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
-    assert [row[0] for row in rows] == ["1", "8"] and all(float(row[1]) > 0 and row[-1].endswith("%") for row in rows)
-
-
-def test_bytes_of_a_decoding_step(tiny_model):
-    model = tiny_model(text=dict(n_experts=[4, 0]))
-    t, weights = model.config.text, {name: p.numel() for name, p in model.text.named_parameters()}
-    experts = sum(n for name, n in weights.items() if ".0.ffn.w" in name)
-    rest = sum(weights.values()) - experts - weights["embed.weight"]
-    router = weights["layers.0.ffn.router"]
-    cache = 2 * 2 * 10 * t.n_kv_heads * t.head_dim
-    assert generate.decode_bytes(model, 1, 10) == pytest.approx(4 * (rest - router / 2 + experts / 2 + cache))

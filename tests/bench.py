@@ -1,0 +1,556 @@
+"""bench.py: how fast it is. Each command measures its own ceiling too, and prints what share of it is reached.
+
+    python tests/bench.py layers                    a MoE layer against a dense FFN with as much arithmetic
+    python tests/bench.py step --preset tiny        a step of stage 3, against a dense model and the released code's way
+    python tests/bench.py decode cumo-mistral-7b    decoding, against the memory's bandwidth
+    python tests/bench.py images                    reading images, against Pillow's bare decoding and resizing
+"""
+import argparse
+import functools
+import os
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import data
+import kernels
+import train
+from kernels import ffn, moe_ffn, route
+from model import IMAGE, Config, CuMo, MoE, choose_trainable
+from upcycle import load_backbones
+
+# -------------------------------------------------------------------------------------------------
+# What several of the commands need
+
+
+def median_seconds(runs: dict, device: str, repeat: int) -> dict:
+    """{name: a callable} -> {name: median seconds of `repeat` calls}.
+
+    The callables take turns, so that a slow moment of the machine hits all of them.
+    """
+    times = {name: [] for name in runs}
+    for turn in range(repeat + 1):
+        for name, run in runs.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+            # the first turn warms up
+            if turn > 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def matmul_speed(device: str, dtype: torch.dtype, repeat: int = 7) -> float:
+    """FLOP/s of one large matrix product, the ceiling of everything that computes."""
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = median_seconds({"matmul": lambda: a @ a}, device, repeat)
+    return 2 * n**3 / seconds["matmul"]
+
+
+def name_of(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def samples_and_experts(x, r, w_in, w_out, w_gate, b_in, b_out, act):
+    """How the released CuMo dispatches, as a yardstick: x (B, N, D) -> (B, N, D_out).
+
+    It loops in Python over samples, and in each over experts. Every answer is added in place to a
+    slice of one tensor, so that autograd, going back, copies the whole tensor's gradient each time.
+    """
+    y = x.new_zeros(*x.shape[:2], w_out.shape[1])
+    experts = kernels._per_expert(w_in, w_out, w_gate, b_in, b_out)
+    for b in range(len(x)):
+        for e, expert in enumerate(experts):
+            token, choice = torch.where(r.experts[b] == e)
+            weight = r.weights[b][token, choice, None].to(x.dtype)
+            y[b][token] += weight * ffn(x[b][token], *expert, act)
+    return y
+
+
+# -------------------------------------------------------------------------------------------------
+# layers: forward and backward of one MoE layer
+
+
+class Layer(NamedTuple):
+    n_images: int
+    n_tokens: int  # of each image
+    dim: int
+    ffn_dim: int
+    dim_out: int
+    gated: bool = False  # as Mixtral's, without biases
+
+
+LAYERS = {
+    "tiny": Layer(64, 37, 128, 512, 128),
+    "CLIP ViT-L": Layer(4, 577, 1024, 4096, 1024),
+    "connector": Layer(4, 576, 2048, 4096, 4096),
+    "CLIP ViT-L, gated": Layer(4, 577, 1024, 4096, 1024, gated=True),
+}
+
+
+def random_layer(layer: Layer, n_experts: int, device: str, dtype: torch.dtype):
+    """x (B, N, D), router logits (B, N, E) and the experts' weights, which all want gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, scale=1.0):
+        t = torch.randn(*shape, generator=generator) * scale
+        return t.to(device, dtype).requires_grad_()
+
+    b, n, d, f, d_out, gated = layer
+    e = n_experts
+    x = draw(b, n, d)
+    logits = draw(b, n, e)
+    w_in = draw(e, f, d, scale=d**-0.5)
+    w_out = draw(e, d_out, f, scale=f**-0.5)
+    if gated:
+        w_gate = draw(e, f, d, scale=d**-0.5)
+        return x, logits, [w_in, w_out, w_gate, None, None]
+    return x, logits, [w_in, w_out, None, draw(e, f), draw(e, d_out)]
+
+
+def as_transformers(name: str, weights: list):
+    """The same experts in Hugging Face's Mixtral, by its implementation `name`.
+
+    -> a function of x (N, D) and a Routing that gives (N, D), and its weights.
+    """
+    # transformers looks for a package named kernels, and would take this project's file for it
+    elsewhere = [path for path in sys.path if os.path.abspath(path) != ROOT]
+    try:
+        with mock.patch.object(sys, "path", elsewhere):
+            from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
+    except ImportError:
+        raise ValueError("--transformers compares with that library: "
+                         "pip install transformers") from None
+
+    w_in, w_out, w_gate = weights[:3]
+    # its default activation is silu
+    config = MixtralConfig(num_local_experts=len(w_in), hidden_size=w_in.shape[2],
+                           intermediate_size=w_in.shape[1])
+    config._experts_implementation = name
+    with torch.device("meta"):
+        experts = MixtralExperts(config)
+    experts.gate_up_proj = torch.nn.Parameter(torch.cat([w_gate, w_in], 1).detach())  # (E, 2F, D)
+    experts.down_proj = torch.nn.Parameter(w_out.detach())
+
+    def run(x, r):
+        return experts(x, r.experts, r.weights.to(x.dtype))
+
+    return run, list(experts.parameters())
+
+
+def layer_rows(x, logits, weights, act, compiled, transformers):
+    """{row's name: a callable that computes the layer} and the leaves that get gradients."""
+    w_in, w_out, *others = weights
+    twice = torch.cat([x.detach()] * 2).requires_grad_()
+    first = [None if w is None else w[0] for w in others]
+    leaves = [t for t in (x, twice, logits, *weights) if t is not None]
+
+    def dense():
+        return ffn(twice, w_in[0], w_out[0], *first, act)
+
+    def ours(backend):
+        return moe_ffn(x, route(logits, 2), *weights, act=act, backend=backend)
+
+    def released():
+        return samples_and_experts(x, route(logits, 2), *weights, act)
+
+    rows = {"dense, K x tokens": dense, "sorted": functools.partial(ours, "sorted")}
+    if x.dtype == torch.bfloat16:
+        rows["grouped"] = functools.partial(ours, "grouped")
+    if compiled:
+        rows = {name: torch.compile(run) for name, run in rows.items()}
+    rows["loop"] = functools.partial(ours, "loop")
+    rows["samples x experts"] = released
+
+    def theirs(run):
+        return run(x.flatten(0, 1), route(logits.flatten(0, 1), 2)).view(x.shape)
+
+    for name in ("eager", "grouped_mm") if transformers else ():
+        run, params = as_transformers(name, weights)
+        leaves += params
+        rows[f"transformers {name}"] = functools.partial(theirs, run)
+        same = torch.allclose(theirs(run), rows["sorted"](), rtol=0.05, atol=0.05)
+        assert same, "not the same function"
+    return rows, leaves
+
+
+def bench_layer(name: str, layer: Layer, device: str, dtype: torch.dtype, speed: float, args):
+    """One table: the layer by every backend, 4 experts, top-2, beside a dense FFN over 2 x tokens."""
+    # a GPU wants more to do
+    if device == "cuda" and layer.n_tokens > 100:
+        layer = layer._replace(n_images=20 * layer.n_images)
+    act = "silu" if layer.gated else "gelu"
+    x, logits, weights = random_layer(layer, 4, device, dtype)
+    rows, leaves = layer_rows(x, logits, weights, act, args.compile, layer.gated)
+
+    # the gradient that comes from behind, for the dense row twice as long
+    grad = torch.randn(*x.shape[:2], layer.dim_out, device=device, dtype=dtype)
+    grads = {row: grad for row in rows}
+    grads["dense, K x tokens"] = torch.cat([grad] * 2)
+
+    def once(row):
+        # as in a training step: gradients are written, not added
+        for leaf in leaves:
+            leaf.grad = None
+        torch.autograd.backward(rows[row](), grads[row])
+
+    # the small layer's milliseconds are noisy
+    repeat = args.repeat * 10 if name == "tiny" else args.repeat
+    seconds = median_seconds({row: functools.partial(once, row) for row in rows}, device, repeat)
+
+    # multiply-adds of a token at one expert; two experts, two FLOPs each, forward and twice backward
+    n_tokens = layer.n_images * layer.n_tokens
+    one = layer.ffn_dim * (layer.dim + layer.dim_out + layer.dim * layer.gated)
+    work = 3 * 2 * 2 * n_tokens * one
+    shape = f"{layer.dim} -> {layer.ffn_dim} -> {layer.dim_out:4}"
+    print(f"\n{name + ':':18} {n_tokens:,} tokens, {shape}         ms  time / dense  of matmul")
+    for row, t in seconds.items():
+        ratio = t / seconds["dense, K x tokens"]
+        print(f"    {row:44} {t * 1e3:9.2f} {ratio:12.2f}x {work / t / speed:10.1%}")
+
+
+def bench_layers(args):
+    devices = [args.device]
+    if args.device is None:
+        devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for device in devices:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        speed = matmul_speed(device, dtype)
+        print(f"\n{name_of(device)}, {str(dtype)[6:]}; matrix products reach {speed / 1e12:.3f} "
+              f"TFLOP/s. Forward + backward, median of {args.repeat} "
+              f"(of {10 * args.repeat} at tiny's sizes)")
+        for name, layer in LAYERS.items():
+            if not layer.gated or args.transformers:
+                bench_layer(name, layer, device, dtype, speed, args)
+
+
+# -------------------------------------------------------------------------------------------------
+# step: a whole training step
+
+
+def as_released(x, r, *weights, **_):
+    """In the place of kernels.moe_ffn: the released CuMo's loop over samples and experts."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if x.dim() == 3:
+        return samples_and_experts(x, r, *weights[:6])
+
+    # the decoder's tokens are one row: a single sample
+    row = r._replace(weights=r.weights[None], experts=r.experts[None])
+    return samples_and_experts(x[None], row, *weights[:6])[0]
+
+
+def a_batch(args, s: dict, config: Config, device) -> dict:
+    """One micro-batch of stage 3 on the device."""
+    rows = s["micro_batch"]
+    if args.preset == "tiny":
+        tokenizer = load_backbones(train.BACKBONES)[1]
+        drawn = data.Drawn("chat", rows, args.seed)
+        encoded = data.Encoded(drawn, tokenizer, "tiny", config.vision.image_size,
+                               config.n_image_tokens, s["max_length"])
+        batch = data.collate([encoded[i] for i in range(rows)])
+    else:
+        # there is no tokenizer at hand: any words do
+        words = torch.randint(config.text.vocab_size, (rows, s["max_length"]))
+        slots = torch.arange(config.n_image_tokens)
+        size = config.vision.image_size
+        batch = {"tokens": words.index_fill(1, slots, IMAGE), "labels": words,
+                 "images": torch.randn(rows, 3, size, size)}
+    return {name: t.to(device) for name, t in batch.items() if torch.is_tensor(t)}
+
+
+def step_work(config: Config, s: dict, n_tokens: int) -> float:
+    """FLOPs of one micro-batch, forward and backward."""
+    forward = train.flops(config, n_tokens)
+    backward = train.flops(config, n_tokens, trains=s["trains"])
+    return s["micro_batch"] * (sum(forward.values()) + sum(backward.values()))
+
+
+def widen(dense: Config, recipe: str, s: dict, n_tokens: int, work: float):
+    """Widen the FFNs in the place of experts until a step of `dense` costs `work` FLOPs."""
+    part = dense.vision if recipe == "cumo" else dense.text
+    # the work is a linear function of the width: two points give the line
+    part.ffn_dim = 1024
+    low = step_work(dense, s, n_tokens)
+    part.ffn_dim = 2048
+    high = step_work(dense, s, n_tokens)
+    width = 1024 + 1024 * (work - low) / (high - low)
+    part.ffn_dim = max(8, 8 * round(width / 8))
+
+
+def step_runs(name: str, config: Config, s: dict, args, batch: dict, device) -> dict:
+    """{row's name: a callable that makes one step} of a model with random weights."""
+    with device:
+        model = CuMo(config).train()
+    choose_trainable(model, s["trains"])
+    params = [p for p in model.parameters() if p.requires_grad]
+    on_cuda = device.type == "cuda"
+    optimizer = torch.optim.AdamW(params, lr=1e-5, fused=on_cuda)
+    model = train.distribute(args, model, device)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
+            model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def released():
+        with mock.patch("kernels.moe_ffn", as_released), \
+                torch.compiler.set_stance("force_eager"):
+            step()
+
+    if name == "experts":
+        return {"experts": step, "as released": released}
+    return {name: step}
+
+
+def bench_step(args):
+    """Seconds of a step of stage 3, on data that lies in memory."""
+    if args.expert_parallel > 1:
+        raise ValueError("step times experts that are all on one process: "
+                         "leave --expert-parallel out")
+    device = train.prepare_device(args)
+    s = train.settings(args, 3)
+    config, _ = train.planned(args, s)
+    dense, _ = train.planned(args, s | {"experts": False})
+    torch.manual_seed(args.seed)
+    batch = a_batch(args, s, config, device)
+    n_tokens = batch["tokens"].shape[1]
+
+    # a dense model of equal FLOPs
+    work = step_work(config, s, n_tokens)
+    widen(dense, args.recipe, s, n_tokens, work)
+    works = {"experts": work, "as released": work, "dense": step_work(dense, s, n_tokens)}
+
+    repeat = args.steps or 5
+    if device.type == "cuda":
+        # one model after the other: memory is scarce
+        runs = step_runs("experts", config, s, args, batch, device)
+        seconds = median_seconds(runs, "cuda", repeat)
+        del runs
+        runs = step_runs("dense", dense, s, args, batch, device)
+        seconds |= median_seconds(runs, "cuda", repeat)
+    else:
+        # in turn: a CPU's speed drifts
+        runs = step_runs("experts", config, s, args, batch, device)
+        runs |= step_runs("dense", dense, s, args, batch, device)
+        seconds = median_seconds(runs, "cpu", repeat)
+
+    rows = s["micro_batch"]
+    speed = matmul_speed(device.type, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    print(f"{name_of(device.type)}, {args.preset}, {rows} samples of {n_tokens} tokens; "
+          f"matrix products reach {speed / 1e12:.3f} TFLOP/s")
+    print(f"{'step of stage 3':16} {'seconds':>8} {'samples/s':>10} {'TFLOP/s':>9} "
+          f"{'of matmul':>10} {'time / dense':>13} {'time / experts':>15}")
+    for name, t in seconds.items():
+        reached = works[name] / t
+        print(f"{name:16} {t:8.3f} {rows / t:10.2f} {reached / 1e12:9.3f} {reached / speed:10.1%} "
+              f"{t / seconds['dense']:12.2f}x {t / seconds['experts']:14.2f}x")
+
+
+# -------------------------------------------------------------------------------------------------
+# decode: how near decoding comes to its limit
+#
+# A step of decoding multiplies every weight with one vector a row of the batch. That is so little
+# arithmetic that the time goes into reading the weights, and behind them the rows' keys and values.
+# Bytes over bandwidth is therefore the shortest time that a step can take. A larger batch reads the
+# weights once for all its rows: nearly as many steps a second, each with more tokens. (A tiny model
+# fits into a CPU's cache, which is faster than memory, and its time goes into starting operators:
+# there the share says little.)
+
+
+def decode_bytes(model: CuMo, batch: int, length: int) -> float:
+    """Bytes that a step reads: the decoder's weights, and `length` keys and values for each row."""
+    text = model.config.text
+    embed = model.text.embed.weight
+
+    # of experts, count those that a batch is likely to meet
+    n = 0.0
+    for module in model.text.modules():
+        met = 1.0
+        if isinstance(module, MoE):
+            met = 1 - (1 - module.top_k / len(module.router)) ** batch
+        n += met * sum(p.numel() for p in module.parameters(recurse=False))
+
+    # of the embedding a step reads a few rows only, unless it is the head as well
+    if model.text.head is not None:
+        n -= embed.numel()
+    n += 2 * text.n_layers * batch * length * text.n_kv_heads * text.head_dim
+    return n * embed.element_size()
+
+
+def memory_bandwidth(device: str, dtype: torch.dtype) -> float:
+    """Bytes per second, of reading or of copying, whichever is more."""
+    x = torch.ones(1 << 30 if dtype == torch.bfloat16 else 1 << 26, device=device, dtype=dtype)
+    seconds = median_seconds({"sum": x.sum, "copy": x.clone}, device[:4], 9)
+    # a copy also writes
+    return max(x.nbytes / seconds["sum"], 2 * x.nbytes / seconds["copy"])
+
+
+def step_seconds(model: CuMo, tokens: torch.Tensor, n: int, compile) -> float:
+    """Seconds of one step of decoding behind the prompt `tokens` (B, T), without the prompt's pass."""
+    times = []
+    # the first run warms up (and compiles)
+    for _ in range(3):
+        seen = []
+        ends = []
+
+        def on_token(token):
+            seen.append(token)
+            # in between, nobody waits for a GPU
+            if len(seen) in (1, n):
+                token.tolist()
+                ends.append(time.perf_counter())
+
+        model.generate(tokens, max_new_tokens=n, on_token=on_token, compile=compile)
+        times.append((ends[1] - ends[0]) / (n - 1))
+    return min(times[1:])
+
+
+def bench_decode(preset: str, device: str, compile: bool | str = False, prompt: int = 640,
+                 n: int = 64):
+    """Tokens per second of the preset's decoder with random weights, at batch 1 and 8.
+
+    The prompt is as long as an image's. compile: as in CuMo.generate.
+    """
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    config = Config.from_preset(preset)
+    # an image is read once, before
+    config.vision = None
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = CuMo(config).eval()
+    torch.set_default_dtype(torch.float32)
+
+    bandwidth = memory_bandwidth(device, dtype)
+    how = ", compiled" if compile else ""
+    print(f"{preset}, {str(dtype)[6:]}, {device}{how}, {prompt} tokens of prompt; the memory gives "
+          f"{bandwidth / 1e9:.1f} GB/s")
+    print(f"{'batch':>5} {'tokens/s':>9} {'ms a step':>10} {'MB a token':>11} {'of bandwidth':>13}")
+    for batch in (1, 8):
+        tokens = torch.randint(config.text.vocab_size, (batch, prompt), device=device)
+        step = step_seconds(model, tokens, n, compile)
+        size = decode_bytes(model, batch, prompt + n // 2)
+        print(f"{batch:5} {batch / step:9.1f} {step * 1e3:10.3f} {size / batch / 1e6:11.2f} "
+              f"{size / step / bandwidth:13.1%}")
+
+
+# -------------------------------------------------------------------------------------------------
+# images: how fast they are read
+
+
+def noisy_jpegs(folder: str, width: int, height: int, n: int) -> list[str]:
+    """n JPEGs of about 150 kB, as much as COCO's photographs have.
+
+    Decoding takes as long as there is detail, so each is a smooth picture with noise on it.
+    """
+    rng = np.random.default_rng(0)
+    files = []
+    for i in range(n):
+        coarse = rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+        smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        noisy = np.asarray(smooth) + rng.normal(0, 12, (height, width, 1))
+        files.append(os.path.join(folder, f"{i}.jpg"))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(files[-1], quality=90)
+    return files
+
+
+def image_seconds(width: int, height: int, size: int = 336, n: int = 24, rounds: int = 7):
+    """Seconds an image on one core: (Pillow's decoding and resizing alone, data.load_image)."""
+    def bare(file):
+        Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+
+    def ours(file):
+        data.load_image(file, size)
+
+    best = {bare: float("inf"), ours: float("inf")}
+    with tempfile.TemporaryDirectory() as folder:
+        files = noisy_jpegs(folder, width, height, n)
+        # the two take turns, the best round counts, and time is this thread's own: so a busy
+        # machine disturbs little
+        for _ in range(rounds):
+            for read in best:
+                start = time.thread_time()
+                for file in files:
+                    read(file)
+                best[read] = min(best[read], (time.thread_time() - start) / n)
+    return best[bare], best[ours]
+
+
+def bench_images(rounds: int = 7):
+    print("JPEGs -> 336 x 336, images a second and core\n            Pillow alone  load_image")
+    # sizes that are common in COCO
+    sizes = (640, 480), (640, 427), (480, 640)
+    times = {f"{w} x {h}": image_seconds(w, h, rounds=rounds) for w, h in sizes}
+    times["together "] = tuple(sum(t) / len(sizes) for t in zip(*times.values()))
+    for name, (bare, ours) in times.items():
+        print(f"{name} {1 / bare:14.0f} {1 / ours:11.0f}   {100 * bare / ours:.0f}%")
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    layers = commands.add_parser("layers", help="a MoE layer, forward + backward, in float32 on "
+                                 "the CPU and in bfloat16 on CUDA where there is one")
+    layers.add_argument("--repeat", type=int, default=7, help="timed runs of each (default: 7)")
+    layers.add_argument("--compile", action="store_true",
+                        help="torch.compile the dense, sorted and grouped rows")
+    layers.add_argument("--transformers", action="store_true", help="one layer more, which "
+                        "Hugging Face's Mixtral has, also by its code")
+    layers.add_argument("--device", choices=("cpu", "cuda"), help="default: both")
+
+    commands.add_parser("step", add_help=False, help="a step of stage 3 with random weights: with "
+                        "experts, dense at equal FLOPs, and as released. It takes train.py's "
+                        "flags; --steps are the timed ones (default: 5)")
+
+    decode = commands.add_parser("decode", help="tokens/s of decoding with random weights, and "
+                                 "the share of the memory's bandwidth that they take")
+    decode.add_argument("preset", nargs="?", default="tiny", help="default: tiny")
+    decode.add_argument("--compile", action="store_true", help="also without it on CUDA")
+    decode.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    commands.add_parser("images", help="images/s and core")
+
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "step":
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if args.command == "layers":
+        train.keep_pages()
+        bench_layers(args)
+    elif args.command == "step":
+        bench_step(train.parse(rest))
+    elif args.command == "decode":
+        bench_decode(args.preset, args.device, args.compile or args.device.startswith("cuda"))
+    else:
+        bench_images()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"bench.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
