@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Routing: logits -> who goes where, how much it counts, and how even the load is
@@ -114,7 +113,12 @@ def _within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int, facto
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. One FFN, and E of them
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "silu": F.silu}
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu}
 
 
 def ffn(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None, b_in: Tensor | None = None,
@@ -302,117 +306,6 @@ class _Combine(torch.autograd.Function):
         return of_out, torch.linalg.vecdot(rows, grad.unsqueeze(1)), None, None
 
 
-# All experts on rows in expert order. Each takes its segment through the whole FFN before the next begins, while its rows are still in
-# the cache. Every product is written where it belongs: rows of one output, one expert's slice of a gradient. Autograd over split, `ffn`
-# and cat computes the same and copies all of it once more. As operators they are one node each to torch.compile, whatever the sizes are.
-
-_INTO = {"gelu": torch.ops.aten.gelu.out, "silu": torch.ops.aten.silu.out,                         # ACTIVATIONS, written to `out`
-         "quick_gelu": lambda x, out: torch.mul(x, torch.sigmoid(1.702 * x), out=out)}
-
-
-def _quick_gelu_backward(grad, x):
-    s = torch.sigmoid(1.702 * x)
-    return grad * s * (1 + 1.702 * x * (1 - s))
-
-
-_DERIVATIVES = {"gelu": torch.ops.aten.gelu_backward, "silu": torch.ops.aten.silu_backward, "quick_gelu": _quick_gelu_backward}
-
-
-def _ffn_outputs(x, w_in, w_out, w_gate, b_in, b_out, counts, act):
-    n, hidden = x.shape[0], (x.shape[0], w_in.shape[1])                      # not len: torch.compile would take it for a constant
-    return x.new_empty(n, w_out.shape[1]), x.new_empty(hidden), x.new_empty(hidden), x.new_empty(hidden if w_gate is not None else 0)
-
-
-def _ffn_gradients(grad, x, h, a, gate, w_in, w_out, w_gate, counts, act, needs):
-    like = x, w_in, w_out, w_gate, w_in[:, :, 0], w_out[:, :, 0]
-    return [torch.empty_like(t) if need else grad.new_empty(0) for t, need in zip(like, needs)]    # those that nobody needs stay empty
-
-
-def _segments(counts):
-    """-> each expert and its rows. One wait for the device, on CUDA."""
-    start = 0
-    for e, n in enumerate(counts.tolist()):
-        yield e, slice(start, start + n)
-        start += n
-
-
-@torch.library.custom_op("nanocumo::ffn_segments", mutates_args=())
-def ffn_segments(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, b_in: Tensor | None, b_out: Tensor | None,
-                 counts: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (M, D), counts (E,) rows for each expert -> (M, D_out), and for the way back x W_in, what W_out multiplies, x W_gate: (M, F)."""
-    out, h, a, gate = _ffn_outputs(x, w_in, w_out, w_gate, b_in, b_out, counts, act)
-
-    def product(t, w, b, into):
-        torch.mm(t[rows], w[e].t(), out=into[rows]) if b is None else torch.addmm(b[e], t[rows], w[e].t(), out=into[rows])
-    for e, rows in _segments(counts):
-        product(x, w_in, b_in, h)
-        if w_gate is None:
-            _INTO[act](h[rows], out=a[rows])
-        else:
-            product(x, w_gate, None, gate)
-            torch.mul(ACTIVATIONS[act](gate[rows]), h[rows], out=a[rows])
-        product(a, w_out, b_out, out)
-    return out, h, a, gate
-
-
-@torch.library.custom_op("nanocumo::ffn_segments_backward", mutates_args=())
-def ffn_segments_backward(grad: Tensor, x: Tensor, h: Tensor, a: Tensor, gate: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None,
-                          counts: Tensor, act: str, needs: list[bool]) -> list[Tensor]:
-    """grad (M, D_out) of the output -> gradients of x, w_in, w_out, w_gate, b_in, b_out, those that `needs` names."""
-    dx, dw_in, dw_out, dw_gate, db_in, db_out = gradients = _ffn_gradients(grad, x, h, a, gate, w_in, w_out, w_gate, counts, act, needs)
-    for e, rows in _segments(counts):
-        if needs[2]:
-            torch.mm(grad[rows].t(), a[rows], out=dw_out[e])                 # an expert without tokens: no rows, so zero
-        if needs[5]:
-            torch.sum(grad[rows], 0, out=db_out[e])
-        da = grad[rows] @ w_out[e]                                           # (n_e, F)
-        if w_gate is None:
-            dh = _DERIVATIVES[act](da, h[rows])
-        else:
-            dh, dgate = da * ACTIVATIONS[act](gate[rows]), _DERIVATIVES[act](da * h[rows], gate[rows])
-        if needs[0]:
-            torch.mm(dh, w_in[e], out=dx[rows])
-            if w_gate is not None:
-                dx[rows].addmm_(dgate, w_gate[e])
-        if needs[1]:
-            torch.mm(dh.t(), x[rows], out=dw_in[e])
-        if needs[3]:
-            torch.mm(dgate.t(), x[rows], out=dw_gate[e])
-        if needs[4]:
-            torch.sum(dh, 0, out=db_in[e])
-    return gradients
-
-
-ffn_segments.register_fake(_ffn_outputs)
-ffn_segments_backward.register_fake(_ffn_gradients)
-
-
-def _ffn_save(ctx, inputs, output):
-    x, w_in, w_out, w_gate, _, _, counts, ctx.act = inputs
-    ctx.save_for_backward(x, *output[1:], w_in, w_out, w_gate, counts)
-    ctx.set_materialize_grads(False)                                         # of the three that are for the way back only
-
-
-def _ffn_backward(ctx, grad, *_):
-    needs = list(ctx.needs_input_grad[:6])
-    out = ffn_segments_backward(grad.contiguous(), *ctx.saved_tensors, ctx.act, needs)
-    return *(g if need else None for g, need in zip(out, needs)), None, None
-
-
-ffn_segments.register_autograd(_ffn_backward, setup_context=_ffn_save)
-
-
-@register_flop_formula(torch.ops.nanocumo.ffn_segments)                      # FlopCounterMode does not look into an operator
-def _(x, w_in, w_out, w_gate, *args, out_shape=None, **kw):
-    return 2 * x[0] * w_in[1] * (x[1] * (1 if w_gate is None else 2) + w_out[1])
-
-
-@register_flop_formula(torch.ops.nanocumo.ffn_segments_backward)
-def _(grad, x, h, a, gate, w_in, w_out, w_gate, counts, act, needs, out_shape=None, **kw):
-    gates = 1 if w_gate is None else 2
-    return 2 * x[0] * w_in[1] * (w_out[1] * (1 + needs[2]) + x[1] * (gates * needs[0] + needs[1] + needs[3]))
-
-
 def _grouped(counts, expert):
     """-> product(a, w, b) in one kernel: only the int32 ends of the slices go in, and they stay on the device.
 
@@ -431,10 +324,33 @@ def _grouped(counts, expert):
 
 
 def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
-    """As moe_loop, with one sort and E contiguous segments."""
+    """As moe_loop. Sorted by expert, the rows of each expert are one slice, and no two overlap."""
     x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
-    out = ffn_segments(x, *(None if w is None else w.to(x.dtype) for w in (w_in, w_out, w_gate, b_in, b_out)), counts, act)[0]
+    slices = x.split(_row_counts(counts, len(x)))
+    per_expert = _per_expert(w_in, w_out, w_gate, b_in, b_out)
+    out = torch.cat([ffn(rows, *expert, act) for rows, expert in zip(slices, per_expert)])
     return _Combine.apply(out, weights, order, inverse)
+
+
+# torch.compile takes the slices' sizes into its graph then; otherwise the graph ends where they
+# are read
+torch._dynamo.config.capture_scalar_outputs = True
+
+
+def _row_counts(counts: Tensor, n_rows: int) -> list[int]:
+    """counts (E,) of n_rows rows -> the same as a list, which is the one wait for the device."""
+    if torch.compiler.is_compiling():
+        # A graph is made for any sizes. It must be told what can be said of all of them
+        sizes = counts.tolist()
+        for size in sizes:
+            torch._check(size >= 0)
+        torch._check(sum(sizes) == n_rows)
+        return sizes
+    if counts.is_meta:
+        # There are no values. An even split stands for any other, as it costs the same
+        even, rest = divmod(n_rows, len(counts))
+        return [even + 1] * rest + [even] * (len(counts) - rest)
+    return counts.tolist()
 
 
 def moe_grouped(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
