@@ -38,10 +38,12 @@ import sys
 import time
 import warnings
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -58,12 +60,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 from tqdm import tqdm
 
 import data as d
 import generate
 from model import (IGNORE, IMAGE, PAD, PRESETS, Config, Connector, CuMo, MoE, TextConfig, add_lora, choose_trainable, count_parameters,
-                   flops, merge_state, plain_name)
+                   merge_state, plain_name)
 from upcycle import (add_audio, assemble, expert_counts, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
                      write_json)
 
@@ -1013,53 +1016,184 @@ def run_stage(args: Args, stage: int, source: str, device):
 N_SAMPLES = {"cumo": {1: 558_000, 2: 708_000, 3: 1_649_000}, "moe-llava": {1: 558_000, 2: 964_000, 3: 665_000}}       # the papers'
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive: sees each operator's results come, and their memory go. `known` ones do not count."""
+# FLOPs of operators for which torch has no formula, by the shapes of their inputs: two for every
+# multiply-add. (Going back, a product becomes two, the gradient of either factor. So a frozen weight
+# costs only one there, and what lies before the first weight that trains costs nothing.)
+
+
+def grouped_flops(a, b, *_, **__):
+    """a (M, K) by slices of rows with b (E, K, N), or by slices of columns with b (K, N)."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+def attention_flops(q, k, *_, **__):
+    """q (B, H, T, d), k (B, H_kv, S, d): the two products q k and p v.
+
+    A kernel that skips what a causal mask hides does half of it; that is not counted here.
+    """
+    b, h, t, d = q
+    return 2 * 2 * b * h * t * k[2] * d
+
+
+def attention_backward_flops(grad, q, k, *_, **__):
+    """Four products. The kernel also computes q k a second time, which is not counted here."""
+    return 2 * attention_flops(q, k)
+
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FORMULAS = flop_registry | {
+    torch.ops.aten._grouped_mm: shape_wrapper(grouped_flops),
+    FLASH: shape_wrapper(attention_flops),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        shape_wrapper(attention_backward_flops),
+}
+
+
+class Meter(TorchDispatchMode):
+    """Counts the FLOPs of operators, and the bytes of tensors that are alive.
+
+    It sees each operator's results come, and is told when their memory goes. Tensors in `known` do
+    not count.
+
+    torch has both: FlopCounterMode, with the same formulas, and MemTracker. But the first keeps
+    tensors alive by the way it follows modules, so that the bytes would be wrong, and the second
+    fails where parts are frozen, that is in every stage 1.
+    """
 
     def __init__(self, known):
         super().__init__()
-        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet(t.untyped_storage() for t in known)
+        self.flops = 0
+        self.now = 0
+        self.peak = 0
+        self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        formula = FORMULAS.get(op._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (memory := t.untyped_storage()) not in self.seen:       # a view has its base's
-                self.seen.add(memory)
-                self.grow(memory.nbytes())
-                weakref.finalize(memory, self.grow, -memory.nbytes()).atexit = False
+            if isinstance(t, torch.Tensor):
+                self.add(t.untyped_storage())
         return out
 
-    def grow(self, n):
-        self.now, self.peak = self.now + n, max(self.peak, self.now + n)
+    def add(self, memory):
+        # a view has the memory of what it is a view of
+        if memory in self.seen:
+            return
+        self.seen.add(memory)
+        self.grow(memory.nbytes())
+        weakref.finalize(memory, self.grow, -memory.nbytes()).atexit = False
+
+    def grow(self, n: int):
+        self.now += n
+        self.peak = max(self.peak, self.now)
+
+
+def mark_parts(model: CuMo, mark):
+    """Have mark(part) called whenever the model enters a part, forward or, going back, behind it.
+
+    Going back, a part begins where the gradient of its output is there. The parts run one after the
+    other in both directions.
+    """
+    def watch(part, module):
+        def enter(*_):
+            mark(part)
+
+        def watch_output(_, inputs, output):
+            out = output[0] if isinstance(output, tuple) else output
+            if out.requires_grad:
+                out.register_hook(enter)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(watch_output)
+
+    for part, module in model.named_children():
+        watch(part, module)
+
+
+def flops_between(marks: list, end: int) -> dict[str, int]:
+    """[(part, FLOPs when it was entered), ...] and the FLOPs at the end -> {part: FLOPs in it}."""
+    spent = Counter()
+    ends = [begin for _, begin in marks[1:]] + [end]
+    for (part, begin), until in zip(marks, ends):
+        spent[part] += until - begin
+    return spent
+
+
+class Rehearsal(NamedTuple):
+    """What one micro-batch's forward and backward pass takes."""
+    kept: int  # bytes that the forward pass leaves for the backward pass
+    peak: int  # the most bytes that are alive at once
+    forward: dict[str, int]  # FLOPs of each part of the model
+    backward: dict[str, int]  # the same; with checkpointing, including what is computed again
+
+
+def meta_batch(config: Config, rows: int, length: int) -> dict:
+    """`rows` samples of `length` tokens, each with an image, and a sound if the model hears."""
+    with torch.device("meta"):
+        tokens = torch.zeros(rows, length, dtype=torch.long)
+        batch = {"tokens": tokens, "labels": tokens}
+        size = config.vision.image_size
+        batch["images"] = torch.empty(rows, 3, size, size)
+        if config.audio is not None:
+            batch["audio"] = torch.empty(rows, config.audio.n_mels, config.audio.n_frames)
+    return batch
 
 
 @functools.cache
-def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, checkpointing: bool, grads: bool, dtype: torch.dtype):
-    """A forward and backward pass on meta, where tensors have shapes but no memory -> (bytes that the forward pass leaves for the backward
-    pass, the most alive at once), without weights and, with `grads`, gradients that are there before. (torch.compile needs less.)"""
-    def attention(q, k, v, attn_mask=None, is_causal=True, enable_gqa=False):      # meta would choose the one with the T x T matrix
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
+def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, checkpointing: bool,
+             grads: bool, dtype: torch.dtype) -> Rehearsal:
+    """A forward and backward pass on meta, where tensors have shapes but no memory and no values.
+
+    config: as JSON. The bytes are without weights and, with `grads`, without gradients, which are
+    there before then. (torch.compile needs less.) FLOPs are those of matrix products.
+    """
+    def attention(q, k, v, attn_mask=None, is_causal=True, enable_gqa=False):
+        # meta would choose the one with the T x T matrix
+        return FLASH(q, k, v, 0.0, is_causal)[0]
+
     usual = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
             model = CuMo(Config.from_dict(json.loads(config))).train()
-            tokens, images = torch.zeros(rows, length, dtype=torch.long), torch.empty(rows, 3, *[model.config.vision.image_size] * 2)
-            audio = torch.empty(rows, model.config.audio.n_mels, model.config.audio.n_frames) if model.config.audio else None
+        batch = meta_batch(model.config, rows, length)
     finally:
         torch.set_default_dtype(usual)
     choose_trainable(model, trains)
     if lora:
         add_lora(model, *lora)
     model.checkpointing(checkpointing)
+
+    known = list(model.parameters())
     for p in model.parameters():
-        p.grad = torch.zeros_like(p) if grads and p.requires_grad else None
-    with Live(t for p in model.parameters() for t in (p, p.grad) if t is not None) as live, \
-            mock.patch.object(F, "scaled_dot_product_attention", attention):
-        loss = model(tokens, images, audio, labels=tokens).loss
-        kept = live.now
+        if grads and p.requires_grad:
+            p.grad = torch.zeros_like(p)
+            known.append(p.grad)
+
+    marks = []
+    with Meter(known) as meter, mock.patch.object(F, "scaled_dot_product_attention", attention):
+        mark_parts(model, lambda part: marks.append((part, meter.flops)))
+        loss = model(**batch).loss
+        kept = meter.now
+        forward_flops = meter.flops
+        n_forward = len(marks)
         loss.backward()
-    return kept, live.peak
+    forward = flops_between(marks[:n_forward], forward_flops)
+    backward = flops_between(marks[n_forward:], meter.flops)
+    return Rehearsal(kept, meter.peak, forward, backward)
+
+
+def rehearse_stage(args: Args, s: dict, config: Config, gpus: int, fsdp: bool,
+                   checkpointing: bool) -> Rehearsal:
+    """The rehearsal of one micro-batch of a stage, as a run with these flags computes it."""
+    # with several micro-batches, gradients are there from the second on
+    several = s["batch_size"] > s["micro_batch"] * gpus
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    return rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), tuple(s.get("lora", ())),
+                    s["micro_batch"], s["max_length"], checkpointing, several or fsdp, dtype)
 
 
 def planned(args: Args, s: dict) -> tuple[Config, CuMo]:
@@ -1090,8 +1224,7 @@ def memory(args: Args, stage, gpus: int, fsdp: bool, checkpointing: bool) -> dic
     blocks = [size(b.parameters()) for m in model.modules() if type(m) is nn.ModuleList for b in m]
     several = s["batch_size"] > s["micro_batch"] * gpus                            # micro-batches: gradients are there from the first on
     grads = 4 * size(trained) / cut
-    kept, top = rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), tuple(s.get("lora", ())), s["micro_batch"], s["max_length"],
-                         checkpointing, several or fsdp, torch.bfloat16 if bf16 else torch.float32)
+    kept, top, *_ = rehearse_stage(args, s, config, gpus, fsdp, checkpointing)
     fixed = {"weights": 4 * size(model.parameters()) / cut, "optimizer": 8 * size(trained) / cut}
     if fsdp:         # what is in no block stays gathered, of the blocks this one and the next; one block's gradients are on their way
         fixed["gathered"] = short * (size(model.parameters()) - sum(blocks) + 2 * max(blocks)) + (short + 4) * max(blocks)
@@ -1121,12 +1254,13 @@ def plan(args: Args):
               f"{s['micro_batch']} samples a GPU at a time, each of {length} tokens and an image{' and a sound' * (config.audio is not None)}")
         print("{:10} {:>14} {:>14} {:>14} {:>26} {:>10} {:>28}".format("", "parameters", "activated", "trained", "GFLOPs a sample: forward",
                                                                        "backward", "again, with --checkpointing"))
-        adapters = {None: (), "ffn": ("text.ffn",), "all": ("text",)}[s.get("lora", [None])[-1]]       # they want W's gradient too
-        forward, back = (flops(config, length, n_audio=config.audio is not None, trains=t) for t in (None, (*s["trains"], *adapters)))
-        again = {part: forward[part] * (part != "connector" and back[part] > 0) for part in forward}       # the blocks,
-        again["text"] = max(0., again["text"] - 2 * length * config.text.dim * config.text.vocab_size)     # not the head
-        rows = {part: [*both, sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad),
-                       *(work[part] / 1e9 for work in (forward, back, again))] for part, both in count_parameters(model).items()}
+        rows = {}
+        plain, again = (rehearse_stage(args, s, config, args.gpus, args.fsdp and args.gpus > 1, on) for on in (False, True))
+        for part, both in count_parameters(model).items():
+            trained = sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad)
+            # FLOPs of one sample: forward, backward, and what checkpointing computes a second time
+            work = plain.forward[part], plain.backward[part], again.backward[part] - plain.backward[part]
+            rows[part] = [*both, trained, *(flops / s["micro_batch"] / 1e9 for flops in work)]
         rows["all"] = [sum(column) for column in zip(*rows.values())]
         for part, row in rows.items():
             print("{:10} {:14,} {:14,} {:14,} {:26,.2f} {:10,.2f} {:28,.2f}".format(part, *row))

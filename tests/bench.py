@@ -7,6 +7,7 @@
 """
 import argparse
 import functools
+import json
 import os
 import sys
 import tempfile
@@ -277,9 +278,9 @@ def a_batch(args, s: dict, config: Config, device) -> dict:
 
 def step_work(config: Config, s: dict, n_tokens: int) -> float:
     """FLOPs of one micro-batch, forward and backward."""
-    forward = train.flops(config, n_tokens)
-    backward = train.flops(config, n_tokens, trains=s["trains"])
-    return s["micro_batch"] * (sum(forward.values()) + sum(backward.values()))
+    counted = train.rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), (), s["micro_batch"],
+                             n_tokens, False, False, torch.bfloat16)
+    return sum(counted.forward.values()) + sum(counted.backward.values())
 
 
 def widen(dense: Config, recipe: str, s: dict, n_tokens: int, work: float):
