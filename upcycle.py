@@ -884,9 +884,9 @@ def load_backbones(file: str):
         with safe_open(file, framework="pt") as f:
             tensors, meta = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
     except (FileNotFoundError, SafetensorError) as e:
-        raise ValueError(f"{file}: cannot be read ({e}); make it again with `python train.py --from-scratch`") from None
+        raise ValueError(f"{file}: cannot be read ({e}); make it again with `python assets/backbones.py`") from None
     if not meta or not {"config", "tokenizer"} <= meta.keys():
-        raise ValueError(f"{file}: has no config and tokenizer in its header; make it again with `python train.py --from-scratch`")
+        raise ValueError(f"{file}: has no config and tokenizer in its header; make it again with `python assets/backbones.py`")
     model = CuMo(Config.from_dict(json.loads(meta["config"])))
     fill(model, ({k: v for k, v in model.state_dict().items() if k.startswith(("connector.", "resampler."))} | tensors).items(), file)
     return model, Tokenizer.from_str(meta["tokenizer"])
