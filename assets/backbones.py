@@ -4,8 +4,8 @@
     python assets/backbones.py --kind image        the first alone: a tower and a decoder
     python assets/backbones.py --kind hearing      the second alone: these and an ear
 
-Real presets start from CLIP, Mistral and Whisper, which nobody can download here. So the drawn world
-has backbones of its own, trained in the way that real ones are:
+Real presets start from CLIP, Mistral and Whisper. The drawn world has backbones of its own, so that
+nothing needs to be downloaded. They are trained in the way that real ones are:
 
     0a    the tower, contrastively, on scenes and their captions (as CLIP)
     0b    the decoder, on text about scenes
