@@ -1,25 +1,42 @@
-"""kernels.py: the hot path of a mixture of experts. Route tokens, send them to experts, bring the answers back.
+"""kernels.py: one mixture-of-experts layer, whole. It needs torch and no other file: copy it.
 
-A mixture-of-experts (MoE) block replaces one feed-forward network (FFN) by E of them, the experts, and a router that picks K for
-each token. Parameters grow E-fold and arithmetic only K-fold. In plain words, for each token x:
+A feed-forward network (FFN) is two thirds of a transformer's weights, and every token passes
+through all of it. A mixture of experts (MoE) has E such networks and a router, which picks K of
+them for each token. The weights grow E-fold, the arithmetic only K-fold. For one token x:
 
     p = softmax(router(x))                     how much does x want each expert?
     pick the K largest p, rescale them to sum to 1
     y = sum over those K of  p_k * expert_k(x)
 
-The mathematics is that short. What makes MoE code hard to read is speed: experts want big matrix products, but tokens choose them
-one by one. `moe_ffn` has three backends that give the same answer:
+The mathematics is that short. What makes the code of such layers hard to read is speed: processors
+want a few big matrix products, and tokens choose their experts one by one. `moe_ffn` therefore has
+three backends, which give the same answer:
 
-    loop      the definition, one expert after the other. Read this one.
-    sorted    sort the (token, choice) pairs by expert once; each expert then owns a contiguous slice. Any device, any dtype.
-    grouped   the same order, but one `grouped_mm` kernel multiplies all slices at once; nothing waits for the host (CUDA bf16).
+    loop      the definition, one expert after the other. Read this one first.
+    sorted    sorts the choices by expert: each expert's tokens lie side by side. Any device.
+    grouped   the same order, and one kernel multiplies all experts' parts at once. Nothing
+              waits for the host, which is what a GPU wants. bfloat16.
 
-The released CuMo code loops over samples *and* experts in Python; MoE-LLaVA's lives inside DeepSpeed. This file needs torch only
-and can be lifted out alone. `python tests/bench.py layers` times the backends.
+How to use it:
 
-Shapes, used throughout: N tokens, D width, F FFN width, E experts, K top-k, "..." any leading dimensions (images, say).
+    import torch
+    from kernels import MoE
+
+    layer = MoE(dim=64, ffn_dim=256, act="gelu", n_experts=4, top_k=2, bias=True)
+    for name, weight in layer.named_parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+
+    x = torch.randn(8, 100, 64)               # 8 images of 100 tokens
+    y, routing = layer(x)                     # (8, 100, 64), and who went where
+    loss = (y - x.flip(1)).square().mean()    # your loss, whatever it is
+    loss = loss + 0.1 * routing.balance + 0.01 * routing.z
+    loss.backward()
+    optimizer.step()
+
+Letters for shapes, in all of this file: N tokens, D width, F width inside the FFN, E experts,
+K experts a token (top-k), M = N * K choices; "..." any leading dimensions, such as images.
 """
-import functools
 from typing import NamedTuple
 
 import torch
@@ -28,114 +45,141 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Routing: logits -> who goes where, how much it counts, and how even the load is
+# ------------------------------------------------------------------------------------------------
+# 1. Routing: who goes where, how much does it count, and how evenly is the work shared?
 
 
 class Routing(NamedTuple):
-    """What a router decided. `weights` (..., N, K) float32, 0 where a choice was dropped or the token is masked; `experts`
-    (..., N, K) int64, best choice first; `balance` and `z` the two auxiliary losses, float32 scalars."""
-    weights: Tensor
-    experts: Tensor
-    balance: Tensor
-    z: Tensor
+    """What a router decided."""
+    weights: Tensor  # (..., N, K) float32; 0 where a choice was dropped or the token is padding
+    experts: Tensor  # (..., N, K) int64, the best choice first
+    balance: Tensor  # () float32, the load-balancing loss: 1 when the load is perfectly even
+    z: Tensor        # () float32, the z-loss: how large the logits are
 
 
-def route(logits: Tensor, top_k: int, mask: Tensor | None = None, capacity_factor: float | None = None,
-          min_capacity: int = 0, noise: Tensor | None = None) -> Routing:
-    """Top-k routing with the balance and z losses of CuMo (section 3.2; ST-MoE eq. 5 for z).
+def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
+          capacity_factor: float | None = None, min_capacity: int = 0,
+          noise: Tensor | None = None) -> Routing:
+    """Top-k routing with CuMo's two auxiliary losses ("Loss Function" in its section 3; z: ST-MoE, eq. 5).
 
-    logits (..., N, E), any float dtype. mask (..., N) bool, False for padding, which gets weight 0 and counts nowhere.
-    capacity_factor: None drops nothing; else expert slots are limited as in DeepSpeed's top-2 gate, which MoE-LLaVA uses.
-    noise (..., N, E): added to the logits when the choices behind the first are made (that gate's Gumbel noise), and nowhere else.
-    Raises ValueError for a top_k outside 1..E and a capacity factor that is not positive.
+    logits (..., N, E) of any float type. mask (..., N) bool is False at padding, which gets
+    weight 0 and counts nowhere. capacity_factor None drops nothing; otherwise an expert has a
+    limited number of slots (`within_capacity`). noise (..., N, E) is added to the logits when
+    the choices behind the first are made, and nowhere else (DeepSpeed's gate draws Gumbel noise
+    for it).
 
-    The losses are means over the N tokens of each leading index and then over the leading indices: with (images, tokens, E) the
-    load is evened out inside every single image, which is what the released CuMo code does.
+    The losses are means over the N tokens of each leading index, then over the leading indices.
+    With (images, tokens, E) the load is balanced inside every single image, as in the released
+    CuMo.
+
+    ValueError for a top_k outside 1..E, and for a capacity factor that is not positive.
     """
     n_experts = logits.shape[-1]
-    if not 1 <= top_k <= n_experts:
-        raise ValueError(f"top_k = {top_k} must lie between 1 and the number of experts, {n_experts}")
-    if capacity_factor is not None and capacity_factor <= 0:
-        raise ValueError(f"capacity_factor = {capacity_factor} must be positive, or None to drop nothing")
-    logits = logits.float()                                                  # bf16 has too few digits for a softmax
-    p = logits.softmax(-1)                                                   # (..., N, E)
+    check_route(n_experts, top_k, capacity_factor)
+
+    # 1. How much does each token want each expert? In float32: bfloat16 has too few digits.
+    logits = logits.float()
+    p = logits.softmax(-1)  # (..., N, E)
+
+    # 2. The K best experts of each token.
     if noise is None:
-        weights, experts = p.topk(top_k, dim=-1)                             # (..., N, K) twice, largest first
+        weights, experts = p.topk(top_k, dim=-1)  # (..., N, K) twice
     else:
-        first = p.argmax(-1, keepdim=True)
-        others = (logits + noise).scatter(-1, first, -torch.inf).topk(top_k - 1, dim=-1).indices
-        experts = torch.cat([first, others], -1)
+        first = p.argmax(-1, keepdim=True)  # (..., N, 1)
+        rest = (logits + noise).scatter(-1, first, -torch.inf)
+        others = rest.topk(top_k - 1, dim=-1).indices
+        experts = torch.cat([first, others], -1)  # (..., N, K)
         weights = p.gather(-1, experts)
-    real = None if mask is None else mask.unsqueeze(-1).to(p.dtype)          # (..., N, 1) 1 for tokens, 0 for padding
 
-    def mean(t):                                                             # over the tokens: (..., N, C) -> (..., C)
-        # no einsum: autocast makes it bf16
-        return t.sum(-2) / max(1, t.shape[-2]) if real is None else (t * real).sum(-2) / real.sum(-2).clamp(min=1)
+    # 3. The load-balancing loss: for each expert, the share of tokens whose first choice it is,
+    #    times its mean probability. Only the probability has a gradient. So an expert that is
+    #    chosen too often has its probability pushed down, and the others catch up.
+    first_choice = one_hot(experts[..., 0], n_experts).to(p.dtype)  # (..., N, E)
+    share = mean_over_tokens(first_choice, mask)  # (..., E)
+    probability = mean_over_tokens(p, mask)
+    balance = n_experts * (share * probability).sum(-1)  # (...)
 
-    # Balance: fraction of tokens whose first choice is e, times mean probability of e. Only the second factor carries gradient:
-    # an expert that is chosen too often has its probability pushed down. Perfectly even gives exactly 1.
-    first = _one_hot(experts[..., 0], n_experts).to(p.dtype)                 # (..., N, E)
-    balance = n_experts * (mean(p) * mean(first)).sum(-1)                    # (...)
-    # z: keeps the logits small, where float rounding cannot flip a choice and the softmax still has gradient.
-    z = mean(logits.logsumexp(-1, keepdim=True).square()).squeeze(-1)        # (...)
+    # 4. The z-loss keeps logits small. Where they are large, rounding flips choices, and a softmax
+    #    that is nearly one-hot has no gradient left.
+    z = logits.logsumexp(-1, keepdim=True).square()  # (..., N, 1)
+    z = mean_over_tokens(z, mask).squeeze(-1)  # (...)
+
+    # 5. Drop what must not count: padding, and choices that came too late for a slot.
     if mask is not None:
-        weights = weights * real
-        row = mask.any(-1).to(p.dtype)                                       # rows that are padding only count nowhere
-        balance, z = (balance * row).sum() / row.sum().clamp(min=1), (z * row).sum() / row.sum().clamp(min=1)
+        weights = weights * mask.unsqueeze(-1)
     if capacity_factor is not None:
-        weights = weights * _within_capacity(experts, mask, n_experts, capacity_factor, min_capacity)
+        capacity = slots_per_expert(experts, mask, n_experts, capacity_factor, min_capacity)
+        weights = weights * within_capacity(experts, mask, n_experts, capacity)
+
+    # 6. What is left of a token's weights sums to 1 again. (Where nothing is left they stay 0. A
+    #    clamp of the sum to a tiny number would do that too, but its gradient overflows.)
     total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total > 0, total, 1)                     # not a clamp to tiny: its gradient overflows
-    return Routing(weights, experts, balance.mean(), z.mean())
+    weights = weights / torch.where(total > 0, total, 1)
+
+    return Routing(weights, experts, mean_over_rows(balance, mask), mean_over_rows(z, mask))
 
 
-def _one_hot(index: Tensor, n: int) -> Tensor:
-    """index (...) int64 -> (..., n) bool. F.one_hot looks at the values first, and where it does, that is a wait for them."""
+def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (..., N, C) -> (..., C): the mean over the real tokens."""
+    # Not by einsum, which autocast would compute in bfloat16.
+    if mask is None:
+        return x.sum(-2) / max(1, x.shape[-2])
+    real = mask.unsqueeze(-1).to(x.dtype)  # (..., N, 1)
+    return (x * real).sum(-2) / real.sum(-2).clamp(min=1)
+
+
+def mean_over_rows(loss: Tensor, mask: Tensor | None) -> Tensor:
+    """loss (...), one for each leading index -> (): the mean over those that have a real token."""
+    if mask is None:
+        return loss.mean()
+    has_tokens = mask.any(-1).to(loss.dtype)  # (...)
+    return (loss * has_tokens).sum() / has_tokens.sum().clamp(min=1)
+
+
+def one_hot(index: Tensor, n: int) -> Tensor:
+    """index (...) int64 -> (..., n) bool."""
+    # F.one_hot would look at the values first, and on a GPU that means to wait for them.
     return index.unsqueeze(-1) == torch.arange(n, device=index.device)
 
 
-def _within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int, factor: float, min_capacity: int) -> Tensor:
-    """1 where a choice still finds a free slot at its expert, else 0: (..., N, K).
+# ------------------------------------------------------------------------------------------------
+# 2. One FFN, and a layer of E of them
 
-    Every expert has `capacity` slots. They fill in token order, all first choices before any second choice; who comes too late is
-    dropped. DeepSpeed counts padding as tokens; here padding takes no slot.
-    """
-    top_k = experts.shape[-1]
-    real = torch.ones_like(experts[..., 0]) if mask is None else mask.long()         # (..., N)
-    n_real = real.sum(-1, keepdim=True).double()                                     # (..., 1) float64: ceil must be exact
-    capacity = (n_real * top_k * factor / n_experts).ceil().clamp(min=min_capacity)  # (..., 1)
-    queue = _one_hot(experts.transpose(-1, -2), n_experts) * real[..., None, :, None]   # (..., K, N, E)
-    place = queue.flatten(-3, -2).cumsum(-2).view_as(queue) * queue                  # 1 for the first in line at its expert
-    return (place.sum(-1).transpose(-1, -2) <= capacity.unsqueeze(-1)).float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. One FFN, and E of them
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The approximation of GELU that OpenAI's CLIP was trained with."""
+    """OpenAI's CLIP was trained with this approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "silu": F.silu}
+# A new activation is one line here.
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+    "silu": F.silu,
+}
 
 
-def ffn(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None, b_in: Tensor | None = None,
-        b_out: Tensor | None = None, act: str = "gelu") -> Tensor:
-    """A dense FFN. x (..., D), w_in (F, D), w_out (D_out, F), biases (F,), (D_out,) -> (..., D_out).
+def ffn(x: Tensor, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None,
+        b_in: Tensor | None = None, b_out: Tensor | None = None, act: str = "gelu") -> Tensor:
+    """A dense FFN. x (..., D), w_in (F, D), w_out (D_out, F), biases (F,) and (D_out,) -> (...,
+    D_out).
 
-    With w_gate (F, D) it is the gated FFN of LLaMA (act "silu" makes it SwiGLU): act(x W_gate) * (x W_in), then W_out."""
-    h = F.linear(x, w_in, b_in)                                              # (..., F)
-    h = ACTIVATIONS[act](h) if w_gate is None else ACTIVATIONS[act](F.linear(x, w_gate)) * h
-    return F.linear(h, w_out, b_out)
+    With w_gate (F, D) it is LLaMA's gated FFN: act(x w_gate) * (x w_in), then w_out. With the
+    activation "silu" that is called SwiGLU (arXiv 2002.05202).
+    """
+    h = F.linear(x, w_in, b_in)  # (..., F)
+    if w_gate is None:
+        h = ACTIVATIONS[act](h)
+    else:
+        h = ACTIVATIONS[act](F.linear(x, w_gate)) * h
+    return F.linear(h, w_out, b_out)  # (..., D_out)
 
 
 class FFN(nn.Module):
-    """A dense FFN.
+    """A dense FFN as a module.
 
-    Weights lie as in nn.Linear, (out, in), and have the names that MoE stacks. So to upcycle
-    one is a single torch.stack.
+    Its weights lie as in nn.Linear, (out, in), and have the names that MoE's stacked weights
+    have. So to turn an FFN into an expert is one torch.stack (upcycle.py).
     """
 
     def __init__(self, dim, ffn_dim, act, dim_out=None, gated=False, bias=False):
@@ -150,16 +194,16 @@ class FFN(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(dim_out)) if bias else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
-        """x (..., D) -> (..., D_out), and None in the place of a Routing."""
+        """x (..., D) -> (..., D_out), and None where a MoE gives its Routing."""
         y = ffn(x, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act)
         return y, None
 
 
 class MoE(nn.Module):
-    """E such FFNs and a router, which has no bias.
+    """E FFNs and a router, which is one matrix without a bias.
 
-    capacity_factor limits the experts' slots in training and eval_capacity_factor outside of it;
-    None drops nothing. noisy draws the second choice with Gumbel noise while training.
+    capacity_factor limits the experts' slots in training, eval_capacity_factor outside of it; None
+    drops nothing. noisy draws the second choice with Gumbel noise while training.
     """
 
     def __init__(self, dim, ffn_dim, act, n_experts, top_k, dim_out=None, gated=False, bias=False,
@@ -173,11 +217,8 @@ class MoE(nn.Module):
         self.eval_capacity_factor = eval_capacity_factor
         self.min_capacity = min_capacity
         self.noisy = noisy
-
-        # None lets moe_ffn choose the backend
-        self.backend = None
-        # the ranks that share the experts, see moe_parallel; None: every rank has them all
-        self.group = None
+        self.backend = None  # None lets moe_ffn choose
+        self.group = None    # the processes that share the experts, see moe_parallel
 
         self.router = nn.Parameter(torch.empty(n_experts, dim))
         self.w_in = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
@@ -187,25 +228,25 @@ class MoE(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(n_experts, dim_out)) if bias else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
-        """x (..., N, D), mask (..., N) False at padding -> (..., N, D_out) and the Routing.
+        """x (..., N, D), mask (..., N) False at padding -> (..., N, D_out), and the Routing.
 
         With a capacity factor the answer for a token depends on its company, since the tokens of a
         batch compete for slots. That holds in generation too, where a prompt is routed whole and
         every later step routes one token a row.
         """
-        # MoE-LLaVA keeps its routers in float32
+        # MoE-LLaVA keeps its routers in float32, and so the tokens follow the router's type.
         logits = F.linear(x.to(self.router.dtype), self.router)  # (..., N, E)
 
-        # DeepSpeed draws the noise in evaluation too; here an answer can be repeated
+        # DeepSpeed draws the noise in evaluation too; here an answer can be repeated.
         noise = None
         if self.noisy and self.training:
             noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
 
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        r = route(logits, self.top_k, mask, factor, self.min_capacity, noise)
-        y = moe_ffn(x, r, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act,
-                    self.backend, self.group)
-        return y, r
+        routing = route(logits, self.top_k, mask, factor, self.min_capacity, noise)
+        y = moe_ffn(x, routing, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out,
+                    self.act, self.backend, self.group)
+        return y, routing
 
 
 def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, dim_out=None, gated=False, bias=False,
@@ -216,196 +257,398 @@ def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, dim_out=None, gated=Fa
     return MoE(dim, ffn_dim, act, n_experts, top_k, dim_out, gated, bias, **limits)
 
 
-def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None, b_in: Tensor | None = None,
-            b_out: Tensor | None = None, act: str = "gelu", backend: str | None = None, group=None) -> Tensor:
-    """y = sum_k weights[:, k] * FFN_{experts[:, k]}(x).
+# ------------------------------------------------------------------------------------------------
+# 3. Dispatch: take the tokens to their experts, and the answers back
 
-    x (..., N, D); r as `route` gave it for those tokens; w_in, w_gate (E, F, D), w_out (E, D_out, F), b_in (E, F),
-    b_out (E, D_out). Returns (..., N, D_out) in x's dtype (autocast's inside autocast). backend: "loop", "sorted", "grouped",
-    or None to choose: grouped for bf16 on CUDA (and on meta, where train.py --plan stands for it), else sorted. group: the ranks that
-    share the experts (`moe_parallel`). Raises ValueError for an unknown backend or activation, and for grouped with another dtype
-    than bf16."""
-    if act not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {act!r}; known: {', '.join(ACTIVATIONS)}")
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):           # on meta there are only shapes
+
+def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None,
+            b_in: Tensor | None = None, b_out: Tensor | None = None, act: str = "gelu",
+            backend: str | None = None, group=None) -> Tensor:
+    """y = sum over k of  weights[:, k] * FFN_{experts[:, k]}(x).
+
+    x (..., N, D); r is what `route` gave for these tokens; w_in and w_gate (E, F, D), w_out (E,
+    D_out, F), b_in (E, F), b_out (E, D_out). Returns (..., N, D_out) in x's type (inside
+    autocast: in autocast's). backend is "loop", "sorted", "grouped", or None to choose: grouped
+    for bfloat16 on CUDA, otherwise sorted. group: the processes that share the experts
+    (`moe_parallel`).
+
+    ValueError for an unknown backend or activation, a routing of other tokens, and for
+    "grouped" with another type than bfloat16.
+    """
+    on_meta = x.device.type == "meta"
+    if not on_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if backend is None:
-        backend = "grouped" if x.device.type in ("cuda", "meta") and x.dtype == torch.bfloat16 else "sorted"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    if r.experts.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"routing is for tokens {tuple(r.experts.shape[:-1])}, x has tokens {tuple(x.shape[:-1])}")
+        backend = "sorted"
+        # Tensors on meta have no values; train.py --plan counts on them what a GPU would do.
+        if x.dtype == torch.bfloat16 and (x.is_cuda or on_meta):
+            backend = "grouped"
+    check_moe_ffn(x, r, act, backend)
+
+    # One long list of tokens, whatever the leading dimensions are.
     top_k = r.experts.shape[-1]
-    run = BACKENDS[backend] if group is None else functools.partial(moe_parallel, run=BACKENDS[backend], group=group)
-    y = run(x.reshape(-1, x.shape[-1]), r.weights.reshape(-1, top_k).to(x.dtype), r.experts.reshape(-1, top_k),
-            w_in, w_out, w_gate, b_in, b_out, act)
-    return y.view(*x.shape[:-1], w_out.shape[1])
+    tokens = x.reshape(-1, x.shape[-1])  # (N, D)
+    weights = r.weights.reshape(-1, top_k).to(x.dtype)  # (N, K)
+    experts = r.experts.reshape(-1, top_k)  # (N, K)
+    layer = (w_in, w_out, w_gate, b_in, b_out)
+
+    if group is None:
+        y = BACKENDS[backend](tokens, weights, experts, layer, act)
+    else:
+        y = moe_parallel(tokens, weights, experts, layer, act, backend, group)
+    return y.view(*x.shape[:-1], w_out.shape[1])  # (..., N, D_out)
 
 
-def _per_expert(*weights):
-    """[(w_in, w_out, ...) of expert 0, of expert 1, ...]; None stays None. With unbind the backward pass stacks the experts'
-    gradients once; with w[e] it would fill a whole (E, ...) tensor with zeros for every expert."""
-    return list(zip(*([None] * len(weights[0]) if w is None else w.unbind(0) for w in weights)))
-
-
-def moe_loop(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
-    """The definition. x (N, D), weights and experts (N, K) -> (N, D_out)."""
-    y = x.new_zeros(x.shape[0], w_out.shape[1])
-    for e, expert in enumerate(_per_expert(w_in, w_out, w_gate, b_in, b_out)):
-        token, choice = torch.where(experts == e)                            # who chose expert e, and as which choice
-        w = weights[token, choice].unsqueeze(-1)                             # (n_e, 1)
-        y = y.index_add(0, token, w * ffn(x[token], *expert, act))
+def moe_loop(x, weights, experts, layer, act):
+    """The definition. x (N, D), weights and experts (N, K), layer (w_in, w_out, ...) -> (N,
+    D_out)."""
+    w_out = layer[1]
+    y = x.new_zeros(len(x), w_out.shape[1])
+    for e, expert in enumerate(split_experts(layer)):
+        # Which tokens chose expert e, and as which of their choices?
+        token, choice = torch.where(experts == e)  # (n_e,) twice
+        weight = weights[token, choice].unsqueeze(-1)  # (n_e, 1)
+        y = y.index_add(0, token, weight * ffn(x[token], *expert, act))
     return y
 
 
-class _Gather(torch.autograd.Function):
-    """rows[index], for an index that holds every row K times, grouped by `inverse` (rows.shape[0] * K,) into K per row.
+def split_experts(layer) -> list[tuple]:
+    """Stacked weights -> one tuple (w_in, w_out, w_gate, b_in, b_out) for each expert; None
+    stays None.
 
-    The gradient of indexing is a scatter-add, slow on a CPU and non-deterministic on a GPU. But we know where each row's K copies
-    went, so the gradient is a gather too, followed by a sum over K."""
+    By unbind: on the way back it stacks the experts' gradients once. With w[e], every expert would
+    fill a whole (E, ...) tensor with zeros for its part.
+    """
+    n_experts = len(layer[0])
+    columns = [[None] * n_experts if w is None else w.unbind(0) for w in layer]
+    return list(zip(*columns))
+
+
+# Sorting. Three tokens a, b, c choose two of the experts 0 and 1 each; that is M = 6 choices:
+#
+#     choice             0    1    2    3    4    5      in token order, two each
+#     of token           a    a    b    b    c    c
+#     for expert         1    0    0    1    1    0
+#
+#     order              1    2    5    0    3    4      which choice stands here, sorted by expert
+#     rows               a    b    c  | a    b    c      the copies that expert 0 | expert 1 gets
+#     inverse            3    0    1    4    5    2      where choice 0, 1, 2, ... stands in `rows`
+#
+# Expert 0 now multiplies rows 0 to 2 in one piece and expert 1 rows 3 to 5. For the way back,
+# token b's choices are 2 and 3, whose answers stand at inverse[2] = 1 and inverse[3] = 4: they
+# are added up.
+
+
+def sort_by_expert(experts: Tensor, n_experts: int):
+    """experts (N, K) -> token (M,) of each row, order (M,), inverse (M,), counts (E,) rows of
+    each."""
+    flat = experts.flatten()  # (M,) in token order
+    order = flat.argsort(stable=True)  # (M,) stable: an expert keeps its tokens in their order
+    position = torch.arange(len(order), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, position)  # (M,)
+    counts = one_hot(flat, n_experts).sum(0)  # (E,)
+    token = order // experts.shape[1]  # (M,)
+    return token, order, inverse, counts
+
+
+def copy_to_experts(x, token):
+    """x (N, D) in token order -> (M, D): each row's token, in expert order."""
+    return x.index_select(0, token)
+
+
+def sum_per_token(rows, inverse, top_k):
+    """rows (M, D) in expert order -> (N, D): for each token the sum of its K rows."""
+    rows = rows.index_select(0, inverse)  # (M, D) in token order
+    if top_k == 1:
+        return rows
+    return rows.view(-1, top_k, rows.shape[-1]).sum(1)
+
+
+# The gradient of a copy is the sum over its copies, and the gradient of a sum is a copy for
+# each summand. So these two are each other's way back. Autograd, left alone, would scatter and
+# add, which is slow on a CPU, and on a GPU adds in another order each time.
+
+
+class ToExperts(torch.autograd.Function):
+    """copy_to_experts, whose gradient is sum_per_token."""
+
     @staticmethod
-    def forward(ctx, rows, index, inverse):
+    def forward(ctx, x, token, inverse, top_k):
         ctx.save_for_backward(inverse)
-        ctx.n = rows.shape[0]
-        return rows.index_select(0, index)
+        ctx.top_k = top_k
+        return copy_to_experts(x, token)
 
     @staticmethod
     def backward(ctx, grad):
         inverse, = ctx.saved_tensors
-        grad = grad.index_select(0, inverse)
-        return (grad if grad.shape[0] == ctx.n else grad.view(ctx.n, -1, grad.shape[-1]).sum(1)), None, None
+        return sum_per_token(grad, inverse, ctx.top_k), None, None, None
 
 
-def _sort_by_expert(x, experts, n_experts):
-    """Copies of x's rows in expert order (N*K, D), tokens per expert (E,), the order and its inverse (N*K,)."""
-    flat = experts.flatten()                                                 # (N*K,) token 0's choices, token 1's, ...
-    order = flat.argsort(stable=True)                                        # pairs by expert, in token order inside each
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    counts = _one_hot(flat, n_experts).sum(0)                                # bincount, without a wait for the host
-    return _Gather.apply(x, order // experts.shape[-1], inverse), counts, order, inverse
+class FromExperts(torch.autograd.Function):
+    """sum_per_token, whose gradient is copy_to_experts."""
 
-
-class _Combine(torch.autograd.Function):
-    """Expert outputs in sorted order (N*K, D_out) -> back in token order, weighted and summed over K: (N, D_out).
-
-    By hand for its way back: autograd would write weight times gradient in token order and sort that afterwards; here each sorted row
-    fetches its token's gradient and its own weight at once."""
     @staticmethod
-    def forward(ctx, out, weights, order, inverse):
-        rows = out.index_select(0, inverse).view(*weights.shape, out.shape[-1])        # (N, K, D_out)
-        ctx.save_for_backward(rows, weights, order)
-        y = rows[:, 0] * weights[:, :1]
-        for k in range(1, weights.shape[1]):
-            y = y.addcmul_(rows[:, k], weights[:, k:k + 1])
-        return y
+    def forward(ctx, rows, token, inverse, top_k):
+        ctx.save_for_backward(token)
+        return sum_per_token(rows, inverse, top_k)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, weights, order = ctx.saved_tensors
-        of_out = grad.index_select(0, order // weights.shape[1]).mul_(weights.flatten()[order].unsqueeze(-1))
-        return of_out, torch.linalg.vecdot(rows, grad.unsqueeze(1)), None, None
+        token, = ctx.saved_tensors
+        return copy_to_experts(grad, token), None, None, None
 
 
-def _grouped(counts, expert):
-    """-> product(a, w, b) in one kernel: only the int32 ends of the slices go in, and they stay on the device.
+def moe_sorted(x, weights, experts, layer, act):
+    """As moe_loop, but each expert's rows are one slice, read and written once."""
+    top_k = experts.shape[1]
+    token, order, inverse, counts = sort_by_expert(experts, len(layer[0]))
+    rows = ToExperts.apply(x, token, inverse, top_k)  # (M, D)
 
-    grouped_mm wants row strides that are multiples of 16 bytes, so widths that are not multiples of 8 are padded with zeros, which
-    change no product. It takes no bias, so each row fetches its expert's."""
-    ends = counts.cumsum(0).to(torch.int32)                                  # (E,) an expert without tokens repeats the last end
+    # Each expert takes its slice through the whole FFN before the next begins: its rows are still
+    # in the cache. Python must know the slices' sizes, so this waits for the device.
+    slices = rows.split(sizes_of_slices(counts, len(rows)))
+    outputs = [ffn(part, *expert, act) for part, expert in zip(slices, split_experts(layer))]
+    rows = torch.cat(outputs)  # (M, D_out)
 
-    def product(a, w, b):
-        pad_i, pad_o = -w.shape[2] % 8, -w.shape[1] % 8
-        if pad_i or pad_o:
-            a, w = F.pad(a, (0, pad_i)), F.pad(w, (0, pad_i, 0, pad_o))
-        out = F.grouped_mm(a.contiguous(), w.to(a.dtype).contiguous().transpose(-2, -1), offs=ends)
-        out = out[:, :w.shape[1] - pad_o]
-        return out if b is None else out + b.to(out.dtype).index_select(0, expert)
-    return product
-
-
-def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
-    """As moe_loop. Sorted by expert, the rows of each expert are one contiguous slice."""
-    x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
-    slices = x.split(_row_counts(counts, len(x)))
-    per_expert = _per_expert(w_in, w_out, w_gate, b_in, b_out)
-    out = torch.cat([ffn(rows, *expert, act) for rows, expert in zip(slices, per_expert)])
-    return _Combine.apply(out, weights, order, inverse)
+    weight = weights.flatten().index_select(0, order)  # (M,)
+    return FromExperts.apply(rows * weight.unsqueeze(1), token, inverse, top_k)  # (N, D_out)
 
 
-# torch.compile takes the slices' sizes into its graph then; otherwise the graph ends where they
-# are read
+# ------------------------------------------------------------------------------------------------
+# You can stop here on a first reading. Behind this line: experts with a limited number of
+# slots, the backend for GPUs, experts that live on several GPUs, and the checks of what is
+# passed in.
+# ------------------------------------------------------------------------------------------------
+# 4. Capacity
+
+
+def slots_per_expert(experts: Tensor, mask: Tensor | None, n_experts: int, factor: float,
+                     min_capacity: int) -> Tensor:
+    """How many choices each expert takes, (..., 1) float64: its even share, times the factor.
+
+    DeepSpeed counts padding among the tokens. Here padding takes no slot. The result is rounded
+    up, so it is computed in float64: a share of 3 must not come out as 3.0000002, and then as
+    4.
+    """
+    top_k = experts.shape[-1]
+    if mask is None:
+        mask = torch.ones_like(experts[..., 0], dtype=torch.bool)  # (..., N)
+    n_tokens = mask.sum(-1, keepdim=True).double()  # (..., 1)
+    return (n_tokens * top_k * factor / n_experts).ceil().clamp(min=min_capacity)
+
+
+def within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int,
+                    capacity: Tensor) -> Tensor:
+    """experts (..., N, K) -> (..., N, K) float: 1 where the choice finds a free slot, otherwise 0.
+
+    As in DeepSpeed's top-2 gate, which MoE-LLaVA uses: slots fill in token order, all first
+    choices before any second choice. Three tokens with first choices 0 0 1 and second choices 1
+    1 0, and two slots an expert: they queue as
+
+        choice           0  0  1  1  1  0        first choices, then second ones
+        queue at 0       1  2  .  .  .  3        a running count of those who want expert 0
+        queue at 1       .  .  1  2  3  .
+        finds a slot     y  y  y  y  n  n        place in the queue at most 2
+    """
+    # Who wants which expert, in queueing order.
+    wants = one_hot(experts.transpose(-1, -2), n_experts).long()  # (..., K, N, E)
+    if mask is not None:
+        wants = wants * mask[..., None, :, None]
+
+    # A cumulative sum down the queue counts those who stand before, and oneself.
+    place = wants.flatten(-3, -2).cumsum(-2).view_as(wants)  # (..., K, N, E)
+    place = (place * wants).sum(-1).transpose(-1, -2)  # (..., N, K)
+    return (place <= capacity.unsqueeze(-1)).float()
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The backend for GPUs: one kernel for all experts
+
+
+def moe_grouped(x, weights, experts, layer, act):
+    """As moe_sorted, but the sizes of the slices stay on the device, so nothing waits for them."""
+    w_in, w_out, w_gate, b_in, b_out = layer
+    top_k = experts.shape[1]
+    token, order, inverse, counts = sort_by_expert(experts, len(w_in))
+    expert = experts.flatten().index_select(0, order)  # (M,) the expert of each row
+    ends = counts.cumsum(0).to(torch.int32)  # (E,) where each slice ends
+    rows = ToExperts.apply(x, token, inverse, top_k)  # (M, D)
+
+    h = grouped_product(rows, w_in, ends)  # (M, F)
+    if b_in is not None:
+        h = h + PickRows.apply(b_in.to(h.dtype), expert)
+    if w_gate is None:
+        h = ACTIVATIONS[act](h)
+    else:
+        h = ACTIVATIONS[act](grouped_product(rows, w_gate, ends)) * h
+
+    # The last product is linear, so a weight may as well be applied before it: w * (W h) = W (w
+    # * h). Then the router's gradient needs h, which is there, and no (M, D_out) has to be kept
+    # for it.
+    weight = weights.flatten().index_select(0, order)  # (M,)
+    rows = grouped_product(h * weight.unsqueeze(1), w_out, ends)  # (M, D_out)
+    y = FromExperts.apply(rows, token, inverse, top_k)  # (N, D_out)
+
+    if b_out is not None:
+        # Each token gets its experts' biases, weighted: that is one small product.
+        gates = weights.new_zeros(len(x), len(w_in)).scatter(1, experts, weights)  # (N, E)
+        y = y + gates @ b_out.to(y.dtype)
+    return y
+
+
+def grouped_product(rows: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """rows (M, I), w (E, O, I), ends (E,) -> (M, O): each slice of rows times its expert's matrix.
+
+    F.grouped_mm wants rows whose length is a multiple of 16 bytes. So widths that are no
+    multiple of 8 are padded with zeros, which change no product.
+    """
+    n_out, n_in = w.shape[1:]
+    pad_in = -n_in % 8
+    pad_out = -n_out % 8
+    if pad_in or pad_out:
+        rows = F.pad(rows, (0, pad_in))
+        w = F.pad(w, (0, pad_in, 0, pad_out))
+    w = w.to(rows.dtype).contiguous().transpose(-2, -1)  # (E, I, O)
+    return F.grouped_mm(rows.contiguous(), w, offs=ends)[:, :n_out]  # (M, O)
+
+
+class PickRows(torch.autograd.Function):
+    """table (E, C), index (M,) -> table[index] (M, C), here each row's bias.
+
+    Its gradient adds M rows up into E. Autograd does that with atomic additions, and where
+    thousands of rows go to four places they queue: on an H100 it took a third of the layer's
+    time. One product with a one-hot matrix is the same sum.
+    """
+
+    @staticmethod
+    def forward(ctx, table, index):
+        ctx.save_for_backward(index)
+        ctx.n_rows = len(table)
+        return table.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, = ctx.saved_tensors
+        return one_hot(index, ctx.n_rows).to(grad.dtype).t() @ grad, None
+
+
+BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}
+
+# Lets torch.compile take the sizes of moe_sorted's slices into its graph.
 torch._dynamo.config.capture_scalar_outputs = True
 
 
-def _row_counts(counts: Tensor, n_rows: int) -> list[int]:
-    """counts (E,) of n_rows rows -> the same as a list, which is the one wait for the device."""
+def sizes_of_slices(counts: Tensor, n_rows: int) -> list[int]:
+    """counts (E,) of n_rows rows -> the same as a list, which is moe_sorted's one wait."""
     if torch.compiler.is_compiling():
-        # A graph is made for any sizes. It must be told what can be said of all of them
+        # The graph must hold for any sizes. It is told what can be said of all of them.
         sizes = counts.tolist()
         for size in sizes:
             torch._check(size >= 0)
         torch._check(sum(sizes) == n_rows)
         return sizes
     if counts.is_meta:
-        # There are no values. An even split stands for any other, as it costs the same
+        # There are no values. An even split stands for any other, as it costs the same.
         even, rest = divmod(n_rows, len(counts))
         return [even + 1] * rest + [even] * (len(counts) - rest)
     return counts.tolist()
 
 
-def moe_grouped(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
-    """As moe_sorted, without the host knowing the segments: nothing waits."""
-    if x.dtype != torch.bfloat16:
-        raise ValueError(f"backend 'grouped' computes in bfloat16, x is {x.dtype}; use backend 'sorted' or cast x")
-    x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
-    product = _grouped(counts, experts.flatten()[order])                     # (N*K,) the expert of each sorted row
-    h = product(x, w_in, b_in)                                               # (N*K, F)
-    h = ACTIVATIONS[act](h) if w_gate is None else ACTIVATIONS[act](product(x, w_gate, None)) * h
-    return _Combine.apply(product(h, w_out, b_out), weights, order, inverse)
-
-
-BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}
-
-# Expert parallelism: GShard's (arXiv 2006.16668), in Uni-MoE "expert-level model parallelism". Experts too many for one device are dealt
-# out to the ranks of a group, and tokens travel to them. Every rank routes its own tokens (routers are small: all have the same). Sorted
-# by expert, the (token, choice) pairs are sorted by rank too, so one exchange of contiguous pieces takes each to where its expert lives:
+# ------------------------------------------------------------------------------------------------
+# 6. Expert parallelism: experts too many for one device are dealt out, and tokens travel to them
+#
+# This is GShard's way (arXiv 2006.16668); Uni-MoE calls it "expert-level model parallelism".
+# Every process ("rank") routes its own tokens. Sorted by expert, the choices are sorted by rank
+# too, so one exchange of contiguous pieces takes each to where its expert lives:
 #
 #         rank 0 keeps experts 0 and 1          rank 1 keeps experts 2 and 3
 #         its tokens want  0 0 1 | 2 3 3        its tokens want  0 1 1 1 | 3
 #                            |       \___________________  _______/      |
-#                            |        ___________________\/____          |        all-to-all: piece r goes to rank r
-#                            |       /                          \        |
+#                            |        ___________________\/____          |        all-to-all:
+#                            |       /                          \        |        piece r to rank r
 #         it runs          0 0 1 | 0 1 1 1      it runs        2 3 3 | 3
 #
-# Answers go back in the same way, gradients the same two ways in reverse. An expert's gradient so holds the whole group's tokens.
+# The answers go back in the same way, and the gradients the same two ways in reverse. So an
+# expert's gradient holds the tokens of the whole group.
 
 
-class _AllToAll(torch.autograd.Function):
-    """Rows (sum(send), D), cut into one piece a rank, -> the pieces that this rank gets from each rank (sum(receive), D)."""
+class AllToAll(torch.autograd.Function):
+    """Rows (sum(send), D), one piece for each rank, -> the pieces for this rank (sum(receive),
+    D)."""
+
     @staticmethod
     def forward(ctx, rows, send, receive, group):
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+        ctx.send = send
+        ctx.receive = receive
+        ctx.group = group
         out = rows.new_empty(sum(receive), *rows.shape[1:])
         dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
         return out
 
     @staticmethod
-    def backward(ctx, grad):                                                 # what came from a rank has its gradient sent there
-        return _AllToAll.apply(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx, grad):
+        # What came from a rank has its gradient sent there.
+        return AllToAll.apply(grad, ctx.receive, ctx.send, ctx.group), None, None, None
 
 
-@torch.compiler.disable                                                      # its sizes are known only when it runs
-def moe_parallel(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act, run, group):
-    """As moe_loop, on each rank of the group for its own tokens: x (N, D), weights and experts (N, K) as ever, N may differ or be 0.
-    But w_in (E / ranks, F, D) and the others are this rank's experts alone: rank r has the r-th part. `run` is the backend.
+@torch.compiler.disable  # its sizes are known only when it runs
+def moe_parallel(x, weights, experts, layer, act, backend, group):
+    """As moe_loop, on each rank of the group for its own tokens, whose number N may differ or
+    be 0.
 
-    Every rank must call it equally often, or the others wait for ever. Dropped choices travel too, and come back with weight 0."""
-    n, mine = dist.get_world_size(group), w_in.shape[0]
-    rows, counts, order, inverse = _sort_by_expert(x, experts, n * mine)     # (N*K, D), (E,)
-    asked = torch.empty_like(counts)                                         # (E,) from each rank in turn: pairs for each expert here
+    `layer` holds this rank's experts alone, (E / ranks, ...): rank r has the r-th part. Every rank
+    must call this equally often, or the others wait for ever. Dropped choices travel too, and come
+    back with weight 0.
+    """
+    n_ranks = dist.get_world_size(group)
+    n_here = len(layer[0])
+    top_k = experts.shape[1]
+    token, order, inverse, counts = sort_by_expert(experts, n_ranks * n_here)
+    rows = ToExperts.apply(x, token, inverse, top_k)  # (M, D)
+
+    # 1. Each rank tells each other one how many choices it brings for which of its experts.
+    asked = torch.empty_like(counts)  # (E,) from rank 0 for my experts, from rank 1, ...
     dist.all_to_all_single(asked, counts, group=group)
-    send, receive = torch.stack([counts, asked]).view(2, n, mine).sum(2).tolist()     # the one wait for the device
-    rows = _AllToAll.apply(rows, send, receive, group)                       # (M, D)
-    expert = torch.arange(mine, device=x.device).repeat(n).repeat_interleave(asked, output_size=sum(receive))          # (M,)
-    out = run(rows, rows.new_ones(len(rows), 1), expert.unsqueeze(1), w_in, w_out, w_gate, b_in, b_out, act)           # (M, D_out)
-    return _Combine.apply(_AllToAll.apply(out, receive, send, group), weights, order, inverse)
+    # (2, ranks): rows that go to each rank, rows that come from it
+    sizes = torch.stack([counts, asked]).view(2, n_ranks, n_here).sum(2)
+    send, receive = sizes.tolist()  # the one wait for the device
+
+    # 2. The rows travel, and each says which of this rank's experts it wants.
+    rows = AllToAll.apply(rows, send, receive, group)  # (R, D)
+    expert = torch.arange(n_here, device=x.device).repeat(n_ranks)
+    expert = expert.repeat_interleave(asked, output_size=sum(receive))  # (R,)
+
+    # 3. Every row is now a token with one choice, of weight 1.
+    ones = rows.new_ones(len(rows), 1)
+    rows = BACKENDS[backend](rows, ones, expert.unsqueeze(1), layer, act)  # (R, D_out)
+
+    # 4. The answers travel back, and each token adds up its own.
+    rows = AllToAll.apply(rows, receive, send, group)  # (M, D_out)
+    weight = weights.flatten().index_select(0, order)  # (M,)
+    return FromExperts.apply(rows * weight.unsqueeze(1), token, inverse, top_k)  # (N, D_out)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Checks
+
+
+def check_route(n_experts: int, top_k: int, capacity_factor: float | None):
+    if not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k = {top_k} must lie between 1 and the number of experts, "
+                         f"{n_experts}")
+    if capacity_factor is not None and capacity_factor <= 0:
+        raise ValueError(f"capacity_factor = {capacity_factor} must be positive, or None to drop "
+                         "nothing")
+
+
+def check_moe_ffn(x: Tensor, r: Routing, act: str, backend: str):
+    if act not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {act!r}; known: {', '.join(ACTIVATIONS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if r.experts.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"routing is for tokens {tuple(r.experts.shape[:-1])}, x has tokens "
+                         f"{tuple(x.shape[:-1])}")
+    if backend == "grouped" and x.dtype != torch.bfloat16:
+        raise ValueError(f"backend 'grouped' computes in bfloat16, x is {x.dtype}; use backend "
+                         "'sorted' or cast x")

@@ -37,22 +37,43 @@ from upcycle import load_backbones
 def median_seconds(runs: dict, device: str, repeat: int) -> dict:
     """{name: a callable} -> {name: median seconds of `repeat` calls}.
 
-    The callables take turns, so that a slow moment of the machine hits all of them.
+    The callables take turns, so that a slow moment of the machine hits all of them. A GPU gets
+    several calls in a row, as it does in training, where the next kernels are in the queue before
+    the last ones are done.
     """
+    calls = 5 if device == "cuda" else 1
     times = {name: [] for name in runs}
     for turn in range(repeat + 1):
         for name, run in runs.items():
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             if device == "cuda":
                 torch.cuda.synchronize()
 
             # the first turn warms up
             if turn > 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start) / calls)
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def bytes_kept(run, weights: list) -> int:
+    """Bytes that the forward pass run() keeps for the backward pass, without the weights."""
+    known = {w.untyped_storage().data_ptr() for w in weights if w is not None}
+    kept = {}
+
+    def pack(t):
+        memory = t.untyped_storage()
+        if memory.data_ptr() not in known:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    del result
+    return sum(kept.values())
 
 
 def matmul_speed(device: str, dtype: torch.dtype, repeat: int = 7) -> float:
@@ -76,7 +97,7 @@ def samples_and_experts(x, r, w_in, w_out, w_gate, b_in, b_out, act):
     slice of one tensor, so that autograd, going back, copies the whole tensor's gradient each time.
     """
     y = x.new_zeros(*x.shape[:2], w_out.shape[1])
-    experts = kernels._per_expert(w_in, w_out, w_gate, b_in, b_out)
+    experts = kernels.split_experts((w_in, w_out, w_gate, b_in, b_out))
     for b in range(len(x)):
         for e, expert in enumerate(experts):
             token, choice = torch.where(r.experts[b] == e)
@@ -212,6 +233,8 @@ def bench_layer(name: str, layer: Layer, device: str, dtype: torch.dtype, speed:
             leaf.grad = None
         torch.autograd.backward(rows[row](), grads[row])
 
+    kept = {row: bytes_kept(run, leaves[3:]) for row, run in rows.items()}
+
     # the small layer's milliseconds are noisy
     repeat = args.repeat * 10 if name == "tiny" else args.repeat
     seconds = median_seconds({row: functools.partial(once, row) for row in rows}, device, repeat)
@@ -222,10 +245,12 @@ def bench_layer(name: str, layer: Layer, device: str, dtype: torch.dtype, speed:
     one = layer.ffn_dim * (layer.dim + layer.dim_out + layer.dim * layer.gated)
     work = 3 * 2 * 2 * n_tokens * one
     shape = f"{layer.dim} -> {layer.ffn_dim} -> {layer.dim_out:4}"
-    print(f"\n{name + ':':18} {n_tokens:,} tokens, {shape}         ms  time / dense  of matmul")
+    print(f"\n{name + ':':18} {n_tokens:,} tokens, {shape}         ms  time / dense  of matmul"
+          "  kept / dense")
     for row, t in seconds.items():
         ratio = t / seconds["dense, K x tokens"]
-        print(f"    {row:44} {t * 1e3:9.2f} {ratio:12.2f}x {work / t / speed:10.1%}")
+        memory = kept[row] / kept["dense, K x tokens"]
+        print(f"    {row:44} {t * 1e3:9.2f} {ratio:12.2f}x {work / t / speed:10.1%} {memory:12.2f}x")
 
 
 def bench_layers(args):
@@ -260,7 +285,7 @@ def as_released(x, r, *weights, **_):
 
 
 def a_batch(args, s: dict, config: Config, device) -> dict:
-    """One micro-batch of stage 3 on the device."""
+    """A micro-batch of stage 3 on the device."""
     rows = s["micro_batch"]
     if args.preset == "tiny":
         tokenizer = load_backbones(train.BACKBONES)[1]
@@ -279,7 +304,7 @@ def a_batch(args, s: dict, config: Config, device) -> dict:
 
 
 def step_work(config: Config, s: dict, n_tokens: int) -> float:
-    """FLOPs of one micro-batch, forward and backward."""
+    """FLOPs of a micro-batch, forward and backward."""
     counted = train.rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), (), s["micro_batch"],
                              n_tokens, False, False, torch.bfloat16)
     return sum(counted.forward.values()) + sum(counted.backward.values())
@@ -297,8 +322,11 @@ def widen(dense: Config, recipe: str, s: dict, n_tokens: int, work: float):
     part.ffn_dim = max(8, 8 * round(width / 8))
 
 
-def step_runs(name: str, config: Config, s: dict, args, batch: dict, device) -> dict:
-    """{row's name: a callable that makes one step} of a model with random weights."""
+def step_runs(name: str, config: Config, s: dict, args, batch: dict, n_micro: int, device) -> dict:
+    """{row's name: a callable that makes one step} of a model with random weights.
+
+    A step goes through the batch n_micro times and then updates the weights.
+    """
     with device:
         model = CuMo(config).train()
     choose_trainable(model, s["trains"])
@@ -308,8 +336,10 @@ def step_runs(name: str, config: Config, s: dict, args, batch: dict, device) -> 
     model = train.distribute(args, model, device)
 
     def step():
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
-            model(**batch).loss.backward()
+        for _ in range(n_micro):
+            with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
+                loss = model(**batch).loss
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -324,13 +354,37 @@ def step_runs(name: str, config: Config, s: dict, args, batch: dict, device) -> 
     return {name: step}
 
 
+def time_steps(runs: dict, device, repeat: int) -> tuple[dict, dict]:
+    """-> {row's name: seconds of a step}, {row's name: GB of GPU memory at the most}."""
+    if device.type == "cpu":
+        # in turn: a CPU's speed drifts
+        return median_seconds(runs, "cpu", repeat), {}
+
+    # one after the other: memory is scarce
+    seconds = {}
+    peaks = {}
+    for name, run in runs.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            seconds |= median_seconds({name: run}, "cuda", repeat)
+            peaks[name] = torch.cuda.max_memory_allocated() / 1e9
+        except torch.OutOfMemoryError:
+            print(f"{name}: more memory than this GPU has")
+    return seconds, peaks
+
+
 def bench_step(args):
     """Seconds of a step of stage 3, on data that lies in memory."""
     if args.expert_parallel > 1:
         raise ValueError("step times experts that are all on one process: "
                          "leave --expert-parallel out")
+    n_steps = args.steps or 5
+    if args.batch_size is None and args.micro_batch is not None:
+        args.batch_size = args.micro_batch  # one micro-batch; with --batch-size, so many as it has
     device = train.prepare_device(args)
     s = train.settings(args, 3)
+    n_micro = s["batch_size"] // s["micro_batch"]
     config, _ = train.planned(args, s)
     dense, _ = train.planned(args, s | {"experts": False})
     torch.manual_seed(args.seed)
@@ -342,30 +396,30 @@ def bench_step(args):
     widen(dense, args.recipe, s, n_tokens, work)
     works = {"experts": work, "as released": work, "dense": step_work(dense, s, n_tokens)}
 
-    repeat = args.steps or 5
+    runs = step_runs("experts", config, s, args, batch, n_micro, device)
     if device.type == "cuda":
-        # one model after the other: memory is scarce
-        runs = step_runs("experts", config, s, args, batch, device)
-        seconds = median_seconds(runs, "cuda", repeat)
+        seconds, peaks = time_steps(runs, device, n_steps)
         del runs
-        runs = step_runs("dense", dense, s, args, batch, device)
-        seconds |= median_seconds(runs, "cuda", repeat)
+        runs = step_runs("dense", dense, s, args, batch, n_micro, device)
+        more = time_steps(runs, device, n_steps)
+        seconds |= more[0]
+        peaks |= more[1]
     else:
-        # in turn: a CPU's speed drifts
-        runs = step_runs("experts", config, s, args, batch, device)
-        runs |= step_runs("dense", dense, s, args, batch, device)
-        seconds = median_seconds(runs, "cpu", repeat)
+        runs |= step_runs("dense", dense, s, args, batch, n_micro, device)
+        seconds, peaks = time_steps(runs, device, n_steps)
 
-    rows = s["micro_batch"]
+    rows = s["micro_batch"] * n_micro
     speed = matmul_speed(device.type, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    print(f"{name_of(device.type)}, {args.preset}, {rows} samples of {n_tokens} tokens; "
-          f"matrix products reach {speed / 1e12:.3f} TFLOP/s")
+    print(f"{name_of(device.type)}, {args.preset}, {n_micro} x {s['micro_batch']} samples of "
+          f"{n_tokens} tokens; matrix products reach {speed / 1e12:.3f} TFLOP/s")
+    for name, peak in peaks.items():
+        print(f"{name}: {peak:.2f} GB of GPU memory at the most")
     print(f"{'step of stage 3':16} {'seconds':>8} {'samples/s':>10} {'TFLOP/s':>9} "
           f"{'of matmul':>10} {'time / dense':>13} {'time / experts':>15}")
     for name, t in seconds.items():
-        reached = works[name] / t
+        reached = works[name] * n_micro / t
         print(f"{name:16} {t:8.3f} {rows / t:10.2f} {reached / 1e12:9.3f} {reached / speed:10.1%} "
-              f"{t / seconds['dense']:12.2f}x {t / seconds['experts']:14.2f}x")
+              f"{t / seconds.get('dense', t):12.2f}x {t / seconds.get('experts', t):14.2f}x")
 
 
 # -------------------------------------------------------------------------------------------------

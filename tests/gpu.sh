@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# What a GPU must show, in one run of about six minutes, from the project's root:
+#
+#     bash tests/gpu.sh            ($OUT: where the logs go, default out/gpu)
+#
+# First everything at once: the tests, the default run, and each timing's compilation, which is kept on
+# disk. Then the timings, one after the other and alone. Each part has its own time limit, and one that
+# fails stops nothing.
+OUT=${OUT:-out/gpu}
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=2
+
+part() {  # part SECONDS NAME COMMAND...
+  local limit=$1 name=$2 start=$SECONDS
+  shift 2
+  timeout -k 5 "$limit" "$@" > "$OUT/$name.log" 2>&1
+  echo "=== $name: exit $? after $((SECONDS - start)) s: $*" | tee -a "$OUT/$name.log"
+}
+LAYERS=(python3 tests/bench.py layers --device cuda --compile --transformers)
+DECODE=(python3 tests/bench.py decode cumo-mistral-7b)
+STEP=(python3 tests/bench.py step --preset cumo-1b --max-length 2048 --micro-batch 3 --batch-size 12)
+
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+python3 -c "import torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda)"
+
+# 1. Is it right? (-n: several processes, where pytest-xdist is there)
+XDIST=$(python3 -c "import xdist" 2> /dev/null && echo "-n 6")
+part 120 tests python3 -m pytest -q -rfE --tb=short --durations=8 $XDIST tests/test_cuda.py &
+part 120 default python3 train.py --out "$OUT/tiny" --eval-questions 300 &
+part 100 layers-compile "${LAYERS[@]}" --repeat 1 &
+part 100 decode-compile "${DECODE[@]}" &
+wait
+rm -rf "$OUT"/tiny/stage* "$OUT"/tiny/*.safetensors "$OUT"/tiny/checkpoint*
+
+# 2. How fast is it?
+part 90 layers "${LAYERS[@]}"
+part 60 decode "${DECODE[@]}"
+part 150 step "${STEP[@]}" --steps 3
+
+for name in tests default layers decode step; do
+  echo "--- $name"
+  tail -c 2200 "$OUT/$name.log" | tr '\r' '\n' | tail -28
+done
