@@ -1,19 +1,29 @@
-"""model.py: the whole architecture. Senses, a bridge from each to the decoder's width, a LLaMA-style decoder, each dense or with experts.
+"""model.py: the whole architecture: senses, a bridge from each sense to the decoder, the decoder.
 
     pixels ──► VisionTransformer ──► Connector ──┐
     mel    ──► AudioTransformer ───► Resampler ──┼──► token embeddings ──► Decoder ──► logits
     text   ──► embedding ────────────────────────┘
 
-CuMo (arXiv 2405.05949) is LLaVA with the FFNs of the vision tower and of the connector turned into mixtures of experts. So there
-is one block, attention + feed-forward, used by tower and decoder alike, and its feed-forward is an `FFN` or a `MoE`. The number
-of experts in a config, layer by layer, is the only switch: 0 is dense. MoE-LLaVA has its experts in the decoder; so has Uni-MoE
-(arXiv 2405.11273), which also hears.
+All boxes are made of the same block: attention, then a feed-forward. CuMo (arXiv 2405.05949) is
+LLaVA with the feed-forwards of the vision tower and of the connector turned into mixtures of
+experts. MoE-LLaVA (arXiv 2401.15947) has its experts in the decoder, and so has Uni-MoE (arXiv
+2405.11273), which also hears. So there is one switch: the number of experts in the configuration,
+layer by layer. 0 makes an `FFN`, any other number a `MoE` (kernels.py).
 
-A batch of conversations is one tensor: tokens (B, T). Ids >= 0 are text, IMAGE and AUDIO mark the slots that features take, PAD
-fills the right-hand end. Features are written over the slots in one piece: no loop over samples, static shapes.
+A batch of conversations is one tensor, tokens (B, T). Ids from 0 on are text. The marks IMAGE and
+AUDIO keep slots free for the features of images and sounds, and PAD fills the right-hand end. Here
+an image has four slots (in CuMo 576):
 
-Shapes: B batch, T tokens in a sequence, N tokens of an image (with or without CLS), D width, F FFN width, E experts, K top-k,
-H heads, V vocabulary, n images, S image side, m chunks of sound, Q queries. `python model.py` prints each preset's parameter counts.
+    What  is   I    I    I    I    ?    PAD
+
+The features are written over the slots of all rows at once. So there is no loop over the samples,
+and the shapes do not depend on what is in the batch.
+
+Letters for shapes, in all of this file: B batch, T tokens in a sequence, V vocabulary, n images,
+S side of an image in pixels, N tokens of an image or states of a sound, m chunks of sound, Q slots
+of a chunk, D width, H heads, d width of a head, E experts, K experts a token.
+
+`python model.py` prints the number of parameters of every preset.
 """
 import copy
 import dataclasses
@@ -31,30 +41,50 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import ACTIVATIONS, FFN, MoE, feed_forward
 
-IMAGE, AUDIO, PAD, IGNORE = -200, -201, -1, -100     # slots for features, padding, label that is not learnt (also in data.py)
+# Marks in `tokens` and `labels`; data.py has the same.
+IMAGE = -200
+AUDIO = -201
+PAD = -1
+IGNORE = -100  # the label of a token that is not learnt
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Configuration: a few parts, plain numbers
+# ------------------------------------------------------------------------------------------------
+# 1. Configuration. The defaults are CuMo's around Mistral-7B, before it gets its experts. The
+#    presets stand near the end of this file, and so do the checks of these numbers.
+
+
+def size(default: int):
+    """A field that must be a whole number above 0."""
+    return field(default=default, metadata={"at_least": 1})
 
 
 @dataclass
 class VisionConfig:
-    image_size: int = 336           # S, pixels
-    patch_size: int = 14
-    dim: int = 1024
-    n_layers: int = 24
-    n_heads: int = 16
-    ffn_dim: int = 4096
+    """CLIP's vision tower."""
+    image_size: int = size(336)  # in pixels
+    patch_size: int = size(14)
+    dim: int = size(1024)
+    n_layers: int = size(24)
+    n_heads: int = size(16)
+    ffn_dim: int = size(4096)
     act: str = "quick_gelu"
     norm_eps: float = 1e-5
-    select_layer: int = -2          # which hidden state are the features: -2 is the input of the last layer (LLaVA's choice)
-    scales: list = field(default_factory=lambda: [1])    # S2 (arXiv 2403.13043): [1, 3] also reads the image 3x enlarged, in 9 crops
-    n_experts: list | int = 0       # per layer; 0 is dense. One number is repeated for all layers
+    # Which hidden state are the features? -1 is the output of the last layer, -2 its input. LLaVA
+    # takes -2, as CLIP trained the last layer for the CLS token.
+    select_layer: int = -2
+    # S2 (arXiv 2403.13043): [1, 3] reads the image also three times enlarged, in 9 crops.
+    scales: list = field(default_factory=lambda: [1])
+    # A number for each layer, or one number for all of them. 0 is dense.
+    n_experts: list | int = 0
     top_k: int = 2
 
     @property
+    def side(self) -> int:
+        """Patches from one edge of the image to the other."""
+        return self.image_size // self.patch_size
+
+    @property
     def n_used_layers(self) -> int:
-        """Layers that the features pass through: -1 all, -2 all but the last."""
+        """Layers that the features pass through: all for select_layer -1, all but one for -2."""
         return self.n_layers + 1 + self.select_layer
 
 
@@ -67,122 +97,107 @@ class ConnectorConfig:
 
 @dataclass
 class TextConfig:
-    vocab_size: int = 32000
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int = 8             # grouped-query attention: several query heads share a key/value head
-    head_dim: int | None = None     # default dim / n_heads
-    ffn_dim: int = 14336
+    """The decoder."""
+    vocab_size: int = size(32000)
+    dim: int = size(4096)
+    n_layers: int = size(32)
+    n_heads: int = size(32)
+    # Grouped-query attention: several query heads share a head of keys and values.
+    n_kv_heads: int = size(8)
+    head_dim: int | None = None  # None: dim / n_heads
+    ffn_dim: int = size(14336)
     act: str = "silu"
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
-    rope_scaling: dict | None = None           # Llama 3.1's stretch of the long wavelengths, see rope_table
+    rope_scaling: dict | None = None  # Llama 3.1's, see rope_table
     sliding_window: int | None = None
-    qkv_bias: bool = False                     # Qwen2
+    qkv_bias: bool = False  # Qwen2 has them
     tie_embeddings: bool = False
-    n_experts: list | int = 0
+    n_experts: list | int = 0  # a number for each layer, or one for all
     top_k: int = 2
-    capacity_factor: float | None = None       # in training; None: nothing is dropped
-    eval_capacity_factor: float | None = None  # outside training (MoE-LLaVA: 1.5 and 2.0)
-    min_capacity: int = 0                      # slots that every expert has at least
-    noisy: bool = False                        # DeepSpeed's Gumbel noise on the second choice, in training only
-    aux: str = "mean"               # auxiliary losses over the layers: "mean" (CuMo-Mixtral) or "sum" (MoE-LLaVA)
+    # The experts' capacity (kernels.route) in training and outside of it. None drops nothing;
+    # MoE-LLaVA has 1.5 and 2.0.
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 0
+    noisy: bool = False  # in training, choose the second expert with DeepSpeed's Gumbel noise
+    # The auxiliary losses of the decoder's layers: their "mean" (CuMo-Mixtral), or their "sum"
+    # (MoE-LLaVA).
+    aux: str = "mean"
 
     @property
     def expert_limits(self) -> dict:
-        """What a MoE of the decoder is told beside its sizes: kernels.MoE's last arguments."""
-        names = ("capacity_factor", "eval_capacity_factor", "min_capacity", "noisy")
-        return {name: getattr(self, name) for name in names}
+        """What a MoE of the decoder is told beside its sizes: the last arguments of kernels.MoE."""
+        return {
+            "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.eval_capacity_factor,
+            "min_capacity": self.min_capacity,
+            "noisy": self.noisy,
+        }
 
 
 @dataclass
 class AudioConfig:
-    """Whisper's encoder (large-v2's sizes), and the resampler behind it."""
-    n_mels: int = 80
-    n_frames: int = 3000            # mel frames of a 30 s chunk, 10 ms each; the second convolution halves them
-    dim: int = 1280
-    n_layers: int = 32
-    n_heads: int = 20
-    ffn_dim: int = 5120
+    """Whisper's encoder, in the sizes of large-v2, and the resampler behind it."""
+    n_mels: int = size(80)
+    n_frames: int = size(3000)  # of a chunk of 30 s, 10 ms each
+    dim: int = size(1280)
+    n_layers: int = size(32)
+    n_heads: int = size(20)
+    ffn_dim: int = size(5120)
     act: str = "gelu"
     norm_eps: float = 1e-5
-    n_experts: list | int = 0       # always 0 here; VisionBlock asks
+    # The ear is dense. These two stand here since config.json has them for every sense.
+    n_experts: list | int = 0
     top_k: int = 2
-    n_queries: int = 50             # Q: AUDIO slots of a chunk
-    n_query_layers: int = 2
+    n_queries: int = size(50)  # AUDIO slots of a chunk
+    n_query_layers: int = size(2)
 
-    def __post_init__(self):
-        self.n_experts = [0] * self.n_layers if isinstance(self.n_layers, int) else []
+
+PARTS = {
+    "vision": VisionConfig,
+    "connector": ConnectorConfig,
+    "text": TextConfig,
+    "audio": AudioConfig,
+}
 
 
 @dataclass
 class Config:
-    vision: VisionConfig | None = field(default_factory=VisionConfig)          # None: a language model alone
+    vision: VisionConfig | None = field(default_factory=VisionConfig)  # None: a language model
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    audio: AudioConfig | None = None                                           # None: the model hears nothing
-    template: str = "mistral"       # chat template, see data.py
-    frames_apart: bool = False      # a video's frames as so many images; else as one, with their mean features (Uni-MoE)
-    balance_coef: float = 0.1       # CuMo, section 4.1
+    audio: AudioConfig | None = None  # None: the model hears nothing
+    template: str = "mistral"  # of conversations, see data.py
+    # A video's frames fill the slots of so many images. False: those of one, with the mean of
+    # their features (Uni-MoE).
+    frames_apart: bool = False
+    # Weights of the auxiliary losses, see total_loss. CuMo's, from section 4.1 of the paper.
+    balance_coef: float = 0.1
     z_coef: float = 0.01
 
     def __post_init__(self):
-        for name, kind in (("vision", VisionConfig), ("connector", ConnectorConfig), ("text", TextConfig), ("audio", AudioConfig)):
-            if isinstance(getattr(self, name), dict):
-                setattr(self, name, _from_dict(kind, getattr(self, name), f"{name}."))
+        # config.json and the presets give the parts as plain dictionaries.
+        for name, kind in PARTS.items():
             part = getattr(self, name)
-            if not isinstance(part, kind) and not (name in ("vision", "audio") and part is None):
-                raise ValueError(f"{name} must be an object with {kind.__name__}'s fields, not {part!r}")
-            for key in ("image_size", "patch_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size",
-                        "n_mels", "n_frames", "n_queries", "n_query_layers"):
-                if part is not None and hasattr(part, key) and not (isinstance(getattr(part, key), int) and getattr(part, key) > 0):
-                    raise ValueError(f"{name}.{key} = {getattr(part, key)!r} must be a whole number above 0")
-        for name in ("vision", "text", "audio"):
-            part = getattr(self, name)
-            if part is None:
-                continue
-            if isinstance(part.n_experts, int):
+            if isinstance(part, dict):
+                setattr(self, name, from_dict(kind, part, name + "."))
+        check_sizes(self)
+
+        # Fill in what may be left out.
+        for part in (self.vision, self.text):
+            if part is not None and isinstance(part.n_experts, int):
                 part.n_experts = [part.n_experts] * part.n_layers
-            if len(part.n_experts) != part.n_layers:
-                raise ValueError(f"{name}.n_experts lists {len(part.n_experts)} layers, {name}.n_layers is {part.n_layers}")
-            if part.dim % part.n_heads:
-                raise ValueError(f"{name}.dim = {part.dim} is not a multiple of {name}.n_heads = {part.n_heads}")
-        for name in ("vision", "connector", "text", "audio"):
-            part = getattr(self, name)
-            if part is None:
-                continue
-            for e in [part.n_experts] if isinstance(part.n_experts, int) else part.n_experts:
-                if e < 0 or (e and not 1 <= part.top_k <= e):
-                    raise ValueError(f"{name}: top_k = {part.top_k} of n_experts = {e}; need 1 <= top_k <= n_experts, or 0 experts")
-            if part.act not in ACTIVATIONS:
-                raise ValueError(f"{name}.act = {part.act!r}; known: {', '.join(ACTIVATIONS)}")
-        if v := self.vision:
-            if v.image_size % v.patch_size:
-                raise ValueError(f"vision.image_size = {v.image_size} is not a multiple of vision.patch_size = {v.patch_size}")
-            if not -v.n_layers - 1 <= v.select_layer <= -1:
-                raise ValueError(f"vision.select_layer = {v.select_layer} must lie between {-v.n_layers - 1} and -1")
-            if not v.scales or v.scales[0] != 1 or any(not isinstance(s, int) or s < 1 for s in v.scales):
-                raise ValueError(f"vision.scales = {v.scales} must be whole numbers that begin with 1, for example [1, 3]")
-        for key in ("n_frames", "dim"):                                            # halved by a convolution; half sines, half cosines
-            if self.audio and getattr(self.audio, key) % 2:
-                raise ValueError(f"audio.{key} = {getattr(self.audio, key)} must be even")
-        t = self.text
-        t.head_dim = t.head_dim or t.dim // t.n_heads
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            if getattr(t, name) is not None and not getattr(t, name) > 0:
-                raise ValueError(f"text.{name} = {getattr(t, name)} must be positive, or null to drop nothing")
-        if t.n_heads % t.n_kv_heads:
-            raise ValueError(f"text.n_heads = {t.n_heads} is not a multiple of text.n_kv_heads = {t.n_kv_heads}")
-        if t.aux not in ("mean", "sum"):
-            raise ValueError(f"text.aux = {t.aux!r}; known: mean, sum")
-        if t.rope_scaling is not None and (missing := ROPE_SCALING - t.rope_scaling.keys()):
-            raise ValueError(f"text.rope_scaling lacks {', '.join(sorted(missing))}")
+        if self.audio is not None:
+            self.audio.n_experts = [0] * self.audio.n_layers
+        if not self.text.head_dim:
+            self.text.head_dim = self.text.dim // self.text.n_heads
+        validate(self)
 
     @classmethod
     def from_dict(cls, d: dict) -> "Config":
-        """From config.json. Raises ValueError naming an unknown key."""
-        return _from_dict(cls, d)
+        """From config.json. A ValueError names a key that is unknown."""
+        return from_dict(cls, d)
 
     @classmethod
     def from_preset(cls, name: str) -> "Config":
@@ -195,18 +210,20 @@ class Config:
 
     @property
     def n_image_tokens(self) -> int:
-        return (self.vision.image_size // self.vision.patch_size) ** 2 if self.vision else 0
+        """IMAGE slots of an image."""
+        if self.vision is None:
+            return 0
+        return self.vision.side ** 2
 
     @property
     def n_audio_tokens(self) -> int:
-        """Of a chunk."""
-        return self.audio.n_queries if self.audio else 0
+        """AUDIO slots of a chunk of sound."""
+        if self.audio is None:
+            return 0
+        return self.audio.n_queries
 
 
-ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-
-
-def _from_dict(kind, d: dict, where: str = ""):
+def from_dict(kind, d: dict, where: str = ""):
     known = [f.name for f in dataclasses.fields(kind)]
     for key in d:
         if key not in known:
@@ -214,562 +231,858 @@ def _from_dict(kind, d: dict, where: str = ""):
     return kind(**d)
 
 
-LLAMA_7B = dict(n_kv_heads=32, ffn_dim=11008, rope_theta=1e4)                      # the rest as in Mistral-7B, TextConfig's defaults
-PRESETS = {
-    # Trains on a laptop CPU in minutes: 48 x 48 pixels, 36 patches of 8 x 8.
-    "tiny": dict(
-        vision=dict(image_size=48, patch_size=8, dim=128, n_layers=4, n_heads=4, ffn_dim=512, scales=[1]),
-        text=dict(vocab_size=512, dim=128, n_layers=5, n_heads=4, n_kv_heads=2, ffn_dim=384, rope_theta=1e4),
-        template="tiny"),
-    # CuMo, Table 1: CLIP ViT-L/14-336 with S2 scales 1 and 3, and Mistral-7B-Instruct-v0.2 (no sliding window since v0.2).
-    # These are stage 3's shapes; train.py begins stages 1 and 2 with the experts taken out.
-    "cumo-mistral-7b": dict(
-        vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), text=dict()),
-    "cumo-mixtral-8x7b": dict(
-        vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), text=dict(n_experts=8)),
-    # The same around a decoder of TinyLlama-1.1B's shape (arXiv 2401.02385): what one GPU can train.
-    "cumo-1b": dict(
-        vision=dict(scales=[1, 3], n_experts=4), connector=dict(n_experts=4), template="vicuna",
-        text=dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, ffn_dim=5632, rope_theta=1e4)),
-    # MoE-LLaVA (arXiv 2401.15947) on OpenChat-7B, a Mistral: experts in every other layer of the decoder, a LLaVA-1.5 all else.
-    "moe-llava-mistral-7b": dict(
-        vision=dict(), text=dict(rope_theta=1e4, sliding_window=4096, n_experts=[4, 0] * 16, capacity_factor=1.5, eval_capacity_factor=2.0,
-                                 aux="sum"), template="openchat", balance_coef=0.01, z_coef=0.0),
-    # Uni-MoE: LLaMA-7B with one expert per modality or task in every layer, and no auxiliary loss. The paper hears speech with Whisper
-    # and other sounds with BEATs (arXiv 2212.09058); here one Whisper hears everything.
-    "uni-moe-7b": dict(vision=dict(), audio=dict(), text=dict(**LLAMA_7B, n_experts=4), template="vicuna", balance_coef=0.0, z_coef=0.0),
-    "uni-moe-7b-every-other": dict(
-        vision=dict(), audio=dict(), text=dict(**LLAMA_7B, n_experts=[4, 0] * 16), template="vicuna", balance_coef=0.0, z_coef=0.0),
-}
-PRESETS["uni-moe-tiny"] = dict(                                                    # tiny, and an ear for 1.5 s
-    vision=PRESETS["tiny"]["vision"], text=dict(**PRESETS["tiny"]["text"], n_experts=4), template="tiny", balance_coef=0.0, z_coef=0.0,
-    audio=dict(n_mels=80, n_frames=150, dim=128, n_layers=3, n_heads=4, ffn_dim=512, n_queries=16, n_query_layers=2))
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The senses: CLIP's ViT and Whisper's encoder, the connector and the resampler
+# ------------------------------------------------------------------------------------------------
+# 2. Seeing: the block of all senses, CLIP's vision tower, and the connector
 
 
-class VisionBlock(nn.Module):
-    """Pre-norm block, bidirectional attention, biases everywhere (CLIP), or everywhere but in the keys (Whisper)."""
+def split_heads(x: Tensor, n_heads: int) -> Tensor:
+    """x (B, T, H * d) -> (B, H, T, d)."""
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
-    def __init__(self, c, layer: int, k_bias: bool = True):
+
+def merge_heads(x: Tensor) -> Tensor:
+    """x (B, H, T, d) -> (B, T, H * d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def run_block(block: nn.Module, checkpointing: bool, *args):
+    """block(*args). With checkpointing, only the block's input is kept for the backward pass,
+    which then computes the block a second time: slower, in far less memory."""
+    if checkpointing:
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+class SenseBlock(nn.Module):
+    """A transformer block of a sense: LayerNorm first, attention in both directions, an FFN or MoE.
+
+    CLIP has biases everywhere, Whisper everywhere but in the keys. `config` is a VisionConfig or
+    an AudioConfig.
+    """
+
+    def __init__(self, config, n_experts: int = 0, k_bias: bool = True):
         super().__init__()
-        self.n_heads = c.n_heads
-        self.norm1, self.norm2 = nn.LayerNorm(c.dim, eps=c.norm_eps), nn.LayerNorm(c.dim, eps=c.norm_eps)
-        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim, bias=b) for b in (True, k_bias, True, True))
-        self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, bias=True)
+        dim = config.dim
+        self.n_heads = config.n_heads
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim, bias=k_bias)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.ffn = feed_forward(dim, config.ffn_dim, config.act, n_experts, config.top_k, bias=True)
+
+    def attention(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Each of x (n, N, D) looks at all of seen (n, M, D) -> (n, N, D)."""
+        q = split_heads(self.q(x), self.n_heads)  # (n, H, N, d)
+        k = split_heads(self.k(seen), self.n_heads)  # (n, H, M, d)
+        v = split_heads(self.v(seen), self.n_heads)  # (n, H, M, d)
+        return self.o(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
     def forward(self, x: Tensor):
-        """x (n, N, D) -> the same, and the Routing or None."""
+        """x (n, N, D) -> the same shape, and the Routing (None where the FFN is dense)."""
         h = self.norm1(x)
-        q, k, v = (w(h).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))   # (n, H, N, D/H)
-        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        h, r = self.ffn(self.norm2(x))
-        return x + h, r
+        x = x + self.attention(h, h)
+        h, routing = self.ffn(self.norm2(x))
+        return x + h, routing
 
 
 class VisionTransformer(nn.Module):
-    """Images (n, 3, S, S) -> patch features of the select layer (n, N, D * len(scales)), N = (S / patch)^2, CLS dropped."""
+    """Images (n, 3, S, S) -> features of their patches (n, N, D * number of scales)."""
 
-    def __init__(self, c: VisionConfig):
+    def __init__(self, config: VisionConfig):
         super().__init__()
-        self.config = c
-        n = (c.image_size // c.patch_size) ** 2
-        self.patch = nn.Conv2d(3, c.dim, c.patch_size, stride=c.patch_size, bias=False)
-        self.cls = nn.Parameter(torch.empty(c.dim))
-        self.pos = nn.Parameter(torch.empty(n + 1, c.dim))
-        self.pre_norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
-        self.layers = nn.ModuleList(VisionBlock(c, i) for i in range(c.n_layers))
+        dim = config.dim
+        self.config = config
+        self.patch = nn.Conv2d(3, dim, config.patch_size, stride=config.patch_size, bias=False)
+        self.cls = nn.Parameter(torch.empty(dim))
+        self.pos = nn.Parameter(torch.empty(config.side ** 2 + 1, dim))
+        self.pre_norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.layers = nn.ModuleList(SenseBlock(config, n) for n in config.n_experts)
         self.checkpointing = False
-
-    def encode(self, images: Tensor, aux: list | None = None, both: bool = False):
-        """One pass at base size: images (n, 3, S, S) -> hidden state of the select layer (n, 1 + N, D); CLS first.
-
-        `aux` collects a Routing for every MoE layer. Layers behind the select layer do not touch the features; but the released
-        CuMo counts their routers in the auxiliary losses, so they run when somebody collects. both=True gives (last hidden state,
-        selected one), for contrastive training."""
-        x = self.patch(images).flatten(2).transpose(1, 2)                          # (n, N, D)
-        x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.pos.to(x.dtype)
-        x = self.pre_norm(x)
-        n_used = self.config.n_used_layers
-        for i, layer in enumerate(self.layers):
-            if i == n_used:
-                selected = x
-                if not both and not (aux is not None and any(isinstance(b.ffn, MoE) for b in self.layers[i:])):
-                    return selected
-            x, r = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and self.training else layer(x)
-            if aux is not None and r is not None:
-                aux.append(r)
-        if n_used == self.config.n_layers:
-            selected = x
-        return (x, selected) if both else selected
 
     def forward(self, images: Tensor, aux: list | None = None) -> Tensor:
-        """images (n, 3, S, S) float, normalised (data.load_image) -> features (n, N, D * len(scales)).
+        """images (n, 3, S, S) float, normalised (data.load_image) -> (n, N, D * scales).
 
-        S2: a scale s > 1 enlarges the image s-fold, cuts it into s x s crops of size S that are encoded each for itself, lays the
-        crops' feature maps side by side, and averages them back onto the base grid. Scales are concatenated channel-wise."""
-        side, features = self.config.image_size // self.config.patch_size, []
-        if images.shape[1:] != (3, self.config.image_size, self.config.image_size):
-            size = self.config.image_size
-            raise ValueError(f"images are {tuple(images.shape)}, the tower reads (n, 3, {size}, {size})")
+        `aux` collects the Routing of every MoE layer, scale by scale.
+        """
+        check_images(images, self.config)
         images = images.to(self.patch.weight.dtype)
-        for s in self.config.scales:
-            if s == 1:
-                features.append(self.encode(images, aux)[:, 1:])                   # (n, N, D)
-                continue
-            n, size = len(images), self.config.image_size
-            big = F.interpolate(images.float(), scale_factor=s, mode="bicubic").to(images.dtype)     # (n, 3, s S, s S)
-            crops = big.view(n, 3, s, size, s, size).permute(0, 2, 4, 1, 3, 5).reshape(n * s * s, 3, size, size)
-            f = self.encode(crops, aux)[:, 1:]                                     # (n s s, N, D)
-            f = f.view(n, s, s, side, side, -1).permute(0, 5, 1, 3, 2, 4).reshape(n, -1, s * side, s * side)
-            f = F.interpolate(f.float(), size=(side, side), mode="area").to(f.dtype)
-            features.append(f.flatten(2).transpose(1, 2))                          # (n, N, D)
+        features = []
+        for scale in self.config.scales:
+            if scale == 1:
+                # Without the CLS token: LLaVA gives the decoder patches only.
+                features.append(self.encode(images, aux)[:, 1:])  # (n, N, D)
+            else:
+                features.append(encode_enlarged(self, images, scale, aux))  # (n, N, D)
         return torch.cat(features, -1)
 
+    def encode(self, images: Tensor, aux: list | None = None, both: bool = False):
+        """images (n, 3, S, S) -> the hidden state of the select layer (n, 1 + N, D), CLS first.
 
-def sinusoids(length: int, dim: int, device=None) -> Tensor:
-    """Whisper's positions (length, dim): sines, then cosines, of wavelengths from 2 pi to 10000 * 2 pi."""
-    freq = 1e4 ** -torch.linspace(0, 1, dim // 2, device=device)
-    angle = torch.arange(length, device=device).unsqueeze(1) * freq
-    return torch.cat([angle.sin(), angle.cos()], 1)
+        both=True gives (the last hidden state, that of the select layer), for contrastive training.
+        """
+        # A convolution whose stride is its width cuts the image into patches and projects each.
+        x = self.patch(images).flatten(2).transpose(1, 2)  # (n, N, D)
+        cls = self.cls.to(x.dtype).expand(len(x), 1, -1)  # (n, 1, D)
+        x = torch.cat([cls, x], 1) + self.pos.to(x.dtype)  # (n, 1 + N, D)
+        x = self.pre_norm(x)
 
+        # The features need no layer behind the select layer. But the released CuMo counts the
+        # routers there in the auxiliary losses, so such layers run when somebody collects.
+        n_used = self.config.n_used_layers
+        n_run = n_used
+        if both or (aux is not None and any(self.config.n_experts[n_used:])):
+            n_run = self.config.n_layers
 
-class AudioTransformer(nn.Module):
-    """Whisper's encoder: log-mel (m, 80, 3000), a 30 s chunk each, -> hidden states (m, 1500, D)."""
+        selected = x
+        for i in range(n_run):
+            x, routing = run_block(self.layers[i], self.checkpointing and self.training, x)
+            if aux is not None and routing is not None:
+                aux.append(routing)
+            if i + 1 == n_used:
+                selected = x
 
-    def __init__(self, c: AudioConfig):
-        super().__init__()
-        self.config = c
-        self.conv1, self.conv2 = nn.Conv1d(c.n_mels, c.dim, 3, padding=1), nn.Conv1d(c.dim, c.dim, 3, stride=2, padding=1)
-        self.pos = nn.Parameter(torch.empty(c.n_frames // 2, c.dim))               # sinusoids, stored as weights
-        self.layers = nn.ModuleList(VisionBlock(c, i, k_bias=False) for i in range(c.n_layers))
-        self.norm = nn.LayerNorm(c.dim, eps=c.norm_eps)
-        self.checkpointing = False
-
-    def forward(self, mel: Tensor) -> Tensor:
-        if mel.shape[1:] != (self.config.n_mels, self.config.n_frames):
-            raise ValueError(f"mel is {tuple(mel.shape)}, the encoder hears (n, {self.config.n_mels}, {self.config.n_frames})")
-        x = F.gelu(self.conv2(F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))))        # (m, D, n_frames / 2)
-        x = x.transpose(1, 2) + self.pos
-        for layer in self.layers:
-            x, _ = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and self.training else layer(x)
-        return self.norm(x)
-
-
-class ResamplerBlock(nn.Module):
-    """Pre-norm block in which Q queries look at N hidden states and at each other; then a feed-forward."""
-
-    def __init__(self, c: AudioConfig):
-        super().__init__()
-        self.n_heads = c.n_heads
-        self.norm1, self.norm2, self.norm_heard = (nn.LayerNorm(c.dim, eps=c.norm_eps) for _ in range(3))
-        self.q, self.k, self.v, self.o = (nn.Linear(c.dim, c.dim, bias=b) for b in (True, False, True, True))     # as Whisper's
-        self.ffn = FFN(c.dim, c.ffn_dim, c.act, bias=True)
-
-    def forward(self, x: Tensor, heard: Tensor) -> Tensor:
-        """x (m, Q, D), heard (m, N, D) -> (m, Q, D)."""
-        h = self.norm1(x)
-        seen = torch.cat([self.norm_heard(heard), h], 1)                           # (m, N + Q, D)
-        q, k, v = (w(t).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w, t in ((self.q, h), (self.k, seen), (self.v, seen)))
-        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.ffn(self.norm2(x))[0]
-
-
-class Resampler(nn.Module):
-    """Hidden states of sound (m, N, D_a) -> decoder width (m, Q, D): learnt queries ask, and their few answers stand for the many states.
-
-    A chunk of 30 s has 1500 states, which would fill the decoder's context; 50 queries make 50 tokens of them. Uni-MoE does so with
-    Q-Formers (BLIP-2, arXiv 2301.12597): self-attention among the queries, then cross-attention, starting from BERT's weights, or from
-    the Whisper decoder's for speech; then a linear layer. Here the two attentions are one, over states and queries together, as in
-    Flamingo's Perceiver resampler (arXiv 2204.14198): half the weights, the same sight, and nothing to download."""
-
-    def __init__(self, c: AudioConfig, dim_out: int):
-        super().__init__()
-        self.queries = nn.Parameter(torch.empty(c.n_queries, c.dim))
-        self.layers = nn.ModuleList(ResamplerBlock(c) for _ in range(c.n_query_layers))
-        self.norm, self.out = nn.LayerNorm(c.dim, eps=c.norm_eps), nn.Linear(c.dim, dim_out)
-
-    def forward(self, heard: Tensor) -> Tensor:
-        x = self.queries.to(heard.dtype).expand(len(heard), -1, -1)
-        for layer in self.layers:
-            x = layer(x, heard)
-        return self.out(self.norm(x))
+        if both:
+            return x, selected
+        return selected
 
 
 class Connector(nn.Module):
-    """Vision features (n, N, D_v) -> decoder width (n, N, D): LLaVA-1.5's two-layer MLP, or experts of that shape."""
+    """Features (n, N, D_vision) -> the decoder's width (n, N, D).
 
-    def __init__(self, c: ConnectorConfig, dim_in: int, dim_out: int):
+    LLaVA-1.5's MLP of two layers, or experts of that shape.
+    """
+
+    def __init__(self, config: ConnectorConfig, dim_in: int, dim_out: int):
         super().__init__()
-        self.ffn = feed_forward(dim_in, dim_out, c.act, c.n_experts, c.top_k, dim_out=dim_out, bias=True)
+        self.ffn = feed_forward(dim_in, dim_out, config.act, config.n_experts, config.top_k,
+                                dim_out=dim_out, bias=True)
 
     def forward(self, x: Tensor, aux: list | None = None) -> Tensor:
-        y, r = self.ffn(x)
-        if aux is not None and r is not None:
-            aux.append(r)
+        y, routing = self.ffn(x)
+        if aux is not None and routing is not None:
+            aux.append(routing)
         return y
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Decoder: LLaMA / Mistral / Mixtral
+# ------------------------------------------------------------------------------------------------
+# 3. Speaking: the decoder, a LLaMA, Mistral, Qwen2 or Mixtral
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin (B or 1, T, head_dim) float32 for rotary embeddings, in the half-split layout of Hugging Face's LLaMA.
+def rope_table(positions: Tensor, head_dim: int, theta: float,
+               scaling: dict | None = None) -> tuple[Tensor, Tensor]:
+    """positions (B or 1, T) -> cos and sin (B or 1, T, d) float32 for rotary embeddings.
 
-    scaling: Llama 3.1's way to longer contexts. Pairs that turn often within the old context (short wavelengths: they tell
-    neighbours apart) stay; those that turn less than once or so are slowed by `factor`; in between the two are mixed."""
-    freq = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    In the layout of Hugging Face's LLaMA: numbers i and i + d/2 of a head are a pair.
+    """
+    # Pair i turns by theta^(-2i/d) at every step: the first fast, the last hardly at all.
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    freq = theta ** (-exponent / head_dim)  # (d / 2,)
+
+    # Llama 3.1's way to longer contexts. Pairs that turn often within the old context tell
+    # neighbours apart, and stay as they are. Those that turn less than about once there are slowed
+    # down by `factor`. What lies in between is a mixture.
     if scaling is not None:
-        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)         # in the old context
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = freq * (keep + (1 - keep) / scaling["factor"])
-    angle = positions.float().unsqueeze(-1) * freq                                 # (B, T, head_dim / 2)
-    angle = torch.cat([angle, angle], -1)
+
+    angle = positions.float().unsqueeze(-1) * freq  # (B, T, d / 2)
+    angle = torch.cat([angle, angle], -1)  # (B, T, d)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, d): each pair (x_i, x_{i + d/2}) turned by its position's angle, so q.k depends on the distance only."""
-    a, b = x.chunk(2, -1)
-    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    """x (B, H, T, d): turns each pair by the angle of its position.
+
+    Both q and k are turned, so their product depends on how far apart they stand, not on where.
+    """
+    cos = cos.unsqueeze(1).to(x.dtype)  # (B, 1, T, d)
+    sin = sin.unsqueeze(1).to(x.dtype)
+    a, b = x.chunk(2, -1)  # (B, H, T, d / 2)
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-class Cache:
-    """Keys and values, at fixed size: k[layer] and v[layer] are (B, H_kv, T_max, head_dim). One tensor a layer: torch.compile would
-    copy all of a larger one in order to write to a part of it."""
+def visible_keys(positions: Tensor, n_keys: int, window: int | None) -> Tensor:
+    """positions (B or 1, T) of the queries -> (B or 1, 1, T, n_keys) bool: what each may look at.
 
-    def __init__(self, c: TextConfig, batch: int, length: int, device, dtype):
-        self.k, self.v = ([torch.zeros(batch, c.n_kv_heads, length, c.head_dim, device=device, dtype=dtype) for _ in range(c.n_layers)]
-                          for _ in "kv")
+    That is the past and itself, and with a sliding window only the nearest `window` of these.
+    """
+    keys = torch.arange(n_keys, device=positions.device)
+    distance = positions.unsqueeze(-1) - keys  # (B, T, keys): how far back a key lies
+    visible = distance >= 0
+    if window:
+        visible = visible & (distance < window)
+    return visible.unsqueeze(1)
+
+
+class Cache:
+    """The keys and values of all tokens so far: k[layer], v[layer] (B, H_kv, length, d).
+
+    One tensor a layer: of a larger one, torch.compile would copy all to write to a part of it.
+    """
+
+    def __init__(self, config: TextConfig, batch: int, length: int, device, dtype):
+        shape = (batch, config.n_kv_heads, length, config.head_dim)
+        layers = range(config.n_layers)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+
+    @property
+    def length(self) -> int:
+        return self.k[0].shape[2]
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, n_keys: int):
-        """k, v (B, H_kv, T, d) to positions (B or 1, T) of their rows; returns the first n_keys of the layer's keys and values."""
-        rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
+        """Writes k and v (B, H_kv, T, d) to positions (B or 1, T) of each row; returns the first
+        n_keys keys and values of that layer."""
+        rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)  # (B, 1)
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
         return self.k[layer][:, :, :n_keys], self.v[layer][:, :, :n_keys]
 
 
 class DecoderBlock(nn.Module):
-    def __init__(self, c: TextConfig, layer: int):
+    def __init__(self, config: TextConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
-        self.norm1, self.norm2 = nn.RMSNorm(c.dim, eps=c.norm_eps), nn.RMSNorm(c.dim, eps=c.norm_eps)
-        self.q = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
-        self.k = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
-        self.ffn = feed_forward(c.dim, c.ffn_dim, c.act, c.n_experts[layer], c.top_k, gated=True,
-                                **c.expert_limits)
+        dim = config.dim
+        dim_q = config.n_heads * config.head_dim
+        dim_kv = config.n_kv_heads * config.head_dim
+        self.layer = layer
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads
+        self.norm1 = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.norm2 = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.q = nn.Linear(dim, dim_q, bias=config.qkv_bias)
+        self.k = nn.Linear(dim, dim_kv, bias=config.qkv_bias)
+        self.v = nn.Linear(dim, dim_kv, bias=config.qkv_bias)
+        self.o = nn.Linear(dim_q, dim, bias=False)
+        self.ffn = feed_forward(dim, config.ffn_dim, config.act, config.n_experts[layer],
+                                config.top_k, gated=True, **config.expert_limits)
 
     def forward(self, x, rope, real, attend=None, cache=None, positions=None):
-        """x (B, T, D), rope (cos, sin), real (B, T) False at PAD, attend None (causal) or (B or 1, 1, T, keys) bool."""
-        h = self.norm1(x)
-        q, k, v = (w(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.q, self.k, self.v))   # (B, H, T, d)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        """x (B, T, D) -> the same shape, and the Routing (None where the FFN is dense).
+
+        rope (cos, sin); real (B, T) is False at PAD; attend as from visible_keys, or None for
+        plain causal attention, which has a faster kernel. With a cache, x is written to it first.
+        """
+        # 1. Attention.
+        h = self.norm1(x)  # (B, T, D)
+        q = rotate(split_heads(self.q(h), self.n_heads), *rope)  # (B, H, T, d)
+        k = rotate(split_heads(self.k(h), self.n_kv_heads), *rope)  # (B, H_kv, T, d)
+        v = split_heads(self.v(h), self.n_kv_heads)  # (B, H_kv, T, d)
         if cache is not None:
-            k, v = cache.write(self.layer, positions, k, v, x.shape[1] if attend is None else attend.shape[-1])
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None, enable_gqa=True)
-        x = x + self.o(h.transpose(1, 2).flatten(2))
-        h, r = self.ffn(self.norm2(x).flatten(0, 1), real.flatten())               # one row of B*T tokens: batch-wide statistics
-        return x + h.view_as(x), r
+            n_keys = x.shape[1] if attend is None else attend.shape[-1]
+            k, v = cache.write(self.layer, positions, k, v, n_keys)  # (B, H_kv, keys, d)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None,
+                                           enable_gqa=True)  # (B, H, T, d)
+        x = x + self.o(merge_heads(h))  # (B, T, D)
+
+        # 2. Feed-forward. It gets the batch as one row, so that its routing statistics are means
+        #    over all tokens of the batch, as in Mixtral's code.
+        h = self.norm2(x).flatten(0, 1)  # (B * T, D)
+        h, routing = self.ffn(h, real.flatten())
+        return x + h.view_as(x), routing
 
 
 class Decoder(nn.Module):
-    """Token embeddings (B, T, D) -> logits (B, T, V)."""
+    """Embeddings of tokens (B, T, D) -> logits (B, T, V)."""
 
-    def __init__(self, c: TextConfig):
+    def __init__(self, config: TextConfig):
         super().__init__()
-        self.config = c
-        self.embed = nn.Embedding(c.vocab_size, c.dim)
-        self.layers = nn.ModuleList(DecoderBlock(c, i) for i in range(c.n_layers))
-        self.norm = nn.RMSNorm(c.dim, eps=c.norm_eps)
-        self.head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(DecoderBlock(config, i) for i in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpointing = False
 
+    def forward(self, x, real, aux=None, cache=None, positions=None, n_keys=None):
+        """x (B, T, D), real (B, T) False at PAD -> logits (B, T, V). `aux` collects Routings.
+
+        With a cache, x is written to it from position 0 on; or to `positions` (B, T), where each
+        row has its own, all of them below n_keys (default: the cache's length).
+
+        Padding needs no attention mask: it lies to the right of every real token, and causal
+        attention never looks to the right.
+        """
+        config = self.config
+        window = config.sliding_window
+        attend = None
+        if positions is None:
+            n_keys = x.shape[1]
+            positions = torch.arange(n_keys, device=x.device).unsqueeze(0)  # (1, T)
+            if window and window < n_keys:
+                attend = visible_keys(positions, n_keys, window)  # (1, 1, T, keys)
+        else:
+            if n_keys is None:
+                n_keys = cache.length
+            attend = visible_keys(positions, n_keys, window)  # (B, 1, T, keys)
+
+        rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        checkpointing = self.checkpointing and self.training and cache is None
+        for layer in self.layers:
+            x, routing = run_block(layer, checkpointing, x, rope, real, attend, cache, positions)
+            if aux is not None and routing is not None:
+                aux.append(routing)
+
+        head = self.embed if self.head is None else self.head
+        return F.linear(self.norm(x), head.weight)  # (B, T, V)
+
     def apply_expert_limits(self):
-        """Tell every MoE the config's capacities. Call it after a change of these in the config."""
+        """Tell every MoE the config's capacities. Call it when these have changed."""
         for layer in self.layers:
             if isinstance(layer.ffn, MoE):
                 for name, value in self.config.expert_limits.items():
                     setattr(layer.ffn, name, value)
 
-    def forward(self, x, real, aux=None, cache=None, positions=None, n_keys=None):
-        """x (B, T, D), real (B, T) bool. With a cache, x is written to it before attending: from position 0 on, or to positions (B, T),
-        each row's own, all below n_keys (default: the cache's length). What lies behind n_keys costs nothing.
 
-        Why padding needs no attention mask: it lies to the right of every real token, and causal attention never looks right."""
-        window, attend, anywhere = self.config.sliding_window, None, positions is not None
-        if not anywhere:
-            positions, n_keys = torch.arange(x.shape[1], device=x.device).unsqueeze(0), x.shape[1]     # (1, T)
-        n_keys = n_keys or cache.k[0].shape[2]
-        if anywhere or (window is not None and window < n_keys):
-            keys = torch.arange(n_keys, device=x.device)
-            ago = positions.unsqueeze(-1) - keys                                   # (B, T, keys) how far back a key lies
-            attend = ((ago >= 0) & (ago < (window or n_keys))).unsqueeze(1)        # (B, 1, T, keys)
-        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        for layer in self.layers:
-            if self.checkpointing and self.training and cache is None:
-                x, r = checkpoint(layer, x, rope, real, attend, use_reentrant=False)
-            else:
-                x, r = layer(x, rope, real, attend, cache, positions)
-            if aux is not None and r is not None:
-                aux.append(r)
-        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The whole
-
-
-class Output(NamedTuple):
-    logits: Tensor                  # (B, T, V)
-    loss: Tensor | None             # parts["lm"] + balance_coef * sum of balance + z_coef * sum of z; None without labels
-    parts: dict                     # "lm", "vision/balance", "vision/z", "connector/balance", ...: raw scalars
-    image_embeds: Tensor | None     # (n, N, D) what the connector gave
-    routing: dict                   # part -> list of Routing: one a layer (vision: for each scale in turn)
+# ------------------------------------------------------------------------------------------------
+# 4. What is trained
 
 
 def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits (B, T, V), labels (B, T) -> the mean over the labels that are learnt, a float32 scalar.
-
-    The logits at t speak of the token at t + 1. The labels are shifted, not the logits: these are large, and a slice is a copy."""
-    target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()                  # (B * T,)
-    total = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE, reduction="sum")
+    """logits (B, T, V), labels (B, T) -> the mean loss of the labels that are learnt, float32."""
+    # The logits at t speak of the token at t + 1. The labels are shifted and not the logits: to
+    # slice these would copy the largest tensor of all.
+    target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # (B * T,)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE,
+                            reduction="sum")
     return total / (target != IGNORE).sum().clamp(min=1)
 
 
+def total_loss(parts: dict, balance_coef: float, z_coef: float, share: dict | None = None):
+    """The number that is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
+
+    parts: name -> scalar; what is neither ".../balance" nor ".../z" counts once. CuMo.forward and
+    train.py both call this, so nothing else is ever trained.
+
+    A step whose batch does not fit into memory is cut into micro-batches, and their gradients add
+    up. `share` (name -> weight) says how much of the whole batch's mean a micro-batch brings: for
+    "lm" its part of all labels, for vision and connector its part of all images. Then the cut
+    changes neither these losses nor their gradients.
+
+    The decoder's routing losses do depend on the cut, whatever the shares are: balance is a
+    product of two means over the tokens of a batch, and the mean of products is not the product
+    of means. With MoE-LLaVA's recipe the same batch gave 2.00437, 2.00474 and 2.00569 in
+    micro-batches of 8, 4 and 2.
+    """
+    task = 0.0
+    routing = 0.0
+    for name, value in parts.items():
+        weight = 1.0 if share is None else share[name]
+        if name.endswith("/balance"):
+            routing = routing + balance_coef * weight * value
+        elif name.endswith("/z"):
+            routing = routing + z_coef * weight * value
+        else:
+            task = task + weight * value
+    return task + routing
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The whole
+
+
+class Output(NamedTuple):
+    logits: Tensor               # (B, T, V)
+    loss: Tensor | None          # total_loss of the parts; None without labels
+    parts: dict                  # "lm", "vision/balance", "vision/z", ...: scalars, not weighted
+    image_embeds: Tensor | None  # (n, N, D) what the connector gave
+    routing: dict                # part -> list of Routing, a layer each; vision: scale by scale
+
+
 class CuMo(nn.Module):
-    """The multimodal model. Built on the current default device: `with torch.device("meta")` costs no memory."""
+    """The multimodal model. `with torch.device("meta")` builds it without any memory."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config = copy.deepcopy(config)                 # upcycling changes it: no other model's business
-        v, t = config.vision, config.text
-        self.vision = VisionTransformer(v) if v else None
-        self.connector = Connector(config.connector, v.dim * len(v.scales), t.dim) if v else None
-        self.audio = AudioTransformer(config.audio) if config.audio else None
-        self.resampler = Resampler(config.audio, t.dim) if config.audio else None
-        self.text = Decoder(t)
-        self.cache = None                                            # compiled generation keeps its Cache here
-        self.lm_loss = lm_loss                                       # or that compiled
+        # A copy, since upcycling changes it and other models may have been built from the same.
+        config = copy.deepcopy(config)
+        vision = config.vision
+        audio = config.audio
+        dim = config.text.dim
+
+        self.config = config
+        self.vision = None
+        self.connector = None
+        self.audio = None
+        self.resampler = None
+        if vision is not None:
+            self.vision = VisionTransformer(vision)
+            self.connector = Connector(config.connector, vision.dim * len(vision.scales), dim)
+        if audio is not None:
+            self.audio = AudioTransformer(audio)
+            self.resampler = Resampler(audio, dim)
+        self.text = Decoder(config.text)
+
+        self.lm_loss = lm_loss  # train.py puts a compiled one here
+        self.cache = None  # compiled generation keeps its Cache here
         self.init_weights()
 
-    @torch.no_grad()
-    def init_weights(self, parts=("vision", "connector", "audio", "resampler", "text"), gain: float = 0.64):
-        """Normal(0, gain / sqrt(fan in)): GPT-2's 0.02 at width 1024, and the same output scale at every other width (with 0.02 a
-        width of 128 starts with nearly uniform attention and learns late). The two projections that write to the residual stream
-        are scaled down by depth, as in GPT-2."""
-        for name, p in self.named_parameters():
-            part = name.split(".")[0]
-            if part not in parts:
-                continue
-            if name.split(".")[-1].startswith("b"):                  # first: a MoE's biases are stacked, (E, F)
-                nn.init.zeros_(p)
-            elif name == "audio.pos":
-                p.copy_(sinusoids(*p.shape, device=p.device))
-            elif p.dim() > 1 or name == "vision.cls":                # what is left are norms (ones) and biases (zeros)
-                std = gain * (p[0].numel() if p.dim() == 4 or ".conv" in name else p.shape[-1]) ** -0.5
-                if part != "connector" and name.endswith(("o.weight", "w_out")):
-                    std /= (2 * len(getattr(self, part).layers)) ** 0.5
-                nn.init.normal_(p, std=std)
+    def forward(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None,
+                labels: Tensor | None = None, image_embeds: Tensor | None = None,
+                audio_embeds: Tensor | None = None, frames: Tensor | None = None,
+                slots: list | None = None) -> Output:
+        """tokens (B, T) int64; images (n, 3, S, S) and audio (m, n_mels, n_frames) float, in order
+        of appearance, blank ones last; labels (B, T) int64, IGNORE where nothing is learnt.
 
-    def checkpointing(self, on: bool = True):
-        """Activation checkpointing: keep each block's input only, and compute the block again in the backward pass."""
-        for part in (self.vision, self.audio, self.text):
-            if part is not None:
-                part.checkpointing = on
+        The labels stand where the tokens stand; they are shifted here. image_embeds (n, N, D) and
+        audio_embeds (m, Q, D) take the place of what was encoded before. frames: see encode_images.
+        slots: what count_slots gives for these tokens; with it, nothing here waits for the device.
+        ValueError where the slots and the features do not match.
+        """
+        # 1. How many slots are there? To ask is to wait for the device, so this happens once, and
+        #    first, when there is nothing to wait for. Better still, the caller knows.
+        may_wait = slots is None
+        if slots is None:
+            slots = self.count_slots(tokens)
 
-    def encode_images(self, images: Tensor, aux: dict | None = None, frames: Tensor | None = None) -> Tensor:
-        """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D), or (videos, N, D) with frames (videos,) int64: then the
-        next frames[i] images are one video, and it gets the mean over its frames. An image is a video of one frame."""
+        # 2. In training, blank images and sounds stand in where a sample has none.
+        n_images = 0  # those that were given
+        if images is not None:
+            n_images = len(images) if frames is None else len(frames)
+        if labels is not None and slots is not None:
+            if image_embeds is None:
+                images, frames = self.add_blank_images(tokens, images, frames, n_images, slots)
+            if audio_embeds is None:
+                audio = self.add_blank_sound(tokens, audio, slots)
+
+        # 3. The senses. Each list collects the Routings of one part's layers.
+        aux = {"vision": [], "connector": [], "text": []}
+        if images is not None and len(images):
+            image_embeds = self.encode_images(images, aux, frames, may_wait)  # (n, N, D)
+        if audio is not None and len(audio):
+            audio_embeds = self.encode_audio(audio)  # (m, Q, D)
+
+        # 4. The decoder.
+        x = self.embed(tokens, image_embeds, audio_embeds, slots)  # (B, T, D)
+        logits = self.text(x, tokens != PAD, aux["text"])  # (B, T, V)
+
+        # 5. The losses.
+        parts = {"lm": torch.zeros((), device=tokens.device)}
+        parts.update(self.routing_losses(aux, tokens.device))
+        loss = None
+        if labels is not None:
+            parts["lm"] = self.lm_loss(logits, labels)
+            loss = total_loss(parts, self.config.balance_coef, self.config.z_coef)
+
+        # Blank images are nobody else's business.
+        if images is not None:
+            image_embeds = image_embeds[:n_images] if n_images else None
+        return Output(logits, loss, parts, image_embeds, aux)
+
+    @staticmethod
+    def count_slots(tokens: Tensor) -> list[int] | None:
+        """tokens (B, T) -> [IMAGE slots, rows without any, AUDIO slots].
+
+        It is None on meta, where tokens have no values, and while torch.compile traces.
+        """
+        if tokens.is_meta or torch.compiler.is_compiling():
+            return None
+        is_image = tokens == IMAGE
+        n_image_slots = is_image.sum()
+        n_rows_without = (~is_image.any(1)).sum()
+        n_audio_slots = (tokens == AUDIO).sum()
+        return torch.stack([n_image_slots, n_rows_without, n_audio_slots]).tolist()
+
+    def add_blank_images(self, tokens, images, frames, n_images: int, slots: list):
+        """A blank image for each row that has none, behind the others -> (images, frames).
+
+        It fills no slot. The released code does so, and counts the blanks in the auxiliary losses.
+        It also makes every process run every module: otherwise DDP and FSDP would wait for each
+        other for ever. data.collate appends them; this is for a caller that did not.
+        """
+        n_slots, n_rows_without, _ = slots
+        appended = n_images * self.config.n_image_tokens != n_slots
+        if self.vision is None or n_rows_without == 0 or appended:
+            return images, frames
+
+        side = self.config.vision.image_size
+        blanks = torch.zeros(n_rows_without, 3, side, side, device=tokens.device)
+        if n_images == 0:
+            return blanks, frames
+        images = torch.cat([images, blanks.to(images)])
+        if frames is not None:
+            frames = F.pad(frames, (0, n_rows_without), value=1)
+        return images, frames
+
+    def add_blank_sound(self, tokens, audio, slots: list):
+        """The same for a batch without any sound. One chunk is enough, as the ear has no auxiliary
+        loss that would count it."""
+        has_sound = audio is not None and len(audio) > 0
+        if self.audio is None or slots[2] > 0 or has_sound:
+            return audio
+        n_mels = self.config.audio.n_mels
+        return torch.zeros(1, n_mels, self.config.audio.n_frames, device=tokens.device)
+
+    def encode_images(self, images: Tensor, aux: dict | None = None, frames: Tensor | None = None,
+                      may_wait: bool = True) -> Tensor:
+        """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D).
+
+        frames (videos,) int64 makes them (videos, N, D): the next frames[i] images are one video,
+        which gets the mean over its frames. An image is a video of one frame. may_wait=False
+        leaves the check of frames out where that would have to wait for the device.
+        """
         if self.vision is None:
             raise ValueError("this model is a language model alone; it was given images")
-        aux = aux if aux is not None else {"vision": None, "connector": None}
-        embeds = self.connector(self.vision(images, aux["vision"]), aux["connector"])
+        if aux is None:
+            aux = {"vision": None, "connector": None}
+        features = self.vision(images, aux["vision"])  # (n, N, D_vision * scales)
+        embeds = self.connector(features, aux["connector"])  # (n, N, D)
         if frames is None:
             return embeds
-        if not torch.compiler.is_compiling() and not frames.is_meta and (int(frames.sum()) != len(images) or (frames < 1).any()):
-            raise ValueError(f"frames {frames.tolist()} must be above 0 and add up to the number of images, {len(images)}; "
-                             f"they give {int(frames.sum())}")
-        # The mean is over what the connector gives, as in the released Uni-MoE: a video costs as many tokens as an image, and what
-        # it loses is the order of its frames
-        video = torch.arange(len(frames), device=embeds.device).repeat_interleave(frames, output_size=len(images))     # (n,)
-        share = embeds / frames[video].to(embeds.dtype)[:, None, None]
-        return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
+        if may_wait or frames.is_cpu:
+            check_frames(frames, len(images))
+        return average_frames(embeds, frames)
 
     def encode_audio(self, mel: Tensor) -> Tensor:
-        """mel (m, n_mels, n_frames), chunks of sound (data.log_mel) -> embeddings for the AUDIO slots (m, Q, D)."""
+        """mel (m, n_mels, n_frames), chunks of sound (data.log_mel) -> embeddings for the AUDIO
+        slots (m, Q, D)."""
         if self.audio is None:
             raise ValueError("this model hears nothing; it was given audio")
         return self.resampler(self.audio(mel))
 
-    def count_slots(self, tokens: Tensor) -> list[int] | None:
-        """tokens (B, T) -> [IMAGE slots, rows without one, AUDIO slots]; None on meta, and while torch.compile traces.
+    def embed(self, tokens: Tensor, image_embeds: Tensor | None = None,
+              audio_embeds: Tensor | None = None, slots: list | None = None) -> Tensor:
+        """tokens (B, T), image_embeds (n, N, D), audio_embeds (m, Q, D) -> (B, T, D).
 
-        To count is to wait for the device. So a forward pass does it once, and first, while there is nothing to wait for."""
-        if tokens.is_meta or torch.compiler.is_compiling():
-            return None
-        images = tokens == IMAGE
-        return torch.stack([images.sum(), (~images.any(1)).sum(), (tokens == AUDIO).sum()]).tolist()
+        Text gets the embeddings of its words, slots get features. Features that are left over must
+        be blanks: one image for each row without any, or one chunk where nothing sounds at all.
+        """
+        if slots is None:
+            slots = self.count_slots(tokens)
+        if slots is not None:
+            check_slots(self.config, slots, image_embeds, audio_embeds)
+        x = self.text.embed(tokens.clamp(min=0))  # (B, T, D)
+        x = fill_slots(x, tokens == IMAGE, image_embeds)
+        return fill_slots(x, tokens == AUDIO, audio_embeds)
 
-    def embed(self, tokens: Tensor, image_embeds: Tensor | None = None, audio_embeds: Tensor | None = None,
-              counts: list[int] | None = None) -> Tensor:
-        """tokens (B, T), image_embeds (n, N, D), audio_embeds (m, Q, D) -> (B, T, D): word embeddings, and features written over the
-        IMAGE and AUDIO slots, in order. What is left over must be blanks: one image for each row without an image's slots, or, where
-        nothing sounds in the whole batch, one chunk. counts: of the slots, where they are known (`count_slots`)."""
-        if counts := counts or self.count_slots(tokens):
-            c, (n_images, n_blank, n_sounds) = self.config, counts
-            n_seen, n_heard = (0 if e is None else e.shape[:2].numel() for e in (image_embeds, audio_embeds))
-            if n_seen not in (n_images, n_images + n_blank * c.n_image_tokens):
-                raise ValueError(f"tokens have {n_images} IMAGE slots, the images give {n_seen} features ({c.n_image_tokens} an image)")
-            if self.audio is None and (n_sounds or n_heard):
-                raise ValueError(f"tokens have {n_sounds} AUDIO slots, this model hears nothing")
-            if n_heard not in (n_sounds, n_sounds or c.n_audio_tokens):
-                raise ValueError(f"tokens have {n_sounds} AUDIO slots, the sounds give {n_heard} features ({c.n_audio_tokens} a chunk)")
-        x = self.text.embed(tokens.clamp(min=0))                                   # (B, T, D)
-        for slots, embeds in ((tokens == IMAGE, image_embeds), (tokens == AUDIO, audio_embeds)):
-            if embeds is not None and len(embeds):
-                # Each place fetches the feature of the slot that it is, or of the last one before it, which it then does not take. To
-                # write by the mask (masked_scatter) says the same, but going back that waits for the device to count the mask
-                which = (slots.flatten().cumsum(0) - 1).clamp(min=0)               # (B * T,)
-                fetched = embeds.to(x.dtype).flatten(0, 1).index_select(0, which).view_as(x)
-                x = torch.where(slots.unsqueeze(-1), fetched, x)
-        return x
+    def routing_losses(self, aux: dict, device) -> dict:
+        """aux: part -> list of Routing -> {"part/balance": scalar, "part/z": scalar}.
 
-    def forward(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, labels: Tensor | None = None,
-                image_embeds: Tensor | None = None, audio_embeds: Tensor | None = None, frames: Tensor | None = None) -> Output:
-        """tokens (B, T) int64, images (n, 3, S, S) float and audio (m, n_mels, n_frames) float in order of appearance (blank ones last),
-        labels (B, T) int64 with -100 where nothing is learnt (shifted here, not by the caller). frames: see encode_images. image_embeds
-        (n, N, D) and audio_embeds (m, Q, D) take the place of what was encoded before. ValueError when slots and features do not match."""
-        aux = {"vision": [], "connector": [], "text": []}
-        n = 0 if images is None else len(images if frames is None else frames)
-        counts = self.count_slots(tokens)
-        n_slots, n_blank, n_sounds = counts or (0, 0, 1)
-        if labels is not None and self.vision and image_embeds is None and n_blank and n * self.config.n_image_tokens == n_slots:
-            # Training: a row without an image brings a blank one, which fills no slot. The released code does so too, and counts the
-            # blanks in the auxiliary losses. It also makes every rank run every module, without which DDP and FSDP would hang.
-            # data.collate appends them; here they are appended for who did not.
-            blank = torch.zeros(n_blank, 3, *[self.config.vision.image_size] * 2, device=tokens.device)
-            images = torch.cat([images, blank.to(images)]) if n else blank
-            frames = None if frames is None else F.pad(frames, (0, n_blank), value=1)
-        if labels is not None and self.audio and audio_embeds is None and not n_sounds and (audio is None or not len(audio)):
-            # The same for a silent batch, that every rank runs the ear too. One chunk does, as no auxiliary loss counts it
-            audio = torch.zeros(1, self.config.audio.n_mels, self.config.audio.n_frames, device=tokens.device)
-        if images is not None and len(images):
-            image_embeds = self.encode_images(images, aux, frames)
-        if audio is not None and len(audio):
-            audio_embeds = self.encode_audio(audio)
-        real = tokens != PAD
-        logits = self.text(self.embed(tokens, image_embeds, audio_embeds, counts), real, aux["text"])      # (B, T, V)
-        zero = torch.zeros((), device=tokens.device)
-        parts, loss = {"lm": zero}, None
-        for name, routings in aux.items():
-            reduce = torch.sum if name == "text" and self.config.text.aux == "sum" else torch.mean
+        A part's loss is the mean over its layers (and over scales, in the vision tower); MoE-LLaVA
+        sums over those of the decoder. Without experts it is 0.
+        """
+        losses = {}
+        for part, routings in aux.items():
             for kind in ("balance", "z"):
-                parts[f"{name}/{kind}"] = reduce(torch.stack([getattr(r, kind) for r in routings])) if routings else zero
-        if labels is not None:
-            parts["lm"] = self.lm_loss(logits, labels)
-            loss = parts["lm"] + sum(coef * parts[f"{name}/{kind}"] for name in aux
-                                     for kind, coef in (("balance", self.config.balance_coef), ("z", self.config.z_coef)))
-        return Output(logits, loss, parts, image_embeds[:n] if n else None if images is not None else image_embeds, aux)
+                loss = torch.zeros((), device=device)
+                if routings:
+                    per_layer = torch.stack([getattr(r, kind) for r in routings])  # (layers,)
+                    loss = per_layer.mean()
+                    if part == "text" and self.config.text.aux == "sum":
+                        loss = per_layer.sum()
+                losses[f"{part}/{kind}"] = loss
+        return losses
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None, max_new_tokens: int = 64,
-                 temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, image_embeds: Tensor | None = None,
-                 on_token=None, generator: torch.Generator | None = None, compile: bool | str = False,
+    def generate(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None,
+                 max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
+                 eos: int | None = None, image_embeds: Tensor | None = None, on_token=None,
+                 generator: torch.Generator | None = None, compile: bool | str = False,
                  audio_embeds: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
-        """Continue tokens (B, T), right-padded with PAD -> (B, <= max_new_tokens) int64; behind an eos a row holds eos.
+        """Continues tokens (B, T), padded with PAD on the right -> (B, <= max_new_tokens) int64.
 
-        temperature 0 is greedy; top_p < 1 samples from the smallest set of tokens with that much probability. `on_token` is called
-        with each step's (B,) tokens, to stream. Rows may differ in length: each row's next token is written at its own position,
-        over its padding, so nothing is ever shifted or re-computed.
+        temperature 0 takes the most probable token. top_p < 1 draws from the smallest set of
+        tokens that has this much probability. Behind an eos a row holds eos. `on_token` is called
+        with the (B,) tokens of each step, to show them at once. compile: True, or the name of a
+        backend of torch.compile; see section 10.
 
-        compile: prefill and decode step as one compiled graph each (a text names torch.compile's backend), on CUDA replayed as CUDA
-        graphs. Graphs want the same shapes and the same memory every time: so prompt and cache are padded to a few lengths, a step
-        attends over the whole cache, and the cache is kept for the next call. In eager mode a step attends over what is written."""
-        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got {max_new_tokens}, {temperature}, {top_p}")
+        Rows may differ in length. Each row's next token is written at the row's own position,
+        over its padding, so nothing is ever shifted or computed twice.
+        """
+        check_generation(tokens, max_new_tokens, temperature, top_p)
+
+        # 1. The senses see and hear once.
         if images is not None and len(images):
-            image_embeds = self.encode_images(images, None, frames)
+            image_embeds = self.encode_images(images, None, frames)  # (n, N, D)
         if audio is not None and len(audio):
-            audio_embeds = self.encode_audio(audio)
-        real = tokens != PAD
-        length = real.sum(1)                                                       # (B,)
-        if not torch.equal(real, torch.arange(tokens.shape[1], device=tokens.device) < length.unsqueeze(1)) or not (length > 0).all():
-            raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be empty")
-        first, following, cache, n_cache, on_cuda = prefill, decode, None, tokens.shape[1] + max_new_tokens, tokens.is_cuda
+            audio_embeds = self.encode_audio(audio)  # (m, Q, D)
+
+        # 2. A cache for the keys and values of the prompt and of all new tokens. (Compiled code
+        #    wants the same shapes each time, so it gets longer ones.)
+        n_prompt = tokens.shape[1]
+        n_cache = n_prompt + max_new_tokens
+        length = (tokens != PAD).sum(1)  # (B,)
         if compile:
-            first, following = compiled("inductor" if compile is True else compile, on_cuda)
-            cache, n_cache = self.cache, rung(n_cache)
-            tokens = F.pad(tokens, (0, min(rung(tokens.shape[1]), n_cache) - tokens.shape[1]), value=PAD)
-        x = self.embed(tokens, image_embeds, audio_embeds)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        key = len(x), n_cache, dtype, x.device
-        if cache is None or (len(cache.k[0]), cache.k[0].shape[2], cache.k[0].dtype, cache.k[0].device) != key:
-            cache = Cache(self.config.text, len(x), n_cache, x.device, dtype)
-            if compile:
-                self.cache = cache
-                for t in cache.k + cache.v:
-                    torch._dynamo.mark_static_address(t, guard=False)              # a CUDA graph may write to it in place
-        logits = first(self.text, x, tokens != PAD, length - 1, cache)             # (B, V) at each row's last token
-        done, out = torch.zeros_like(length, dtype=torch.bool), []
+            tokens, n_cache = pad_to_rungs(tokens, n_cache)
+        x = self.embed(tokens, image_embeds, audio_embeds)  # (B, T, D)
+        if compile:
+            run_prompt, run_token, cache = prepare_compiled(self, x, n_cache, compile)
+        else:
+            run_prompt, run_token = prefill, decode
+            cache = Cache(self.config.text, len(x), n_cache, x.device, compute_dtype(x))
+
+        # 3. The whole prompt at once, then one token after the other.
+        logits = run_prompt(self.text, x, tokens != PAD, length - 1, cache)  # (B, V)
+        done = torch.zeros_like(length, dtype=torch.bool)  # (B,)
+        said = []
         for step in range(max_new_tokens):
-            token = sample(logits, temperature, top_p, generator)                  # (B,)
+            if step > 0:
+                n_keys = n_cache if compile else n_prompt + step
+                logits = run_token(self.text, token, length + step - 1, cache, n_keys)  # (B, V)
+            token = sample(logits, temperature, top_p, generator)  # (B,)
             if eos is not None:
                 token = torch.where(done, eos, token)
-                done |= token == eos
-            out.append(token)
+                done = done | (token == eos)
+            said.append(token)
             if on_token is not None:
                 on_token(token)
-            # To ask is to wait for the device; so a GPU is asked now and then only, and runs a few steps too far
-            if step == max_new_tokens - 1 or (eos is not None and (not on_cuda or step % 8 == 7) and done.all()):
+
+            # Stop when all rows are done. To ask is to wait for the device; so a GPU is asked at
+            # every eighth step only, and may run a few steps too far.
+            ask = eos is not None and (not tokens.is_cuda or step % 8 == 7)
+            if ask and done.all():
                 break
-            logits = following(self.text, token, length + step, cache, n_cache if compile else tokens.shape[1] + step + 1)
-        out = torch.stack(out, 1)                                                  # (B, steps)
-        return out if eos is None else out[:, :1 + int(((out == eos).cumsum(1) == 0).any(0).sum())]
+
+        said = torch.stack(said, 1)  # (B, steps)
+        if eos is not None:
+            said = cut_behind_eos(said, eos)
+        return said
+
+    def checkpointing(self, on: bool = True):
+        """Activation checkpointing, see run_block."""
+        for part in (self.vision, self.audio, self.text):
+            if part is not None:
+                part.checkpointing = on
+
+    @torch.no_grad()
+    def init_weights(self, parts=("vision", "connector", "audio", "resampler", "text"),
+                     gain: float = 0.64):
+        """Matrices from Normal(0, gain / sqrt(inputs)), norms 1, biases 0.
+
+        At a width of 1024 that is GPT-2's 0.02, and at every other width it gives the same size
+        of outputs. (With 0.02, a width of 128 begins with attention that is nearly uniform, and
+        learns late.)
+        """
+        for name, p in self.named_parameters():
+            part = name.split(".")[0]
+            if part not in parts:
+                continue
+            if name.split(".")[-1].startswith("b"):
+                # A bias. (This comes first: a MoE's are stacked, and look like matrices.)
+                nn.init.zeros_(p)
+            elif name == "audio.pos":
+                p.copy_(sinusoids(*p.shape, device=p.device))
+            elif p.dim() > 1 or name == "vision.cls":
+                is_convolution = p.dim() == 4 or ".conv" in name
+                n_inputs = p[0].numel() if is_convolution else p.shape[-1]
+                std = gain * n_inputs ** -0.5
+                # The two products of a block that add to the residual stream are made smaller,
+                # the more blocks there are, as in GPT-2. Else the stream grows with depth.
+                if part != "connector" and name.endswith(("o.weight", "w_out")):
+                    std /= (2 * len(getattr(self, part).layers)) ** 0.5
+                nn.init.normal_(p, std=std)
 
 
-def rung(n: int) -> int:
-    """The smallest of 64, 96, 128, 192, 256, 384, ... that is at least n: lengths padded to it are few, and at most a third of it is
-    padding (from 64 on)."""
-    power = 1 << max(6, (n - 1).bit_length())                                      # the power of two
-    return power * 3 // 4 if n <= power * 3 // 4 and power > 64 else power
+def fill_slots(x: Tensor, is_slot: Tensor, features: Tensor | None) -> Tensor:
+    """x (B, T, D), is_slot (B, T) bool, features (n, N, D) -> x, with features in its slots.
+
+    Each place fetches the feature of the slot that it is, or else the one of the last slot before
+    it, and drops that again:
+
+        is slot     .   S   S   .   S   .
+        number      0   0   1   1   2   2       cumulative sum - 1, at least 0
+        takes       x   f0  f1  x   f2  x
+
+    To write by the mask (masked_scatter) says the same in one line. But its gradient counts the
+    mask first, and a GPU would have to be waited for.
+    """
+    if features is None or len(features) == 0:
+        return x
+    number = (is_slot.flatten().cumsum(0) - 1).clamp(min=0)  # (B * T,)
+    features = features.to(x.dtype).flatten(0, 1)  # (n * N, D)
+    fetched = features.index_select(0, number).view_as(x)  # (B, T, D)
+    return torch.where(is_slot.unsqueeze(-1), fetched, x)
 
 
 def prefill(text: Decoder, x: Tensor, real: Tensor, last: Tensor, cache: Cache) -> Tensor:
-    """The whole prompt at once: x (B, T, D), last (B,) the position of each row's last token -> its logits (B, V)."""
-    return text(x, real, cache=cache)[torch.arange(len(x), device=x.device), last]
+    """The prompt x (B, T, D), and last (B,), where each row's last token stands -> its logits
+    (B, V)."""
+    logits = text(x, real, cache=cache)  # (B, T, V)
+    return logits[torch.arange(len(x), device=x.device), last]
 
 
 def decode(text: Decoder, token: Tensor, position: Tensor, cache: Cache, n_keys: int) -> Tensor:
-    """One step: token, position (B,) -> logits of the next token (B, V). Nothing in it waits for the device."""
-    real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)
-    return text(text.embed(token.unsqueeze(1)), real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys)[:, 0]
+    """One step: token (B,) at position (B,) -> logits of the next one (B, V).
 
-
-@functools.cache
-def compiled(backend: str, cuda_graphs: bool):
-    """prefill and decode as one graph each. A decode step on a GPU is a few hundred tiny kernels, and to launch them from Python takes
-    longer than they do; "reduce-overhead" records them once as a CUDA graph. Prefill is big enough to go without."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)       # a graph per batch size and rung
-    graphs = dict(mode="reduce-overhead") if cuda_graphs and backend == "inductor" else {}
-    return (torch.compile(prefill, fullgraph=True, dynamic=False, backend=backend),
-            torch.compile(decode, fullgraph=True, dynamic=False, backend=backend, **graphs))
+    Attention looks at the first n_keys of the cache. Nothing in here waits for the device.
+    """
+    x = text.embed(token.unsqueeze(1))  # (B, 1, D)
+    real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)  # (B, 1)
+    logits = text(x, real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys)
+    return logits[:, 0]
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
     """logits (B, V) -> token (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                                # drop what lies behind the first top_p of mass
-    # The largest of p_i / (an exponential number) is i with probability p_i; torch.multinomial does this too, but waits for the device
-    return ids.gather(-1, (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)).squeeze(-1)
+    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) twice
+
+    # Drop a token when those before it have top_p of the probability already.
+    before = p.cumsum(-1) - p
+    p = p.masked_fill(before >= top_p, 0)
+
+    # Divide each p_i by a random number of the exponential distribution: number i comes out as the
+    # largest with probability p_i. torch.multinomial does the same, but waits for the device.
+    noise = torch.empty_like(p).exponential_(generator=generator)
+    best = (p / noise).argmax(-1, keepdim=True)  # (B, 1)
+    return ids.gather(-1, best).squeeze(-1)
+
+
+def cut_behind_eos(said: Tensor, eos: int) -> Tensor:
+    """said (B, steps) -> its columns up to the one in which the last row says its first eos."""
+    goes_on = (said == eos).cumsum(1) == 0  # (B, steps) there was no eos yet
+    n = int(goes_on.any(0).sum())  # steps after which some row still goes on
+    return said[:, :n + 1]
+
+
+# ------------------------------------------------------------------------------------------------
+# You can stop here on a first reading. Behind this line: images read at several scales, the ear,
+# videos, generation compiled for speed, LoRA, which weights train, checks, presets, counting.
+# ------------------------------------------------------------------------------------------------
+# 6. S2: the image once more, enlarged
+
+
+def encode_enlarged(tower: VisionTransformer, images: Tensor, scale: int,
+                    aux: list | None) -> Tensor:
+    """images (n, 3, S, S) -> features (n, N, D) that were read off the image `scale` times enlarged.
+
+    The tower knows one size, S. So the enlarged image is cut into scale x scale crops of that
+    size; each is encoded alone; their features are laid side by side again, and averaged down to
+    as many as an image at scale 1 has (arXiv 2403.13043). Small print becomes legible, and the
+    decoder gets not one token more.
+    """
+    n = len(images)
+    size = tower.config.image_size
+    side = tower.config.side
+
+    # Enlarge. (In float32: bicubic weights are no numbers for bfloat16.)
+    big = F.interpolate(images.float(), scale_factor=scale, mode="bicubic")
+    big = big.to(images.dtype)  # (n, 3, scale * S, scale * S)
+
+    # Cut into crops: row by row, and from left to right.
+    crops = big.view(n, 3, scale, size, scale, size)  # (n, 3, row, y, column, x)
+    crops = crops.permute(0, 2, 4, 1, 3, 5)  # (n, row, column, 3, y, x)
+    crops = crops.reshape(n * scale * scale, 3, size, size)  # (n * scale^2, 3, S, S)
+
+    # Each crop is an image like any other.
+    features = tower.encode(crops, aux)[:, 1:]  # (n * scale^2, N, D)
+
+    # Lay the crops' maps of features side by side, as the crops lie in the image.
+    maps = features.view(n, scale, scale, side, side, -1)  # (n, row, column, y, x, D)
+    maps = maps.permute(0, 5, 1, 3, 2, 4)  # (n, D, row, y, column, x)
+    maps = maps.reshape(n, -1, scale * side, scale * side)  # (n, D, scale * side, scale * side)
+
+    # Average scale x scale neighbours.
+    maps = F.interpolate(maps.float(), size=(side, side), mode="area")  # (n, D, side, side)
+    return maps.to(features.dtype).flatten(2).transpose(1, 2)  # (n, N, D)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Hearing: Whisper's encoder, and a resampler that makes few tokens of its many states
+
+
+def sinusoids(length: int, dim: int, device=None) -> Tensor:
+    """Whisper's positions (length, dim): sines, then cosines, of wavelengths from 2 pi to 20000 pi."""
+    freq = 1e4 ** -torch.linspace(0, 1, dim // 2, device=device)  # (dim / 2,)
+    angle = torch.arange(length, device=device).unsqueeze(1) * freq  # (length, dim / 2)
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class AudioTransformer(nn.Module):
+    """Whisper's encoder: log-mel spectra (m, n_mels, n_frames), 30 s each -> states (m, N, D)."""
+
+    def __init__(self, config: AudioConfig):
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.conv1 = nn.Conv1d(config.n_mels, dim, 3, padding=1)
+        self.conv2 = nn.Conv1d(dim, dim, 3, stride=2, padding=1)
+        # Sinusoids, which Whisper stores as weights.
+        self.pos = nn.Parameter(torch.empty(config.n_frames // 2, dim))
+        layers = range(config.n_layers)
+        self.layers = nn.ModuleList(SenseBlock(config, k_bias=False) for _ in layers)
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.checkpointing = False
+
+    def forward(self, mel: Tensor) -> Tensor:
+        check_mel(mel, self.config)
+        x = F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))  # (m, D, n_frames)
+        x = F.gelu(self.conv2(x))  # (m, D, n_frames / 2)
+        x = x.transpose(1, 2) + self.pos  # (m, N, D)
+        for layer in self.layers:
+            x, _ = run_block(layer, self.checkpointing and self.training, x)
+        return self.norm(x)
+
+
+class ResamplerBlock(SenseBlock):
+    """A SenseBlock in which queries look at the states of a sound, and at each other."""
+
+    def __init__(self, config: AudioConfig):
+        super().__init__(config, k_bias=False)
+        self.norm_heard = nn.LayerNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, heard: Tensor) -> Tensor:
+        """x (m, Q, D), heard (m, N, D) -> (m, Q, D)."""
+        h = self.norm1(x)  # (m, Q, D)
+        seen = torch.cat([self.norm_heard(heard), h], 1)  # (m, N + Q, D)
+        x = x + self.attention(h, seen)
+        h, _ = self.ffn(self.norm2(x))
+        return x + h
+
+
+class Resampler(nn.Module):
+    """States of a sound (m, N, D_audio) -> the decoder's width (m, Q, D).
+
+    30 s have 1500 states, which would fill the decoder's context. So Q = 50 learnt queries ask
+    about them, and their answers stand for the sound. Uni-MoE does this with Q-Formers (BLIP-2,
+    arXiv 2301.12597): self-attention among the queries, then cross-attention, starting from the
+    weights of BERT, or for speech from Whisper's decoder; then a linear layer. Here the two
+    attentions are one, over states and queries together, as in Flamingo's Perceiver resampler
+    (arXiv 2204.14198): half the weights, the same sight, and nothing to download.
+    """
+
+    def __init__(self, config: AudioConfig, dim_out: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(config.n_queries, config.dim))
+        self.layers = nn.ModuleList(ResamplerBlock(config) for _ in range(config.n_query_layers))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.out = nn.Linear(config.dim, dim_out)
+
+    def forward(self, heard: Tensor) -> Tensor:
+        x = self.queries.to(heard.dtype).expand(len(heard), -1, -1)  # (m, Q, D_audio)
+        for layer in self.layers:
+            x = layer(x, heard)
+        return self.out(self.norm(x))  # (m, Q, D)
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Videos
+
+
+def average_frames(embeds: Tensor, frames: Tensor) -> Tensor:
+    """embeds (n, N, D) of images, frames (videos,): the next frames[i] of them are a video ->
+    (videos, N, D), the mean over each video's frames.
+
+    The mean is over what the connector gives, as in the released Uni-MoE. So a video costs as many
+    tokens as an image, and what it loses is the order of its frames.
+    """
+    # frames [3, 1, 2] -> video [0, 0, 0, 1, 2, 2]
+    index = torch.arange(len(frames), device=embeds.device)
+    video = index.repeat_interleave(frames, output_size=len(embeds))  # (n,)
+    share = embeds / frames[video].to(embeds.dtype)[:, None, None]  # (n, N, D)
+    return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Which weights train
 
 
 def choose_trainable(model: CuMo, trains):
@@ -819,129 +1132,545 @@ def freeze_unreached_layers(vision: VisionTransformer):
                     p.requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. LoRA (arXiv 2106.09685): train a few numbers instead of the weights. W stays as it is, and what is learnt is a product of two thin
-# matrices: W + alpha / rank * B A. B starts at zero, so nothing changes at first; merged in the end, nothing is left of them.
+# ------------------------------------------------------------------------------------------------
+# 10. Compiled generation
 #
-# A parametrization hides this from all other code: who reads `ffn.w_in` gets W + BA, be it a linear layer's weight or E experts stacked,
-# each with its own A and B. The price: W + BA is spelt out where the usual code does B (A x). In arithmetic that is next to nothing
-# (rank products a weight, however many tokens follow). In memory it is one more copy of each such weight until the backward pass, or
-# with checkpointing of one layer's; and W's gradient exists for a moment, before it becomes those of A and B.
+# A decoding step is a few hundred tiny kernels, and to launch them from Python takes longer than
+# they do. torch.compile fuses them, and on a GPU records all of them once as a CUDA graph, which
+# is launched in one go. A graph wants the same shapes and the same memory every time. So prompt
+# and cache are padded to a few lengths ("rungs"), a step attends to the whole cache, and the cache
+# is kept for the next call.
+
+
+def rung(n: int) -> int:
+    """The smallest of 64, 96, 128, 192, 256, 384, 512, ... that is at least n.
+
+    So there are few lengths, and from 64 on at most a third of one is padding.
+    """
+    power = 64
+    while power < n:
+        power *= 2
+    between = power * 3 // 4
+    if power > 64 and n <= between:
+        return between
+    return power
+
+
+def pad_to_rungs(tokens: Tensor, n_cache: int) -> tuple[Tensor, int]:
+    """tokens (B, T) and the length of their cache -> both on a rung; the prompt fits the cache."""
+    n_cache = rung(n_cache)
+    n_prompt = min(rung(tokens.shape[1]), n_cache)
+    return F.pad(tokens, (0, n_prompt - tokens.shape[1]), value=PAD), n_cache
+
+
+def prepare_compiled(model: CuMo, x: Tensor, n_cache: int, backend: bool | str):
+    """x (B, T, D) the prompt -> (compiled prefill, compiled decode, the model's Cache)."""
+    if backend is True:
+        backend = "inductor"
+    dtype = compute_dtype(x)
+
+    # The cache of the call before does again, if it has the same shape: what it holds is
+    # overwritten before it is seen.
+    cache = model.cache
+    if cache is not None:
+        old = cache.k[0]
+        same_shape = len(old) == len(x) and cache.length == n_cache
+        if not same_shape or old.dtype != dtype or old.device != x.device:
+            cache = None
+    if cache is None:
+        cache = Cache(model.config.text, len(x), n_cache, x.device, dtype)
+        for tensor in cache.k + cache.v:
+            # A CUDA graph may write to it in place.
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        model.cache = cache
+
+    # A CUDA graph cannot hold experts that compute in another type than bfloat16: these go through
+    # kernels.moe_sorted, which reads the sizes of its slices on the host.
+    has_experts = any(isinstance(layer.ffn, MoE) for layer in model.text.layers)
+    graphs = x.is_cuda and (not has_experts or dtype == torch.bfloat16)
+    run_prompt, run_token = compiled(backend, x.is_cuda, graphs)
+    return run_prompt, run_token, cache
+
+
+@functools.cache
+def compiled(backend: str, on_cuda: bool, cuda_graphs: bool):
+    """-> (prefill, decode), each compiled as one graph."""
+    # One graph for each batch size and rung: more than the eight that are allowed.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+    # Prefill is big enough to go without a CUDA graph. In decoding, all weights are read for one
+    # token a row, so the memory is the limit. A search for the best tiles of each product takes
+    # the 7B decoder from 72% to 84% of an H100's bandwidth (batch 1).
+    options = None
+    if on_cuda and backend == "inductor":
+        options = {"coordinate_descent_tuning": True, "triton.cudagraphs": cuda_graphs}
+    run_prompt = torch.compile(prefill, fullgraph=True, dynamic=False, backend=backend)
+    run_token = torch.compile(decode, fullgraph=True, dynamic=False, backend=backend,
+                              options=options)
+    return run_prompt, run_token
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that a product with x gives: autocast's where that is on, otherwise x's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. LoRA (arXiv 2106.09685): train a few numbers instead of the weights
+#
+# The weight W stays as it is. What is learnt is a product of two thin matrices: W + alpha / rank *
+# B A. B starts at zero, so nothing changes at first; and merged in the end, nothing is left of it.
+#
+# torch's parametrizations hide this from all other code: to read `ffn.w_in` gives W + BA, be it a
+# linear layer's weight or E stacked experts, each with its own A and B. The price: W + BA is spelt
+# out, where the usual code computes B (A x). In arithmetic that is next to nothing (`rank`
+# multiplications a weight, however many tokens follow). In memory it is a copy of each such weight
+# until the backward pass, or with checkpointing those of one layer; and W's gradient exists for a
+# moment, before it becomes the gradients of A and B.
 
 
 class LoRA(nn.Module):
     def __init__(self, w: Tensor, rank: int, alpha: float, generator: torch.Generator, device):
         super().__init__()
         *experts, n_out, n_in = w.shape
-        self.scale, self.merged = alpha / rank, False
+        self.scale = alpha / rank
+        self.merged = False
+
+        # Drawn as in PEFT (Kaiming's uniform); the paper has a normal distribution.
         a = torch.empty(*experts, rank, n_in, device="cpu")
-        a.uniform_(-n_in**-0.5, n_in**-0.5, generator=generator)                   # Kaiming's, as in PEFT; the paper: normal
-        self.a = nn.Parameter(a.to(device, w.dtype))                               # (..., rank, I)
-        self.b = nn.Parameter(torch.zeros(*experts, n_out, rank, device=device, dtype=w.dtype))          # (..., O, rank)
+        a.uniform_(-n_in**-0.5, n_in**-0.5, generator=generator)
+        b = torch.zeros(*experts, n_out, rank, device=device, dtype=w.dtype)
+        self.a = nn.Parameter(a.to(device, w.dtype))  # (..., rank, in)
+        self.b = nn.Parameter(b)  # (..., out, rank)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (self.scale * b) @ a                                                # (..., O, I)
+        """What is added to the weight (..., out, in)."""
+        return (self.scale * b) @ a
 
     def forward(self, w: Tensor) -> Tensor:
-        """w (..., O, I) -> the same shape."""
-        return w if self.merged else w + self.product(self.a, self.b)
+        """w (..., out, in) -> the same shape."""
+        if self.merged:
+            return w
+        return w + self.product(self.a, self.b)
 
 
-def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int = 0, real: bool = False) -> CuMo:
-    """Adapters on the decoder's weights, in place: the FFNs' ("ffn", what becomes experts) or the attention's too ("all"). Those weights
-    are frozen; biases, norms and routers are left alone. real: a model on meta, whose weights come later, gets its adapters now.
-    In state dicts "q.weight" becomes "q.parametrizations.weight.original", and A and B "q.parametrizations.weight.0.a" and "...0.b"."""
+def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int = 0,
+             real: bool = False) -> CuMo:
+    """Adapters on the decoder's weights, in place: "ffn" those of the FFNs (which become experts),
+    "all" those of attention too. The weights under them are frozen; biases, norms and routers are
+    left alone.
+
+    real: a model on meta, whose weights come later, gets its adapters now. In state dicts "q.weight"
+    becomes "q.parametrizations.weight.original", beside "q.parametrizations.weight.0.a" and "...b".
+    """
     if not (isinstance(rank, int) and rank >= 1 and alpha > 0):
-        raise ValueError(f"LoRA: rank = {rank} must be a whole number above 0, alpha = {alpha} above 0")
+        raise ValueError(f"LoRA: rank = {rank} must be a whole number above 0, alpha = {alpha} "
+                         "above 0")
     if which not in ("ffn", "all"):
         raise ValueError(f"LoRA on {which!r} matches nothing; known: ffn, all")
     if adapted(model):
         raise ValueError("this model has LoRA adapters already; merge them first (drop_lora)")
-    generator = torch.Generator().manual_seed(seed)                                # the same adapters on every rank
+
+    generator = torch.Generator().manual_seed(seed)  # the same adapters on every process
     for block in model.text.layers:
-        weights = [(block.ffn, name) for name in ("w_in", "w_gate", "w_out")]
-        weights += [(linear, "weight") for linear in (block.q, block.k, block.v, block.o) if which == "all"]
+        weights = [(block.ffn, "w_in"), (block.ffn, "w_gate"), (block.ffn, "w_out")]
+        if which == "all":
+            weights += [(linear, "weight") for linear in (block.q, block.k, block.v, block.o)]
         for module, name in weights:
             w = getattr(module, name).requires_grad_(False)
-            lora = LoRA(w, rank, alpha, generator, "cpu" if w.is_meta and real else w.device)
-            parametrize.register_parametrization(module, name, lora, unsafe=True)  # unsafe: it does not try whether the shapes fit
+            device = "cpu" if w.is_meta and real else w.device
+            lora = LoRA(w, rank, alpha, generator, device)
+            # unsafe: without a trial run, which would read weights that are not there on meta.
+            parametrize.register_parametrization(module, name, lora, unsafe=True)
     return model
 
 
 def adapted(model: nn.Module) -> list[tuple[nn.Module, str, LoRA]]:
-    """(module, its weight's name, the adapter on it) of each."""
-    return [(module, name, chain[0]) for module in model.modules() if parametrize.is_parametrized(module)
-            for name, chain in module.parametrizations.items()]
+    """(module, the name of its weight, the adapter on it) of each adapter."""
+    found = []
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name, adapters in module.parametrizations.items():
+                found.append((module, name, adapters[0]))
+    return found
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, on: bool = True):
-    """W += scale B A, and the adapters sleep; or back, with on=False. To a rounding the same, faster."""
+    """W += scale B A, and the adapters sleep. on=False takes it back, but for rounding."""
     for module, name, lora in adapted(model):
-        if lora.merged != on:
-            module.parametrizations[name].original += (1 if on else -1) * lora.product(lora.a, lora.b)
-            lora.merged = on
+        if lora.merged == on:
+            continue
+        w = module.parametrizations[name].original
+        update = lora.product(lora.a, lora.b)
+        w += update if on else -update
+        lora.merged = on
 
 
 def drop_lora(model: nn.Module):
-    """Merge for good: plain weights with plain names, which all want gradients again."""
+    """Merge for good: plain weights with plain names, all of which want gradients again."""
     merge_lora(model)
-    for module in {module: None for module, _, _ in adapted(model)}:
-        weights = {name: chain.original for name, chain in module.parametrizations.items()}
-        module.__class__ = type(module).__bases__[0]                               # by hand: remove_parametrizations changes that class,
-        del module.parametrizations                                                # which deep copies of the model share
+    modules = {module: None for module, _, _ in adapted(model)}  # each once, in order
+    for module in modules:
+        # A parametrized module has a class of its own, made for it, above its plain class. torch's
+        # remove_parametrizations takes the weight out of that class; but deep copies of the module
+        # share it, and would lose theirs. So this module just returns to its plain class.
+        weights = {name: w.original for name, w in module.parametrizations.items()}
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
         for name, w in weights.items():
-            setattr(module, name, w.requires_grad_(True))
+            module.register_parameter(name, w.requires_grad_(True))
 
 
 def plain_name(name: str) -> str | None:
-    """A name in the state dict of a model with adapters -> that without them; None for an adapter's own A or B."""
-    path, adapter, kind = name.partition(".parametrizations.")                     # "text.layers.0.q", ..., "weight.original"
-    return name if not adapter else f"{path}.{kind.removesuffix('.original')}" if kind.endswith(".original") else None
+    """A name in the state dict of a model with adapters -> the name without them; None for A and B.
+
+    "text.layers.0.q.parametrizations.weight.original" -> "text.layers.0.q.weight".
+    """
+    path, adapter, kind = name.partition(".parametrizations.")
+    if not adapter:
+        return name
+    if kind.endswith(".original"):
+        return f"{path}.{kind.removesuffix('.original')}"
+    return None
 
 
 def merge_state(state: dict, model: nn.Module) -> dict:
-    """What drop_lora(model) would leave in its state dict, without touching it: `state` holds its tensors whole (gathered, say)."""
-    out = {}
+    """What drop_lora(model) would leave in its state dict, while the model stays as it is.
+
+    `state` is the model's state dict with whole tensors (gathered from all processes, say).
+    """
+    merged = {}
     for name, tensor in state.items():
-        if (plain := plain_name(name)) not in (None, name):
+        plain = plain_name(name)
+        if plain is None:
+            continue
+        if plain != name:
             adapter = name.removesuffix("original") + "0"
             lora = model.get_submodule(adapter)
-            tensor = tensor if lora.merged else tensor + lora.product(state[adapter + ".a"], state[adapter + ".b"])
-        if plain:
-            out[plain] = tensor
-    return out
+            if not lora.merged:
+                tensor = tensor + lora.product(state[adapter + ".a"], state[adapter + ".b"])
+        merged[plain] = tensor
+    return merged
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Counting parameters
+# ------------------------------------------------------------------------------------------------
+# 12. Checks: of a configuration, and of what a model is given
+
+
+def check_sizes(config: Config):
+    """The parts are what they should be, and their sizes whole numbers above 0."""
+    for name, kind in PARTS.items():
+        part = getattr(config, name)
+        if part is None and name in ("vision", "audio"):
+            continue
+        if not isinstance(part, kind):
+            raise ValueError(f"{name} must be an object with {kind.__name__}'s fields, not {part!r}")
+        for f in dataclasses.fields(kind):
+            value = getattr(part, f.name)
+            limit = f.metadata.get("at_least")
+            if limit is not None and not (isinstance(value, int) and value >= limit):
+                raise ValueError(f"{name}.{f.name} = {value!r} must be a whole number above 0")
+
+
+def validate(config: Config):
+    """Whether the numbers of a configuration fit together. ValueError names the field."""
+    for name in PARTS:
+        part = getattr(config, name)
+        if part is not None:
+            check_part(name, part)
+    if config.vision is not None:
+        check_vision(config.vision)
+    check_text(config.text)
+    if config.audio is not None:
+        for name in ("n_frames", "dim"):  # halved by a convolution; half sines, half cosines
+            value = getattr(config.audio, name)
+            if value % 2:
+                raise ValueError(f"audio.{name} = {value} must be even")
+
+
+def check_part(name: str, part):
+    """What holds for all parts: experts, activation, and in all but the connector, heads."""
+    counts = part.n_experts
+    if name == "connector":
+        counts = [counts]
+    else:
+        if len(counts) != part.n_layers:
+            raise ValueError(f"{name}.n_experts lists {len(counts)} layers, {name}.n_layers is "
+                             f"{part.n_layers}")
+        if part.dim % part.n_heads:
+            raise ValueError(f"{name}.dim = {part.dim} is not a multiple of {name}.n_heads = "
+                             f"{part.n_heads}")
+
+    for n_experts in counts:
+        if n_experts != 0 and not 1 <= part.top_k <= n_experts:
+            raise ValueError(f"{name}: top_k = {part.top_k} of n_experts = {n_experts}; need 1 <= "
+                             "top_k <= n_experts, or 0 experts")
+    if part.act not in ACTIVATIONS:
+        raise ValueError(f"{name}.act = {part.act!r}; known: {', '.join(ACTIVATIONS)}")
+
+
+def check_vision(vision: VisionConfig):
+    if vision.image_size % vision.patch_size:
+        raise ValueError(f"vision.image_size = {vision.image_size} is not a multiple of "
+                         f"vision.patch_size = {vision.patch_size}")
+    if not -vision.n_layers - 1 <= vision.select_layer <= -1:
+        raise ValueError(f"vision.select_layer = {vision.select_layer} must lie between "
+                         f"{-vision.n_layers - 1} and -1")
+    whole = all(isinstance(scale, int) and scale >= 1 for scale in vision.scales)
+    if not whole or not vision.scales or vision.scales[0] != 1:
+        raise ValueError(f"vision.scales = {vision.scales} must be whole numbers that begin with "
+                         "1, for example [1, 3]")
+
+
+ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def check_text(text: TextConfig):
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        factor = getattr(text, name)
+        if factor is not None and not factor > 0:
+            raise ValueError(f"text.{name} = {factor} must be positive, or null to drop nothing")
+    if text.n_heads % text.n_kv_heads:
+        raise ValueError(f"text.n_heads = {text.n_heads} is not a multiple of text.n_kv_heads = "
+                         f"{text.n_kv_heads}")
+    if text.aux not in ("mean", "sum"):
+        raise ValueError(f"text.aux = {text.aux!r}; known: mean, sum")
+    if text.rope_scaling is not None:
+        missing = ROPE_SCALING - text.rope_scaling.keys()
+        if missing:
+            raise ValueError(f"text.rope_scaling lacks {', '.join(sorted(missing))}")
+
+
+def check_images(images: Tensor, vision: VisionConfig):
+    size = vision.image_size
+    if images.shape[1:] != (3, size, size):
+        raise ValueError(f"images are {tuple(images.shape)}, the tower reads (n, 3, {size}, {size})")
+
+
+def check_mel(mel: Tensor, audio: AudioConfig):
+    if mel.shape[1:] != (audio.n_mels, audio.n_frames):
+        raise ValueError(f"mel is {tuple(mel.shape)}, the encoder hears (n, {audio.n_mels}, "
+                         f"{audio.n_frames})")
+
+
+def check_frames(frames: Tensor, n_images: int):
+    if torch.compiler.is_compiling() or frames.is_meta:
+        return
+    if int(frames.sum()) != n_images or (frames < 1).any():
+        raise ValueError(f"frames {frames.tolist()} must be above 0 and add up to the number of "
+                         f"images, {n_images}; they give {int(frames.sum())}")
+
+
+def check_slots(config: Config, slots: list, image_embeds, audio_embeds):
+    """slots: what count_slots gives. As many features as slots, or as many and the blanks."""
+    n_image_slots, n_rows_without, n_audio_slots = slots
+    n_seen = 0 if image_embeds is None else image_embeds.shape[:2].numel()
+    n_heard = 0 if audio_embeds is None else audio_embeds.shape[:2].numel()
+
+    n_blank = n_rows_without * config.n_image_tokens
+    if n_seen not in (n_image_slots, n_image_slots + n_blank):
+        raise ValueError(f"tokens have {n_image_slots} IMAGE slots, the images give {n_seen} "
+                         f"features ({config.n_image_tokens} an image)")
+
+    if config.audio is None and (n_audio_slots or n_heard):
+        raise ValueError(f"tokens have {n_audio_slots} AUDIO slots, this model hears nothing")
+    only_blank = n_audio_slots == 0 and n_heard == config.n_audio_tokens
+    if n_heard != n_audio_slots and not only_blank:
+        raise ValueError(f"tokens have {n_audio_slots} AUDIO slots, the sounds give {n_heard} "
+                         f"features ({config.n_audio_tokens} a chunk)")
+
+
+def check_generation(tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float):
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got "
+                         f"{max_new_tokens}, {temperature}, {top_p}")
+    real = tokens != PAD  # (B, T)
+    length = real.sum(1, keepdim=True)  # (B, 1)
+    on_the_right = real == (torch.arange(tokens.shape[1], device=tokens.device) < length)
+    if not on_the_right.all() or not (length > 0).all():
+        raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be "
+                         "empty")
+
+
+# ------------------------------------------------------------------------------------------------
+# 13. Presets
+
+TINY_VISION = dict(
+    image_size=48,
+    patch_size=8,
+    dim=128,
+    n_layers=4,
+    n_heads=4,
+    ffn_dim=512,
+    scales=[1],
+)
+TINY_TEXT = dict(
+    vocab_size=512,
+    dim=128,
+    n_layers=5,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=384,
+    rope_theta=1e4,
+)
+LLAMA_7B = dict(
+    n_kv_heads=32,
+    ffn_dim=11008,
+    rope_theta=1e4,
+)
+# What CuMo adds to LLaVA. These are the shapes of stage 3; train.py begins stages 1 and 2 without
+# the experts.
+CUMO_VISION = dict(scales=[1, 3], n_experts=4)
+CUMO_CONNECTOR = dict(n_experts=4)
+
+PRESETS = {
+    # Trains on a laptop's CPU in minutes: 48 x 48 pixels, 36 patches.
+    "tiny": dict(
+        vision=TINY_VISION,
+        text=TINY_TEXT,
+        template="tiny",
+    ),
+    # CuMo, Table 1: CLIP ViT-L/14-336 with S2 scales 1 and 3, and Mistral-7B-Instruct-v0.2 (which
+    # has no sliding window).
+    "cumo-mistral-7b": dict(
+        vision=CUMO_VISION,
+        connector=CUMO_CONNECTOR,
+        text=dict(),
+    ),
+    "cumo-mixtral-8x7b": dict(
+        vision=CUMO_VISION,
+        connector=CUMO_CONNECTOR,
+        text=dict(n_experts=8),
+    ),
+    # The same around a decoder of TinyLlama-1.1B's shape (arXiv 2401.02385): what one GPU trains.
+    "cumo-1b": dict(
+        vision=CUMO_VISION,
+        connector=CUMO_CONNECTOR,
+        text=dict(
+            dim=2048,
+            n_layers=22,
+            n_heads=32,
+            n_kv_heads=4,
+            ffn_dim=5632,
+            rope_theta=1e4,
+        ),
+        template="vicuna",
+    ),
+    # MoE-LLaVA on OpenChat-7B, a Mistral: experts in every other layer of the decoder; all else is
+    # LLaVA-1.5.
+    "moe-llava-mistral-7b": dict(
+        vision=dict(),
+        text=dict(
+            rope_theta=1e4,
+            sliding_window=4096,
+            n_experts=[4, 0] * 16,
+            capacity_factor=1.5,
+            eval_capacity_factor=2.0,
+            aux="sum",
+        ),
+        template="openchat",
+        balance_coef=0.01,
+        z_coef=0.0,
+    ),
+    # Uni-MoE: LLaMA-7B with an expert for each modality or task in every layer, and no auxiliary
+    # loss. The paper hears speech with Whisper and other sounds with BEATs (arXiv 2212.09058);
+    # here one Whisper hears everything.
+    "uni-moe-7b": dict(
+        vision=dict(),
+        audio=dict(),
+        text=dict(**LLAMA_7B, n_experts=4),
+        template="vicuna",
+        balance_coef=0.0,
+        z_coef=0.0,
+    ),
+    "uni-moe-7b-every-other": dict(
+        vision=dict(),
+        audio=dict(),
+        text=dict(**LLAMA_7B, n_experts=[4, 0] * 16),
+        template="vicuna",
+        balance_coef=0.0,
+        z_coef=0.0,
+    ),
+    # The tiny preset with an ear, for sounds of 1.5 s.
+    "uni-moe-tiny": dict(
+        vision=TINY_VISION,
+        audio=dict(
+            n_mels=80,
+            n_frames=150,
+            dim=128,
+            n_layers=3,
+            n_heads=4,
+            ffn_dim=512,
+            n_queries=16,
+            n_query_layers=2,
+        ),
+        text=dict(**TINY_TEXT, n_experts=4),
+        template="tiny",
+        balance_coef=0.0,
+        z_coef=0.0,
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------
+# 14. Counting parameters
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """{part: (total, activated)}: a token passes through K of a MoE's E experts, so K / E of their weights are activated."""
+    """{part: (total, activated)}.
+
+    A token passes through K of the E experts of a MoE, so K / E of their weights are activated.
+    """
     counts = {}
     for part, module in model.named_children():
         total = sum(p.numel() for p in module.parameters())
-        idle = sum(p.numel() // len(p) * (len(p) - m.top_k) for m in module.modules() if isinstance(m, MoE)
-                   for name, p in m.named_parameters() if name != "router")
+        idle = 0
+        for moe in module.modules():
+            if isinstance(moe, MoE):
+                for name, p in moe.named_parameters():
+                    if name != "router":  # all others are stacked, (E, ...)
+                        n_experts = len(p)
+                        idle += p.numel() // n_experts * (n_experts - moe.top_k)
         counts[part] = (total, total - idle)
     return counts
 
 
+def in_words(n: int) -> str:
+    """1234567 -> "1.23M"."""
+    if n > 1e9:
+        return f"{n / 1e9:.2f}B"
+    return f"{n / 1e6:.2f}M"
+
+
+# What the papers say; MoE-LLaVA and Uni-MoE count the decoder alone.
+IN_PAPER = {
+    ("cumo-mistral-7b", "all"): "8.26B / 7.80B",
+    ("cumo-mixtral-8x7b", "all"): "47.7B / 13.5B",
+    ("moe-llava-mistral-7b", "text"): "15.2B / 9.6B, which LLaMA-7B's shape has",
+    ("uni-moe-7b", "text"): "19.7B / 11.1B",
+    ("uni-moe-7b-every-other", "text"): "13.2B / 8.9B",
+}
+
+
 def main():
-    short = lambda n: f"{n / 1e9:.2f}B" if n > 1e9 else f"{n / 1e6:.2f}M"
-    paper = {("cumo-mistral-7b", "all"): "8.26B / 7.80B", ("cumo-mixtral-8x7b", "all"): "47.7B / 13.5B",
-             ("moe-llava-mistral-7b", "text"): "15.2B / 9.6B, which LLaMA-7B's shape has", ("uni-moe-7b", "text"): "19.7B / 11.1B",
-             ("uni-moe-7b-every-other", "text"): "13.2B / 8.9B"}                  # MoE-LLaVA and Uni-MoE count the decoder alone
     print(f"{'preset':22} {'part':10} {'total':>16} {'activated':>16}")
-    for name in PRESETS:
+    for preset in PRESETS:
         with torch.device("meta"):
-            counts = count_parameters(CuMo(Config.from_preset(name)))
-        counts["all"] = tuple(sum(c[i] for c in counts.values()) for i in (0, 1))
+            counts = count_parameters(CuMo(Config.from_preset(preset)))
+        totals = [total for total, _ in counts.values()]
+        activated = [activated for _, activated in counts.values()]
+        counts["all"] = (sum(totals), sum(activated))
+
         for part, (total, activated) in counts.items():
-            note = f"   (paper: {paper[name, part]})" if (name, part) in paper else ""
-            note = f"   = {short(total)} / {short(activated)}{note}" if note or part == "all" else ""
-            print(f"{name:22} {part:10} {total:16,} {activated:16,}{note}")
+            line = f"{preset:22} {part:10} {total:16,} {activated:16,}"
+            paper = IN_PAPER.get((preset, part))
+            if part == "all" or paper is not None:
+                line += f"   = {in_words(total)} / {in_words(activated)}"
+            if paper is not None:
+                line += f"   (paper: {paper})"
+            print(line)
         print()
 
 
