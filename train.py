@@ -1,26 +1,29 @@
-"""train.py: CuMo's three stages, from pre-trained backbones to a model that answers questions about pictures; MoE-LLaVA's; Uni-MoE's.
+"""train.py: train a CuMo, from pre-trained backbones to a model that answers questions about pictures.
 
-    python train.py                                     the embedded default: preset tiny, drawn data, CPU, minutes
-    torchrun --nproc_per_node 2 train.py                the same with data parallelism (--fsdp: sharded; --expert-parallel 2: experts are)
-    python train.py --stage 3 --init DIR --data FILE.json --images DIR      one stage on LLaVA's data format
-    torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 --vision CLIP_DIR --llm MISTRAL_DIR --data ... --images ...
-                                                        real models; stages 2 and 3 start from what the one before left
-    python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan    what it would cost
+    python train.py                                     the default: preset tiny, drawn data, minutes on a CPU
+    python train.py --resume                            go on after Ctrl-C or a crash, exactly
+    python train.py --help                              all flags, in groups
+
+One stage on data of your own (in LLaVA's format), and real models:
+
+    python train.py --stage 3 --init DIR --data FILE.json --images DIR
+    torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 \\
+        --vision CLIP_DIR --llm MISTRAL_DIR --data FILE.json --images DIR
+    python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan
+
+The last one trains nothing: it prints what that stage would cost. Training has three stages, and each
+begins with the folder that the stage before it left:
 
     stage 1   pre-training: the connector alone learns to make image patches read like words
-    stage 2   pre-finetuning: everything trains, still dense, on captions ("to warm up", CuMo section 3.3)
-    stage 3   instruction tuning: FFNs of tower and connector are upcycled to experts, everything trains on questions
+    stage 2   pre-finetuning: everything trains, still dense, on captions
+    stage 3   instruction tuning: FFNs of tower and connector are copied into experts, and everything
+              trains on questions
 
-That is CuMo's recipe. --recipe moe-llava has its experts in the decoder; --recipe uni-moe also hears, and trains its experts apart:
-
-    stage 1   connector and resampler learn from captions of scenes and of sounds
-    stage 2   one set of decoder FFNs for images, one for sounds, one for both, each apart, by LoRA
-    stage 3   these become the experts of one decoder, and routers, connectors and adapters train on all senses
-
-Each stage starts from the folder that the stage before it left. A run writes to --out: checkpoint.pt, or with --fsdp checkpoint/,
-which --resume goes on from (on any number of processes), stage1/, stage2/ and at last the model itself, log.jsonl, loss.png, routing.png.
-`torchrun --max-restarts 3 ... train.py ...` goes on by itself after a process died.
+--recipe moe-llava and --recipe uni-moe have other rows for these stages (section 4). A run writes to
+--out: checkpoint/, stage1/, stage2/, at last the model itself, and log.jsonl, loss.png, routing.png.
 """
+from __future__ import annotations
+
 import argparse
 import ctypes
 import dataclasses
@@ -28,16 +31,18 @@ import functools
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import signal
 import sys
 import time
+import typing
 import warnings
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -49,8 +54,9 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_state_dict, set_state_dict)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -60,719 +66,1490 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 from tqdm import tqdm
 
-import data as d
+import data
 import generate
-from model import (IGNORE, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable, count_parameters, merge_state,
-                   plain_name)
-from upcycle import assemble, expert_counts, load, load_backbones, put, read_json, save, upcycle, write_atomically, write_json
+from data import TEMPLATES
+from model import (IGNORE, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable,
+                   count_parameters, merge_state, plain_name, total_loss)
+from upcycle import (assemble, expert_counts, load, load_backbones, put, read_json, save, upcycle,
+                     write_atomically, write_json)
 
-DRAWN = "tiny", "uni-moe-tiny"                                                           # presets of the drawn world; backbones are shipped
-ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
-BACKBONES, HEARING = (os.path.join(ASSETS, f"{preset}-backbones.safetensors") for preset in DRAWN)
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)                         # gathered, on rank 0
-# A checkpoint holds what trains (of a run with LoRA, the adapters); the rest is in the folder that the stage started from
-TRAINED, SHARDS = (StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=True, strict=False)
-                   for full in (True, False))
+# Set by torchrun. One process that torchrun started is a group of processes too.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The recipe and the flags. A stage says what trains, on what, and how; flags override it
+# ------------------------------------------------------------------------------------------------
+# 1. CuMo's recipe: the paper's values (section 4.1 and the released scripts), for the 7B presets
+
+
+@dataclass
+class Stage:
+    """What trains, on what, and how. Presets and flags change these values (see `settings`)."""
+    trains: tuple = ()            # parts of the model
+    kind: str = "caption"         # what is asked about drawn scenes: captions, or questions ("chat")
+    template: str | None = None   # how a conversation is written; None: the way that the model knows
+    lr: float = 1e-3              # the learning rate at its peak
+    batch_size: int = 64          # samples a step, over all processes
+    max_length: int = 2048        # tokens of a sample, those of images included
+    routing_losses: bool = True   # do the routers' losses count?
+    lora: list | None = None      # adapters on the decoder: [rank, alpha, "ffn" or "all"]
+    steps: int | None = None      # None: one epoch of --data
+    name: int | str = 0           # these three are filled in by `settings`
+    has_experts: bool = False
+    micro_batch: int = 1          # samples in one forward pass of one process
+
 
 EVERYTHING = ("vision", "connector", "text")
-RECIPE = {    # the paper's numbers (section 4.1 and the released scripts), for the 7B presets
-    1: dict(trains=("connector",), kind="caption", template="plain", lr=1e-3, batch_size=256, max_length=2048, aux=False),
-    2: dict(trains=EVERYTHING, kind="caption", template=None, lr=2e-6, batch_size=128, max_length=4096, aux=False),
-    3: dict(trains=EVERYTHING, kind="chat", template=None, lr=4e-6, batch_size=256, max_length=4096),
+CUMO = {
+    1: Stage(("connector",), "caption", "plain", 1e-3, 256, 2048, routing_losses=False),
+    2: Stage(EVERYTHING, "caption", None, 2e-6, 128, 4096, routing_losses=False),
+    3: Stage(EVERYTHING, "chat", None, 4e-6, 256, 4096),
 }
-MOE_LLAVA = {    # the connector, then dense LLaVA on instructions, then "MoE-tuning" of the decoder's FFNs (section 3.3 there; the released
-    1: dict(RECIPE[1]),                        # scripts tune all decoder layers' FFNs and the connector, the paper the MoE layers)
-    2: dict(trains=("connector", "text"), kind="chat", template=None, lr=2e-5, batch_size=128, max_length=2048),
-    3: dict(trains=("connector", "text.ffn"), kind="chat", template=None, lr=2e-5, batch_size=128, max_length=2048),
+
+
+def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine to zero."""
+    n_warm = max(1, round(steps * warmup))
+    if step < n_warm:
+        return peak * (step + 1) / n_warm
+    done = (step - n_warm) / max(1, steps - n_warm)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. The loop
+
+
+def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
+    """Train for stage.steps steps -> the whole weights (on process 0), and whether to stop now.
+
+    model(**batch).parts is {name of a loss: its value}. loader(first) gives micro-batches without
+    end, beginning with those of step `first`. later: weights that FSDP fills in (`distribute`).
+    """
+    experts, wrapped, optimizer = set_up(args, stage, model, device, later)
+    params = optimizer.param_groups[0]["params"]
+    first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
+    n_micro = stage.batch_size // (stage.micro_batch * WORLD)
+    batches = iter(loader(first))
+    coefs = routing_coefs(stage, model)
+    model.train()
+
+    # A thread reads the next batches while the device computes.
+    with (closing(Log(args.out, stage, first)) as log, catch_signals() as signals,
+          ThreadPoolExecutor(1) as reader):
+        ahead = reader.submit(take, batches, n_micro)
+        for step in range(first, stage.steps):
+            begin = time.perf_counter()
+            lr = lr_at(step, stage.steps, stage.lr, args.warmup)
+            optimizer.param_groups[0]["lr"] = lr
+            # Noise depends on the step alone, so that a resumed run draws the same.
+            torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
+
+            # 1. Data. What does not fit into memory at once comes as several micro-batches.
+            micro_batches = ahead.result()
+            waited = time.perf_counter() - begin
+            totals = count(micro_batches, len(signals), device)
+            add_to_counts(counts, totals, stage.batch_size)
+            if step < stage.steps - 1:
+                ahead = reader.submit(take, batches, n_micro)
+
+            # 2. Forward and backward. Gradients add up over the micro-batches.
+            losses = Counter()
+            for i, batch in enumerate(micro_batches):
+                with exchange_gradients(wrapped, i == n_micro - 1), autocast(device):
+                    parts = wrapped(**inputs(model, batch, device)).parts
+                    share = {name: loss_weight(name, batch, totals, n_micro) for name in parts}
+                    loss = total_loss(parts, *coefs, share)
+                    # Processes take the mean of their gradients; what the shares want is the sum.
+                    (loss * WORLD).backward()
+                for name, value in parts.items():
+                    losses[name] += share[name] * value.detach()
+
+            # 3. Clip the gradients; then look at the numbers, which is to wait for the device.
+            norm = clip_gradients(params, experts, args.grad_clip)
+            losses, norm = to_numbers(losses, norm)
+            losses["loss"] = total_loss(losses, *coefs)
+
+            # 4. Step, unless something is not finite: one bad batch must not poison the weights.
+            if math.isfinite(losses["loss"]) and math.isfinite(norm):
+                optimizer.step()
+                counts["skipped in a row"] = 0
+            else:
+                skip_step(args, stage, step, losses["loss"], norm, counts)
+            optimizer.zero_grad(set_to_none=True)
+
+            # 5. Log.
+            seconds = time.perf_counter() - begin
+            log.write(step, losses, lr, norm, totals.images, seconds, waited)
+
+            # 6. Save, now and then and at Ctrl-C. After the last step the model itself is saved.
+            stop = totals.signals > 0
+            if step < stage.steps - 1 and (stop or (step + 1) % args.save_every == 0):
+                write_checkpoint(args, stage, model, optimizer, experts, step + 1, counts)
+                if stop:
+                    stop_run(args, stage, step + 1)
+
+    log.report(counts, args.compile)
+    return gather_weights(model, experts), stop or len(signals) > 0
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. A stage, and the program
+
+
+def run_stage(args: Args, name: int | str, source: str, device):
+    """Train one stage from the model in `source`, leave a model folder, and measure it."""
+    began = time.time()
+    stage = settings(args, name)
+    torch.manual_seed(args.seed)  # the same new weights in every process
+
+    # 1. The model. With FSDP most of its weights come `later`, as no process could hold them all.
+    later = None
+    if args.fsdp and LAUNCHED:
+        later = []
+    model, tokenizer = load_model(args, stage, source, later)
+
+    # 2. Its experts.
+    on_meta = later is not None
+    if stage.has_experts:
+        make_experts(args, model, real_routers=on_meta)
+    apply_flags(args, stage, model.config)
+
+    # 3. What trains.
+    choose_trainable(model, stage.trains)
+    if stage.lora:
+        add_lora(model, *stage.lora, args.seed, real=on_meta)
+    if not on_meta:
+        model.to(device)
+
+    # 4. The data.
+    samples, lengths = load_samples(args, stage, model.config, tokenizer)
+    batches = loader(samples, stage, args, data.collate, lengths)
+
+    # 5. Train.
+    print_stage(args, stage, model, source)
+    weights, stopped = train(args, stage, model, batches, device, later or ())
+
+    # 6. Save the model, and measure it on held-out scenes.
+    if RANK == 0:
+        save(model, result_path(args, name), tokenizer, merge_state(weights, model))
+        if not args.data:
+            measure(args, stage, device, began)
+    finish_stage(args, stopped)
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.plan:
+        plan(args)
+        return
+    began = time.time()
+    device = join_processes(args, prepare_device(args))
+    stages = stages_of(args)
+    done = stages_done(args, stages)  # in a resumed run
+    os.makedirs(args.out, exist_ok=True)
+    say(f"nanoCuMo {args.preset} on {WORLD} x {device.type} ({torch.get_num_threads()} threads), "
+        f"torch {torch.__version__}, stages {', '.join(map(str, stages))} -> {args.out}")
+
+    for name in stages:
+        if name in done:
+            say(f"stage {name}: done before")
+        else:
+            run_stage(args, name, source_of(args, name, stages), device)
+
+    if RANK == 0:
+        generate.draw_curves(os.path.join(args.out, "log.jsonl"),
+                             os.path.join(args.out, "loss.png"))
+        last = os.path.normpath(result_path(args, stages[-1]))
+        say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, "
+            f"log.jsonl and pictures. Try:\n  python generate.py --model {last} "
+            "--image X.png --prompt \"What color is the circle?\"")
+    leave_processes()
+
+
+# ------------------------------------------------------------------------------------------------
+# You can stop here on a first reading. Behind this line: the other recipes and all flags (4, 5),
+# what the loop and a stage call (6, 7, 8), checkpoints (9), several processes (10), what a run
+# would cost (11), and the checks of flags (12).
+# ------------------------------------------------------------------------------------------------
+
+# 4. The other recipes, and what presets change
+
+# MoE-LLaVA (arXiv 2401.15947, section 3.3): the connector; then a dense LLaVA; then the decoder's
+# FFNs become experts. Its paper trains the layers with experts then ("text.moe"); its released
+# scripts, which this follows, all FFNs of the decoder and the connector.
+MOE_LLAVA = {
+    1: CUMO[1],
+    2: Stage(("connector", "text"), "chat", None, 2e-5, 128, 2048),
+    3: Stage(("connector", "text.ffn"), "chat", None, 2e-5, 128, 2048),
 }
-UNI_MOE = {      # the connectors, then one set of FFNs a sense, apart, then these as experts of one decoder (arXiv 2405.11273, section 3.3)
-    1: dict(RECIPE[1], trains=("connector", "resampler"), kind="mixed caption", lr=2e-5, batch_size=32),
-    2: dict(trains=(), lora=(64, 16, "ffn"), kind="chat", template=None, lr=4e-5, batch_size=16, max_length=2048, aux=False),
-    3: dict(trains=("connector", "resampler", "text.router"), lora=(8, 16, "all"), kind="mixed chat", template=None, lr=4e-5, batch_size=16,
-            max_length=2048),
+# Uni-MoE (arXiv 2405.11273, section 3.3) also hears: the connectors of both senses; then one set of
+# FFNs for each sense, each apart, by LoRA; then these are the experts of one decoder.
+UNI_MOE = {
+    1: Stage(("connector", "resampler"), "mixed caption", "plain", 2e-5, 32, 2048,
+             routing_losses=False),
+    2: Stage((), "chat", None, 4e-5, 16, 2048, routing_losses=False, lora=[64, 16, "ffn"]),
+    3: Stage(("connector", "resampler", "text.router"), "mixed chat", None, 4e-5, 16, 2048,
+             lora=[8, 16, "all"]),
 }
-SENSES = {"2 image": "chat", "2 sound": "sound chat", "2 both": "both chat"}       # stage 2 of the drawn default: its experts' questions
-FILES = {1: "stage1", 2: "stage2", **{stage: stage.replace("2 ", "stage2-") for stage in SENSES}, 3: ""}      # what a stage leaves in --out
-RECIPES = {"cumo": RECIPE, "moe-llava": MOE_LLAVA, "uni-moe": UNI_MOE}
-MIXTRAL = {3: dict(lr=2e-6)}      # where the released script of CuMo-Mixtral differs
-TINY = {      # the same stages for a model four thousand times smaller, which wants larger steps
+RECIPES = {"cumo": CUMO, "moe-llava": MOE_LLAVA, "uni-moe": UNI_MOE}
+
+# Models four thousand times smaller want larger steps, and fewer.
+TINY = {
     1: dict(lr=2e-3, batch_size=64, steps=100, max_length=256),
     2: dict(lr=5e-4, batch_size=64, steps=120, max_length=256),
     3: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
 }
-OVERRIDES = {("cumo", "tiny"): TINY, ("cumo", "cumo-mixtral-8x7b"): MIXTRAL,
-             ("moe-llava", "tiny"): {1: TINY[1], 2: TINY[3], 3: dict(lr=3e-4, batch_size=64, steps=200, max_length=256)},
-             ("uni-moe", "uni-moe-tiny"): {1: dict(lr=2e-3, batch_size=64, steps=200, max_length=352),
-                                           2: dict(lr=2e-3, batch_size=64, steps=200, max_length=352),
-                                           3: dict(lr=1e-3, batch_size=64, steps=300, max_length=352)}}
+TINY_MOE_LLAVA = {
+    1: TINY[1],
+    2: TINY[3],
+    3: dict(lr=3e-4, batch_size=64, steps=200, max_length=256),
+}
+TINY_UNI_MOE = {
+    1: dict(lr=2e-3, batch_size=64, steps=200, max_length=352),
+    2: dict(lr=2e-3, batch_size=64, steps=200, max_length=352),
+    3: dict(lr=1e-3, batch_size=64, steps=300, max_length=352),
+}
+PRESET_VALUES = {
+    ("cumo", "tiny"): TINY,
+    ("cumo", "cumo-mixtral-8x7b"): {3: dict(lr=2e-6)},  # from its released script
+    ("moe-llava", "tiny"): TINY_MOE_LLAVA,
+    ("uni-moe", "uni-moe-tiny"): TINY_UNI_MOE,
+}
+
+# In the drawn world, Uni-MoE's stage 2 runs once for each of these, with these questions.
+SENSES = {"2 image": "chat", "2 sound": "sound chat", "2 both": "both chat"}
+# What a stage leaves in --out. The last one leaves the model itself.
+FOLDERS = {1: "stage1", 2: "stage2", 3: "", "2 image": "stage2-image", "2 sound": "stage2-sound",
+           "2 both": "stage2-both"}
+
+# The presets of the drawn world, and their pre-trained backbones (made by assets/backbones.py).
+DRAWN = ("tiny", "uni-moe-tiny")
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
+BACKBONES = os.path.join(ASSETS, "tiny-backbones.safetensors")
+HEARING = os.path.join(ASSETS, "uni-moe-tiny-backbones.safetensors")
+
+# ------------------------------------------------------------------------------------------------
+# 5. Flags
+
 PARTS = ("vision", "connector", "audio", "resampler", "text", "text.ffn", "text.moe", "text.router")
+GROUPS = {
+    "model": "what is trained, and from which weights",
+    "data": "what it learns from",
+    "optimisation": "how it learns; where no default is given, it is the stage's",
+    "experts": "which FFNs become experts, and how tokens are sent to them",
+    "running": "on what it runs; several processes are started by torchrun",
+    "planning": "what a run would cost, before it costs anything",
+}
 
 
-def arg(default, help):
-    return field(default=default, metadata={"help": help})
+def flag(group: str, default, help: str, at_least: int | None = None, choices: tuple | None = None):
+    """A field of Args: a flag with its group in --help, its lowest value and its known values."""
+    about = {"group": group, "help": help, "at_least": at_least, "choices": choices}
+    return field(default=default, metadata=about)
 
 
 @dataclass
 class Args:
-    preset: str = arg("tiny", "model sizes: " + ", ".join(PRESETS))
-    recipe: str | None = arg(None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: in the decoder, trained apart, "
-                             "for images and sounds; default: the preset's")
-    stage: int | None = arg(None, "run this stage only (1 to 3); default: 1, 2 and 3")
-    vision: str | None = arg(None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
-    llm: str | None = arg(None, "stage 1 of a real model: folder or hub name of the language model")
-    audio: str | None = arg(None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing")
-    init: str | None = arg(None, "model folder to start from, of any layout; default: what the stage before left in --out")
-    out: str | None = arg(None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
-    resume: bool = arg(False, "go on from the checkpoint in --out, exactly. Yours only: FSDP's is read with pickle, which can run code")
-    dense: bool = arg(False, "do not upcycle in stage 3: the comparison")
-    upcycle_at: int = arg(3, "the stage that turns FFNs into experts")
-    trains: str | None = arg(None, "parts that train, with commas: " + ", ".join(PARTS) + " (the decoder's FFNs; its MoE layers; its "
-                             "routers), or none (but adapters); of a run of all stages, in those with experts; default: the stage's")
-    n_experts: str = arg("4", "experts in each FFN that is upcycled; in the decoder also one number for each of --moe-layers: 4,2,4")
-    top_k: int = arg(2, "experts that each token is sent to")
-    moe_layers: str | None = arg(None, "decoder layers that get experts: every_other (moe-llava's), all (uni-moe's), first_half, "
-                                 "second_half, or 0,3,5")
-    experts: str | None = arg(None, "uni-moe's stage 3: model folders with commas; each one's FFNs become one expert. A single one is "
-                              "copied. Default: the drawn stages' four")
-    average: bool = arg(False, "uni-moe's stage 3: what is not FFN from the mean of --experts, not from the first")
-    lora_rank: int | None = arg(None, "train adapters of this rank on the decoder instead of the weights themselves, and merge them at the "
-                                "end; 0: none; default: the stage's (uni-moe: 64, then 8)")
-    lora_alpha: float | None = arg(None, "they count alpha / rank (default: 16)")
-    frames_apart: bool = arg(False, "a video's frames as so many images, instead of one with their mean features")
-    capacity_factor: float | None = arg(1.5, "moe-llava: expert slots in training, over an even share of the choices; 0: drop nothing")
-    eval_capacity_factor: float | None = arg(2.0, "moe-llava: the same outside training")
-    noisy_gate: bool = arg(False, "moe-llava: choose the second expert with Gumbel noise while training, as DeepSpeed does")
-    balance_coef: float | None = arg(None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
-    z_coef: float | None = arg(None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)")
-    data: str | None = arg(None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
-    images: str = arg("", "folder that the paths in --data (sounds and videos too) are relative to")
-    template: str | None = arg(None, "chat template: " + ", ".join(d.TEMPLATES) + "; default: the stage's")
-    strict: bool = arg(False, "stop at the first broken sample instead of replacing it (over 1%% broken stops in any case)")
-    steps: int | None = arg(None, "optimizer steps; default: the stage's, or one epoch of --data")
-    epochs: int = arg(1, "passes over --data, when --steps is not given")
-    batch_size: int | None = arg(None, "samples per step, over all processes")
-    micro_batch: int | None = arg(None, "samples per process in one forward pass; the rest of a batch is accumulated")
-    max_length: int | None = arg(None, "longest sequence in tokens, image slots included")
-    lr: float | None = arg(None, "peak learning rate, after a linear warm-up, before the cosine to zero")
-    warmup: float = arg(0.03, "share of the steps that warms up")
-    weight_decay: float = arg(0.0, "AdamW's")
-    grad_clip: float = arg(1.0, "largest gradient norm")
-    seed: int = arg(0, "of new weights, data order and drawn scenes")
-    device: str | None = arg(None, "cuda or cpu; default: cuda where there is one")
-    fsdp: bool = arg(False, "with torchrun: shard weights, gradients and optimizer over the processes (FSDP2) instead of DDP")
-    expert_parallel: int = arg(1, "with torchrun: deal the experts out to groups of so many processes; tokens travel to them")
-    checkpointing: bool = arg(False, "activation checkpointing: less memory, a third more arithmetic")
-    matmul: str = arg("highest", "float32 matrix products: highest, or medium: in bfloat16 where the CPU can (AMX), a third faster")
-    compile: bool | None = arg(None, "torch.compile the blocks; default: on CUDA (on a CPU a short run ends before it pays)")
-    workers: int = arg(0, "processes that load data; 0 loads between the steps")
-    save_every: int = arg(200, "steps between checkpoints")
-    plan: bool = arg(False, "build nothing: print parameters, arithmetic, memory on each GPU and GPU-hours of --stage (or of all)")
-    gpus: int = arg(1, "of --plan: that many, each with --gpu-gb of memory (with --fsdp, --checkpointing or without, as given)")
-    gpu_gb: int = arg(80, "of --plan: memory of a GPU")
-    peak_tflops: float = arg(989., "of --plan: what a GPU could do (an H100's dense bfloat16)")
-    mfu: float = arg(0.4, "of --plan: the share of it that training reaches")
-    eval_questions: int = arg(1200, "held-out questions after the last stage (a quarter of them after the others)")
+    preset: str = flag("model", "tiny", "model sizes: " + ", ".join(PRESETS))
+    recipe: str | None = flag(
+        "model", None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: "
+        "in the decoder, trained apart, for images and sounds; default: the preset's",
+        choices=tuple(RECIPES))
+    stage: int | None = flag("model", None, "run this stage only (1 to 3); default: 1, 2 and 3")
+    vision: str | None = flag(
+        "model", None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
+    llm: str | None = flag(
+        "model", None, "stage 1 of a real model: folder or hub name of the language model")
+    audio: str | None = flag(
+        "model", None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing")
+    init: str | None = flag(
+        "model", None, "model folder to start from, of any layout; default: what the stage before "
+        "left in --out")
+    out: str | None = flag(
+        "model", None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
+    resume: bool = flag("model", False, "go on from the checkpoint in --out, exactly")
+
+    data: str | None = flag(
+        "data", None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
+    images: str = flag(
+        "data", "", "folder that the paths in --data (sounds and videos too) are relative to")
+    template: str | None = flag(
+        "data", None, "chat template: " + ", ".join(TEMPLATES) + "; default: the stage's")
+    max_length: int | None = flag(
+        "data", None, "longest sample in tokens, image slots included; default: the stage's",
+        at_least=1)
+    frames_apart: bool = flag(
+        "data", False, "take the frames of a video for images of their own, instead of one image "
+        "with their mean features")
+    strict: bool = flag(
+        "data", False, "stop at the first broken sample instead of replacing it (over 1%% broken "
+        "stops in any case)")
+    workers: int = flag("data", 0, "processes that load data; 0 loads in a thread", at_least=0)
+    eval_questions: int = flag(
+        "data", 1200, "held-out questions after the last stage (a quarter of them after the "
+        "others)", at_least=1)
+
+    trains: str | None = flag(
+        "optimisation", None, "parts that train, with commas: " + ", ".join(PARTS) + " (the "
+        "decoder's FFNs; its layers with experts; its routers), or none (but adapters); in a run "
+        "of all stages, this holds in those with experts")
+    steps: int | None = flag(
+        "optimisation", None, "optimizer steps; default: the stage's, or one epoch of --data",
+        at_least=1)
+    epochs: int = flag(
+        "optimisation", 1, "passes over --data, when --steps is not given", at_least=1)
+    batch_size: int | None = flag(
+        "optimisation", None, "samples per step, over all processes", at_least=1)
+    micro_batch: int | None = flag(
+        "optimisation", None, "samples per process in one forward pass; the rest of a batch is "
+        "accumulated", at_least=1)
+    lr: float | None = flag(
+        "optimisation", None, "peak learning rate, between a linear warm-up and a cosine to zero")
+    warmup: float = flag("optimisation", 0.03, "share of the steps that warms up")
+    weight_decay: float = flag("optimisation", 0.0, "weight decay of AdamW")
+    grad_clip: float = flag("optimisation", 1.0, "largest gradient norm")
+    seed: int = flag("optimisation", 0, "of new weights, data order and drawn scenes")
+    lora_rank: int | None = flag(
+        "optimisation", None, "train adapters of this rank on the decoder instead of the weights "
+        "themselves, and merge them at the end; 0: none; default: the stage's (uni-moe: 64, then 8)")
+    lora_alpha: float | None = flag(
+        "optimisation", None, "adapters count alpha / rank (default: 16)")
+
+    dense: bool = flag("experts", False, "make no experts in stage 3: the comparison")
+    upcycle_at: int = flag("experts", 3, "the stage that turns FFNs into experts")
+    n_experts: str = flag(
+        "experts", "4", "experts in each FFN that is upcycled; in the decoder also one number for "
+        "each of --moe-layers: 4,2,4")
+    top_k: int = flag("experts", 2, "experts that each token is sent to")
+    moe_layers: str | None = flag(
+        "experts", None, "decoder layers that get experts: every_other (moe-llava's), all "
+        "(uni-moe's), first_half, second_half, or 0,3,5")
+    balance_coef: float | None = flag(
+        "experts", None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
+    z_coef: float | None = flag(
+        "experts", None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)")
+    capacity_factor: float | None = flag(
+        "experts", 1.5, "moe-llava: expert slots in training, over an even share of the choices; "
+        "0: drop nothing")
+    eval_capacity_factor: float | None = flag(
+        "experts", 2.0, "moe-llava: the same outside training")
+    noisy_gate: bool = flag(
+        "experts", False, "moe-llava: choose the second expert with Gumbel noise while training, "
+        "as DeepSpeed does")
+    experts: str | None = flag(
+        "experts", None, "uni-moe's stage 3: model folders with commas; the FFNs of each become "
+        "one expert. A single one is copied. Default: the drawn stages' four")
+    average: bool = flag(
+        "experts", False, "uni-moe's stage 3: take what is not FFN from the mean of --experts, not "
+        "from the first")
+
+    device: str | None = flag(
+        "running", None, "cuda or cpu; default: cuda where there is one", choices=("cuda", "cpu"))
+    matmul: str = flag(
+        "running", "highest", "float32 matrix products: highest, or medium: in bfloat16 where the "
+        "CPU can (AMX), a third faster", choices=("highest", "high", "medium"))
+    compile: bool | None = flag(
+        "running", None, "torch.compile the blocks; default: on CUDA, but not for the tiny presets "
+        "(a short run ends before it pays)")
+    checkpointing: bool = flag(
+        "running", False, "activation checkpointing: less memory, a third more arithmetic")
+    fsdp: bool = flag(
+        "running", False, "with torchrun: shard weights, gradients and optimizer over the "
+        "processes (FSDP2) instead of DDP")
+    expert_parallel: int = flag(
+        "running", 1, "with torchrun: deal the experts out to groups of so many processes; tokens "
+        "travel to them", at_least=1)
+    save_every: int = flag("running", 200, "steps between checkpoints", at_least=1)
+
+    plan: bool = flag(
+        "planning", False, "train nothing: print parameters, arithmetic, memory on each GPU and "
+        "GPU-hours of --stage (or of all)")
+    gpus: int = flag(
+        "planning", 1, "plan for this number of GPUs (with --fsdp, --checkpointing or without, as "
+        "given)", at_least=1)
+    gpu_gb: int = flag("planning", 80, "memory of each GPU, in GB", at_least=1)
+    peak_tflops: float = flag(
+        "planning", 989.0, "what a GPU could do at best (an H100's dense bfloat16)")
+    mfu: float = flag("planning", 0.4, "the share of it that training reaches")
+
+
+# A resumed run may change how it computes, not what. All flags but these, and all values of the
+# stage but its micro-batch, must be as they were when the checkpoint was written.
+FREE = {"out", "resume", "stage", "images", "strict", "workers", "eval_questions", "micro_batch",
+        "device", "compile", "checkpointing", "fsdp", "expert_parallel", "save_every",
+        "plan", "gpus", "gpu_gb", "peak_tflops", "mfu"}
 
 
 def parse(argv=None) -> Args:
-    """Flags from the dataclass: one for each field."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Flags -> Args. There is a flag for each field."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
+    types = typing.get_type_hints(Args)
     for f in dataclasses.fields(Args):
-        flag, text, kind = "--" + f.name.replace("_", "-"), f.metadata["help"], f.type
-        if f.default is not None and kind is not bool:
-            text += f" (default: {f.default})" if f.default != "" else ""
-        if kind in (bool, bool | None):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction if f.default is None else "store_true", help=text)
-        else:
-            parser.add_argument(flag, type=next(t for t in (int, float, str) if t is kind or (t | None) == kind), default=f.default,
-                                help=text)
+        add_flag(groups[f.metadata["group"]], f, types[f.name])
     args = Args(**vars(parser.parse_args(argv)))
-    for name in ("steps", "batch_size", "micro_batch", "max_length", "epochs", "save_every", "eval_questions", "expert_parallel",
-                 "gpus", "gpu_gb"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)} must be at least 1")
-    if args.expert_parallel > 1 and args.fsdp:
-        raise ValueError("--expert-parallel and --fsdp are two ways to shard the same weights: give one of them")
-    if (world := args.gpus if args.plan else WORLD) % args.expert_parallel:
-        raise ValueError(f"--expert-parallel {args.expert_parallel}: {world} process(es) cannot form groups of {args.expert_parallel}")
-    try:
-        numbers = [int(n) for n in args.n_experts.split(",")]
-    except ValueError:
-        raise ValueError(f"--n-experts {args.n_experts}: a number, or several with commas") from None
-    if args.stage is None and not args.dense and any(n % args.expert_parallel for n in numbers):     # others' are known when loaded
-        raise ValueError(f"--n-experts {args.n_experts} is not a multiple of --expert-parallel {args.expert_parallel}")
-    if args.matmul not in ("highest", "high", "medium"):
-        raise ValueError(f"--matmul {args.matmul}: known are highest, high and medium")
-    if args.stage not in (None, 1, 2, 3):
-        raise ValueError(f"--stage {args.stage}: the stages are 1, 2 and 3 (backbones for tiny presets: python assets/backbones.py)")
-    if not 1 <= args.top_k <= min(numbers):                                        # now, not when stage 3 begins
-        raise ValueError(f"top_k = {args.top_k} of {args.n_experts} experts; need 1 <= --top-k <= --n-experts")
-    args.recipe = args.recipe or next((name for name in RECIPES if args.preset.startswith(name)), "cumo")
-    if args.recipe not in RECIPES:
-        raise ValueError(f"--recipe {args.recipe}: known are {', '.join(RECIPES)}")
+
+    # Defaults that depend on other flags.
+    if args.recipe is None:
+        args.recipe = recipe_of(args.preset)
     if args.recipe == "uni-moe" and args.preset == "tiny":
-        args.preset = "uni-moe-tiny"                                               # with an ear
-    if args.recipe == "cumo" and len(numbers) > 1:
-        raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have one number")
-    for name, value in (("experts", args.experts), ("average", args.average), ("audio", args.audio)):
-        if value and args.recipe != "uni-moe":
-            raise ValueError(f"--{name} belongs to --recipe uni-moe")
-    if (args.lora_rank or 0) < 0 or (args.lora_alpha is not None and args.lora_alpha <= 0):
-        raise ValueError(f"--lora-rank {args.lora_rank} must be at least 1 (0: no adapters), --lora-alpha {args.lora_alpha} above 0")
-    for part in (args.trains or "").split(",") if args.trains is not None else ():
-        if part not in PARTS and part != "none":
-            raise ValueError(f"--trains {args.trains}: {part!r} is no part; known: {', '.join(PARTS)}")
-    if args.upcycle_at not in (1, 2, 3):
-        raise ValueError(f"--upcycle-at {args.upcycle_at}: the stages are 1, 2 and 3")
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0, or 0 to drop nothing")
-    if args.device not in (None, "cuda", "cpu"):
-        raise ValueError(f"--device {args.device}: cuda or cpu")
-    if bool(args.vision) != bool(args.llm) or (args.vision and (args.init or args.stage not in (None, 1))):
-        raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room for --init")
-    name = args.recipe if args.preset in DRAWN and args.recipe != "cumo" else args.preset
-    args.out = os.path.normpath(args.out or f"out/{name}")                         # "out/tiny/" must not become "out/tiny/.1"
+        args.preset = "uni-moe-tiny"  # with an ear
+    if args.out is None:
+        name = args.preset
+        if args.preset in DRAWN and args.recipe != "cumo":
+            name = args.recipe
+        args.out = os.path.join("out", name)
+    args.out = os.path.normpath(args.out)  # else "out/tiny/" would be moved to "out/tiny/.1"
+
+    validate(args)
     return args
 
 
-def number(stage) -> int:
-    """Of 1 1, of "2 sound" 2."""
-    return int(str(stage)[0])
+def add_flag(group, f: dataclasses.Field, kind):
+    name = "--" + f.name.replace("_", "-")
+    text = f.metadata["help"]
+    if kind is bool:
+        group.add_argument(name, action="store_true", help=text)
+    elif kind == bool | None:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        if f.default not in (None, ""):
+            text += f" (default: {f.default})"
+        group.add_argument(name, type=plain_type(kind), default=f.default, help=text)
 
 
-def settings(args: Args, stage, world: int | None = None) -> dict:
-    """A stage's numbers: the recipe's, the preset's over them, the flags over both."""
-    n = number(stage)
-    s = {**RECIPES[args.recipe][n], **OVERRIDES.get((args.recipe, args.preset), {}).get(n, {})}
-    if stage in SENSES:
-        s["kind"] = SENSES[stage]
-    for name in ("steps", "batch_size", "max_length", "lr", "template"):
-        if getattr(args, name) is not None:
-            s[name] = getattr(args, name)
-    s["experts"] = n >= (3 if args.recipe == "uni-moe" else args.upcycle_at) and not args.dense
-    s["aux"] = s.get("aux", True) or s["experts"]
-    if args.trains and (s["experts"] or args.stage is not None):                   # of all stages, those with experts
-        s["trains"] = tuple(part for part in args.trains.split(",") if part != "none")
-    rank, alpha, where = s.pop("lora", (0, 16, "all"))
-    rank = args.lora_rank if args.lora_rank is not None and (rank or s["experts"] or args.stage is not None) else rank
-    if rank:
-        s["lora"] = [rank, args.lora_alpha or alpha, where]
-    share = s["batch_size"] // (world or WORLD)                                               # samples per process and step
-    s["micro_batch"] = min(args.micro_batch or (share if args.preset in DRAWN else 4), max(1, share))
-    return s
+def plain_type(kind):
+    """int | None -> int."""
+    for option in typing.get_args(kind):
+        if option is not type(None):
+            return option
+    return kind
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. One loop for every stage
+def recipe_of(preset: str) -> str:
+    """"uni-moe-7b" -> "uni-moe"; CuMo's where no recipe has such a name."""
+    for name in RECIPES:
+        if preset.startswith(name):
+            return name
+    return "cumo"
+
+
+def stage_number(name: int | str) -> int:
+    """1 -> 1, "2 sound" -> 2."""
+    return int(str(name)[0])
+
+
+def settings(args: Args, name: int | str, world: int | None = None) -> Stage:
+    """The values of a stage: the recipe's; over them the preset's; over both the flags.
+
+    world: the number of processes, if not those of this run.
+    """
+    number = stage_number(name)
+    of_preset = PRESET_VALUES.get((args.recipe, args.preset), {})
+    stage = dataclasses.replace(RECIPES[args.recipe][number], name=name, **of_preset.get(number, {}))
+    if name in SENSES:
+        stage.kind = SENSES[name]
+    for value in ("steps", "batch_size", "max_length", "lr", "template"):
+        if getattr(args, value) is not None:
+            setattr(stage, value, getattr(args, value))
+
+    # Uni-MoE's experts are trained apart before, so they come in stage 3 whatever --upcycle-at says.
+    # Routers that a model brings along (a Mixtral's) are left alone until experts are made.
+    begins_at = 3 if args.recipe == "uni-moe" else args.upcycle_at
+    stage.has_experts = number >= begins_at and not args.dense
+    stage.routing_losses = stage.routing_losses or stage.has_experts
+
+    # In a run of all stages, --trains and --lora-rank are about those with experts.
+    is_meant = stage.has_experts or args.stage is not None
+    if args.trains and is_meant:
+        stage.trains = tuple(part for part in args.trains.split(",") if part != "none")
+    stage.lora = choose_lora(args, stage.lora, is_meant)
+
+    share = max(1, stage.batch_size // (world or WORLD))  # samples of one process in a step
+    stage.micro_batch = args.micro_batch
+    if stage.micro_batch is None:
+        stage.micro_batch = share if args.preset in DRAWN else 4
+    stage.micro_batch = min(stage.micro_batch, share)
+    return stage
+
+
+def choose_lora(args: Args, lora: list | None, is_meant: bool) -> list | None:
+    """The stage's adapters, as the flags change them: [rank, alpha, which weights], or None."""
+    rank, alpha, which = lora or (0, 16, "all")
+    if args.lora_rank is not None and (lora or is_meant):
+        rank = args.lora_rank
+    if not rank:
+        return None
+    return [rank, args.lora_alpha or alpha, which]
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. What the loop calls
 
 
 def say(*words):
+    """Print on process 0, above the progress bar."""
     if RANK == 0:
         tqdm.write(" ".join(str(w) for w in words), file=sys.stdout)
         sys.stdout.flush()
 
 
-def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    n_warm = max(1, round(steps * warmup))
-    if step < n_warm:
-        return peak * (step + 1) / n_warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warm) / max(1, steps - n_warm)))
+def set_up(args: Args, stage: Stage, model: nn.Module, device, later):
+    """-> the experts that are dealt out (if any), the module to call, and its optimizer."""
+    experts = shard_experts(args, model, device)
+    wrapped = distribute(args, model, device, later)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=stage.lr, weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
+    return experts, wrapped, optimizer
 
 
-def shard_experts(args: Args, model: nn.Module, device):
-    """--expert-parallel n: keep 1 / n of each MoE's experts here; kernels.moe_parallel takes the tokens to them. All else stays
-    data-parallel. -> {name: weight} of what was cut, and the ranks as a table: a row of n ranks shares the experts, each holds its part;
-    down a column all hold the same ones."""
-    n, experts = args.expert_parallel, {}
-    if n == 1 or not any(isinstance(m, MoE) for m in model.modules()):
-        return experts, None
-    mesh = init_device_mesh(device.type, (WORLD // n, n), mesh_dim_names=("column", "row"))
-    for path, m in model.named_modules():
-        if isinstance(m, MoE):
-            if len(m.router) % n:
-                raise ValueError(f"{path}: {len(m.router)} experts cannot be dealt out evenly to --expert-parallel {n} processes")
-            m.group = mesh.get_group("row")
-            experts.update({f"{path}.{name}": p for name, p in m.named_parameters() if name != "router"})
-    for p in experts.values():
-        p.data = p.data.chunk(n)[mesh.get_local_rank("row")].clone()               # (E, ...) -> (E / n, ...); the whole is freed
-    DDP._set_params_and_buffers_to_ignore_for_model(model, list(experts))          # they differ from rank to rank
-    return experts, mesh
+def routing_coefs(stage: Stage, model: nn.Module) -> tuple[float, float]:
+    """-> the weights of the load-balancing losses and of the z-losses."""
+    config = getattr(model, "config", None)
+    if config is None or not stage.routing_losses:
+        return 0.0, 0.0
+    return config.balance_coef, config.z_coef
 
 
-def show_whole(model: nn.Module, optimizer, experts: dict, mesh):
-    """In state dicts a shard (E / n, ...) appears as a DTensor (E, ...), which knows of what it is a part. Who saves and loads them
-    gathers and cuts DTensors anyway, for FSDP: so a checkpoint is a single process's, and resumes on any number of them."""
-    whole = lambda t: DTensor.from_local(t, mesh, [Replicate(), Shard(0)], run_check=False) if t.dim() else t    # not AdamW's step count
-    part = lambda t: t.to_local() if isinstance(t, DTensor) else t.chunk(mesh.shape[1])[mesh.get_local_rank("row")] if t.dim() else t
-
-    def weights(change, state):
-        # (to cut, only what is whole: what a checkpoint leaves out, as it does not train, torch puts in as this rank has it)
-        state.update({name: change(state[name]) for name, p in experts.items()
-                      if name in state and (change is whole or state[name].shape != p.shape)})
-
-    def moments(change, state):                                                    # its keys are numbers or names, in the order of params
-        keys, params = ([p for group in g for p in group["params"]] for g in (state["param_groups"], optimizer.param_groups))
-        ours = {key for key, p in zip(keys, params) if any(p is e for e in experts.values())}
-        state["state"] = {key: {k: change(t) for k, t in v.items()} if key in ours else v for key, v in state["state"].items()}
-    model.register_state_dict_post_hook(lambda _, state, *__: weights(whole, state))
-    model.register_load_state_dict_pre_hook(lambda _, state, *__: weights(part, state))
-    optimizer.register_state_dict_post_hook(lambda _, state: moments(whole, state))
-    optimizer.register_load_state_dict_pre_hook(lambda _, state: moments(part, state))
+def take(batches, n: int) -> list:
+    """The next n micro-batches."""
+    return [next(batches) for _ in range(n)]
 
 
-def clip_gradients(params: list, experts: dict, mesh, limit: float) -> torch.Tensor:
-    """Scale gradients down to a norm of at most `limit`, over all weights of the model -> the norm that it was."""
-    if not experts:
-        return torch.nn.utils.clip_grad_norm_(params, limit)
-    cut, grads = set(experts.values()), {True: [], False: []}
-    for p in params:
-        grads[p in cut].append(p.grad)
-    for g in grads[True]:                                                          # DDP's mean over ranks, where DDP does not look: each
-        dist.all_reduce(g, group=mesh.get_group("column"))                         # rank has its row's tokens, the column has all
-        g /= WORLD
-    square = lambda some: torch.nn.utils.get_total_norm(some).square()
-    total = square(grads[True]).to(params[0])
-    dist.all_reduce(total, group=mesh.get_group("row"))                            # every expert once
-    norm = (total + square(grads[False]).to(total)).sqrt()
-    torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
-    return norm
+class Totals(NamedTuple):
+    """Numbers of a step, over its micro-batches and all processes."""
+    labels: float
+    images: float  # blank ones included
+    broken: float
+    truncated: float
+    signals: float
 
 
-def even(p: nn.Parameter) -> Shard | None:
-    """Where FSDP cuts a weight: its first dimension that all processes can share evenly. That is not always dimension 0, as it would be
-    otherwise: of 4 experts (E, F, D), 8 processes would get one each, or nothing."""
-    return next((Shard(i) for i, n in enumerate(p.shape) if n % WORLD == 0), None)
+def count(micro_batches: list, n_signals: int, device) -> Totals:
+    """Count what the losses are means over. Each micro-batch gets its "n_labels" and "n_images"."""
+    for batch in micro_batches:
+        batch["n_labels"] = int((batch["labels"][:, 1:] != IGNORE).sum())
+        batch["n_images"] = len(batch["images"])
+        for message in batch["broken"]:
+            tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
+
+    numbers = [
+        sum(batch["n_labels"] for batch in micro_batches),
+        sum(batch["n_images"] for batch in micro_batches),
+        sum(len(batch["broken"]) for batch in micro_batches),
+        sum(batch["truncated"] for batch in micro_batches),
+        n_signals,
+    ]
+    if LAUNCHED:
+        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        numbers = total.tolist()
+    return Totals(*numbers)
 
 
-def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
-    """Compile, shard or replicate. FSDP2 shards every block for itself and the rest as one; compute is bf16 on CUDA.
-
-    With FSDP no process ever holds the whole model: it comes on meta but for new weights (routers, a connector), it is cut while it
-    has no weights, and then `later`, streams of (name, expert, tensor), fills each process's shards, tensor by tensor."""
-    if args.checkpointing and isinstance(model, CuMo):
-        model.checkpointing()
-    blocks = [b for m in model.modules() if type(m) is nn.ModuleList for b in m]     # (LoRA's parametrizations are such lists, too)
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
-    if args.compile:
-        # The second length (or number of images) that it meets makes torch.compile write a graph for all of them, so lengths need no
-        # ladder to be padded to. But it gives up at 8 graphs of one function, and the stage before must not count
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        for block in blocks:
-            block.compile()
-        for m in model.modules():
-            if isinstance(m, Connector):
-                m.compile(dynamic=True)                                            # there is one: better one graph for all lengths at once
-            if isinstance(m, CuMo):
-                m.lm_loss = torch.compile(m.lm_loss, dynamic=True)                 # without a float32 copy of (B, T, V)
-    if WORLD == 1:
-        return model
-    if args.fsdp:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" \
-            else MixedPrecisionPolicy()
-        new = [(name, None, p.detach()) for name, p in model.named_parameters() if not p.is_meta]
-        model.to("meta")
-        for module in [*blocks, model]:
-            fully_shard(module, mp_policy=policy, shard_placement_fn=even)
-        model.to_empty(device=device)
-        params = {plain_name(name) or name: p for name, p in model.named_parameters()}
-        for name, *item in chain(new, *later):
-            put(params[plain_name(name) or name], *item)
-        return model
-    return DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
+def add_to_counts(counts: dict, totals: Totals, batch_size: int):
+    counts["broken"] += int(totals.broken)
+    counts["truncated"] += int(totals.truncated)
+    counts["samples"] += batch_size
+    # Early in a run, ten broken ones are let through.
+    if counts["broken"] > 0.01 * max(counts["samples"], 1000):
+        raise ValueError(f"{counts['broken']} of {counts['samples']} samples are broken, over 1%: "
+                         "mend the data (listed above)")
 
 
-def weigh(name: str, batch: dict, total: list, n_micro: int) -> float:
-    """What a micro-batch's mean counts in the mean over the whole global batch.
+def loss_weight(name: str, batch: dict, totals: Totals, n_micro: int) -> float:
+    """How much a micro-batch's loss counts in the mean over the whole batch.
 
-    A language loss is a mean over label tokens, a vision loss over images (blank ones too), and micro-batches differ in both. Averaging means of
-    means, as many trainers do, would make the loss depend on how a batch is cut; these weights make it independent of it."""
+    The language loss is a mean over labels, and a vision loss a mean over images. Say one
+    micro-batch has 10 labels and another has 30. The mean of both means would count a label of the
+    first three times as much; weights of 1/4 and 3/4 count all labels alike, however the batch is
+    cut.
+    """
     if name == "lm":
-        return batch["n_labels"] / max(1, total[0])
+        return batch["n_labels"] / max(1, totals.labels)
     if name.startswith(("vision/", "connector/")):
-        return batch["n_images"] / max(1, total[1])
+        return batch["n_images"] / max(1, totals.images)
     return 1 / (n_micro * WORLD)
 
 
+def inputs(model: nn.Module, batch: dict, device) -> dict:
+    """What the model takes of a micro-batch, on its device."""
+    given = {}
+    for name, value in batch.items():
+        if torch.is_tensor(value) and (name != "images" or len(value)):
+            given[name] = value.to(device, non_blocking=True)
+    if isinstance(model, CuMo):
+        # Counted here, where the tokens still are. To count on the device is to wait for it.
+        given["slots"] = CuMo.count_slots(batch["tokens"])
+    return given
+
+
+def autocast(device):
+    """On CUDA, matrix products are in bfloat16, from float32 weights."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+def exchange_gradients(wrapped: nn.Module, is_last: bool):
+    """The context of a micro-batch. DDP exchanges gradients after the last one only.
+
+    FSDP does so after each, or else every process would have to keep all gradients whole.
+    """
+    if isinstance(wrapped, DDP) and not is_last:
+        return wrapped.no_sync()
+    return nullcontext()
+
+
+def to_numbers(losses: dict, norm: torch.Tensor) -> tuple[dict, float]:
+    """Sum the losses over the processes, and read them and the norm in one go."""
+    row = torch.stack([value.float() for value in losses.values()])
+    if LAUNCHED:
+        dist.all_reduce(row)
+    *row, norm = torch.cat([row, norm.float().view(1)]).tolist()
+    return dict(zip(losses, row)), norm
+
+
+def skip_step(args: Args, stage: Stage, step: int, loss: float, norm: float, counts: dict):
+    """Count and report a step that is not finite. Ten in a row end the run."""
+    counts["skipped"] += 1
+    counts["skipped in a row"] += 1
+    say(f"stage {stage.name}, step {step}: loss {loss}, gradient norm {norm}: step skipped")
+    if counts["skipped in a row"] == 10:
+        path, saved = newest_checkpoint(args.out)
+        last_good = "none"
+        if path is not None:
+            last_good = f"{path}, step {saved['step']}"
+        raise ValueError("10 steps in a row without a finite loss. The last good checkpoint is "
+                         f"{last_good}; try a smaller --lr")
+
+
+def stop_run(args: Args, stage: Stage, step: int):
+    say(f"stopped after step {step} of {stage.steps}; `--resume` with the same flags goes on from "
+        f"{checkpoint_path(args, step)}")
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def catch_signals():
+    """Collect SIGINT and SIGTERM in a list, so that the loop can end in good order."""
+    caught = []
+
+    def note(number, _):
+        caught.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """The progress bar, and log.jsonl: one JSON object a step.
+
+    A resumed run drops the lines behind its checkpoint, so that each step stands there once.
+    """
+
+    def __init__(self, out: str, stage: Stage, first: int):
+        self.stage = stage
+        self.seconds = 0.0
+        self.waited = 0.0
+        self.file = None
+        if RANK == 0:
+            path = os.path.join(out, "log.jsonl")
+            drop_lines(path, stage.name, first)
+            self.file = open(path, "a", buffering=1)
+        self.bar = tqdm(total=stage.steps, initial=first, desc=f"stage {stage.name}",
+                        disable=RANK != 0, dynamic_ncols=True, mininterval=1)
+
+    def write(self, step: int, losses: dict, lr: float, norm: float, n_images: float,
+              seconds: float, waited: float):
+        self.seconds += seconds
+        self.waited += waited
+        row = {"stage": self.stage.name, "step": step}
+        row |= {name: loss for name, loss in losses.items() if loss != 0 or name == "loss"}
+        row |= {"lr": lr, "grad_norm": norm, "images_per_s": n_images / seconds,
+                "seconds": seconds, "waiting": waited / seconds}
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+
+        shown = [f"{short(name)} {row[name]:.3g}" for name in row if name in losses]
+        shown += [f"lr {lr:.3g}", f"{row['images_per_s']:.0f} img/s"]
+        self.bar.set_postfix_str(" ".join(shown), refresh=False)
+        self.bar.update()
+
+    def report(self, counts: dict, compiled: bool):
+        text = f"stage {self.stage.name}: {self.stage.steps} steps done"
+        found = [f"{counts[what]} {what}" for what in ("skipped", "broken", "truncated")
+                 if counts[what]]
+        if found:
+            text += f" ({', '.join(found)})"
+        text += f"; waited {100 * self.waited / self.seconds:.0f}% of the time for data"
+        if compiled:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            text += f"; compiled {graphs} graphs"
+        say(text)
+
+    def close(self):
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def short(name: str) -> str:
+    """connector/balance -> c/bal: the bar is narrow."""
+    part, _, kind = name.partition("/")
+    if not kind:
+        return part
+    return f"{part[0]}/{kind[:3]}"
+
+
+def drop_lines(path: str, name: int | str, first: int):
+    """Keep the lines of other stages, and of this one those before step `first`."""
+    if not os.path.exists(path):
+        return
+    keep = []
+    with open(path) as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                # A kill has cut this line short.
+                continue
+            if row["stage"] != name or row["step"] < first:
+                keep.append(line)
+
+    def write(file):
+        with open(file, "w") as f:
+            f.writelines(keep)
+    write_atomically(path, write)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. What a stage calls
+
+
+def load_model(args: Args, stage: Stage, source: str, later: list | None) -> tuple:
+    """-> the model that a stage begins with, in float32, and its tokenizer.
+
+    later: a list that takes the weights of a model on meta, for FSDP; None to load them here.
+    """
+    if args.vision and stage.name == 1:
+        preset = Config.from_preset(args.preset)
+        source = f"{args.vision} and {args.llm}"
+        model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales,
+                                    preset.template, args.seed, torch.float32, later=later,
+                                    audio=args.audio)
+    elif source.endswith(".safetensors"):
+        model, tokenizer = load_backbones(source)
+    else:
+        model, tokenizer = load(source, dtype=torch.float32, later=later)
+    check_model(args, model, tokenizer, source)
+    return model.float(), tokenizer  # backbones may be stored in fewer bits
+
+
+def loader(samples, stage: Stage, args: Args, collate, lengths=None):
+    """-> a function: the first step -> micro-batches without end, as `train` wants it."""
+    def start_from(step: int):
+        batches = data.Batches(len(samples), stage.batch_size, stage.micro_batch, args.seed, step,
+                               RANK, WORLD, lengths)
+        return DataLoader(samples, batch_sampler=batches, collate_fn=collate,
+                          num_workers=args.workers, persistent_workers=args.workers > 0,
+                          pin_memory=torch.cuda.is_available())
+    return start_from
+
+
+def decoder_experts(args: Args, n_layers: int, n_experts: str | None = None) -> list[int]:
+    """The number of experts of each decoder layer, by the flags or by the recipe's placement."""
+    where = args.moe_layers
+    if where is None:
+        where = "all" if args.recipe == "uni-moe" else "every_other"
+    return expert_counts(n_layers, where, n_experts or args.n_experts)
+
+
+def make_experts(args: Args, model: CuMo, real_routers: bool = False):
+    """Upcycle where the recipe says, unless a stage before did so.
+
+    real_routers: the model is on meta, and its new routers are not.
+    """
+    config = model.config
+    part = config.vision if args.recipe == "cumo" else config.text
+    how = {"top_k": args.top_k, "seed": args.seed, "real_routers": real_routers}
+    if any(part.n_experts):
+        check_experts(args, part)
+    elif args.recipe == "cumo":
+        n = int(args.n_experts)
+        upcycle(model, vision=n, connector=n, **how)
+        # Released stage-2 folders have zeros here.
+        if not config.balance_coef and not config.z_coef:
+            config.balance_coef = Config.balance_coef
+            config.z_coef = Config.z_coef
+    elif args.recipe == "moe-llava":
+        upcycle(model, text=decoder_experts(args, config.text.n_layers), **how)
+        # It adds up its balance losses over the layers, and has no z-loss.
+        config.balance_coef = 0.01
+        config.z_coef = 0.0
+        config.text.aux = "sum"
+    else:
+        join_experts(args, model, how)
+
+    if args.recipe == "moe-llava":
+        config.text.capacity_factor = args.capacity_factor or None
+        config.text.eval_capacity_factor = args.eval_capacity_factor or None
+        config.text.noisy = args.noisy_gate
+        model.text.apply_expert_limits()
+
+
+def join_experts(args: Args, model: CuMo, how: dict):
+    """Uni-MoE's mixture: each folder's FFNs become one expert."""
+    folders = expert_folders(args)
+    if len(folders) == 1:
+        folders = folders * int(args.n_experts)  # "pure copies", the paper's Table 8
+    counts = decoder_experts(args, model.config.text.n_layers, str(len(folders)))
+    if how["real_routers"]:
+        raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py "
+                         "--experts A,B,C,D --out DIR`, and --init DIR")
+    upcycle(model, text=counts, experts=folders, average=args.average, **how)
+    # The paper has no routing losses. --balance-coef has.
+    model.config.balance_coef = 0.0
+    model.config.z_coef = 0.0
+
+
+def expert_folders(args: Args) -> list[str]:
+    """Uni-MoE's experts: one decoder as stage 1 left it, and one trained for each sense."""
+    if args.experts:
+        return args.experts.split(",")
+    return [result_path(args, name) for name in (1, *SENSES)]
+
+
+def apply_flags(args: Args, stage: Stage, config: Config):
+    """Write into the model's configuration what flags say about it."""
+    if args.balance_coef is not None:
+        config.balance_coef = args.balance_coef
+    if args.z_coef is not None:
+        config.z_coef = args.z_coef
+    if args.frames_apart:
+        config.frames_apart = True
+    if stage.template is None:
+        stage.template = config.template
+    # The model will be asked in the layout that it learns; but nobody asks in "plain".
+    if args.template and args.template != "plain":
+        config.template = args.template
+
+
+def load_samples(args: Args, stage: Stage, config: Config, tokenizer) -> tuple:
+    """-> the data set, and its samples' lengths where batches shall hold samples of like length.
+
+    Where stage.steps is an epoch, it becomes a number here.
+    """
+    lengths = None
+    if args.data:
+        samples = data.LlavaJson(args.data, args.images)
+        lengths = samples.lengths(config.n_image_tokens, config.n_audio_tokens)
+        n_steps = args.epochs * len(samples) // stage.batch_size
+        stage.steps = args.steps or max(1, n_steps)
+    else:
+        if stage.steps is None:
+            raise ValueError(f"{args.preset} on drawn scenes needs --steps; or give your own with "
+                             "--data")
+        # Every drawn scene is seen once.
+        seed = args.seed + stage_number(stage.name)
+        samples = data.Drawn(stage.kind, stage.steps * stage.batch_size, seed)
+        if stage.kind == "mixed chat":
+            # Image, sound, both, and so on. Questions about a sound are the shortest.
+            lengths = [(1, 0, 2)[i % 3] for i in range(len(samples))]
+
+    seconds = config.audio.n_frames / 100 if config.audio else 0.0
+    encoded = data.Encoded(samples, tokenizer, stage.template, config.vision.image_size,
+                           config.n_image_tokens, stage.max_length, args.strict,
+                           config.n_audio_tokens, seconds, average=not config.frames_apart)
+    return encoded, lengths
+
+
+def print_stage(args: Args, stage: Stage, model: CuMo, source: str):
+    """What a stage trains, and the values that it runs with."""
+    counts = count_parameters(model).values()
+    total = sum(n for n, _ in counts)
+    activated = sum(n for _, n in counts)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trained:
+        raise ValueError(f"stage {stage.name}: --trains {args.trains}: nothing to train here; "
+                         "text.moe needs experts, see --upcycle-at")
+    if args.vision and stage.name == 1:
+        source = f"{args.vision} and {args.llm}"
+    parts = list(stage.trains)
+    if stage.lora:
+        rank, alpha, which = stage.lora
+        parts.append(f"adapters (rank {rank}, alpha {alpha}, on {which})")
+
+    balance, z = routing_coefs(stage, model)
+    say(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} from {source}; training "
+        f"{', '.join(parts)} ({trained / 1e6:.2f}M of {total / 1e6:.2f}M parameters, "
+        f"{activated / 1e6:.2f}M activated)")
+    say(f"    with lr {stage.lr:g} (warm-up {args.warmup:.0%}), micro-batches of "
+        f"{stage.micro_batch}, up to {stage.max_length} tokens, template {stage.template}, "
+        f"weight decay {args.weight_decay:g}, gradient norm up to {args.grad_clip:g}, balance "
+        f"{balance:g}, z {z:g}, seed {args.seed}")
+
+
+def measure(args: Args, stage: Stage, device, began: float):
+    """Ask the model on the disk held-out questions -> scores.jsonl, and routing.png at the end."""
+    n = args.eval_questions
+    if stage.name != 3:
+        n = max(1, n // 4)
+    worlds = ["image"]
+    if args.recipe == "uni-moe":
+        of_stage = {1: ["image", "sound"], 3: ["image", "sound", "both"]}
+        worlds = of_stage.get(stage.name) or [str(stage.name).removeprefix("2 ")]
+    titles = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
+
+    model, tokenizer = load(result_path(args, stage.name), device)
+    scores = {}
+    asked = []  # every (sample, reply)
+    for world in worlds:
+        points = generate.evaluate(model, tokenizer, n, world=world, asked=asked)
+        scores |= points
+        generate.print_table(points, f"after stage {stage.name}: {n} questions about held-out "
+                                     f"{titles[world]}, exact match")
+
+    row = {"stage": stage.name, "seed": args.seed, "dense": args.dense, "scores": scores,
+           "seconds": time.time() - began}
+    with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+    if stage.name == 3 and stage.has_experts:
+        some = asked[::max(1, len(asked) // 250)]
+        samples = [sample for sample, _ in some]
+        replies = [reply for _, reply in some]
+        png = os.path.join(args.out, "routing.png")
+        generate.draw_experts(model, tokenizer, samples, replies, png, alone=True)
+
+
+def finish_stage(args: Args, stopped: bool):
+    """What the stage leaves has taken the place of its checkpoints."""
+    if RANK == 0:
+        drop_checkpoints(args.out)
+    if LAUNCHED:
+        dist.barrier()
+    if stopped:
+        raise KeyboardInterrupt  # pressed in the last step
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Which stages run, and where each begins
+
+
+def result_path(args: Args, name: int | str) -> str:
+    """The folder that a finished stage leaves."""
+    return os.path.join(args.out, FOLDERS[name])
+
+
+def stages_of(args: Args) -> list:
+    """The stages of this run, in order. uni-moe trains stage 2 once for each sense."""
+    numbers = [1, 2, 3]
+    if args.stage is not None:
+        numbers = [args.stage]
+    stages = []
+    for n in numbers:
+        if n == 2 and args.recipe == "uni-moe" and not args.data:
+            stages += SENSES
+        else:
+            stages.append(n)
+    return stages
+
+
+def stages_done(args: Args, stages: list) -> list:
+    """The stages that a resumed run has behind it. A new run never writes over what is in --out."""
+    finished = [name for name in stages
+                if os.path.exists(os.path.join(result_path(args, name), "config.json"))]
+    done = []
+    if args.resume:
+        first = stage_to_resume(args, stages, finished)
+        done = stages[:stages.index(first)]
+    elif args.stage is not None:
+        if finished or checkpoints(args.out):
+            holds = "this stage" if finished else "an unfinished run"
+            raise ValueError(f"{args.out} holds {holds} already: --resume, or another --out")
+    elif RANK == 0 and os.path.exists(args.out):
+        move_aside(args.out)
+    if LAUNCHED:
+        dist.barrier()
+    return done
+
+
+def stage_to_resume(args: Args, stages: list, finished: list) -> int | str:
+    path, saved = newest_checkpoint(args.out)
+    if path is not None:
+        name = saved["identity"]["stage"]
+        if name not in stages:
+            raise ValueError(f"{path} belongs to stage {name}: give the flags that this run began "
+                             "with")
+        return name
+    for name in stages:
+        if name not in finished:
+            return name
+    raise ValueError(f"nothing to resume: {args.out} holds a finished run")
+
+
+def move_aside(out: str):
+    """out/tiny -> out/tiny.1, or the next number that is free."""
+    n = 1
+    while os.path.exists(f"{out}.{n}"):
+        n += 1
+    os.rename(out, f"{out}.{n}")
+    say(f"{out} holds an earlier run: it is now {out}.{n}")
+
+
+def source_of(args: Args, name: int | str, stages: list) -> str:
+    """The folder or file that a stage starts from."""
+    if args.init and name == stages[0]:
+        return args.init
+    if name == 1:
+        if args.preset not in DRAWN and not args.vision:
+            raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision "
+                             "CLIP_DIR and --llm LLM_DIR, or --init")
+        return HEARING if args.recipe == "uni-moe" else BACKBONES
+    if args.recipe != "uni-moe":
+        return result_path(args, name - 1)
+    if stage_number(name) == 2:
+        # The expert of each sense begins where stage 1 ended.
+        return result_path(args, 1)
+    # The mixture begins at the first of its experts, a dense model at the last that was trained.
+    folders = expert_folders(args)
+    return folders[-1] if args.dense else folders[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Checkpoints
+#
+# A checkpoint is a folder, checkpoint/STEP, in the format of torch.distributed.checkpoint (DCP).
+# Each process writes its part of the tensors, and any number of processes can read them. run.json
+# is written last and makes the folder a checkpoint. Only then the one before is dropped, so at
+# every moment one is complete. It holds what trains (of a run with LoRA, the adapters); the rest
+# is in the folder that the stage started from.
+
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on process 0
+
+
+def identity(args: Args, stage: Stage) -> dict:
+    """All that a run's numbers depend on, as it is read back from JSON."""
+    values = dataclasses.asdict(args) | dataclasses.asdict(stage) | {"stage": stage.name}
+    del values["name"]
+    kept = {name: value for name, value in values.items() if name not in FREE or name == "stage"}
+    return json.loads(json.dumps(kept))
+
+
+def resume(args: Args, stage: Stage, model: nn.Module, optimizer, experts: Experts):
+    """Go on from the newest checkpoint if it is this stage's -> the first step, and the counts."""
+    new = 0, dict.fromkeys(("skipped", "skipped in a row", "broken", "truncated", "samples"), 0)
+    if not args.resume:
+        return new
+    path, saved = newest_checkpoint(args.out)
+    if path is None or saved["identity"]["stage"] != stage.name:
+        return new
+
+    differs = []
+    for name, value in identity(args, stage).items():
+        before = saved["identity"].get(name)
+        if before != value:
+            differs.append(f"{name} {before} (now {value})")
+    if differs:
+        raise ValueError(f"{path} was written with {', '.join(differs)}: give the same flags")
+
+    read_checkpoint(model, optimizer, experts, path)
+    say(f"stage {stage.name}: going on after step {saved['step']} of {stage.steps}")
+    return saved["step"], saved["counts"]
+
+
 def checkpoints(out: str) -> list[str]:
-    """checkpoint.pt, where every process holds the whole model; checkpoint/STEP/, to which FSDP's write their shards, gathering nothing."""
-    file, folder = os.path.join(out, "checkpoint.pt"), os.path.join(out, "checkpoint")
-    return [file] * os.path.exists(file) + [os.path.join(folder, step) for step in (os.listdir(folder) if os.path.isdir(folder) else [])]
+    """The folders of all checkpoints, complete or not."""
+    folder = os.path.join(out, "checkpoint")
+    if not os.path.isdir(folder):
+        return []
+    return [os.path.join(folder, step) for step in os.listdir(folder)]
 
 
 def newest_checkpoint(out: str):
-    """-> (path, its identity, step and counts), or (None, None). A folder is complete when it has its run.json, which is written last."""
-    found = [(path, read_json(run)) for path in checkpoints(out) if os.path.exists(run := os.path.join(path, "run.json"))]
+    """-> (its path, {"identity", "step", "counts"}), or (None, None)."""
+    newest = None, None
     for path in checkpoints(out):
-        if path.endswith(".pt"):
-            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found.append((path, {key: whole[key] for key in ("identity", "step", "counts")}))
-    return max(found, key=lambda item: item[1]["step"], default=(None, None))
+        file = os.path.join(path, "run.json")
+        if os.path.exists(file):
+            saved = read_json(file)
+            if newest[1] is None or saved["step"] > newest[1]["step"]:
+                newest = path, saved
+    return newest
 
 
 def drop_checkpoints(out: str, but: str | None = None):
     for path in checkpoints(out):
         if path == but:
             continue
-        if os.path.exists(run := os.path.join(path, "run.json")):                  # first: what remains is not taken for a whole one
-            os.remove(run)
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    if but is None and os.path.isdir(os.path.join(out, "checkpoint")):
-        os.rmdir(os.path.join(out, "checkpoint"))
-
-
-def write_checkpoint(args: Args, model: nn.Module, optimizer, about: dict) -> str:
-    """-> its path. At every moment of this there is one complete checkpoint, if there was one before."""
-    path = os.path.join(args.out, *("checkpoint", str(about["step"])) if args.fsdp and WORLD > 1 else ("checkpoint.pt",))
-    if path.endswith(".pt"):                                                       # every rank takes part: --expert-parallel gathers
-        weights, state = get_state_dict(model, optimizer, options=TRAINED)
-        if RANK == 0:
-            write_atomically(path, lambda name: torch.save({**about, "model": weights, "optimizer": state}, name))
-    else:
-        try:
-            dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=SHARDS))), checkpoint_id=path)
-        except CheckpointException as e:                                           # of one rank, and told to all
-            if RANK == 0:
-                shutil.rmtree(path, ignore_errors=True)
-            raise OSError(f"{path}: cannot be written: {next(iter(e.failures.values()))[0]}") from None
-        if RANK == 0:
-            write_json(os.path.join(path, "run.json"), about)
-    if RANK == 0:
-        drop_checkpoints(args.out, path)
-    if WORLD > 1:
-        dist.barrier()
-    return path
-
-
-def read_checkpoint(args: Args, model: nn.Module, optimizer, path: str):
-    """Whoever wrote it, and on however many processes: each takes its own part."""
-    if path.endswith(".pt"):
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=args.fsdp)
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=TRAINED)
-        return
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=SHARDS)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                            # that one process is meant to read it alone
-        dcp.load(state, checkpoint_id=path)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=SHARDS)
-
-
-def train(*args):
-    """`optimize`; and however it ends, the signal handlers are as they were and the progress bar is closed."""
-    with ExitStack() as undo:
-        optimize(undo, *args)
-
-
-def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, loader_from, device, save_result, later=()):
-    """Optimize s["steps"] steps of model(**inputs) -> an object with .parts, whose weighted sum is the loss.
-
-    loader_from(step) gives an endless iterator of micro-batches from that step on. Checkpoints, log, progress, Ctrl-C, NaN steps
-    and broken samples are dealt with here, once, for all stages."""
-    out, steps = args.out, s["steps"]
-    n_micro = s["batch_size"] // (s["micro_batch"] * WORLD)
-    experts, mesh = shard_experts(args, model, device)
-    wrapped = distribute(args, model, device, later)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=s["lr"], weight_decay=args.weight_decay, fused=device.type == "cuda")
-    if experts:
-        show_whole(model, optimizer, experts, mesh)
-    config = getattr(model, "config", None)
-    aux = s.get("aux", True)           # stages 1 and 2 do without, as released: a Mixtral's own routers are left alone until stage 3
-    coef = lambda name: aux * config.balance_coef if name.endswith("/balance") else aux * config.z_coef if name.endswith("/z") else 1.0
-    start = 0
-    counts = {"skipped": 0, "broken": 0, "truncated": 0, "samples": 0}
-    identity = {"stage": stage, **{k: s.get(k) for k in ("steps", "batch_size", "lr", "max_length", "template", "lora")}, **{
-        k: getattr(args, k) for k in ("preset", "recipe", "trains", "upcycle_at", "moe_layers", "capacity_factor", "noisy_gate", "vision",
-                                      "llm", "audio", "init", "experts", "average", "seed", "data", "frames_apart", "dense", "n_experts", "top_k",
-                                      "balance_coef", "z_coef", "warmup", "weight_decay", "grad_clip", "matmul")}}     # all that numbers depend on
-    file, saved = newest_checkpoint(out) if args.resume else (None, None)
-    if file and saved["identity"]["stage"] == stage:
-        if other := [f"{k} {saved['identity'].get(k)} (now {v})" for k, v in identity.items() if saved["identity"].get(k) != v]:
-            raise ValueError(f"{file} was written with {', '.join(other)}: give the same flags")
-        read_checkpoint(args, model, optimizer, file)
-        start, counts = saved["step"], saved["counts"]
-        say(f"stage {stage}: going on after step {start} of {steps}")
-
-    log = Log(os.path.join(out, "log.jsonl"), stage, start) if RANK == 0 else None
-    stopping = []
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        undo.callback(signal.signal, sig, signal.signal(sig, lambda number, _: stopping.append(number)))
-    batches, bad_in_a_row, last_saved, spent = iter(loader_from(start)), 0, start, [0., 1e-9]
-    # A thread prepares the next batch while torch computes (and lets go of Python's lock); what it raises, result() raises here
-    pool, fetch = ThreadPoolExecutor(1), lambda: [next(batches) for _ in range(n_micro)]
-    undo.callback(pool.shutdown, wait=False)
-    ahead = pool.submit(fetch)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    model.train()
-    bar = tqdm(total=steps, initial=start, desc=f"stage {stage}", disable=RANK != 0, dynamic_ncols=True, mininterval=1)
-    undo.callback(bar.close)
-    for step in range(start, steps):
-        begin = time.perf_counter()
-        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)           # a resumed run draws the same noise
-        lr = lr_at(step, steps, s["lr"], args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        micro = ahead.result()
-        waited = time.perf_counter() - begin
-        for b in micro:
-            b["n_labels"], b["n_images"] = int((b["labels"][:, 1:] != IGNORE).sum()), len(b["images"])
-            for message in b["broken"]:
-                tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
-        total = torch.tensor([sum(b["n_labels"] for b in micro), sum(b["n_images"] for b in micro), sum(len(b["broken"]) for b in micro),
-                              sum(b["truncated"] for b in micro), len(stopping)], dtype=torch.float64, device=device if WORLD > 1 else "cpu")
-        if WORLD > 1:
-            dist.all_reduce(total)
-        total = total.tolist()
-        if step < steps - 1:                                                       # from here on: a Ctrl-C counts in the step after
-            ahead = pool.submit(fetch)
-        counts["broken"] += int(total[2])
-        counts["truncated"] += int(total[3])
-        counts["samples"] += s["batch_size"]
-        if counts["broken"] > 0.01 * max(counts["samples"], 1000):                 # early on, ten are let through
-            raise ValueError(f"{counts['broken']} of {counts['samples']} samples are broken, over 1%: mend the data (listed above)")
-
-        sums = {}                                                                  # part -> its mean over the global batch
-        for i, b in enumerate(micro):
-            # With DDP gradients travel between ranks once a step; FSDP's do each time, or else every rank would have to keep them whole
-            with nullcontext() if i == n_micro - 1 or args.fsdp or WORLD == 1 else wrapped.no_sync(), autocast:
-                inputs = {k: v.to(device, non_blocking=True) for k, v in b.items() if torch.is_tensor(v) and (k != "images" or len(v))}
-                parts = wrapped(**inputs).parts
-                share = {name: weigh(name, b, total, n_micro) for name in parts}
-                loss = sum(coef(name) * share[name] * parts[name] for name in parts)
-                (loss * WORLD).backward()                                          # DDP and FSDP average over ranks
-            for name in parts:
-                sums[name] = sums.get(name, 0) + share[name] * parts[name].detach()
-        row = torch.stack([v.float() for v in sums.values()])
-        if WORLD > 1:
-            dist.all_reduce(row)
-        norm = clip_gradients(params, experts, mesh, args.grad_clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        *row, norm = torch.cat([row, norm.float().view(1)]).tolist()               # in one piece: to look is to wait for the device
-        row = dict(zip(sums, row))
-        row["loss"] = sum(coef(name) * v for name, v in row.items())
-        if math.isfinite(row["loss"]) and math.isfinite(norm):
-            optimizer.step()
-            bad_in_a_row = 0
-        else:                                                                      # one bad batch must not poison the weights
-            counts["skipped"] += 1
-            bad_in_a_row += 1
-            say(f"stage {stage}, step {step}: loss {row['loss']}, gradient norm {norm}: step skipped")
-            if bad_in_a_row == 10:
-                raise ValueError(f"10 steps in a row without a finite loss. The last good checkpoint is "
-                                 f"{f'{file}, step {last_saved}' if file else 'none'}; try a smaller --lr")
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - begin
-        spent = [spent[0] + waited, spent[1] + seconds]
-        row = {"stage": stage, "step": step, **{k: v for k, v in row.items() if v != 0 or k == "loss"}, "lr": lr, "grad_norm": norm,
-               "images_per_s": total[1] / seconds, "seconds": seconds, "waiting": waited / seconds}
-        if RANK == 0:
-            log.write(row)
-        bar.set_postfix_str(" ".join(f"{short(k)} {row[k]:.3g}" for k in row if k in ("loss", "lr", *sums))
-                            + f" {row['images_per_s']:.0f} img/s", refresh=False)
-        bar.update()
-        stop = total[4] > 0 and step < steps - 1
-        if stop or ((step + 1) % args.save_every == 0 and step < steps - 1):
-            last_saved = step + 1
-            file = write_checkpoint(args, model, optimizer, {"identity": identity, "step": last_saved, "counts": counts})
-        if stop:
-            undo.close()
-            say(f"stopped after step {step + 1} of {steps}; `--resume` with the same flags goes on from {file}")
-            raise KeyboardInterrupt
-    undo.close()
-    counts = {k: v for k, v in counts.items() if v and k != "samples"}
-    say(f"stage {stage}: {steps} steps done" + (f" ({', '.join(f'{v} {k}' for k, v in counts.items())})" if counts else "")
-        + f"; waited {100 * spent[0] / spent[1]:.0f}% of the time for data"
-        + (f"; compiled {torch._dynamo.utils.counters['stats']['unique_graphs']} graphs" if args.compile else ""))
-    save_result(get_model_state_dict(model, options=FULL))
-    if RANK == 0:
-        drop_checkpoints(out)                                                      # the stage's folder has taken its place
-    if WORLD > 1:
-        dist.barrier()
-    if stopping or total[4] > 0:                                                   # Ctrl-C in the last step
-        raise KeyboardInterrupt
-
-
-def short(name: str) -> str:
-    """connector/balance -> c/bal: the bar is narrow."""
-    part, _, kind = name.partition("/")
-    return f"{part[0]}/{kind[:3]}" if kind else part
-
-
-class Log:
-    """One JSON object a step. A resumed run drops the lines behind its checkpoint, so that each step stands there once."""
-
-    def __init__(self, file: str, stage, start: int):
-        keep = []
+        # First run.json, or else what is left after a kill would be taken for a complete one.
+        file = os.path.join(path, "run.json")
         if os.path.exists(file):
-            with open(file) as f:
-                for line in f:
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError:                                   # the line that a kill cut short
-                        continue
-                    if row["stage"] != stage or row["step"] < start:
-                        keep.append(line)
-        def write(name):
-            with open(name, "w") as f:
-                f.writelines(keep)
-        write_atomically(file, write)
-        self.file = open(file, "a", buffering=1)
-
-    def write(self, row: dict):
-        self.file.write(json.dumps(row) + "\n")
+            os.remove(file)
+        shutil.rmtree(path)
+    folder = os.path.join(out, "checkpoint")
+    if but is None and os.path.isdir(folder):
+        os.rmdir(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Stages 1 to 3
+def tensors_of(state: tuple, experts: Experts) -> dict:
+    """The tensors of get_state_dict's (weights, optimizer), as a checkpoint holds them.
+
+    They share memory with the model's: dcp.save writes them, and dcp.load fills them. Values that
+    are no tensors, such as learning rates, follow from the flags and are left out.
+    """
+    weights, optimizer = state
+    moments = {}
+    for name, values in optimizer["state"].items():
+        moments[name] = {key: as_whole(name, t, experts) for key, t in values.items()}
+    return {"model": {name: as_whole(name, t, experts) for name, t in weights.items()},
+            "optimizer": moments}
 
 
-def place(args: Args, stage) -> str:
-    """The file or folder that a finished stage leaves."""
-    return os.path.join(args.out, FILES[stage])
+def checkpoint_path(args: Args, step: int) -> str:
+    return os.path.join(args.out, "checkpoint", str(step))
 
 
-def loader(dataset, s: dict, args: Args, collate, lengths=None):
-    """-> loader_from(step), as `train` wants it."""
-    def start_from(step):
-        batches = d.Batches(len(dataset), s["batch_size"], s["micro_batch"], args.seed, step, RANK, WORLD, lengths)
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-                          persistent_workers=args.workers > 0, pin_memory=torch.cuda.is_available())
-    return start_from
+def write_checkpoint(args: Args, stage: Stage, model: nn.Module, optimizer, experts: Experts,
+                     step: int, counts: dict):
+    path = checkpoint_path(args, step)
+    tensors = tensors_of(get_state_dict(model, optimizer, options=TRAINED), experts)
+    try:
+        with quiet():
+            dcp.save(tensors, checkpoint_id=path)
+    except CheckpointException as e:
+        # One process failed, and all are told.
+        if RANK == 0:
+            shutil.rmtree(path, ignore_errors=True)
+        raise OSError(f"{path}: cannot be written: {first_failure(e)}") from None
+    if RANK == 0:
+        about = {"identity": identity(args, stage), "step": step, "counts": counts}
+        write_json(os.path.join(path, "run.json"), about)
+        drop_checkpoints(args.out, but=path)
+    if LAUNCHED:
+        dist.barrier()
 
 
-def decoder_experts(args: Args, n_layers: int) -> list[int]:
-    """The number of experts of each decoder layer, by the flags or the recipe's own placement."""
-    where = args.moe_layers
-    if where is None:
-        where = "all" if args.recipe == "uni-moe" else "every_other"
-    return expert_counts(n_layers, where, args.n_experts)
+def read_checkpoint(model: nn.Module, optimizer, experts: Experts, path: str):
+    """Each process reads its own part, whoever wrote it, and on however many processes."""
+    weights, optimizer_state = get_state_dict(model, optimizer, options=TRAINED)
+    tensors = tensors_of((weights, optimizer_state), experts)
+    try:
+        with quiet():
+            dcp.load(tensors, storage_reader=Reader(path))
+    except CheckpointException as e:
+        raise ValueError(f"{path}: cannot be read: {first_failure(e)}") from None
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state,
+                   options=TRAINED)
 
 
-def make_experts(args: Args, model: CuMo, real_routers: bool = False):
-    """Upcycle where the recipe says, unless a stage before did so."""
-    c, how = model.config, dict(top_k=args.top_k, seed=args.seed, real_routers=real_routers)
-    part = c.vision if args.recipe == "cumo" else c.text
-    if any(part.n_experts):
-        have = set(part.n_experts) - {0}, part.top_k
-        if (args.n_experts, args.top_k) != (Args.n_experts, Args.top_k) \
-                and have != ({int(n) for n in args.n_experts.split(",")}, args.top_k):
-            raise ValueError(f"the model has experts already ({have[0]}, top-{have[1]}): --n-experts and --top-k cannot change them")
-    elif args.recipe == "cumo":
-        upcycle(model, vision=int(args.n_experts), connector=int(args.n_experts), **how)
-        if not c.balance_coef and not c.z_coef:                                    # the released stage-2 folders say 0
-            c.balance_coef, c.z_coef = Config.balance_coef, Config.z_coef
-    elif args.recipe == "moe-llava":
-        upcycle(model, text=decoder_experts(args, c.text.n_layers), **how)
-        c.balance_coef, c.z_coef, c.text.aux = 0.01, 0.0, "sum"                    # MoE-LLaVA sums over layers and has no z-loss
-    else:
-        folders = expert_folders(args)
-        folders = folders * int(args.n_experts) if len(folders) == 1 else folders  # "pure copies", the paper's Table 8
-        args.n_experts = str(len(folders))
-        counts = decoder_experts(args, c.text.n_layers)
-        if real_routers:
-            raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py --experts A,B,C,D --out DIR`, "
-                             "and --init DIR")
-        upcycle(model, text=counts, **how, experts=folders, average=args.average)
-        c.balance_coef, c.z_coef = 0.0, 0.0                                        # the paper has no auxiliary loss; --balance-coef has
-    if args.recipe == "moe-llava":
-        c.text.capacity_factor, c.text.eval_capacity_factor = args.capacity_factor or None, args.eval_capacity_factor or None
-        c.text.noisy = args.noisy_gate
-        model.text.apply_expert_limits()
+@contextmanager
+def quiet():
+    """Without DCP's warnings that a single process works alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-def expert_folders(args: Args) -> list[str]:
-    """Uni-MoE's experts: one decoder as stage 1 left it, and one trained for each sense."""
-    return args.experts.split(",") if args.experts else [place(args, stage) for stage in (1, *SENSES)]
+def first_failure(error: CheckpointException) -> Exception:
+    failure, _ = next(iter(error.failures.values()))
+    return failure
 
 
-def run_stage(args: Args, stage: int, source: str, device):
-    """Train one stage from a model folder (or a backbones file, or the folders of --vision and --llm) and leave a model folder; measure
-    it on held-out scenes."""
-    s, began = settings(args, stage), time.time()
-    later = [] if args.fsdp and WORLD > 1 else None                                # with FSDP weights come last, see `distribute`
-    torch.manual_seed(args.seed)                                                   # the same new weights on every rank
-    if args.vision and stage == 1:
-        preset, source = Config.from_preset(args.preset), f"{args.vision} and {args.llm}"
-        model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales, preset.template, args.seed, torch.float32,
-                                    later=later, audio=args.audio)
-    else:
-        model, tokenizer = load_backbones(source) if source.endswith(".safetensors") else load(source, dtype=torch.float32, later=later)
-    if tokenizer is None:
-        raise ValueError(f"{source}: has no tokenizer.json, which training needs; copy it there (where there is only a tokenizer.model, "
-                         "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it)")
-    if getattr(model, "vision", None) is None:
-        raise ValueError(f"{source}: a language model alone, without the vision tower and connector that training needs")
-    model = model.float()                                                          # master weights (backbones may be stored shorter)
-    if args.recipe == "uni-moe" and model.config.audio is None:
-        raise ValueError(f"{source}: hears nothing; uni-moe's stage 1 wants --vision, --llm and --audio WHISPER_DIR")
-    c = model.config
-    if args.recipe != "cumo" and not args.dense and not any(c.text.n_experts):
-        decoder_experts(args, c.text.n_layers)                                     # wrong ones stop stage 1 already
-    if s["experts"]:
-        make_experts(args, model, real_routers=later is not None)
-    for name in ("balance_coef", "z_coef"):
-        if getattr(args, name) is not None:
-            setattr(c, name, getattr(args, name))
-    choose_trainable(model, s["trains"])
-    if s.get("lora"):
-        add_lora(model, *s["lora"], args.seed, real=later is not None)
-    if later is None:
-        model.to(device)
-    template = s["template"] or c.template
-    if args.template and args.template != "plain":
-        c.template = args.template                                                 # the model is asked in the layout that it learnt
-    c.frames_apart |= args.frames_apart
-    if args.data:
-        data = d.LlavaJson(args.data, args.images)
-        lengths = data.lengths(c.n_image_tokens, c.n_audio_tokens)
-        s["steps"] = args.steps or max(1, args.epochs * len(data) // s["batch_size"])
-    elif "steps" not in s:
-        raise ValueError(f"{args.preset} on drawn scenes needs --steps; or give your own with --data")
-    else:                                                                          # every drawn scene is seen once
-        data = d.Drawn(s["kind"], s["steps"] * s["batch_size"], args.seed + number(stage))
-        lengths = [(1, 0, 2)[i % 3] for i in range(len(data))] if s["kind"] == "mixed chat" else None    # a sound's questions are short
-    encoded = d.Encoded(data, tokenizer, template, c.vision.image_size, c.n_image_tokens, s["max_length"], args.strict, c.n_audio_tokens,
-                        c.audio.n_frames / 100 if c.audio else 0., average=not c.frames_apart)
-    counts = count_parameters(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trained:
-        raise ValueError(f"stage {stage}: --trains {args.trains}: nothing to train here; text.moe needs experts, see --upcycle-at")
-    say(f"stage {stage}: {s['steps']} steps of {s['batch_size']} from {source}; training "
-        f"{', '.join([*s['trains'], *['adapters'] * bool(s.get('lora'))])} ({trained / 1e6:.2f}M of "
-        f"{sum(t for t, _ in counts.values()) / 1e6:.2f}M parameters, {sum(a for _, a in counts.values()) / 1e6:.2f}M activated)")
+class Reader(dcp.FileSystemReader):
+    """DCP's reader, but safe: a forged checkpoint runs no code.
 
-    def done(state):
-        if RANK > 0:
-            return
-        save(model, place(args, stage), tokenizer, merge_state(state, model))
-        if not args.data:                                                          # what is measured is what lies on the disk
-            n, scores, asked = args.eval_questions if stage == 3 else max(1, args.eval_questions // 4), {}, []
-            trained = load(place(args, stage), device)
-            hears = {1: ("image", "sound"), 3: ("image", "sound", "both")}
-            for world in hears.get(stage, (str(stage)[2:],)) if args.recipe == "uni-moe" else ("image",):
-                scores |= (points := generate.evaluate(*trained, n, world=world, asked=asked))
-                about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}[world]
-                generate.print_table(points, f"after stage {stage}: {n} questions about held-out {about}, exact match")
-            with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
-                f.write(json.dumps({"stage": stage, "seed": args.seed, "dense": args.dense, "scores": scores,
-                                    "seconds": time.time() - began}) + "\n")
-            if stage == 3 and s["experts"]:
-                some = asked[::max(1, len(asked) // 250)]
-                generate.draw_experts(*trained, *zip(*some), os.path.join(args.out, "routing.png"), alone=True)
-    train(args, stage, s, model, loader(encoded, s, args, d.collate, lengths), device, done, later or ())
+    The tensors are read with torch.load(weights_only=True). The table of contents, .metadata, is a
+    pickle, and a pickle can call any function that it names.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        try:
+            with open(os.path.join(path, ".metadata"), "rb") as file:
+                self.metadata = MetadataUnpickler(file).load()
+        except Exception as e:
+            raise ValueError(f"{path}: cannot be read: {e}") from None
+
+    def read_metadata(self, *args, **kwargs):
+        return self.metadata
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. --plan: what a stage will cost, before it costs anything
+class MetadataUnpickler(pickle.Unpickler):
+    """Admits the names that DCP writes for tensors, and nothing else.
 
-N_SAMPLES = {"cumo": {1: 558_000, 2: 708_000, 3: 1_649_000}, "moe-llava": {1: 558_000, 2: 964_000, 3: 665_000}}       # the papers'
+    BytesStorageMetadata is not among them, since values that are no tensors are pickles again.
+    """
+    ADMITTED = {
+        "torch": {"Size", "float32"},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata",
+            "TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "pathlib": {"PosixPath", "WindowsPath"},
+        "pathlib._local": {"PosixPath", "WindowsPath"},  # in Python 3.13
+    }
 
+    def find_class(self, module: str, name: str):
+        if name not in self.ADMITTED.get(module, ()):
+            raise ValueError(f".metadata names {module}.{name}, which train.py does not write. "
+                             "Somebody else has made or changed this file")
+        return super().find_class(module, name)
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Several processes: DDP, FSDP, expert parallelism; and what else makes a run faster
+
+
+class Experts(NamedTuple):
+    """The weights that --expert-parallel deals out; none without it.
+
+    The processes form a table. A row of n processes shares the experts, each holds its part; down a
+    column all hold the same ones.
+    """
+    weights: dict  # name -> this process's part (E / n, ...)
+    mesh: DeviceMesh | None
+
+
+def shard_experts(args: Args, model: nn.Module, device) -> Experts:
+    """--expert-parallel n: keep 1 / n of each layer's experts here. kernels.py takes the tokens to
+    them. All else stays data-parallel."""
+    n = args.expert_parallel
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, MoE)}
+    if n == 1 or not layers:
+        return Experts({}, None)
+
+    mesh = init_device_mesh(device.type, (WORLD // n, n), mesh_dim_names=("column", "row"))
+    weights = {}
+    for path, layer in layers.items():
+        if len(layer.router) % n:
+            raise ValueError(f"{path}: {len(layer.router)} experts cannot be dealt out evenly to "
+                             f"--expert-parallel {n} processes")
+        layer.group = mesh.get_group("row")
+        for name, p in layer.named_parameters():
+            if name != "router":
+                # (E, ...) -> (E / n, ...); a copy, so that the whole is freed
+                p.data = p.data.chunk(n)[mesh.get_local_rank("row")].clone()
+                weights[f"{path}.{name}"] = p
+
+    # They differ from process to process, so DDP must not make them the same.
+    DDP._set_params_and_buffers_to_ignore_for_model(model, list(weights))
+    return Experts(weights, mesh)
+
+
+def as_whole(name: str, tensor: torch.Tensor, experts: Experts) -> torch.Tensor:
+    """If it belongs to experts, a part (E / n, ...) as a DTensor (E, ...), which knows of what it is a
+    part. Then DCP writes, reads and gathers experts as if one process held them all.
+    """
+    # AdamW's count of steps has no dimensions, and is the same everywhere.
+    if name not in experts.weights or tensor.dim() == 0:
+        return tensor
+    return DTensor.from_local(tensor, experts.mesh, [Replicate(), Shard(0)], run_check=False)
+
+
+def gather_weights(model: nn.Module, experts: Experts) -> dict:
+    """The state dict with whole tensors, on process 0. All processes must call this."""
+    state = get_model_state_dict(model, options=WHOLE)
+    for name, part in experts.weights.items():
+        whole = as_whole(name, part.detach(), experts).full_tensor()  # (E, ...)
+        if RANK == 0:
+            state[name] = whole.cpu()
+    return state
+
+
+def clip_gradients(params: list, experts: Experts, limit: float) -> torch.Tensor:
+    """Scale gradients down to a norm of at most `limit`, over all weights -> the norm before."""
+    if not experts.weights:
+        norm = torch.nn.utils.clip_grad_norm_(params, limit)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        return norm
+
+    dealt_out = set(experts.weights.values())
+    of_experts = [p.grad for p in params if p in dealt_out]
+    of_others = [p.grad for p in params if p not in dealt_out]
+
+    # DDP does not look at experts, so their mean over processes is taken here. Each process has its
+    # row's tokens, and a column has all.
+    for grad in of_experts:
+        dist.all_reduce(grad, group=experts.mesh.get_group("column"))
+        grad /= WORLD
+
+    # Down a row, the squares of all experts add up, each once.
+    square = torch.nn.utils.get_total_norm(of_experts).square().to(params[0])
+    dist.all_reduce(square, group=experts.mesh.get_group("row"))
+    square_of_others = torch.nn.utils.get_total_norm(of_others).square().to(square)
+    norm = (square + square_of_others).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+    return norm
+
+
+def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
+    """Recompute, compile, shard or replicate, as the flags say -> the module to call."""
+    if args.checkpointing and isinstance(model, CuMo):
+        model.checkpointing()
+    # Blocks are in plain ModuleLists. LoRA's parametrizations are such lists too, of another class.
+    lists = [m for m in model.modules() if type(m) is nn.ModuleList]
+    blocks = [block for blocks in lists for block in blocks]
+    if args.compile:
+        compile_blocks(model, blocks)
+    if not LAUNCHED:
+        return model
+    if args.fsdp:
+        shard_weights(model, blocks, device, later)
+        return model
+    return DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def compile_blocks(model: nn.Module, blocks: list):
+    """torch.compile each block by itself.
+
+    The second length (or number of images) that it meets makes torch write a graph for all of them,
+    so lengths need no padding to a few steps. But it gives up at 8 graphs of one function, and the
+    stage before must not count.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in blocks:
+        block.compile()
+    for module in model.modules():
+        if isinstance(module, Connector):
+            # There is one: better one graph for all lengths at once.
+            module.compile(dynamic=True)
+        if isinstance(module, CuMo):
+            # This spares a float32 copy of (B, T, V).
+            module.lm_loss = torch.compile(module.lm_loss, dynamic=True)
+
+
+def shard_weights(model: nn.Module, blocks: list, device, later):
+    """FSDP2, in place: each block is a unit, and the rest is one. On CUDA it computes in bfloat16.
+
+    No process ever holds the whole model. It comes on meta but for new weights (routers, a
+    connector). It is cut while it has no weights, and then `later`, streams of (name, expert,
+    tensor), fills each process's parts, tensor by tensor.
+    """
+    policy = MixedPrecisionPolicy()
+    if device.type == "cuda":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    new = [(name, None, p.detach()) for name, p in model.named_parameters() if not p.is_meta]
+    model.to("meta")
+    for module in [*blocks, model]:
+        fully_shard(module, mp_policy=policy, shard_placement_fn=shard_dimension)
+    model.to_empty(device=device)
+
+    # With adapters, a weight's own name is longer than the one in the folder.
+    params = {plain_name(name) or name: p for name, p in model.named_parameters()}
+    for name, expert, tensor in chain(new, *later):
+        put(params[plain_name(name) or name], expert, tensor)
+
+
+def shard_dimension(p: nn.Parameter) -> Shard | None:
+    """Where FSDP cuts a weight: its first dimension that all processes can share evenly.
+
+    By default that would be dimension 0. But of 4 experts (E, F, D), 8 processes would get one each,
+    or nothing.
+    """
+    for i, n in enumerate(p.shape):
+        if n % WORLD == 0:
+            return Shard(i)
+    return None
+
+
+def keep_pages():
+    """Let glibc keep the memory that tensors leave behind.
+
+    It takes every tensor over 32 MB from the kernel anew and gives it back afterwards. Each fresh
+    page is then a page fault, that is a trip to the kernel, which fills 4 KB with zeros: a fifth to
+    a half of a CPU step on long sequences. The price is a heap with gaps (a step of uni-moe peaks
+    at 3.3 GB, not 2.5). Whoever sets glibc's own MALLOC_ variables decides for himself; other C
+    libraries are left alone.
+    """
+    tuned = any(name.startswith("MALLOC_") for name in os.environ)
+    if platform.libc_ver()[0] != "glibc" or tuned:
+        return
+
+    # The numbers of these parameters in <malloc.h>, and their values.
+    m_mmap_max = (-4, 0)
+    m_trim_threshold = (-1, 2**31 - 1)
+    m_top_pad = (-2, 10**8)
+    libc = ctypes.CDLL(None)
+    for parameter, value in (m_mmap_max, m_trim_threshold, m_top_pad):
+        libc.mallopt(parameter, value)
+
+
+def prepare_device(args: Args) -> torch.device:
+    """The device that the flags choose, set up for a run."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device here; leave the flag out for the CPU")
+    torch.set_float32_matmul_precision(args.matmul)
+    if args.matmul == "medium":
+        # The CPU's flash kernel multiplies small blocks, for which AMX is slow. (This switch is the
+        # CPU's too.)
+        torch.backends.cuda.enable_flash_sdp(False)
+
+    name = args.device
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        keep_pages()
+    if args.compile is None:
+        # On a CPU, or with tiny models, the whole run is shorter than the compilation of its stages.
+        args.compile = name == "cuda" and args.preset not in DRAWN
+    return torch.device(name)
+
+
+def join_processes(args: Args, device: torch.device) -> torch.device:
+    """Under torchrun, meet the other processes -> this process's device.
+
+    Where torchrun has started all of them again because one died, args.resume becomes true.
+    """
+    if not LAUNCHED:
+        return device
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "nccl"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+
+    # After a restart torchrun's store still has the addresses of the dead processes, and others
+    # might wait for these.
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    store = None
+    if restarts and os.environ["GROUP_WORLD_SIZE"] == "1":
+        old_store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {restarts}", old_store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+
+    # Each node counts its own restarts.
+    died = torch.tensor(restarts, device=device)
+    dist.all_reduce(died, dist.ReduceOp.MAX)
+    if died:
+        args.resume = True
+    return device
+
+
+def leave_processes():
+    if LAUNCHED:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. --plan: what a stage will cost, before it costs anything
+
+# The sizes of the papers' data sets.
+N_SAMPLES = {
+    "cumo": {1: 558_000, 2: 708_000, 3: 1_649_000},
+    "moe-llava": {1: 558_000, 2: 964_000, 3: 665_000},
+}
 
 # FLOPs of operators for which torch has no formula, by the shapes of their inputs: two for every
 # multiply-add. (Going back, a product becomes two, the gradient of either factor. So a frozen weight
@@ -837,7 +1614,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def add(self, memory):
-        # a view has the memory of what it is a view of
+        # A view has the memory of what it is a view of.
         if memory in self.seen:
             return
         self.seen.add(memory)
@@ -900,6 +1677,26 @@ def meta_batch(config: Config, rows: int, length: int) -> dict:
     return batch
 
 
+def meta_model(config: Config, trains, lora) -> CuMo:
+    """A model that has shapes but no memory, with requires_grad set."""
+    with torch.device("meta"):
+        model = CuMo(config)
+    choose_trainable(model, trains)
+    if lora:
+        add_lora(model, *lora)
+    return model
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
 @functools.cache
 def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, checkpointing: bool,
              grads: bool, dtype: torch.dtype) -> Rehearsal:
@@ -909,22 +1706,13 @@ def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, ch
     there before then. (torch.compile needs less.) FLOPs are those of matrix products.
     """
     def attention(q, k, v, attn_mask=None, is_causal=True, enable_gqa=False):
-        # meta would choose the one with the T x T matrix
+        # Meta would choose the one with the T x T matrix.
         return FLASH(q, k, v, 0.0, is_causal)[0]
 
-    usual = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device("meta"):
-            model = CuMo(Config.from_dict(json.loads(config))).train()
+    with default_dtype(dtype):
+        model = meta_model(Config.from_dict(json.loads(config)), trains, lora).train()
         batch = meta_batch(model.config, rows, length)
-    finally:
-        torch.set_default_dtype(usual)
-    choose_trainable(model, trains)
-    if lora:
-        add_lora(model, *lora)
     model.checkpointing(checkpointing)
-
     known = list(model.parameters())
     for p in model.parameters():
         if grads and p.requires_grad:
@@ -944,253 +1732,314 @@ def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, ch
     return Rehearsal(kept, meter.peak, forward, backward)
 
 
-def rehearse_stage(args: Args, s: dict, config: Config, gpus: int, fsdp: bool,
+def gradients_add_up(stage: Stage, gpus: int) -> bool:
+    """With several micro-batches, gradients are there from the second on."""
+    return stage.batch_size > stage.micro_batch * gpus
+
+
+def rehearse_stage(args: Args, stage: Stage, config: Config, gpus: int, fsdp: bool,
                    checkpointing: bool) -> Rehearsal:
     """The rehearsal of one micro-batch of a stage, as a run with these flags computes it."""
-    # with several micro-batches, gradients are there from the second on
-    several = s["batch_size"] > s["micro_batch"] * gpus
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    return rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), tuple(s.get("lora", ())),
-                    s["micro_batch"], s["max_length"], checkpointing, several or fsdp, dtype)
+    return rehearse(json.dumps(config.to_dict()), tuple(stage.trains), tuple(stage.lora or ()),
+                    stage.micro_batch, stage.max_length, checkpointing,
+                    gradients_add_up(stage, gpus) or fsdp, dtype)
 
 
-def planned(args: Args, s: dict) -> tuple[Config, CuMo]:
+def planned(args: Args, stage: Stage) -> tuple[Config, CuMo]:
     """The preset as a stage trains it, and its model without memory."""
-    c = Config.from_preset(args.preset)
+    config = Config.from_preset(args.preset)
     if args.recipe == "cumo":
-        e = int(args.n_experts) * s["experts"]
-        c.vision.n_experts, c.vision.top_k, c.connector.n_experts, c.connector.top_k = [e] * c.vision.n_layers, args.top_k, e, args.top_k
+        n = int(args.n_experts) if stage.has_experts else 0
+        config.vision.n_experts = [n] * config.vision.n_layers
+        config.vision.top_k = args.top_k
+        config.connector.n_experts = n
+        config.connector.top_k = args.top_k
     else:
-        c.text.n_experts, c.text.top_k = decoder_experts(args, c.text.n_layers), args.top_k
-        if not s["experts"]:
-            c.text.n_experts = [0] * c.text.n_layers
-    with torch.device("meta"):
-        model = CuMo(c)
-    choose_trainable(model, s["trains"])
-    if s.get("lora"):
-        add_lora(model, *s["lora"])
-    return c, model
+        config.text.n_experts = decoder_experts(args, config.text.n_layers)
+        config.text.top_k = args.top_k
+        if not stage.has_experts:
+            config.text.n_experts = [0] * config.text.n_layers
+    return config, meta_model(config, stage.trains, stage.lora)
 
 
-def memory(args: Args, stage, gpus: int, fsdp: bool, checkpointing: bool) -> dict[str, float]:
-    """{kind: bytes on each GPU} in a step whose samples are all as long as can be, with an image each; "peak": the most at once."""
-    s, bf16, fsdp = settings(args, stage, gpus), args.device != "cpu", fsdp and gpus > 1
-    (config, model), short, cut = planned(args, s), 2 if bf16 else 4, gpus if fsdp else 1
-    dealt = {p for m in model.modules() if isinstance(m, MoE) for name, p in m.named_parameters() if name != "router"}
-    size = lambda params: sum(p.numel() / (args.expert_parallel if p in dealt else 1) for p in params)
+def memory(args: Args, name: int | str, gpus: int, fsdp: bool, checkpointing: bool) -> dict:
+    """{kind: bytes on each GPU} in a step whose samples are all as long as can be, with an image
+    each; "peak": the most at once."""
+    stage = settings(args, name, gpus)
+    config, model = planned(args, stage)
+    fsdp = fsdp and gpus > 1
+    in_bf16 = args.device != "cpu"
+    experts = {p for m in model.modules() if isinstance(m, MoE)
+               for weight, p in m.named_parameters() if weight != "router"}
+
+    def size(params):
+        """Their number, of experts those that one GPU holds."""
+        return sum(p.numel() / (args.expert_parallel if p in experts else 1) for p in params)
+
+    # What a step begins with. Weights and AdamW's two moments are in float32.
+    all_weights = size(model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
-    blocks = [size(b.parameters()) for m in model.modules() if type(m) is nn.ModuleList for b in m]
-    several = s["batch_size"] > s["micro_batch"] * gpus                            # micro-batches: gradients are there from the first on
-    grads = 4 * size(trained) / cut
-    kept, top, *_ = rehearse_stage(args, s, config, gpus, fsdp, checkpointing)
-    fixed = {"weights": 4 * size(model.parameters()) / cut, "optimizer": 8 * size(trained) / cut}
-    if fsdp:         # what is in no block stays gathered, of the blocks this one and the next; one block's gradients are on their way
-        fixed["gathered"] = short * (size(model.parameters()) - sum(blocks) + 2 * max(blocks)) + (short + 4) * max(blocks)
+    shards = gpus if fsdp else 1
+    fixed = {"weights": 4 * all_weights / shards, "optimizer": 8 * size(trained) / shards}
+    if fsdp:
+        # What is in no block stays gathered; of the blocks, this one and the next. One block's
+        # gradients are on their way.
+        blocks = [size(block.parameters()) for m in model.modules() if type(m) is nn.ModuleList
+                  for block in m]
+        short = 2 if in_bf16 else 4
+        gathered = all_weights - sum(blocks) + 2 * max(blocks)
+        fixed["gathered"] = short * gathered + (short + 4) * max(blocks)
     elif gpus > 1:
         fixed["DDP buckets"] = 4 * size(trained)
-    if bf16 and not fsdp:
-        fixed["bf16 copies"] = 2 * size(model.parameters())                          # autocast's, of every weight
-    update = 0 if bf16 else 8 * max(p.numel() for p in trained)                    # AdamW, where it is not fused
-    return fixed | {"gradients": grads, "activations": kept, "backward pass": top - kept,
-                    "peak": sum(fixed.values()) + max(grads + update, top + grads * (several or fsdp))}
+    if in_bf16 and not fsdp:
+        fixed["bf16 copies"] = 2 * all_weights  # autocast's, of every weight
+
+    # What comes and goes. The peak is in the backward pass, or in AdamW where it is not fused.
+    grads = 4 * size(trained) / shards
+    update = 0 if in_bf16 else 8 * max(p.numel() for p in trained)
+    rehearsal = rehearse_stage(args, stage, config, gpus, fsdp, checkpointing)
+    in_backward = rehearsal.peak
+    if gradients_add_up(stage, gpus) or fsdp:
+        in_backward += grads
+    peak = sum(fixed.values()) + max(grads + update, in_backward)
+    return fixed | {"gradients": grads, "activations": rehearsal.kept,
+                    "backward pass": rehearsal.peak - rehearsal.kept, "peak": peak}
 
 
 def plan(args: Args):
-    for stage in [args.stage] if args.stage is not None else [1, 2, 3]:
-        s = settings(args, stage, args.gpus)
-        (config, model), n, length = planned(args, s), s["batch_size"], s["max_length"]
-        if not (args.data or args.steps or args.recipe in N_SAMPLES):
-            raise ValueError(f"--plan: of how many steps? Give --steps or --data; {args.recipe}'s data sets are not on record here")
-        n_samples = args.epochs * (len(d.LlavaJson(args.data)) if args.data else N_SAMPLES.get(args.recipe, {}).get(stage, 0))
-        steps = s["steps"] if "steps" in s and (args.steps or not args.data) else max(1, n_samples // n)
-        way = "FSDP" if args.fsdp else f"experts over {args.expert_parallel}" if args.expert_parallel > 1 else "DDP"
-        if n % (args.gpus * s["micro_batch"]):
-            raise ValueError(f"batch size {n} is not a multiple of --gpus {args.gpus} x {s['micro_batch']} samples at a time")
-        print(f"\n{args.preset}, stage {stage}, {f'{args.gpus} GPUs ({way})' if args.gpus > 1 else '1 GPU'}: steps of {n}, "
-              f"{s['micro_batch']} samples a GPU at a time, each of {length} tokens and an image{' and a sound' * (config.audio is not None)}")
-        print("{:10} {:>14} {:>14} {:>14} {:>26} {:>10} {:>28}".format("", "parameters", "activated", "trained", "GFLOPs a sample: forward",
-                                                                       "backward", "again, with --checkpointing"))
-        rows = {}
-        plain, again = (rehearse_stage(args, s, config, args.gpus, args.fsdp and args.gpus > 1, on) for on in (False, True))
-        for part, both in count_parameters(model).items():
-            trained = sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad)
-            # FLOPs of one sample: forward, backward, and what checkpointing computes a second time
-            work = plain.forward[part], plain.backward[part], again.backward[part] - plain.backward[part]
-            rows[part] = [*both, trained, *(flops / s["micro_batch"] / 1e9 for flops in work)]
-        rows["all"] = [sum(column) for column in zip(*rows.values())]
-        for part, row in rows.items():
-            print("{:10} {:14,} {:14,} {:14,} {:26,.2f} {:10,.2f} {:28,.2f}".format(part, *row))
-        for on in (False, True):
-            kinds = memory(args, stage, args.gpus, args.fsdp, on)
-            if not on:
-                print(f"{'GB on each GPU; peak: the most at once':42}" + "".join(f"{k:>14}" for k in kinds))
-            print(f"{('with' if on else 'without') + ' --checkpointing':42}" + "".join(f"{v / 1e9:14,.2f}" for v in kinds.values()))
-        work = sum(rows["all"][3:5 + args.checkpointing]) * 1e9 * n
-        hours = steps * work / (args.mfu * args.peak_tflops * 1e12) / 3600
-        print(f"{steps:,} steps of {work / 1e12:,.1f} TFLOPs{' with checkpointing' * args.checkpointing}, {steps * n:,} samples: "
-              f"{hours:,.2f} GPU-hours, {hours / args.gpus:,.2f} hours, at {args.mfu:.0%} of {args.peak_tflops:g} TFLOP/s")
-        fits = lambda *how: memory(args, stage, *how)["peak"] < args.gpu_gb * 1e9
-        least = (f"{gpus} GPUs with --fsdp{' --checkpointing' * on}" for gpus in (2**i for i in range(12)) if n % gpus == 0
-                 for on in sorted({args.checkpointing, True}) if fits(gpus, True, on))
-        print(f"fits into {args.gpu_gb} GB" if fits(args.gpus, args.fsdp, args.checkpointing) else f"does NOT fit into {args.gpu_gb} GB; "
-              f"the smallest number (1, 2, 4, 8...) that does: {next(least, 'none. Try a smaller --micro-batch')}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def keep_pages():
-    """Let glibc keep the memory that tensors leave behind.
-
-    It takes every tensor over 32 MB from the kernel anew and gives it back afterwards. Each fresh
-    page is then a page fault, that is a trip to the kernel, which fills 4 KB with zeros: a fifth to
-    a half of a CPU step on long sequences. The price is a heap with gaps (a step of uni-moe peaks
-    at 3.3 GB, not 2.5). Whoever sets glibc's own MALLOC_ variables decides for himself; other C
-    libraries are left alone.
-    """
-    tuned = any(name.startswith("MALLOC_") for name in os.environ)
-    if platform.libc_ver()[0] != "glibc" or tuned:
-        return
-
-    # the numbers of these parameters in <malloc.h>, and their values
-    m_mmap_max = (-4, 0)
-    m_trim_threshold = (-1, 2**31 - 1)
-    m_top_pad = (-2, 10**8)
-    libc = ctypes.CDLL(None)
-    for parameter, value in (m_mmap_max, m_trim_threshold, m_top_pad):
-        libc.mallopt(parameter, value)
-
-
-def prepare_device(args: Args) -> torch.device:
-    """The device that the flags choose, set up for a run."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; leave the flag out for the CPU")
-    torch.set_float32_matmul_precision(args.matmul)
-    if args.matmul == "medium":
-        # the CPU's flash kernel multiplies small blocks, for which AMX is slow (this switch is the
-        # CPU's too)
-        torch.backends.cuda.enable_flash_sdp(False)
-
-    name = args.device
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        keep_pages()
-    return torch.device(name)
-
-
-def join_processes(args: Args, device: torch.device) -> torch.device:
-    """Under torchrun, meet the other processes -> this process's device.
-
-    Where torchrun has started all of them again because one died, args.resume becomes true.
-    """
-    if WORLD == 1:
-        return device
-    backend = "gloo"
-    if device.type == "cuda":
-        backend = "nccl"
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-
-    # after a restart torchrun's store still has the dead processes' addresses, and others might wait
-    # for these
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    store = None
-    if restarts and os.environ["GROUP_WORLD_SIZE"] == "1":
-        old_store, _, _ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"restart {restarts}", old_store)
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
-
-    # each node counts its own restarts
-    died = torch.tensor(restarts, device=device)
-    dist.all_reduce(died, dist.ReduceOp.MAX)
-    if died:
-        args.resume = True
-    return device
-
-
-def leave_processes():
-    if WORLD > 1:
-        dist.destroy_process_group()
-
-
-def stages_of(args: Args) -> list:
-    """The stages of this run, in order. uni-moe trains stage 2 once for each sense."""
-    numbers = [1, 2, 3]
+    """Print what the stages would cost."""
+    names = [1, 2, 3]
     if args.stage is not None:
-        numbers = [args.stage]
-    stages = []
-    for n in numbers:
-        if n == 2 and args.recipe == "uni-moe" and not args.data:
-            stages += SENSES
-        else:
-            stages.append(n)
-    return stages
+        names = [args.stage]
+    for name in names:
+        stage = settings(args, name, args.gpus)
+        steps = planned_steps(args, stage)
+        print_head(args, stage)
+        flops = print_work(args, stage)
+        print_memory(args, stage)
+        print_hours(args, stage, steps, flops)
+        print_fit(args, stage)
 
 
-def source_of(args: Args, stage, stages: list) -> str:
-    """The folder or file that a stage starts from."""
-    if args.init and stage == stages[0]:
-        return args.init
-    if stage == 1:
-        if args.preset not in DRAWN and not args.vision:
-            raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision CLIP_DIR and --llm LLM_DIR, or --init")
-        return HEARING if args.recipe == "uni-moe" else BACKBONES
-    if args.recipe != "uni-moe":
-        return place(args, number(stage) - 1)
-    if number(stage) == 2:
-        # each sense's expert begins where stage 1 ended
-        return place(args, 1)
-    # the mixture begins at the first of its experts, a dense model at the last that was trained
-    return expert_folders(args)[-1 if args.dense else 0]
+def planned_steps(args: Args, stage: Stage) -> int:
+    if not (args.data or args.steps or args.recipe in N_SAMPLES):
+        raise ValueError("--plan: of how many steps? Give --steps or --data; "
+                         f"{args.recipe}'s data sets are not on record here")
+    if stage.batch_size % (args.gpus * stage.micro_batch):
+        raise ValueError(f"batch size {stage.batch_size} is not a multiple of --gpus {args.gpus} x "
+                         f"{stage.micro_batch} samples at a time")
+    if args.steps or (stage.steps is not None and not args.data):
+        return stage.steps
+    if args.data:
+        n_samples = len(data.LlavaJson(args.data))
+    else:
+        n_samples = N_SAMPLES[args.recipe][stage.name]
+    return max(1, args.epochs * n_samples // stage.batch_size)
 
 
-def main(argv=None):
-    args = parse(argv)
-    if args.plan:
-        return plan(args)
-    device = prepare_device(args)
-    device = join_processes(args, device)
-    Config.from_preset(args.preset)                                                # an unknown name stops here
-    stages = stages_of(args)
-    began, first = time.time(), stages[0]
-    finished = [s for s in stages if os.path.exists(os.path.join(place(args, s), "config.json"))]
-    if args.resume:                                                                # skip what is finished
-        file, saved = newest_checkpoint(args.out)
-        running = saved["identity"]["stage"] if file else None
-        if running is not None and running not in stages:
-            raise ValueError(f"{file} belongs to stage {running}: give the flags that this run began with")
-        first = running or next((s for s in stages if s not in finished), None)
-        if first is None:
-            raise ValueError(f"nothing to resume: {args.out} holds a finished run")
-    elif args.stage is not None and (finished or checkpoints(args.out)):            # never write over a trained model
-        raise ValueError(f"{args.out} holds {'this stage' if finished else 'an unfinished run'} already: --resume, or another --out")
-    elif args.stage is None and RANK == 0 and os.path.exists(args.out):
-        n = next(n for n in range(1, 10**6) if not os.path.exists(f"{args.out}.{n}"))
-        os.rename(args.out, f"{args.out}.{n}")
-        say(f"{args.out} holds an earlier run: it is now {args.out}.{n}")
-    if WORLD > 1:
-        dist.barrier()
-    os.makedirs(args.out, exist_ok=True)
-    say(f"nanoCuMo {args.preset} on {WORLD} x {device.type} ({torch.get_num_threads()} threads), torch {torch.__version__}, "
-        f"stages {', '.join(map(str, stages))} -> {args.out}")
-    for i, stage in enumerate(stages):
-        if stages.index(first) > i:
-            say(f"stage {stage}: done before")
+def print_head(args: Args, stage: Stage):
+    gpus = "1 GPU"
+    if args.gpus > 1:
+        way = "DDP"
+        if args.fsdp:
+            way = "FSDP"
+        elif args.expert_parallel > 1:
+            way = f"experts over {args.expert_parallel}"
+        gpus = f"{args.gpus} GPUs ({way})"
+    senses = "an image"
+    if Config.from_preset(args.preset).audio is not None:
+        senses += " and a sound"
+    print(f"\n{args.preset}, stage {stage.name}, {gpus}: steps of {stage.batch_size}, "
+          f"{stage.micro_batch} samples a GPU at a time, each of {stage.max_length} tokens and "
+          f"{senses}")
+
+
+def print_work(args: Args, stage: Stage) -> float:
+    """The model's parts: their parameters and FLOPs -> FLOPs of a sample."""
+    config, model = planned(args, stage)
+    fsdp = args.fsdp and args.gpus > 1
+    plain = rehearse_stage(args, stage, config, args.gpus, fsdp, False)
+    checkpointed = rehearse_stage(args, stage, config, args.gpus, fsdp, True)
+
+    rows = {}
+    for part, (total, activated) in count_parameters(model).items():
+        params = getattr(model, part).parameters()
+        trained = sum(p.numel() for p in params if p.requires_grad)
+        again = checkpointed.backward[part] - plain.backward[part]
+        work = [flops / stage.micro_batch / 1e9
+                for flops in (plain.forward[part], plain.backward[part], again)]
+        rows[part] = [total, activated, trained, *work]
+    rows["all"] = [sum(column) for column in zip(*rows.values())]
+
+    print(f"{'':10} {'parameters':>14} {'activated':>14} {'trained':>14} "
+          f"{'GFLOPs a sample: forward':>26} {'backward':>10} {'again, with --checkpointing':>28}")
+    for part, (total, activated, trained, forward, backward, again) in rows.items():
+        print(f"{part:10} {total:14,} {activated:14,} {trained:14,} "
+              f"{forward:26,.2f} {backward:10,.2f} {again:28,.2f}")
+
+    forward, backward, again = rows["all"][3:]
+    flops = forward + backward
+    if args.checkpointing:
+        flops += again
+    return flops * 1e9
+
+
+def print_memory(args: Args, stage: Stage):
+    without = memory(args, stage.name, args.gpus, args.fsdp, False)
+    checkpointed = memory(args, stage.name, args.gpus, args.fsdp, True)
+    titles = "".join(f"{kind:>14}" for kind in without)
+    print(f"{'GB on each GPU; peak: the most at once':42}{titles}")
+    rows = {"without --checkpointing": without, "with --checkpointing": checkpointed}
+    for title, kinds in rows.items():
+        print(f"{title:42}" + "".join(f"{n / 1e9:14,.2f}" for n in kinds.values()))
+
+
+def print_hours(args: Args, stage: Stage, steps: int, flops: float):
+    flops *= stage.batch_size
+    hours = steps * flops / (args.mfu * args.peak_tflops * 1e12) / 3600
+    how = " with checkpointing" if args.checkpointing else ""
+    print(f"{steps:,} steps of {flops / 1e12:,.1f} TFLOPs{how}, {steps * stage.batch_size:,} "
+          f"samples: {hours:,.2f} GPU-hours, {hours / args.gpus:,.2f} hours, at {args.mfu:.0%} of "
+          f"{args.peak_tflops:g} TFLOP/s")
+
+
+def print_fit(args: Args, stage: Stage):
+    def fits(gpus, fsdp, checkpointing):
+        peak = memory(args, stage.name, gpus, fsdp, checkpointing)["peak"]
+        return peak < args.gpu_gb * 1e9
+
+    if fits(args.gpus, args.fsdp, args.checkpointing):
+        print(f"fits into {args.gpu_gb} GB")
+    else:
+        print(f"does NOT fit into {args.gpu_gb} GB; the smallest number (1, 2, 4, 8...) that does: "
+              f"{smallest_number(args, stage, fits)}")
+
+
+def smallest_number(args: Args, stage: Stage, fits) -> str:
+    """The fewest GPUs into which a stage fits, in words."""
+    for gpus in [2**i for i in range(12)]:
+        if stage.batch_size % gpus:
             continue
-        run_stage(args, stage, source_of(args, stage, stages), device)
-    if RANK == 0:
-        generate.draw_curves(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "loss.png"))
-        last = os.path.normpath(place(args, stages[-1]))
-        say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures. Try:\n"
-            f"  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\"")
-    leave_processes()
+        if not args.checkpointing and fits(gpus, True, False):
+            return f"{gpus} GPUs with --fsdp"
+        if fits(gpus, True, True):
+            return f"{gpus} GPUs with --fsdp --checkpointing"
+    return "none. Try a smaller --micro-batch"
+
+
+# ------------------------------------------------------------------------------------------------
+# 12. Checks of flags, and of the model that a stage begins with
+
+
+def validate(args: Args):
+    """ValueError where flags are out of range or do not go together: now, not when stage 3 begins."""
+    for f in dataclasses.fields(Args):
+        check_limits("--" + f.name.replace("_", "-"), getattr(args, f.name), f)
+    Config.from_preset(args.preset)  # an unknown name stops here
+    check_stages(args)
+    check_expert_flags(args)
+    if (args.lora_rank or 0) < 0 or (args.lora_alpha is not None and args.lora_alpha <= 0):
+        raise ValueError(f"--lora-rank {args.lora_rank} must be at least 1 (0: no adapters), "
+                         f"--lora-alpha {args.lora_alpha} above 0")
+
+    if bool(args.vision) != bool(args.llm):
+        alone = True
+    else:
+        alone = bool(args.vision) and (args.init is not None or args.stage not in (None, 1))
+    if alone:
+        raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room "
+                         "for --init")
+
+
+def check_limits(name: str, value, f: dataclasses.Field):
+    at_least = f.metadata["at_least"]
+    choices = f.metadata["choices"]
+    if value is None:
+        return
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} = {value} must be at least {at_least}")
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} {value}: known are {', '.join(choices)}")
+
+
+def check_stages(args: Args):
+    if args.stage not in (None, 1, 2, 3):
+        raise ValueError(f"--stage {args.stage}: the stages are 1, 2 and 3 (backbones for tiny "
+                         "presets: python assets/backbones.py)")
+    if args.upcycle_at not in (1, 2, 3):
+        raise ValueError(f"--upcycle-at {args.upcycle_at}: the stages are 1, 2 and 3")
+    if args.trains is not None:
+        for part in args.trains.split(","):
+            if part not in PARTS and part != "none":
+                raise ValueError(f"--trains {args.trains}: {part!r} is no part; known: "
+                                 f"{', '.join(PARTS)}")
+    for name in ("experts", "average", "audio"):
+        if getattr(args, name) and args.recipe != "uni-moe":
+            raise ValueError(f"--{name} belongs to --recipe uni-moe")
+
+
+def check_expert_flags(args: Args):
+    try:
+        numbers = [int(n) for n in args.n_experts.split(",")]
+    except ValueError:
+        raise ValueError(f"--n-experts {args.n_experts}: a number, or several with commas") from None
+    if args.recipe == "cumo" and len(numbers) > 1:
+        raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have "
+                         "one number")
+    if not 1 <= args.top_k <= min(numbers):
+        raise ValueError(f"top_k = {args.top_k} of {args.n_experts} experts; need 1 <= --top-k <= "
+                         "--n-experts")
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        value = getattr(args, name)
+        if not value >= 0:  # also where it is not a number
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0, or 0 to drop "
+                             "nothing")
+
+    # The number of experts of a single stage's model is known only when that is loaded.
+    n = args.expert_parallel
+    world = args.gpus if args.plan else WORLD
+    if n > 1 and args.fsdp:
+        raise ValueError("--expert-parallel and --fsdp are two ways to shard the same weights: "
+                         "give one of them")
+    if world % n:
+        raise ValueError(f"--expert-parallel {n}: {world} process(es) cannot form groups of {n}")
+    if args.stage is None and not args.dense and any(number % n for number in numbers):
+        raise ValueError(f"--n-experts {args.n_experts} is not a multiple of --expert-parallel {n}")
+
+
+def check_model(args: Args, model: nn.Module, tokenizer, source: str):
+    """Is it a model that these flags can train?"""
+    if tokenizer is None:
+        raise ValueError(f"{source}: has no tokenizer.json, which training needs; copy it there "
+                         "(where there is only a tokenizer.model, transformers' "
+                         "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it)")
+    if getattr(model, "vision", None) is None:
+        raise ValueError(f"{source}: a language model alone, without the vision tower and connector "
+                         "that training needs")
+    text = model.config.text
+    if args.recipe == "uni-moe" and model.config.audio is None:
+        raise ValueError(f"{source}: hears nothing; uni-moe's stage 1 wants --vision, --llm and "
+                         "--audio WHISPER_DIR")
+    if args.recipe != "cumo" and not args.dense and not any(text.n_experts):
+        decoder_experts(args, text.n_layers)  # a wrong placement stops stage 1 already
+
+
+def check_experts(args: Args, part):
+    """The model has experts. Flags that ask for others cannot be met."""
+    default = args.n_experts == Args.n_experts and args.top_k == Args.top_k
+    numbers = set(part.n_experts) - {0}
+    wanted = {int(n) for n in args.n_experts.split(",")}
+    if not default and (numbers != wanted or part.top_k != args.top_k):
+        raise ValueError(f"the model has experts already ({numbers}, top-{part.top_k}): "
+                         "--n-experts and --top-k cannot change them")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as e:                                             # one line, without a loading process's traceback
+    except (ValueError, OSError) as e:
+        # One line, without the traceback of a process that loads data.
         sys.exit(f"train.py: {str(e).rsplit('ValueError: ', 1)[-1].strip()}")
     except KeyboardInterrupt:
         sys.exit(130)

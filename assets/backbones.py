@@ -16,6 +16,7 @@ Their results ship beside this file, so train.py never needs it. A run writes to
 stage, log.jsonl, and a checkpoint from which --resume goes on.
 """
 import argparse
+import dataclasses
 import functools
 import os
 import random
@@ -45,10 +46,10 @@ FILES = {
     "0d": "uni-moe-tiny-backbones.safetensors",
 }
 STAGES = {
-    "0a": dict(lr=1e-3, batch_size=64, steps=3000),
-    "0b": dict(lr=2e-3, batch_size=64, steps=4500),
-    "0c": dict(lr=1e-3, batch_size=64, steps=1000),
-    "0d": dict(lr=1e-3, batch_size=64, steps=1000),
+    "0a": train.Stage(name="0a", lr=1e-3, batch_size=64, steps=3000),
+    "0b": train.Stage(name="0b", lr=2e-3, batch_size=64, steps=4500),
+    "0c": train.Stage(name="0c", lr=1e-3, batch_size=64, steps=1000),
+    "0d": train.Stage(name="0d", lr=1e-3, batch_size=64, steps=1000),
 }
 TITLES = {
     "0a": "tower, contrastively, on captions",
@@ -423,15 +424,15 @@ def path_of(args: train.Args, stage: str) -> str:
     return os.path.join(args.out, FILES[stage])
 
 
-def settings(args: train.Args, stage: str) -> dict:
-    """A stage's numbers: its own, the flags over them."""
-    s = dict(STAGES[stage])
-    for name in ("steps", "batch_size", "lr"):
-        if getattr(args, name) is not None:
-            s[name] = getattr(args, name)
-    share = s["batch_size"] // train.WORLD
-    s["micro_batch"] = min(args.micro_batch or share, max(1, share))
-    return s
+def settings(args: train.Args, name: str) -> train.Stage:
+    """A stage's values: its own, the flags over them."""
+    stage = dataclasses.replace(STAGES[name])
+    for value in ("steps", "batch_size", "lr"):
+        if getattr(args, value) is not None:
+            setattr(stage, value, getattr(args, value))
+    share = max(1, stage.batch_size // train.WORLD)
+    stage.micro_batch = min(args.micro_batch or share, share)
+    return stage
 
 
 def begin(args: train.Args, stage: str):
@@ -475,28 +476,28 @@ def objective(args: train.Args, stage: str, model: CuMo, tokenizer, n_samples: i
     return TextOnly(model), samples
 
 
-def run_stage(args: train.Args, stage: str, device):
+def run_stage(args: train.Args, name: str, device):
     """Train one stage and leave its file; a decoder is also asked questions in words."""
-    s = settings(args, stage)
+    stage = settings(args, name)
     torch.manual_seed(args.seed)
-    model, tokenizer = begin(args, stage)
-    # every scene is seen once
-    trained, samples = objective(args, stage, model, tokenizer, s["steps"] * s["batch_size"])
-    say(f"stage {stage}: {TITLES[stage]}; {s['steps']} steps of {s['batch_size']}")
+    model, tokenizer = begin(args, name)
 
-    def done(_):
-        if train.RANK > 0:
-            return
-        save_backbones(model, path_of(args, stage), tokenizer)
+    # Every scene is seen once.
+    n_samples = stage.steps * stage.batch_size
+    trained, samples = objective(args, name, model, tokenizer, n_samples)
+    say(f"stage {name}: {TITLES[name]}; {stage.steps} steps of {stage.batch_size}, lr {stage.lr:g}")
+    loader = train.loader(samples, stage, args, samples.collate)
+    _, stopped = train.train(args, stage, trained, loader, device)
+
+    if train.RANK == 0:
+        save_backbones(model, path_of(args, name), tokenizer)
         worlds = {"0b": ("image",), "0d": ("image", "sound", "both")}
-        for world in worlds.get(stage, ()):
+        for world in worlds.get(name, ()):
             scores = generate.evaluate(model, tokenizer, args.eval_questions, in_words=True,
                                        world=world)
             generate.print_table(
                 scores, f"the decoder alone, on held-out {world} questions in words")
-
-    loader = train.loader(samples, s, args, samples.collate)
-    train.train(args, stage, s, trained, loader, device, done)
+    train.finish_stage(args, stopped)
 
 
 def parse(argv=None) -> tuple[list[str], train.Args]:
@@ -523,7 +524,8 @@ def parse(argv=None) -> tuple[list[str], train.Args]:
     parser.add_argument("--matmul", choices=("highest", "high", "medium"), default=default.matmul,
                         help="as train.py's: medium is a third faster on CPUs with AMX")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="torch.compile the blocks; default: on CUDA")
+                        help="torch.compile the blocks; default: off, as such short runs end "
+                        "before it pays")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data")
     parser.add_argument("--save-every", type=count, default=default.save_every,
                         help="steps between checkpoints")

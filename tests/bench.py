@@ -7,6 +7,7 @@
     python tests/bench.py images                    reading images, against Pillow's bare work
 """
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -284,18 +285,18 @@ def as_released(x, r, *weights, **_):
     return samples_and_experts(x[None], row, *weights[:6])[0]
 
 
-def a_batch(args, s: dict, config: Config, device) -> dict:
+def a_batch(args, stage: train.Stage, config: Config, device) -> dict:
     """A micro-batch of stage 3 on the device."""
-    rows = s["micro_batch"]
+    rows = stage.micro_batch
     if args.preset == "tiny":
         tokenizer = load_backbones(train.BACKBONES)[1]
         drawn = data.Drawn("chat", rows, args.seed)
         encoded = data.Encoded(drawn, tokenizer, "tiny", config.vision.image_size,
-                               config.n_image_tokens, s["max_length"])
+                               config.n_image_tokens, stage.max_length)
         batch = data.collate([encoded[i] for i in range(rows)])
     else:
         # there is no tokenizer at hand: any words do
-        words = torch.randint(config.text.vocab_size, (rows, s["max_length"]))
+        words = torch.randint(config.text.vocab_size, (rows, stage.max_length))
         slots = torch.arange(config.n_image_tokens)
         size = config.vision.image_size
         batch = {"tokens": words.index_fill(1, slots, IMAGE), "labels": words,
@@ -303,33 +304,33 @@ def a_batch(args, s: dict, config: Config, device) -> dict:
     return {name: t.to(device) for name, t in batch.items() if torch.is_tensor(t)}
 
 
-def step_work(config: Config, s: dict, n_tokens: int) -> float:
+def step_work(config: Config, stage: train.Stage, n_tokens: int) -> float:
     """FLOPs of a micro-batch, forward and backward."""
-    counted = train.rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), (), s["micro_batch"],
+    counted = train.rehearse(json.dumps(config.to_dict()), tuple(stage.trains), (), stage.micro_batch,
                              n_tokens, False, False, torch.bfloat16)
     return sum(counted.forward.values()) + sum(counted.backward.values())
 
 
-def widen(dense: Config, recipe: str, s: dict, n_tokens: int, work: float):
+def widen(dense: Config, recipe: str, stage: train.Stage, n_tokens: int, work: float):
     """Widen the FFNs in the place of experts until a step of `dense` costs `work` FLOPs."""
     part = dense.vision if recipe == "cumo" else dense.text
     # the work is a linear function of the width: two points give the line
     part.ffn_dim = 1024
-    low = step_work(dense, s, n_tokens)
+    low = step_work(dense, stage, n_tokens)
     part.ffn_dim = 2048
-    high = step_work(dense, s, n_tokens)
+    high = step_work(dense, stage, n_tokens)
     width = 1024 + 1024 * (work - low) / (high - low)
     part.ffn_dim = max(8, 8 * round(width / 8))
 
 
-def step_runs(name: str, config: Config, s: dict, args, batch: dict, n_micro: int, device) -> dict:
+def step_runs(name: str, config: Config, stage: train.Stage, args, batch: dict, n_micro: int, device) -> dict:
     """{row's name: a callable that makes one step} of a model with random weights.
 
     A step goes through the batch n_micro times and then updates the weights.
     """
     with device:
         model = CuMo(config).train()
-    choose_trainable(model, s["trains"])
+    choose_trainable(model, stage.trains)
     params = [p for p in model.parameters() if p.requires_grad]
     on_cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(params, lr=1e-5, fused=on_cuda)
@@ -383,32 +384,32 @@ def bench_step(args):
     if args.batch_size is None and args.micro_batch is not None:
         args.batch_size = args.micro_batch  # one micro-batch; with --batch-size, so many as it has
     device = train.prepare_device(args)
-    s = train.settings(args, 3)
-    n_micro = s["batch_size"] // s["micro_batch"]
-    config, _ = train.planned(args, s)
-    dense, _ = train.planned(args, s | {"experts": False})
+    stage = train.settings(args, 3)
+    n_micro = stage.batch_size // stage.micro_batch
+    config, _ = train.planned(args, stage)
+    dense, _ = train.planned(args, dataclasses.replace(stage, has_experts=False))
     torch.manual_seed(args.seed)
-    batch = a_batch(args, s, config, device)
+    batch = a_batch(args, stage, config, device)
     n_tokens = batch["tokens"].shape[1]
 
     # a dense model of equal FLOPs
-    work = step_work(config, s, n_tokens)
-    widen(dense, args.recipe, s, n_tokens, work)
-    works = {"experts": work, "as released": work, "dense": step_work(dense, s, n_tokens)}
+    work = step_work(config, stage, n_tokens)
+    widen(dense, args.recipe, stage, n_tokens, work)
+    works = {"experts": work, "as released": work, "dense": step_work(dense, stage, n_tokens)}
 
-    runs = step_runs("experts", config, s, args, batch, n_micro, device)
+    runs = step_runs("experts", config, stage, args, batch, n_micro, device)
     if device.type == "cuda":
         seconds, peaks = time_steps(runs, device, n_steps)
         del runs
-        runs = step_runs("dense", dense, s, args, batch, n_micro, device)
+        runs = step_runs("dense", dense, stage, args, batch, n_micro, device)
         more = time_steps(runs, device, n_steps)
         seconds |= more[0]
         peaks |= more[1]
     else:
-        runs |= step_runs("dense", dense, s, args, batch, n_micro, device)
+        runs |= step_runs("dense", dense, stage, args, batch, n_micro, device)
         seconds, peaks = time_steps(runs, device, n_steps)
 
-    rows = s["micro_batch"] * n_micro
+    rows = stage.micro_batch * n_micro
     speed = matmul_speed(device.type, torch.bfloat16 if device.type == "cuda" else torch.float32)
     print(f"{name_of(device.type)}, {args.preset}, {n_micro} x {s['micro_batch']} samples of "
           f"{n_tokens} tokens; matrix products reach {speed / 1e12:.3f} TFLOP/s")

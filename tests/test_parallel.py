@@ -14,7 +14,7 @@ sys.path[:0] = [(here := os.path.dirname(os.path.abspath(__file__))), os.path.di
 import kernels as k
 import model as m
 import train
-from test_train import (SMALL, alternating, assert_same_run, base, flags, interrupt_at, quiet_machine, rows, run,  # noqa: F401 (fixtures)
+from test_train import (SMALL, alternating, assert_same_run, base, checkpoint, flags, interrupt_at, quiet_machine, rows, run,  # noqa: F401 (fixtures)
                         start, weights, write_llava)
 from upcycle import load, save
 
@@ -153,9 +153,9 @@ def test_experts_in_the_decoder_with_capacity_and_padding_train_as_without_shard
 
 
 def test_a_checkpoint_is_that_of_a_single_process_and_resumes_as_one(ways, base):
-    saved = torch.load(f"{ways[0]}/experts stopped/checkpoint.pt", weights_only=True)
-    assert saved["step"] == 4 and saved["model"]["connector.ffn.w_in"].shape == (4, 32, 32)
-    assert saved["optimizer"]["state"]["connector.ffn.w_in"]["exp_avg"].shape == (4, 32, 32)
+    _, about, tensors = checkpoint(f"{ways[0]}/experts stopped")
+    assert about["step"] == 4 and tensors["model.connector.ffn.w_in"].shape == (4, 32, 32)
+    assert tensors["optimizer.connector.ffn.w_in.exp_avg"].shape == (4, 32, 32)
     out = run(base, f"{ways[0]}/experts stopped", "--stage", 3, "--lr", 1e-3, "--steps", 10, "--resume")
     assert_same_run(out, f"{ways[0]}/single")
 

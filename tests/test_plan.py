@@ -114,7 +114,7 @@ def assert_counted(config, trains, length, device="meta", rel=1e-6):
 @pytest.mark.parametrize("stage,device", [(1, "meta"), (3, "meta"), (3, "cpu")])
 def test_flops_of_tiny(stage, device):
     args, config = config_of("--preset", "tiny", stage=stage)
-    trains = train.settings(args, stage)["trains"]
+    trains = train.settings(args, stage).trains
     forward, backward = assert_flops(config, trains, 128, 0.004, 0.004)
     assert forward == pytest.approx(flops_by_hand(config, 128), rel=0.004)         # and every part
     assert backward == pytest.approx(flops_by_hand(config, 128, trains=trains), rel=0.005)
@@ -174,12 +174,12 @@ def test_memory_is_what_a_run_allocates(stage, micro, checkpointing):
 
     def run():
         model = CuMo(config).train()
-        choose_trainable(model, s["trains"])
+        choose_trainable(model, s.trains)
         model.checkpointing(checkpointing)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         for _ in range(2):                                                         # AdamW's state is there from the first step's end
             for _ in range(8 // micro):
-                tokens, images = torch.full((micro, s["max_length"]), 7), torch.randn(micro, 3, 48, 48)
+                tokens, images = torch.full((micro, s.max_length), 7), torch.randn(micro, 3, 48, 48)
                 tokens[:, :config.n_image_tokens] = IMAGE
                 model(tokens, images, labels=tokens.clamp(min=0)).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

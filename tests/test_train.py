@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import random
 import runpy
 import shutil
@@ -16,8 +17,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import backbones
 import data as d
@@ -41,8 +44,9 @@ torch.set_num_threads(1)
 root, result_file, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 sys.path.insert(0, root)
 import data, train
-real_collate, real_save, result = data.collate, torch.save, []
-if train.WORLD > 1:                                  # one process group for all jobs
+from torch.distributed.checkpoint import FileSystemWriter
+real_collate, real_write, result = data.collate, FileSystemWriter.write_data, []
+if train.LAUNCHED:                                  # one process group for all jobs
     dist.init_process_group("gloo")
     leave, dist.init_process_group, dist.destroy_process_group = dist.destroy_process_group, lambda *_, **__: None, lambda: None
 for job in jobs:
@@ -53,15 +57,17 @@ for job in jobs:
         if calls == job["at"]:
             os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGINT)
         return real_collate(samples)
-    def half(value, name):
+    def half(writer, *args):
         global calls
         calls += 1
-        real_save(value, name)
+        done = real_write(writer, *args)
         if calls == job["at"]:
+            name = os.path.join(writer.path, "__0_0.distcp")
             os.truncate(name, os.path.getsize(name) // 2)
             os._exit(9)
+        return done
     data.collate = collate if fault in ("kill", "interrupt") else real_collate
-    torch.save = half if fault == "half" else real_save
+    FileSystemWriter.write_data = half if fault == "half" else real_write
     sys.argv = ["train.py", *job["argv"]]
     try:
         runpy.run_path(job.get("file", train.__file__), run_name="__main__")
@@ -72,7 +78,7 @@ for job in jobs:
         result.append(e.code)
     with open(result_file + str(train.RANK), "w") as f:
         json.dump(result, f)
-if train.WORLD > 1:
+if train.LAUNCHED:
     leave()
 """
 
@@ -143,6 +149,15 @@ def rows(out):
 
 def weights(folder):
     return load_file(os.path.join(folder, "model.safetensors"))
+
+
+def checkpoint(out):
+    """The newest checkpoint -> (its path, step and so on, {name: tensor})."""
+    path, about = train.newest_checkpoint(str(out))
+    shapes = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(t.size) for name, t in shapes.items()}
+    dcp.load(tensors, checkpoint_id=path)
+    return path, about, tensors
 
 
 def assert_same_run(out, reference, tolerance=1e-5):
@@ -235,7 +250,7 @@ def ways(base, tmp_path_factory):
             dict(argv=flags(base, at("three"), *three)),
             dict(argv=flags(base, at("three killed"), *three), fault="kill", at=4 + 4, rank=1)]
     code, out, err = start(folder, jobs, processes=2)
-    assert code != 0 and os.path.exists(at("three killed/checkpoint.pt")), f"{out}\n{err}"
+    assert code != 0 and train.newest_checkpoint(at("three killed"))[0], f"{out}\n{err}"
     with open(at("result0")) as f:
         results = json.load(f)
     names = [os.path.basename(j["argv"][3]) for j in jobs]
@@ -288,7 +303,7 @@ def test_two_processes_killed_in_stage_2_resume_exactly(ways):
         assert torch.equal(weights(f"{ways[0]}/three killed")[name], w), name
 
 
-def test_weigh_makes_the_loss_independent_of_the_cut(base):
+def test_loss_weight_makes_the_loss_independent_of_the_cut(base):
     model, tokenizer = load(base)
     upcycle(model, vision=4, connector=4)
     samples = [d.Drawn("chat", 5, 3)[i] for i in range(5)]
@@ -299,11 +314,11 @@ def test_weigh_makes_the_loss_independent_of_the_cut(base):
     def parts(cut):
         batches = [d.collate([encoded[i] for i in part]) for part in cut]
         for b in batches:
-            b["n_labels"], b["n_images"] = int((b["labels"][:, 1:] != d.IGNORE).sum()), len(b["tokens"])      # one image a row, or a blank
-        total, out = [sum(b["n_labels"] for b in batches), sum(b["n_images"] for b in batches)], {}
+            assert len(b["images"]) == len(b["tokens"])                            # one image a row, or a blank
+        total, out = train.count(batches, 0, "cpu"), {}
         for b in batches:
             for name, v in model.train()(b["tokens"], b["images"], labels=b["labels"]).parts.items():
-                out[name] = out.get(name, 0) + train.weigh(name, b, total, len(batches)) * v.item()
+                out[name] = out.get(name, 0) + train.loss_weight(name, b, total, len(batches)) * v.item()
         return out
     whole = parts([range(6)])
     assert whole["lm"] > 1 and whole["vision/balance"] > 0.9 and whole["connector/z"] > 0.1
@@ -311,12 +326,12 @@ def test_weigh_makes_the_loss_independent_of_the_cut(base):
         assert parts(cut) == pytest.approx(whole, rel=1e-5)
 
 
-def test_weigh_by_hand():
-    batch = {"n_labels": 3, "n_images": 1}
-    assert train.weigh("lm", batch, [12, 4], 2) == 0.25
-    assert train.weigh("vision/z", batch, [12, 4], 2) == train.weigh("connector/balance", batch, [12, 4], 2) == 0.25
-    assert train.weigh("text/balance", batch, [12, 4], 2) == 0.5
-    assert train.weigh("vision/z", {"n_labels": 3, "n_images": 0}, [12, 0], 2) == 0        # a batch of text alone
+def test_loss_weight_by_hand():
+    batch, total = {"n_labels": 3, "n_images": 1}, train.Totals(12, 4, 0, 0, 0)
+    assert train.loss_weight("lm", batch, total, 2) == 0.25
+    assert train.loss_weight("vision/z", batch, total, 2) == train.loss_weight("connector/balance", batch, total, 2) == 0.25
+    assert train.loss_weight("text/balance", batch, total, 2) == 0.5
+    assert train.loss_weight("vision/z", {"n_labels": 3, "n_images": 0}, total._replace(images=0), 2) == 0       # a batch of text alone
 
 
 def test_activation_checkpointing_changes_nothing(ways, base, tmp_path, monkeypatch):
@@ -352,7 +367,7 @@ def assert_resumes_exactly(base, out, whole):
     for folder in ("stage1", "stage2", ""):
         want, got = weights(os.path.join(whole, folder)), weights(os.path.join(out, folder))
         assert all(torch.equal(got[name], want[name]) for name in want), folder
-    assert not os.path.exists(os.path.join(out, "checkpoint.pt"))
+    assert not os.path.exists(os.path.join(out, "checkpoint"))
 
 
 @pytest.mark.parametrize("step", [1, 3])             # before stage 2's first checkpoint, and after it
@@ -360,7 +375,7 @@ def test_killed_in_stage_2_resumes_exactly(base, whole, tmp_path, step):
     out = str(tmp_path / "o")
     code, text, err = start(tmp_path, [dict(argv=flags(base, out, *THREE), fault="kill", at=6 + step + 1)])
     assert code == -signal.SIGKILL, f"{text}\n{err}"
-    assert os.path.exists(os.path.join(out, "checkpoint.pt")) == (step == 3)
+    assert (train.newest_checkpoint(out)[0] is not None) == (step == 3)
     last = (rows(out)[-1]["stage"], rows(out)[-1]["step"])                   # a batch is made while the step before it is taken
     assert last in ((2, step - 1), (2, step - 2) if step > 1 else (1, 5))
     assert_resumes_exactly(base, out, whole)
@@ -370,22 +385,23 @@ def test_killed_while_writing_a_checkpoint_the_one_before_is_whole(base, whole, 
     out = str(tmp_path / "o")
     code, text, err = start(tmp_path, [dict(argv=flags(base, out, *THREE), fault="half", at=2 + 2)])    # stage 2, behind step 4
     assert code == 9, f"{text}\n{err}"
-    assert torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)["step"] == 2 and rows(out)[-1]["step"] == 3
+    assert train.newest_checkpoint(out)[1]["step"] == 2 and rows(out)[-1]["step"] == 3
     assert_resumes_exactly(base, out, whole)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_no_litter(base, whole, tmp_path, monkeypatch):
-    real, calls, out = torch.save, [], str(tmp_path / "o")
+    real, calls, out = dcp.FileSystemWriter.write_data, [], str(tmp_path / "o")
 
-    def full(value, name):
-        calls.append(name)
-        real(value, name)
+    def full(*args):
+        calls.append(1)
+        done = real(*args)
         if len(calls) == 4:
             raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(torch, "save", full)
+        return done
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="checkpoint/4: cannot be written: .*No space"):
+        patch.setattr(dcp.FileSystemWriter, "write_data", full)
         run(base, out, *THREE)
-    assert not [f for f in os.listdir(out) if f.endswith(".tmp")]
+    assert os.listdir(os.path.join(out, "checkpoint")) == ["2"]
     assert_resumes_exactly(base, out, whole)
 
 
@@ -393,7 +409,7 @@ def test_ctrl_c_exits_with_130_and_resumes_exactly(base, whole, tmp_path):
     out = str(tmp_path / "o")
     code, text, err = start(tmp_path, [dict(argv=flags(base, out, *THREE), fault="interrupt", at=6 + 2)])
     assert code == 130 and "Traceback" not in err and "--resume" in text, f"{text}\n{err}"
-    assert torch.load(os.path.join(out, "checkpoint.pt"), weights_only=True)["step"] == 2
+    assert train.newest_checkpoint(out)[1]["step"] == 2
     assert_resumes_exactly(base, out, whole)
 
 
@@ -432,7 +448,7 @@ def test_resume_with_other_flags_is_an_error(base, stopped, tmp_path, other):
     if other == "init":
         save(m.CuMo(m.Config(**{**SMALL, "text": {**SMALL["text"], "dim": 16}})), str(tmp_path / "narrow"), load(base)[1])
         other = ["--init", str(tmp_path / "narrow")]
-    with pytest.raises(ValueError, match="checkpoint.pt was written with .*: give the same flags"):
+    with pytest.raises(ValueError, match="checkpoint/2 was written with .*: give the same flags"):
         run(base, stopped, "--stage", 3, "--resume", *other)
 
 
@@ -443,16 +459,48 @@ def test_a_log_line_cut_short_is_written_again(base, stopped, tmp_path):
     assert [r["step"] for r in rows(run(base, out, "--stage", 3, "--resume"))] == [0, 1, 2, 3, 4]
 
 
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("how", ["call", "bytes"])
+def test_a_forged_checkpoint_runs_no_code(base, stopped, tmp_path, monkeypatch, how):
+    out = shutil.copytree(stopped, tmp_path / "o")
+    monkeypatch.chdir(tmp_path)
+    file = out / "checkpoint" / "2" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    name = next(iter(metadata.state_dict_metadata))
+    if how == "call":                                                              # the table of contents itself calls something
+        metadata.planner_data = Evil()
+    else:                                                                          # it says that a tensor is a pickle, which calls something
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        (file.parent / "__0_0.distcp").write_bytes(pickle.dumps(Evil()))
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"checkpoint/2: cannot be read: .metadata names .*, which train.py does not write") as e:
+        run(base, out, "--stage", 3, "--resume")
+    assert "\n" not in str(e.value) and not (tmp_path / "pwned").exists()
+
+
+def test_what_may_differ_is_named_and_all_else_is_compared(base, stopped, tmp_path):
+    identity = train.newest_checkpoint(stopped)[1]["identity"]
+    fields = {f.name for f in dataclasses.fields(train.Args)}
+    assert train.FREE <= fields and fields - train.FREE <= set(identity) and not {"name", "micro_batch", "device"} & set(identity)
+    out = shutil.copytree(stopped, tmp_path / "o")
+    run(base, out, "--stage", 3, "--resume", "--micro-batch", 4, "--checkpointing", "--save-every", 3, "--eval-questions", 7)
+    assert [r["step"] for r in rows(out)] == list(range(5))
+
+
 def test_resume_of_another_stage_is_an_error(base, stopped):
     with pytest.raises(ValueError, match="belongs to stage 3"):
         run(base, stopped, "--stage", 2, "--resume")
 
 
 def test_a_new_run_does_not_write_over_an_unfinished_one(base, stopped):
-    before = open(os.path.join(stopped, "checkpoint.pt"), "rb").read()
+    files = {name: open(os.path.join(stopped, "checkpoint/2", name), "rb").read() for name in os.listdir(os.path.join(stopped, "checkpoint/2"))}
     with pytest.raises(ValueError, match="holds an unfinished run"):
         run(base, stopped, "--stage", 3)
-    assert open(os.path.join(stopped, "checkpoint.pt"), "rb").read() == before
+    assert files and all(open(os.path.join(stopped, "checkpoint/2", name), "rb").read() == files[name] for name in files)
 
 
 def test_resume_of_a_finished_run_is_an_error(base, whole):
@@ -495,14 +543,15 @@ def test_the_log_has_the_learning_rate_of_each_step(whole):
 
 def test_flags_go_over_the_tiny_preset_and_that_over_the_recipe(monkeypatch):
     s = train.settings(train.parse([]), 1)
-    assert s["trains"] == ("connector",) and s["template"] == "plain" and not s["experts"]                # recipe
-    assert s["lr"] == train.TINY[1]["lr"] != train.RECIPE[1]["lr"] and s["batch_size"] == train.TINY[1]["batch_size"]
+    assert s.trains == ("connector",) and s.template == "plain" and not s.has_experts                # recipe
+    assert s.lr == train.TINY[1]["lr"] != train.CUMO[1].lr and s.batch_size == train.TINY[1]["batch_size"]
     s = train.settings(train.parse("--lr 0.5 --steps 7 --batch-size 12 --max-length 99 --template vicuna".split()), 1)
-    assert (s["lr"], s["steps"], s["batch_size"], s["max_length"], s["template"]) == (0.5, 7, 12, 99, "vicuna")
+    assert (s.lr, s.steps, s.batch_size, s.max_length, s.template) == (0.5, 7, 12, 99, "vicuna")
     s = train.settings(train.parse(["--preset", "cumo-mistral-7b"]), 3)
-    assert {**s, "micro_batch": 0} == {**train.RECIPE[3], "micro_batch": 0, "experts": True, "aux": True} and s["lr"] == 4e-6 and s["batch_size"] == 256
-    assert train.settings(train.parse([]), 3)["experts"] and not train.settings(train.parse(["--dense"]), 3)["experts"]
-    micro = lambda *argv: train.settings(train.parse([*argv]), 3)["micro_batch"]
+    assert s == dataclasses.replace(train.CUMO[3], name=3, has_experts=True, micro_batch=4) and s.lr == 4e-6 and s.batch_size == 256
+    assert s.routing_losses and not train.settings(train.parse([]), 2).routing_losses
+    assert train.settings(train.parse([]), 3).has_experts and not train.settings(train.parse(["--dense"]), 3).has_experts
+    micro = lambda *argv: train.settings(train.parse([*argv]), 3).micro_batch
     assert micro("--batch-size", "12") == 12 and micro("--batch-size", "12", "--micro-batch", "3") == 3
     assert micro("--preset", "cumo-mistral-7b") == 4 and micro("--batch-size", "2", "--micro-batch", "3") == 2
     monkeypatch.setattr(train, "WORLD", 4)
@@ -529,7 +578,7 @@ def test_exactly_what_trains_gets_a_gradient(batch, stage, moe, select):
     reached = small(select, moe)                                                   # all that the loss can reach, by experiment
     reached.train()(**batch).loss.backward()
     reached = {n for n, p in reached.named_parameters() if p.grad is not None}
-    trains = train.RECIPE[stage]["trains"]
+    trains = train.CUMO[stage].trains
     want = {n for n in reached if n.split(".")[0] in trains}
     model = small(select, moe)
     m.choose_trainable(model, trains)
@@ -607,11 +656,11 @@ def test_ten_bad_steps_in_a_row_stop_and_name_the_last_good_checkpoint(base, tmp
     seen = poison(monkeypatch, range(3, 99))
     with pytest.raises(ValueError, match="10 steps in a row") as e:
         run(base, tmp_path / "o", "--stage", 3, "--steps", 30, "--save-every", 2)
-    file = os.path.join(tmp_path, "o", "checkpoint.pt")
-    saved = torch.load(file, weights_only=True)
-    assert f"{file}, step {saved['step']}" in str(e.value) and "--lr" in str(e.value)
-    first, last = ({k: seen[i][k] for k in saved["model"]} for i in (0, 3))        # what trains, of the weights at that step
-    assert len(seen) == 13 and same(last, saved["model"]) and not same(first, saved["model"])
+    path, about, tensors = checkpoint(tmp_path / "o")
+    assert f"{path}, step {about['step']}" in str(e.value) and "--lr" in str(e.value)
+    saved = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    first, last = ({k: seen[i][k] for k in saved} for i in (0, 3))                 # what trains, of the weights at that step
+    assert saved and len(seen) == 13 and same(last, saved) and not same(first, saved)
 
 
 def test_nine_bad_steps_in_a_row_do_not_stop(base, tmp_path, monkeypatch):
@@ -869,8 +918,8 @@ def test_the_presets_default_to_the_papers_hyperparameters(monkeypatch):
     want = {1: (1e-3, 256, 2048, "plain"), 2: (2e-6, 128, 4096, None), 3: (4e-6, 256, 4096, None)}
     for stage, (lr, batch, length, template) in want.items():
         s = train.settings(train.parse(["--preset", "cumo-mistral-7b"]), stage)
-        assert (s["lr"], s["batch_size"], s["max_length"], s["template"], s["micro_batch"]) == (lr, batch, length, template, 4)
-    assert train.settings(train.parse(["--preset", "cumo-mixtral-8x7b"]), 3)["lr"] == 2e-6
+        assert (s.lr, s.batch_size, s.max_length, s.template, s.micro_batch) == (lr, batch, length, template, 4)
+    assert train.settings(train.parse(["--preset", "cumo-mixtral-8x7b"]), 3).lr == 2e-6
     assert train.parse(["--preset", "cumo-mistral-7b"]).out == os.path.join("out", "cumo-mistral-7b")
 
 
