@@ -1,5 +1,6 @@
 """kernels.py against the formulas of DESIGN.md section 4, written out again in plain Python."""
 import math
+import textwrap
 from fractions import Fraction
 
 import pytest
@@ -366,3 +367,17 @@ def test_moe_ffn_refuses_a_routing_for_other_tokens():
     (x, w, *rest), experts = problem(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"\(8,\).*\(9,\)"):
         moe_ffn(x, Routing(w[:8], experts[:8], None, None), *rest)
+
+
+def test_the_example_in_the_docstring_runs_and_its_loss_falls():
+    example = kernels.__doc__.split("How to use it:")[1].split("Letters for shapes")[0]
+    scope = {}
+    exec(textwrap.dedent(example), scope)
+    before = scope["loss"].item()
+    for _ in range(20):
+        y, routing = scope["layer"](scope["x"])
+        loss = (y - scope["x"].flip(1)).square().mean() + 0.1 * routing.balance + 0.01 * routing.z
+        scope["optimizer"].zero_grad()
+        loss.backward()
+        scope["optimizer"].step()
+    assert loss.item() < before and scope["y"].shape == (8, 100, 64)
