@@ -20,8 +20,9 @@ The features are written over the slots of all rows at once. So there is no loop
 and the shapes do not depend on what is in the batch.
 
 Letters for shapes, in all of this file: B batch, T tokens in a sequence, V vocabulary, n images,
-S side of an image in pixels, N tokens of an image or states of a sound, m chunks of sound, Q slots
-of a chunk, D width, H heads, d width of a head, E experts, K experts a token.
+S side of an image in pixels, N patches of an image or states of a sound, m chunks of sound, Q slots
+of a chunk, D width, H heads (H_kv of keys and values), d width of a head, E experts, K experts a
+token.
 
 `python model.py` prints the number of parameters of every preset.
 """
@@ -52,9 +53,9 @@ IGNORE = -100  # the label of a token that is not learnt
 #    presets stand near the end of this file, and so do the checks of these numbers.
 
 
-def size(default):
+def positive(default):
     """A field that must be a whole number above 0."""
-    return field(default=default, metadata={"size": True})
+    return field(default=default, metadata={"positive": True})
 
 
 def one_of(choices, default):
@@ -65,12 +66,12 @@ def one_of(choices, default):
 @dataclass
 class VisionConfig:
     """CLIP's vision tower."""
-    image_size: int = size(336)  # in pixels
-    patch_size: int = size(14)
-    dim: int = size(1024)
-    n_layers: int = size(24)
-    n_heads: int = size(16)
-    ffn_dim: int = size(4096)
+    image_size: int = positive(336)  # in pixels
+    patch_size: int = positive(14)
+    dim: int = positive(1024)
+    n_layers: int = positive(24)
+    n_heads: int = positive(16)
+    ffn_dim: int = positive(4096)
     act: str = one_of(ACTIVATIONS, "quick_gelu")
     norm_eps: float = 1e-5
     # Which hidden state are the features? -1 is the output of the last layer; -2, LLaVA's choice,
@@ -103,14 +104,14 @@ class ConnectorConfig:
 @dataclass
 class TextConfig:
     """The decoder."""
-    vocab_size: int = size(32000)
-    dim: int = size(4096)
-    n_layers: int = size(32)
-    n_heads: int = size(32)
+    vocab_size: int = positive(32000)
+    dim: int = positive(4096)
+    n_layers: int = positive(32)
+    n_heads: int = positive(32)
     # Grouped-query attention: several query heads share a head of keys and values.
-    n_kv_heads: int = size(8)
+    n_kv_heads: int = positive(8)
     head_dim: int | None = None  # None: dim / n_heads
-    ffn_dim: int = size(14336)
+    ffn_dim: int = positive(14336)
     act: str = one_of(ACTIVATIONS, "silu")
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
@@ -148,10 +149,10 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     audio: "AudioConfig | None" = None  # None: it hears nothing (section 7)
     template: str = "mistral"  # of conversations, see data.py
-    # A video's frames fill the slots of so many images. False: those of one, with the mean of
-    # their features (Uni-MoE).
+    # True: each frame of a video fills the slots of an image. False: the whole video fills those
+    # of one image, with the mean of its frames' features (Uni-MoE).
     frames_apart: bool = False
-    # Weights of the auxiliary losses, see total_loss. CuMo's, from section 4.1 of the paper.
+    # What the auxiliary losses weigh (total_loss). These are CuMo's, section 4.1 of the paper.
     balance_coef: float = 0.1
     z_coef: float = 0.01
 
@@ -211,10 +212,10 @@ def run_block(block: nn.Module, checkpointing: bool, *args):
 
 
 class SenseBlock(nn.Module):
-    """A transformer block of a sense: LayerNorm first, attention in both directions, an FFN or MoE.
+    """A transformer block for what is there all at once, so each token looks at all others.
 
-    CLIP has biases everywhere, Whisper everywhere but in the keys. `config` is a VisionConfig or
-    an AudioConfig.
+    Used by the vision tower, the ear and the resampler. `config` is a VisionConfig or an
+    AudioConfig. CLIP has biases everywhere, Whisper everywhere but in the keys.
     """
 
     def __init__(self, config, n_experts: int = 0, k_bias: bool = True):
@@ -286,16 +287,18 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls, x], 1) + self.pos.to(x.dtype)  # (n, 1 + N, D)
         x = self.pre_norm(x)
 
-        # The features need no layer behind the select layer. But the released CuMo counts the
-        # routers there in the auxiliary losses, so such layers run when somebody collects.
+        # The features do not need the layers behind the select layer. But the released CuMo counts
+        # the routers there in the auxiliary losses, so they run when somebody collects these.
         n_used = self.config.n_used_layers
         n_run = n_used
-        if both or (aux is not None and any(self.config.n_experts[n_used:])):
+        has_router = any(isinstance(layer.ffn, MoE) for layer in self.layers[n_used:])
+        if both or (aux is not None and has_router):
             n_run = self.config.n_layers
 
+        checkpointing = self.checkpointing and self.training
         selected = x
         for i in range(n_run):
-            x, routing = run_block(self.layers[i], self.checkpointing and self.training, x)
+            x, routing = run_block(self.layers[i], checkpointing, x)
             if aux is not None and routing is not None:
                 aux.append(routing)
             if i + 1 == n_used:
@@ -318,7 +321,7 @@ class Connector(nn.Module):
                                 dim_out=dim_out, bias=True)
 
     def forward(self, x, aux=None):
-        y, routing = self.ffn(x)
+        y, routing = self.ffn(x)  # (n, N, D)
         if aux is not None and routing is not None:
             aux.append(routing)
         return y
@@ -328,8 +331,7 @@ class Connector(nn.Module):
 # 3. Speaking: the decoder, a LLaMA, Mistral, Qwen2 or Mixtral
 
 
-def rope_table(positions, head_dim: int, theta: float,
-               scaling=None):
+def rope_table(positions, head_dim: int, theta: float, scaling: dict | None = None):
     """positions (B or 1, T) -> cos and sin (B or 1, T, d) float32 for rotary embeddings.
 
     In the layout of Hugging Face's LLaMA: numbers i and i + d/2 of a head are a pair.
@@ -337,7 +339,6 @@ def rope_table(positions, head_dim: int, theta: float,
     # Pair i turns by theta^(-2i/d) at every step: the first fast, the last hardly at all.
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     freq = theta ** (-exponent / head_dim)  # (d / 2,)
-
     if scaling is not None:
         freq = slow_down(freq, scaling)
 
@@ -354,6 +355,8 @@ def rotate(x, cos, sin):
     cos = cos.unsqueeze(1).to(x.dtype)  # (B, 1, T, d)
     sin = sin.unsqueeze(1).to(x.dtype)
     a, b = x.chunk(2, -1)  # (B, H, T, d / 2)
+
+    # (a, b) turned by an angle is (a cos - b sin, b cos + a sin).
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
@@ -378,7 +381,7 @@ class Cache:
 
     def __init__(self, config: TextConfig, batch: int, length: int, device, dtype):
         self.length = length
-        self.key = (batch, length, device, dtype)
+        self.key = (batch, length, device, dtype)  # compiled generation asks whether it fits again
         shape = (batch, config.n_kv_heads, length, config.head_dim)
         layers = range(config.n_layers)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
@@ -387,6 +390,7 @@ class Cache:
     def write(self, layer: int, positions, k, v, n_keys: int):
         """Writes k and v (B, H_kv, T, d) to positions (B or 1, T) of each row; returns the first
         n_keys keys and values of that layer."""
+        # Row b's token t goes to k[layer][b, :, positions[b, t]].
         rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)  # (B, 1)
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
@@ -394,6 +398,8 @@ class Cache:
 
 
 class DecoderBlock(nn.Module):
+    """A block as LLaMA's: RMSNorm, causal attention with rotary positions, a gated FFN or a MoE."""
+
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         dim = config.dim
@@ -461,6 +467,8 @@ class Decoder(nn.Module):
         """
         config = self.config
         window = config.sliding_window
+
+        # Where does each token stand, and which keys may it look at?
         attend = None
         if positions is None:
             n_keys = x.shape[1]
@@ -479,6 +487,7 @@ class Decoder(nn.Module):
             if aux is not None and routing is not None:
                 aux.append(routing)
 
+        # Small models save the head: a word's logit is the product with the word's embedding.
         head = self.embed if self.head is None else self.head
         return F.linear(self.norm(x), head.weight)  # (B, T, V)
 
@@ -491,7 +500,7 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. What is trained
+# 4. What is minimised
 
 
 def lm_loss(logits, labels):
@@ -507,19 +516,20 @@ def lm_loss(logits, labels):
 def total_loss(parts: dict, balance_coef: float, z_coef: float, share=None):
     """The number that is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
 
-    parts: name -> scalar; what is neither ".../balance" nor ".../z" counts once. CuMo.forward and
-    train.py both call this, so nothing else is ever trained.
+    parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1. CuMo.forward
+    and train.py both call this, so there is one answer to what is trained.
 
-    A step whose batch does not fit into memory is cut into micro-batches, and their gradients add
-    up. `share` (name -> weight) says how much of the whole batch's mean a micro-batch brings: for
-    "lm" its part of all labels, for vision and connector its part of all images. Then the cut
-    changes neither these losses nor their gradients.
+    train.py cuts a batch that is too large for the memory into micro-batches, and adds up their
+    gradients. `share` (name -> number) says what each part of a micro-batch counts in the mean
+    over the whole batch: for "lm" its share of all labels, for vision and connector its share of
+    all images. With these, the cut changes neither the loss nor its gradient.
 
-    The decoder's routing losses do depend on the cut, whatever the shares are: balance is a
-    product of two means over the tokens of a batch, and the mean of products is not the product
-    of means. With MoE-LLaVA's recipe the same batch gave 2.00437, 2.00474 and 2.00569 in
+    One thing does depend on the cut, whatever the shares are: the decoder's balance loss. It is a
+    product of two means over the tokens of a micro-batch, and a mean of products is not the
+    product of the means. The same batch of MoE-LLaVA's gave 2.00437, 2.00474 and 2.00569 in
     micro-batches of 8, 4 and 2.
     """
+    # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
     routing = 0.0
     for name, value in parts.items():
@@ -573,10 +583,8 @@ class CuMo(nn.Module):
         self.cache = None  # compiled generation keeps its Cache here, see section 9
         self.init_weights()
 
-    def forward(self, tokens, images=None, audio=None,
-                labels=None, image_embeds=None,
-                audio_embeds=None, frames=None,
-                slots=None) -> Output:
+    def forward(self, tokens, images=None, audio=None, labels=None, image_embeds=None,
+                audio_embeds=None, frames=None, slots: list | None = None) -> Output:
         """tokens (B, T) int64; images (n, 3, S, S) and audio (m, n_mels, n_frames) float, in order
         of appearance, blank ones last; labels (B, T) int64, IGNORE where nothing is learnt.
 
@@ -585,8 +593,9 @@ class CuMo(nn.Module):
         slots: what count_slots gives for these tokens; with it, nothing here waits for the device.
         ValueError where the slots and the features do not match.
         """
-        # 1. How many slots are there? To ask is to wait for the device, so this happens once, and
-        #    first, when there is nothing to wait for. Better still, the caller knows.
+        # 1. How many slots are there? Counting on a GPU means waiting for it. So a caller that has
+        #    the tokens on the CPU counts them there; otherwise it happens once, and first, when
+        #    the GPU has no work to finish yet.
         may_wait = slots is None
         if slots is None:
             slots = self.count_slots(tokens)
@@ -637,8 +646,7 @@ class CuMo(nn.Module):
         n_audio_slots = (tokens == AUDIO).sum()
         return torch.stack([n_image_slots, n_rows_without, n_audio_slots]).tolist()
 
-    def encode_images(self, images, aux=None, frames=None,
-                      may_wait: bool = True):
+    def encode_images(self, images, aux=None, frames=None, may_wait: bool = True):
         """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D).
 
         frames (videos,) int64 makes them (videos, N, D): the next frames[i] images are one video,
@@ -664,8 +672,7 @@ class CuMo(nn.Module):
             raise ValueError("this model hears nothing; it was given audio")
         return self.resampler(self.audio(mel))
 
-    def embed(self, tokens, image_embeds=None,
-              audio_embeds=None, slots=None):
+    def embed(self, tokens, image_embeds=None, audio_embeds=None, slots: list | None = None):
         """tokens (B, T), image_embeds (n, N, D), audio_embeds (m, Q, D) -> (B, T, D).
 
         Text gets the embeddings of its words, slots get features. Features that are left over must
@@ -698,11 +705,10 @@ class CuMo(nn.Module):
         return losses
 
     @torch.no_grad()
-    def generate(self, tokens, images=None, audio=None,
-                 max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
-                 eos: int | None = None, image_embeds=None, on_token=None,
-                 generator=None, compile: bool | str = False,
-                 audio_embeds=None, frames=None):
+    def generate(self, tokens, images=None, audio=None, max_new_tokens: int = 64,
+                 temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None,
+                 image_embeds=None, on_token=None, generator=None, compile: bool | str = False,
+                 audio_embeds=None, frames=None) -> Tensor:
         """Continues tokens (B, T), padded with PAD on the right -> (B, <= max_new_tokens) int64.
 
         temperature 0 takes the most probable token. top_p < 1 draws from the smallest set of
@@ -769,32 +775,13 @@ class CuMo(nn.Module):
                 part.checkpointing = on
 
     @torch.no_grad()
-    def init_weights(self, parts=("vision", "connector", "audio", "resampler", "text"),
-                     gain: float = 0.64):
-        """Matrices from Normal(0, gain / sqrt(inputs)), norms 1, biases 0.
-
-        At a width of 1024 that is GPT-2's 0.02, and at every other width it gives the same size
-        of outputs. (With 0.02, a width of 128 begins with attention that is nearly uniform, and
-        learns late.)
-        """
+    def init_weights(self, parts=("vision", "connector", "audio", "resampler", "text")):
+        """New weights for these parts."""
         for name, p in self.named_parameters():
             part = name.split(".")[0]
-            if part not in parts:
-                continue
-            if name.split(".")[-1].startswith("b"):
-                # A bias. (This comes first: a MoE's are stacked, and look like matrices.)
-                nn.init.zeros_(p)
-            elif name == "audio.pos":
-                p.copy_(sinusoids(*p.shape, device=p.device))
-            elif p.dim() > 1 or name == "vision.cls":
-                is_convolution = p.dim() == 4 or ".conv" in name
-                n_inputs = p[0].numel() if is_convolution else p.shape[-1]
-                std = gain * n_inputs ** -0.5
-                # The two products of a block that add to the residual stream are made smaller,
-                # the more blocks there are, as in GPT-2. Else the stream grows with depth.
-                if part != "connector" and name.endswith(("o.weight", "w_out")):
-                    std /= (2 * len(getattr(self, part).layers)) ** 0.5
-                nn.init.normal_(p, std=std)
+            if part in parts:
+                blocks = getattr(getattr(self, part), "layers", [])
+                init_weight(p, name, len(blocks))
 
 
 def fill_slots(x, is_slot, features):
@@ -867,9 +854,8 @@ def cut_behind_eos(said, eos: int):
 # 6. S2: the image once more, enlarged
 
 
-def encode_enlarged(tower: VisionTransformer, images, scale: int,
-                    aux: list | None):
-    """images (n, 3, S, S) -> features (n, N, D) that were read off the image `scale` times enlarged.
+def encode_enlarged(tower: VisionTransformer, images, scale: int, aux: list | None):
+    """images (n, 3, S, S) -> features (n, N, D), read off the images enlarged `scale` times.
 
     The tower knows one size, S. So the enlarged image is cut into scale x scale crops of that
     size; each is encoded alone; their features are laid side by side again, and averaged down to
@@ -880,7 +866,7 @@ def encode_enlarged(tower: VisionTransformer, images, scale: int,
     size = tower.config.image_size
     side = tower.config.side
 
-    # Enlarge. (In float32: bicubic weights are no numbers for bfloat16.)
+    # Enlarge, in float32, as the released code does.
     big = F.interpolate(images.float(), scale_factor=scale, mode="bicubic")
     big = big.to(images.dtype)  # (n, 3, scale * S, scale * S)
 
@@ -909,19 +895,19 @@ def encode_enlarged(tower: VisionTransformer, images, scale: int,
 @dataclass
 class AudioConfig:
     """Whisper's encoder, in the sizes of large-v2, and the resampler behind it."""
-    n_mels: int = size(80)
-    n_frames: int = size(3000)  # of a chunk of 30 s, 10 ms each
-    dim: int = size(1280)
-    n_layers: int = size(32)
-    n_heads: int = size(20)
-    ffn_dim: int = size(5120)
+    n_mels: int = positive(80)
+    n_frames: int = positive(3000)  # of a chunk of 30 s, 10 ms each
+    dim: int = positive(1280)
+    n_layers: int = positive(32)
+    n_heads: int = positive(20)
+    ffn_dim: int = positive(5120)
     act: str = one_of(ACTIVATIONS, "gelu")
     norm_eps: float = 1e-5
     # The ear is dense. These two stand here since config.json has them for every sense.
     n_experts: list | int = 0
     top_k: int = 2
-    n_queries: int = size(50)  # AUDIO slots of a chunk
-    n_query_layers: int = size(2)
+    n_queries: int = positive(50)  # AUDIO slots of a chunk
+    n_query_layers: int = positive(2)
 
 
 def sinusoids(length: int, dim: int, device=None):
@@ -948,6 +934,7 @@ class AudioTransformer(nn.Module):
         self.checkpointing = False
 
     def forward(self, mel):
+        """mel (m, n_mels, n_frames) -> (m, N, D), N = n_frames / 2."""
         check_shape("mel is", mel, (self.config.n_mels, self.config.n_frames))
         x = F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))  # (m, D, n_frames)
         x = F.gelu(self.conv2(x))  # (m, D, n_frames / 2)
@@ -976,8 +963,8 @@ class ResamplerBlock(SenseBlock):
 class Resampler(nn.Module):
     """States of a sound (m, N, D_audio) -> the decoder's width (m, Q, D).
 
-    30 s have 1500 states, which would fill the decoder's context. So Q = 50 learnt queries ask
-    about them, and their answers stand for the sound. Uni-MoE does this with Q-Formers (BLIP-2,
+    30 s have 1500 states, which would fill the decoder's context. So Q = 50 learnt queries look
+    at them, and what they find stands for the sound. Uni-MoE does this with Q-Formers (BLIP-2,
     arXiv 2301.12597): self-attention among the queries, then cross-attention, starting from the
     weights of BERT, or for speech from Whisper's decoder; then a linear layer. Here the two
     attentions are one, over states and queries together, as in Flamingo's Perceiver resampler
@@ -999,7 +986,29 @@ class Resampler(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Blank images and sounds, videos, long contexts
+# 8. New weights, blank images and sounds, videos, long contexts
+
+
+def init_weight(p, name: str, n_blocks: int):
+    """A matrix from Normal(0, 0.64 / sqrt(inputs)), a norm 1, a bias 0.
+
+    At a width of 1024 that is GPT-2's 0.02, and at every other width it gives outputs of the same
+    size. (With 0.02, a width of 128 begins with attention that is nearly uniform, and learns late.)
+    """
+    if name.split(".")[-1].startswith("b"):
+        # A bias. (This comes first: a MoE's are stacked, and look like matrices.)
+        nn.init.zeros_(p)
+    elif name == "audio.pos":
+        p.copy_(sinusoids(*p.shape, device=p.device))
+    elif p.dim() > 1 or name == "vision.cls":
+        is_convolution = p.dim() == 4 or ".conv" in name
+        n_inputs = p[0].numel() if is_convolution else p.shape[-1]
+        std = 0.64 * n_inputs ** -0.5
+        # The two products of a block that add to the residual stream are made smaller, the more
+        # blocks there are, as in GPT-2. Otherwise the stream grows with depth.
+        if n_blocks > 0 and name.endswith(("o.weight", "w_out")):
+            std /= (2 * n_blocks) ** 0.5
+        nn.init.normal_(p, std=std)
 
 
 def add_blank_images(model: CuMo, tokens, images, frames, slots: list):
@@ -1105,7 +1114,7 @@ def prepare_compiled(model: CuMo, x, n_cache: int, backend: bool | str):
         backend = "inductor"
     dtype = compute_dtype(x)
 
-    # The cache of the last call does again where it fits; its old contents are never looked at.
+    # The cache of the last call is used again if it fits. Nobody looks at what it still holds.
     key = (len(x), n_cache, x.device, dtype)
     cache = model.cache
     if cache is None or cache.key != key:
@@ -1115,8 +1124,9 @@ def prepare_compiled(model: CuMo, x, n_cache: int, backend: bool | str):
             torch._dynamo.mark_static_address(tensor, guard=False)
         model.cache = cache
 
-    # A CUDA graph cannot hold experts that compute in another type than bfloat16: these go through
-    # kernels.moe_sorted, which reads the sizes of its slices on the host.
+    # A CUDA graph cannot wait for the host. In another type than bfloat16, experts go through
+    # kernels.moe_sorted, which reads the sizes of its slices there; so such a decoder is compiled
+    # without a CUDA graph.
     has_experts = any(isinstance(layer.ffn, MoE) for layer in model.text.layers)
     graphs = x.is_cuda and (not has_experts or dtype == torch.bfloat16)
     run_prompt, run_token = compiled(backend, x.is_cuda, graphs)
@@ -1130,8 +1140,8 @@ def compiled(backend: str, on_cuda: bool, cuda_graphs: bool):
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     # Prefill is big enough to go without a CUDA graph. In decoding, all weights are read for one
-    # token a row, so the memory is the limit. A search for the best tiles of each product takes
-    # the 7B decoder from 72% to 84% of an H100's bandwidth (batch 1).
+    # token a row, so the speed of the memory is the limit. A search for the best tiles of each
+    # product took the 7B decoder from 72% to 84% of an H100's bandwidth (batch 1).
     options = None
     if on_cuda and backend == "inductor":
         options = {"coordinate_descent_tuning": True, "triton.cudagraphs": cuda_graphs}
@@ -1154,15 +1164,17 @@ def compute_dtype(x) -> torch.dtype:
 # The weight W stays as it is. What is learnt is a product of two thin matrices: W + alpha / rank *
 # B A. B starts at zero, so nothing changes at first; and merged in the end, nothing is left of it.
 #
-# torch's parametrizations hide this from all other code: to read `ffn.w_in` gives W + BA, be it a
-# linear layer's weight or E stacked experts, each with its own A and B. The price: W + BA is spelt
-# out, where the usual code computes B (A x). In arithmetic that is next to nothing (`rank`
+# torch's parametrizations hide this from all other code: whoever reads `ffn.w_in` gets W + BA, be
+# it a linear layer's weight or E stacked experts, each with its own A and B. The price is that W +
+# BA is spelt out, where other code computes B (A x). In arithmetic that is next to nothing (`rank`
 # multiplications a weight, however many tokens follow). In memory it is a copy of each such weight
-# until the backward pass, or with checkpointing those of one layer; and W's gradient exists for a
-# moment, before it becomes the gradients of A and B.
+# until the backward pass (with checkpointing, of one layer's weights), and W's gradient exists for
+# a moment, before it becomes the gradients of A and B.
 
 
 class LoRA(nn.Module):
+    """The adapter of one weight w (..., out, in)."""
+
     def __init__(self, w, rank: int, alpha: float, generator: torch.Generator, device):
         super().__init__()
         *experts, n_out, n_in = w.shape
@@ -1194,7 +1206,7 @@ def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int
     left alone.
 
     real: a model on meta, whose weights come later, gets its adapters now. In state dicts "q.weight"
-    becomes "q.parametrizations.weight.original", beside "q.parametrizations.weight.0.a" and "...b".
+    becomes "q.parametrizations.weight.original", beside "q.parametrizations.weight.0.a" and ".b".
     """
     if not (isinstance(rank, int) and rank >= 1 and alpha > 0):
         raise ValueError(f"LoRA: rank = {rank} must be a whole number above 0, alpha = {alpha} "
@@ -1230,7 +1242,7 @@ def adapted(model: nn.Module) -> list[tuple[nn.Module, str, LoRA]]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, on: bool = True):
-    """W += scale B A, and the adapters sleep. on=False takes it back, but for rounding."""
+    """W += scale * B A, and the adapters rest. on=False takes that back, up to rounding."""
     for module, name, lora in adapted(model):
         if lora.merged == on:
             continue
@@ -1245,9 +1257,9 @@ def drop_lora(model: nn.Module):
     merge_lora(model)
     modules = {module: None for module, _, _ in adapted(model)}  # each once, in order
     for module in modules:
-        # A parametrized module has a class of its own, made for it, above its plain class. torch's
-        # remove_parametrizations takes the weight out of that class; but deep copies of the module
-        # share it, and would lose theirs. So this module just returns to its plain class.
+        # torch has given the module a class of its own, derived from its plain class. torch's
+        # remove_parametrizations would take the weight out of that class; but deep copies of the
+        # module share the class, and would lose theirs. So the module returns to its plain class.
         weights = {name: w.original for name, w in module.parametrizations.items()}
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
@@ -1341,7 +1353,6 @@ def freeze_unreached_layers(vision: VisionTransformer):
 # ------------------------------------------------------------------------------------------------
 # 12. Checks: of a configuration, and of what a model is given
 
-
 PARTS = {
     "vision": VisionConfig,
     "connector": ConnectorConfig,
@@ -1352,7 +1363,7 @@ ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 
 def part_from_dict(kind, d: dict, where: str = ""):
-    """`where` goes in front of the key that an error names."""
+    """kind(**d). `where` stands in front of the key that an error names."""
     known = [f.name for f in dataclasses.fields(kind)]
     for key in d:
         if key not in known:
@@ -1378,14 +1389,14 @@ def fill_in(config: Config):
 
 
 def make_part(name: str, kind, part):
-    """The part itself, or made of a dictionary; each field as size() and one_of() say."""
+    """A part, from itself or from a dictionary; its fields are as positive() and one_of() say."""
     if isinstance(part, dict):
         part = part_from_dict(kind, part, name + ".")
     if not isinstance(part, kind):
         raise ValueError(f"{name} must be an object with {kind.__name__}'s fields, not {part!r}")
     for f in dataclasses.fields(kind):
         value = getattr(part, f.name)
-        if "size" in f.metadata and not (isinstance(value, int) and value > 0):
+        if "positive" in f.metadata and not (isinstance(value, int) and value > 0):
             raise ValueError(f"{name}.{f.name} = {value!r} must be a whole number above 0")
         choices = f.metadata.get("choices", [value])
         if value not in choices:
