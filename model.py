@@ -514,7 +514,7 @@ def lm_loss(logits, labels):
 
 
 def total_loss(parts: dict, balance_coef: float, z_coef: float, share=None):
-    """The number that is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
+    """What is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
 
     parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1. CuMo.forward
     and train.py both call this, so there is one answer to what is trained.
@@ -524,10 +524,10 @@ def total_loss(parts: dict, balance_coef: float, z_coef: float, share=None):
     over the whole batch: for "lm" its share of all labels, for vision and connector its share of
     all images. With these, the cut changes neither the loss nor its gradient.
 
-    One thing does depend on the cut, whatever the shares are: the decoder's balance loss. It is a
-    product of two means over the tokens of a micro-batch, and a mean of products is not the
-    product of the means. The same batch of MoE-LLaVA's gave 2.00437, 2.00474 and 2.00569 in
-    micro-batches of 8, 4 and 2.
+    The decoder's routing losses do depend on the cut. They are means over the tokens of a
+    micro-batch, each micro-batch counts the same, and balance is even a product of two means: a
+    mean of products is not the product of the means. With MoE-LLaVA the same batch gave 2.00437,
+    2.00474 and 2.00569 in micro-batches of 8, 4 and 2.
     """
     # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
@@ -911,7 +911,7 @@ class AudioConfig:
 
 
 def sinusoids(length: int, dim: int, device=None):
-    """Whisper's positions (length, dim): sines, then cosines, of wavelengths from 2 pi to 20000 pi."""
+    """Whisper's positions (length, dim): sines, then cosines, wavelengths 2 pi to 20000 pi."""
     freq = 1e4 ** -torch.linspace(0, 1, dim // 2, device=device)  # (dim / 2,)
     angle = torch.arange(length, device=device).unsqueeze(1) * freq  # (length, dim / 2)
     return torch.cat([angle.sin(), angle.cos()], 1)
@@ -1205,8 +1205,9 @@ def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int
     "all" those of attention too. The weights under them are frozen; biases, norms and routers are
     left alone.
 
-    real: a model on meta, whose weights come later, gets its adapters now. In state dicts "q.weight"
-    becomes "q.parametrizations.weight.original", beside "q.parametrizations.weight.0.a" and ".b".
+    real: a model on meta, whose weights come later, gets its adapters now. In a state dict,
+    "q.weight" becomes "q.parametrizations.weight.original", and A and B are
+    "q.parametrizations.weight.0.a" and "q.parametrizations.weight.0.b".
     """
     if not (isinstance(rank, int) and rank >= 1 and alpha > 0):
         raise ValueError(f"LoRA: rank = {rank} must be a whole number above 0, alpha = {alpha} "
