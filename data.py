@@ -62,12 +62,12 @@ def load_image(image, size: int) -> torch.Tensor:
     square = pad_to_square(open_image(image))
     square = square.resize((size, size), Image.Resampling.BICUBIC)
 
-    # One colour at a time, because the model wants (3, H, W) and Pillow keeps (H, W, 3)
+    # One colour at a time, because the model wants (3, H, W) and Pillow keeps (H, W, 3).
     pixels = np.empty((3, size, size), np.float32)
     for plane, color, mean, std in zip(pixels, square.split(), CLIP_MEAN, CLIP_STD):
         plane[:] = color
-        plane -= 255 * mean
-        plane /= 255 * std
+        plane *= 1 / (255 * std)
+        plane -= mean / std
     return torch.from_numpy(pixels)
 
 
@@ -164,7 +164,7 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     """Turns -> (ids, labels), two lists of int of one length.
 
     Each "<image>" becomes n_image_tokens times IMAGE, each "<audio>" n_audio_tokens times AUDIO.
-    Give a list to say it for each "<audio>" apart: a long sound takes more. With 0, for a model that
+    A list says it for each "<audio>" apart, since a long sound takes more. With 0, for a model that
     hears nothing, "<audio>" is ordinary text. A label is the id itself, or IGNORE where nothing is
     learnt; the model shifts them.
 
@@ -190,7 +190,11 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     # text, mark, text, mark, ..., text
     marks = "(<image>)" if n_audio_tokens == 0 else "(<image>|<audio>)"
     chunks = re.split(marks, text)
-    slots = iter(slots_of_marks(chunks[1::2], n_image_tokens, n_audio_tokens))
+    n_sounds = chunks[1::2].count("<audio>")
+    if not isinstance(n_audio_tokens, list):
+        n_audio_tokens = [n_audio_tokens] * n_sounds
+    check_slots(n_audio_tokens, n_sounds)
+    next_sound = iter(n_audio_tokens)
 
     ids = []
     labels = []
@@ -199,7 +203,9 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
         if i % 2 == 0:
             new_ids, new_labels = encode_text(chunk, tokenizer, start, learnt)
         else:
-            new_ids = next(slots)
+            new_ids = [IMAGE] * n_image_tokens
+            if chunk == "<audio>":
+                new_ids = [AUDIO] * next(next_sound)
             new_labels = [IGNORE] * len(new_ids)
         ids += new_ids
         labels += new_labels
@@ -211,7 +217,7 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     return ids, labels
 
 
-def encode_text(text: str, tokenizer, start: int, learnt: list) -> tuple[list[int], list[int]]:
+def encode_text(text, tokenizer, start, learnt):
     """The ids and labels of one stretch of text, which begins at character `start` of the whole."""
     ids = []
     labels = []
@@ -224,25 +230,6 @@ def encode_text(text: str, tokenizer, start: int, learnt: list) -> tuple[list[in
         ids.append(token)
         labels.append(token if any(learnt[start + first:start + last]) else IGNORE)
     return ids, labels
-
-
-def slots_of_marks(marks: list, n_image_tokens: int, n_audio_tokens: int | list) -> list[list[int]]:
-    """["<image>", "<audio>", ...] -> the ids that take the place of each."""
-    n_sounds = marks.count("<audio>")
-    if not isinstance(n_audio_tokens, list):
-        n_audio_tokens = [n_audio_tokens] * n_sounds
-    if len(n_audio_tokens) != n_sounds:
-        raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of "
-                         f"{len(n_audio_tokens)}; it needs one number for each mark")
-
-    slots = []
-    sizes = iter(n_audio_tokens)
-    for mark in marks:
-        if mark == "<image>":
-            slots.append([IMAGE] * n_image_tokens)
-        else:
-            slots.append([AUDIO] * next(sizes))
-    return slots
 
 
 # ------------------------------------------------------------------------------------------------
@@ -510,25 +497,22 @@ def resample(wave: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
     if rate == to:
         return wave
 
-    # To the transform the wave goes on in a circle, so a tenth of a second of silence parts its end
-    # from its beginning. The padded wave is as long as a whole number of samples at both rates:
-    # 44,100 and 16,000 samples a second meet every 441 old samples, which are 160 new ones.
+    # The transform takes the wave for one period of something endless. A tenth of a second of
+    # silence keeps its end from running into its beginning. The period is a whole number of samples
+    # at both rates: 441 samples at 44,100 Hz take as long as 160 at 16,000 Hz.
     old_step = rate // math.gcd(rate, to)
     new_step = to // math.gcd(rate, to)
     steps = math.ceil((len(wave) + rate // 10) / old_step)
-    n_old = steps * old_step
-    n_new = steps * new_step
-    spectrum = np.fft.rfft(np.pad(wave, (0, n_old - len(wave))))  # (n_old // 2 + 1,) complex
+    spectrum = np.fft.rfft(wave, steps * old_step)  # (steps * old_step // 2 + 1,) complex
 
-    # keep what both rates can hold, and fill up with nothing if the new one can hold more
-    kept = min(n_old, n_new) // 2 + 1
-    nearness = np.linspace(0, 1, kept)  # 1 at the lower Nyquist frequency
-    fade = np.clip((1 - nearness) / 0.05, 0, 1)
-    spectrum = spectrum[:kept] * fade
-    spectrum = np.pad(spectrum, (0, n_new // 2 + 1 - kept))
+    # irfft cuts the spectrum off at the new Nyquist frequency, or fills it up with nothing.
+    limit = min(rate, to) / 2
+    frequencies = np.fft.rfftfreq(steps * old_step, 1 / rate)
+    fade = np.clip((limit - frequencies) / (0.05 * limit), 0, 1)
+    out = np.fft.irfft(spectrum * fade, steps * new_step)
 
-    # irfft divides by its own length, rfft's sums were over the old one
-    out = np.fft.irfft(spectrum, n_new) * (n_new / n_old)
+    # Both transforms count in samples, of which there are now more or fewer.
+    out = out * (new_step / old_step)
     return out[:math.ceil(len(wave) * to / rate)].astype(np.float32)
 
 
@@ -540,21 +524,17 @@ def whisper_ear() -> tuple[torch.Tensor, torch.Tensor]:
     band above, and all have the same area (Slaney's Auditory Toolbox).
     """
     highest = 15 + 27 * math.log(RATE / 2 / 1000, 6.4)  # 8 kHz, in mel
-    mels = np.linspace(0, highest, N_MELS + 2)
-    edges = np.array([hertz_of(mel) for mel in mels])[:, None]  # (82, 1)
-    left = edges[:-2]
-    middle = edges[1:-1]
-    right = edges[2:]
-
+    edges = [hertz_of(mel) for mel in np.linspace(0, highest, N_MELS + 2)]
     frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)  # (201,)
-    rising = (frequencies - left) / (middle - left)  # (80, 201)
-    falling = (right - frequencies) / (right - middle)  # (80, 201)
-    triangles = np.minimum(rising, falling).clip(0)
-    filters = triangles * 2 / (right - left)
+
+    filters = np.zeros((N_MELS, FFT // 2 + 1))
+    for i in range(N_MELS):
+        triangle = np.interp(frequencies, edges[i:i + 3], (0, 1, 0))
+        filters[i] = triangle * 2 / (edges[i + 2] - edges[i])
     return torch.hann_window(FFT), torch.from_numpy(filters).float()
 
 
-def hertz_of(mel: float) -> float:
+def hertz_of(mel):
     """The frequency of a pitch: in even steps up to 1 kHz, which is 15 mel, then by even ratios."""
     if mel < 15:
         return mel * 200 / 3
@@ -575,10 +555,7 @@ def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
             call_plain_pcm(content)
             reader = wave.open(content)
-            channels = reader.getnchannels()
-            width = reader.getsampwidth()
-            rate = reader.getframerate()
-            n = reader.getnframes()
+            channels, width, rate, n, _, _ = reader.getparams()
             if n == 0 or width > 4 or not RATES[0] <= rate <= RATES[1]:
                 raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
             too_long = n / rate > max_seconds
@@ -599,7 +576,7 @@ def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
     return samples.mean(1), rate
 
 
-def call_plain_pcm(content: mmap.mmap):
+def call_plain_pcm(content):
     """Change the header of an "extensible" WAV, as ffmpeg writes for 24 bits, into the plain one.
 
     The samples are the same, but before Python 3.12 `wave` refuses its number. Only our view of the
@@ -674,15 +651,12 @@ def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds:
     else:
         images = torch.empty(0, 3, image_size, image_size)
 
-    # From here on there are only images; `frames` remembers which belong together.
+    # From here on there are only images; `frames` remembers which of them belong together.
+    sizes = [1 if average else len(video) for video in videos]
+    conversations = videos_as_images(sample["conversations"], sizes)
     frames = None
-    conversations = sample["conversations"]
-    if videos and average:
-        frames = [len(group) for group in groups]
-        conversations = videos_as_images(conversations, [1] * len(videos))
-    elif videos:
-        frames = [1] * len(images)
-        conversations = videos_as_images(conversations, [len(video) for video in videos])
+    if videos:
+        frames = [len(group) for group in groups] if average else [1] * len(images)
 
     if n_audio_tokens == 0:
         return Senses(conversations, images, None, frames, 0)
@@ -692,13 +666,13 @@ def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds:
     return Senses(conversations, images, torch.cat([none, *chunks]), frames, slots)
 
 
-def text_of(sample: dict) -> str:
+def text_of(sample):
     """All turns' texts. (What is no turn is left out here; `check_turns` complains about it.)"""
     turns = [turn for turn in sample["conversations"] if isinstance(turn, dict)]
     return "\n".join(str(turn.get("value", "")) for turn in turns)
 
 
-def pick_frames(video: list, max_frames: int) -> list:
+def pick_frames(video, max_frames):
     """At most max_frames of a video's frames: the middle ones of so many equal parts."""
     n = min(len(video), max_frames)
     if n == 0:
@@ -706,7 +680,7 @@ def pick_frames(video: list, max_frames: int) -> list:
     return [video[(2 * i + 1) * len(video) // (2 * n)] for i in range(n)]
 
 
-def videos_as_images(conversations: list, sizes: list) -> list:
+def videos_as_images(conversations, sizes):
     """Copies of the turns in which the i-th "<video>" is sizes[i] times "<image>"."""
     sizes = iter(sizes)
 
@@ -743,12 +717,12 @@ def video_files(videos, folder: str, where: str) -> list[list[str]]:
     return out
 
 
-def is_frame(item, folder: str) -> bool:
+def is_frame(item, folder):
     """Is this one frame of a video, and not a whole video?"""
     return isinstance(item, str) and not os.path.isdir(os.path.join(folder, item))
 
 
-def frames_in(folder: str, where: str) -> list[str]:
+def frames_in(folder, where):
     """The image files in a folder, by the numbers in their names: f9.png comes before f10.png."""
     def text_and_numbers(name):
         return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
@@ -887,9 +861,9 @@ INK_AND_PAPER = (((20, 20, 20), (225, 225, 215)),
 def make_scene(seed: int, held_out: bool = False) -> dict:
     """-> {"objects": [(cell, size, color, shape), ...], "sign": None or (row, word), "seed"}.
 
-    A pure function of its arguments; the objects come by cell. Training and held-out scenes differ by content and not by
-    seed alone: by a checksum, one description in ten is held out. So no held-out combination of
-    objects and places is ever trained on.
+    A pure function of its arguments; objects come in the order of their cells. Training and
+    held-out scenes differ by content and not by seed alone: one description in ten is held out, by
+    its checksum. So no held-out combination of objects and places is ever trained on.
     """
     for attempt in range(10_000):
         rng = random.Random(seed * 10_007 + attempt)
@@ -958,7 +932,7 @@ def draw_scene(scene: dict) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill):
+def draw_shape(draw, shape, x, y, radius, fill):
     """A shape around (x, y)."""
     def at(*points):  # from the shape's own coordinates, -1 to 1, to pixels
         return [(x + radius * a, y + radius * b) for a, b in points]
@@ -979,7 +953,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius
             draw.rectangle(at((-1, -0.35), (1, 0.35)), fill)
 
 
-def draw_sign(image: Image.Image, row: int, word: str, rng: random.Random):
+def draw_sign(image, row, word, rng):
     """A board with a word on it, somewhere in that row."""
     width = 6 * len(word)
     x = rng.randrange(2, DRAWN_SIZE - width - 2)
@@ -997,24 +971,24 @@ def draw_sign(image: Image.Image, row: int, word: str, rng: random.Random):
 # not offer such a question. There is one right answer, and the question alone does not betray it.
 
 
-def uniquely_named(objects: list) -> list:
+def uniquely_named(objects):
     """The objects for which "the red circle" is enough: no other has that colour and shape."""
     names = [(color, shape) for _, _, color, shape in objects]
     return [thing for thing in objects if names.count(thing[2:]) == 1]
 
 
-def yes_or_no(yes: bool) -> str:
+def yes_or_no(yes):
     return "yes" if yes else "no"
 
 
-def plural(word: str) -> str:
+def plural(word):
     """What to count: "red shapes", "crosses", "rings"."""
     if word in COLORS:
         return word + " shapes"
     return word + ("es" if word == "cross" else "s")
 
 
-def ask_color(scene: dict, rng: random.Random):
+def ask_color(scene, rng):
     shapes = [shape for _, _, _, shape in scene["objects"]]
     unique = [thing for thing in scene["objects"] if shapes.count(thing[3]) == 1]
     if not unique:
@@ -1023,17 +997,17 @@ def ask_color(scene: dict, rng: random.Random):
     return f"What color is the {shape}?", color
 
 
-def ask_color_at(scene: dict, rng: random.Random):
+def ask_color_at(scene, rng):
     cell, _, color, _ = rng.choice(scene["objects"])
     return f"What color is the shape at the {PLACES[cell]}?", color
 
 
-def ask_shape_at(scene: dict, rng: random.Random):
+def ask_shape_at(scene, rng):
     cell, _, _, shape = rng.choice(scene["objects"])
     return f"What shape is at the {PLACES[cell]}?", shape
 
 
-def ask_size(scene: dict, rng: random.Random):
+def ask_size(scene, rng):
     unique = uniquely_named(scene["objects"])
     if not unique:
         return None
@@ -1041,7 +1015,7 @@ def ask_size(scene: dict, rng: random.Random):
     return f"Is the {color} {shape} large or small?", size
 
 
-def ask_where(scene: dict, rng: random.Random):
+def ask_where(scene, rng):
     unique = uniquely_named(scene["objects"])
     if not unique:
         return None
@@ -1049,7 +1023,7 @@ def ask_where(scene: dict, rng: random.Random):
     return f"Where is the {color} {shape}?", PLACES[cell]
 
 
-def ask_count(scene: dict, rng: random.Random):
+def ask_count(scene, rng):
     # half of the questions are about a colour or shape that is there, half about any
     which = rng.randrange(4)
     _, _, color, shape = rng.choice(scene["objects"])
@@ -1059,7 +1033,7 @@ def ask_count(scene: dict, rng: random.Random):
     return f"How many {plural(word)} are there?", NUMBERS[n]
 
 
-def ask_exists(scene: dict, rng: random.Random):
+def ask_exists(scene, rng):
     objects = scene["objects"]
     there = {(color, shape) for _, _, color, shape in objects}
 
@@ -1075,7 +1049,7 @@ def ask_exists(scene: dict, rng: random.Random):
     return f"Is there a {color} {shape}?", yes_or_no((color, shape) in there)
 
 
-def ask_relation(scene: dict, rng: random.Random):
+def ask_relation(scene, rng):
     unique = uniquely_named(scene["objects"])
     if len(unique) < 2:
         return None
@@ -1093,7 +1067,7 @@ def ask_relation(scene: dict, rng: random.Random):
     return question, yes_or_no(yes)
 
 
-def ask_sign(scene: dict, rng: random.Random):
+def ask_sign(scene, rng):
     answer = scene["sign"][1] if scene["sign"] else "no sign"
     return "What does the sign say?", answer
 
@@ -1235,7 +1209,7 @@ def wavetable(timbre: str, n_harmonics: int) -> np.ndarray:
     return (table / np.sqrt(np.mean(table ** 2))).astype(np.float32)
 
 
-def harmonic_strength(timbre: str, k: int) -> float:
+def harmonic_strength(timbre, k):
     """How strong the k-th harmonic is: a whistle has none but the tone, an organ its octaves, a
     buzz all of them."""
     if timbre == "buzz":
@@ -1248,19 +1222,19 @@ def harmonic_strength(timbre: str, k: int) -> float:
 # 12. Questions about a sound, and about a scene and a sound together
 
 
-def ask_beeps(sound: dict, rng: random.Random):
+def ask_beeps(sound, rng):
     if sound["kind"] != "beeps":
         return None
     return "How many beeps are there?", NUMBERS[sound["beeps"]]
 
 
-def ask_glide(sound: dict, rng: random.Random):
+def ask_glide(sound, rng):
     if sound["kind"] != "glide":
         return None
     return "Does the sound rise or fall?", sound["way"]
 
 
-def ask_higher(sound: dict, rng: random.Random):
+def ask_higher(sound, rng):
     if sound["kind"] != "pair":
         return None
     first, second = [PITCHES[pitch] for pitch, _ in sound["voices"]]
@@ -1268,17 +1242,17 @@ def ask_higher(sound: dict, rng: random.Random):
     return "Which sound is higher, the first or the second?", answer
 
 
-def ask_timbre(sound: dict, rng: random.Random):
+def ask_timbre(sound, rng):
     if sound["kind"] == "pair":
         return None
     return "What makes the sound?", sound["voices"][0][1]
 
 
-def ask_loudness(sound: dict, rng: random.Random):
+def ask_loudness(sound, rng):
     return "Is the sound loud or soft?", sound["loudness"]
 
 
-def ask_order(sound: dict, rng: random.Random):
+def ask_order(sound, rng):
     first = sound["voices"][0][1]
     last = sound["voices"][-1][1]
     if first == last:
@@ -1303,13 +1277,13 @@ def ask_sound(sound: dict, kind: str, rng: random.Random):
     return SOUND_QUESTIONS[kind](sound, rng)
 
 
-def count_words(scene: dict) -> dict:
+def count_words(scene):
     """How many objects have each colour and shape that is there: {"circle": 1, "red": 2}."""
     words = [word for _, _, color, shape in scene["objects"] for word in (color, shape)]
     return {word: words.count(word) for word in sorted(set(words))}
 
 
-def ask_as_many(scene: dict, sound: dict, rng: random.Random):
+def ask_as_many(scene, sound, rng):
     n = sound["beeps"]
     if n is None:
         return None
@@ -1326,7 +1300,7 @@ def ask_as_many(scene: dict, sound: dict, rng: random.Random):
     return f"Are there as many beeps as {plural(word)}?", f"{seen}: {yes_or_no(yes)}"
 
 
-def ask_more(scene: dict, sound: dict, rng: random.Random):
+def ask_more(scene, sound, rng):
     n = sound["beeps"]
     if n is None:
         return None
@@ -1339,7 +1313,7 @@ def ask_more(scene: dict, sound: dict, rng: random.Random):
     return "Are there more beeps or more shapes?", f"{NUMBERS[n]} and {NUMBERS[shapes]}: {more}"
 
 
-def ask_if_rises(scene: dict, sound: dict, rng: random.Random):
+def ask_if_rises(scene, sound, rng):
     objects = scene["objects"]
     if sound["way"] is None or len({color for _, _, color, _ in objects}) < 2:
         return None
@@ -1354,7 +1328,7 @@ def ask_if_rises(scene: dict, sound: dict, rng: random.Random):
     return question, f"{sound['way']}, {PLACES[cell]}: {color}"
 
 
-def ask_together(scene: dict, sound: dict, rng: random.Random):
+def ask_together(scene, sound, rng):
     n = sound["beeps"]
     if n is None:
         return None
@@ -1396,7 +1370,7 @@ WEIGHTS = {
 }
 
 
-def ask_any(scene: dict | None, sound: dict | None, kind: str, rng: random.Random):
+def ask_any(scene, sound, kind, rng):
     """A question of any type and its answer, or None where scene and sound offer none."""
     if kind in QUESTIONS:
         return ask(scene, kind, rng)
@@ -1405,7 +1379,7 @@ def ask_any(scene: dict | None, sound: dict | None, kind: str, rng: random.Rando
     return ask_both(scene, sound, kind, rng)
 
 
-def offered_types(scene: dict | None, sound: dict | None) -> list[str]:
+def offered_types(scene, sound):
     """The types to draw from. Sounds offer few, and only those are taken; scenes offer most."""
     kinds = []
     if sound:
@@ -1563,7 +1537,7 @@ def open_image(image) -> Image.Image:
         raise ValueError(f"{name}: cannot be read as an image: {e}") from None
 
 
-def check_turns(conversations: list, template: str):
+def check_turns(conversations, template):
     """Turns must be objects with "from" and "value", and alternate from the human on."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
@@ -1579,7 +1553,14 @@ def check_turns(conversations: list, template: str):
                              "gpt, human, ...")
 
 
-def check_end_mark(tokenizer, template: str):
+def check_slots(n_audio_tokens, n_sounds):
+    """A list must say for every "<audio>" how many slots it takes."""
+    if len(n_audio_tokens) != n_sounds:
+        raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of "
+                         f"{len(n_audio_tokens)}; it needs one number for each mark")
+
+
+def check_end_mark(tokenizer, template):
     """Some templates end answers with a mark that few tokenizers know."""
     form = TEMPLATES[template]
     if form.end_is_token and tokenizer.token_to_id(form.end) is None:
@@ -1587,7 +1568,7 @@ def check_end_mark(tokenizer, template: str):
                          "does not know; use --template vicuna")
 
 
-def check_cut(ids: list[int], labels: list[int], max_length: int):
+def check_cut(ids, labels, max_length):
     """May a sample be cut off after max_length tokens?"""
     for slot, what in ((IMAGE, "an image"), (AUDIO, "a sound")):
         if slot in ids[max_length:]:
@@ -1597,7 +1578,7 @@ def check_cut(ids: list[int], labels: list[int], max_length: int):
         raise ValueError(f"nothing to learn in the first {max_length} tokens; raise --max-length")
 
 
-def check_marks(text: str, pictures: list, videos: list, sounds: list, n_audio_tokens: int):
+def check_marks(text, pictures, videos, sounds, n_audio_tokens):
     """A sample's text must have a mark for each of its files."""
     if sounds and n_audio_tokens == 0:
         raise ValueError(f"the sample has {len(sounds)} sounds, this model hears nothing; leave "
@@ -1611,7 +1592,7 @@ def check_marks(text: str, pictures: list, videos: list, sounds: list, n_audio_t
                              f"{len(files)} {name}")
 
 
-def check_frame_sizes(videos: list):
+def check_frame_sizes(videos):
     """All frames of a video must have one size."""
     for video in videos:
         first = None
@@ -1623,7 +1604,7 @@ def check_frame_sizes(videos: list):
                                  "all must have one size")
 
 
-def check_wave(wave: np.ndarray, sample_rate: int, seconds: float):
+def check_wave(wave, sample_rate, seconds):
     """A sound must be one wave of sensible length, without NaN."""
     if wave.ndim != 1 or len(wave) == 0:
         raise ValueError(f"a sound must be one mono wave, (n,) with n > 0, not {wave.shape}")
@@ -1634,7 +1615,7 @@ def check_wave(wave: np.ndarray, sample_rate: int, seconds: float):
         raise ValueError("the wave holds NaN or infinity: mend what made it")
 
 
-def check_sample(sample, where: str):
+def check_sample(sample, where):
     """A sample of a JSON file must be an object with a list of turns, and paths that are texts."""
     if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
         raise ValueError(f"{where}: must be an object with a list 'conversations'")
