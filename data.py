@@ -26,7 +26,8 @@ import random
 import re
 import wave
 import zlib
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -236,37 +237,39 @@ def encode_text(text, tokenizer, start, learnt):
 # 4. One sample as tensors
 
 
+@dataclass
 class Encoded(torch.utils.data.Dataset):
     """A data set's samples as tensors: {"tokens" (T,), "labels" (T,), "images" (k, 3, S, S)}.
 
-    Each item also has "broken", a list of messages, and "truncated", a bool. A sample that cannot
-    be used is replaced by the next one and reported in "broken", so that one bad file does not end
-    a run of days; the trainer prints and counts these. With strict=True it raises ValueError.
-    A sample of more than max_length tokens loses its end. If that would lose slots, it is broken.
+    Each item also has "broken", a list of messages, and "truncated", a bool. With sounds it has
+    "audio" (m, 80, 100 * seconds), with a video "frames": see `load_senses`.
 
-    n_audio_tokens, seconds, max_frames and average are for sounds and videos: see `load_senses`.
-    With n_audio_tokens an item has "audio" (m, 80, 100 * seconds), and with a video "frames".
+    A sample that cannot be used is replaced by the next one and reported in "broken", so that one
+    bad file does not end a run of days; the trainer prints and counts these messages. A sample
+    that is too long loses its end. If that would cost it a part of an image, it cannot be used.
     """
+    data: Any  # has len(data) and data[i], a sample
+    tokenizer: Tokenizer
+    template: str
+    image_size: int  # pixels a side
+    n_image_tokens: int
+    max_length: int  # tokens
+    strict: bool = False  # raise ValueError for a sample that cannot be used
+    n_audio_tokens: int = 0
+    seconds: float = 30.0
+    max_frames: int = 8
+    average: bool = True
 
-    def __init__(self, data, tokenizer, template: str, image_size: int, n_image_tokens: int,
-                 max_length: int, strict: bool = False, n_audio_tokens: int = 0,
-                 seconds: float = 30.0, max_frames: int = 8, average: bool = True):
-        if len(data) == 0:
+    def __post_init__(self):
+        if len(self.data) == 0:
             raise ValueError("the data set is empty")
-        self.data = data
-        self.tokenizer = tokenizer
-        self.template = template
-        self.n_image_tokens = n_image_tokens
-        self.max_length = max_length
-        self.strict = strict
-        self.senses = dict(image_size=image_size, n_audio_tokens=n_audio_tokens, seconds=seconds,
-                           max_frames=max_frames, average=average)
 
     def __len__(self):
         return len(self.data)
 
     def encode(self, sample: dict) -> dict:
-        senses = load_senses(sample, **self.senses)
+        senses = load_senses(sample, self.image_size, self.n_audio_tokens, self.seconds,
+                             self.max_frames, self.average)
         ids, labels = encode_chat(senses.conversations, self.tokenizer, self.template,
                                   self.n_image_tokens, senses.slots)
 
@@ -287,6 +290,7 @@ class Encoded(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict:
         broken = []
         for j in range(i, i + 100):
+            # behind the last sample comes the first
             j = j % len(self)
             name = f"sample {j + 1}"
             try:
@@ -362,38 +366,35 @@ def collate(samples: list) -> dict:
     return batch
 
 
+@dataclass
 class Batches:
     """Endless lists of indices, one list a micro-batch. They depend on the seed and the step alone.
 
     So a run that was interrupted goes on with the very samples that it would have seen, and the
-    samples of a step stay the same with any number of processes. Take this class along to other
-    projects: it needs torch and nothing else. It goes where DataLoader wants a batch_sampler.
+    samples of a step are the same with any number of processes. It goes where torch's DataLoader
+    wants a batch_sampler. Take it along to other projects: it needs torch and nothing else.
 
-    n: how many samples the data set has.
-    batch_size: samples of one step, over all processes. It must be a multiple of micro_batch *
-        world, or ValueError is raised. The last, incomplete batch of an epoch is left out.
-    micro_batch: samples that one process takes at a time.
-    start_step: steps that were done before.
-    rank, world: which process this is, of how many. Each takes every world-th sample of a batch.
-    lengths: how long each sample is, or None. With lengths, samples of like length share a batch,
-        which saves padding: as in LLaVA, the shuffled epoch is cut into groups of 50 batches, each
-        group is sorted by length, and then the batches are shuffled.
+    With lengths, samples of like length share a batch, which saves padding. As in LLaVA, the
+    shuffled epoch is cut into groups of 50 batches, each group is sorted by length, and then the
+    batches are shuffled.
+
+    Raises ValueError if batch_size is not a multiple of world * micro_batch.
     """
+    n: int  # how many samples there are
+    batch_size: int  # samples of a step, of all processes together
+    micro_batch: int  # samples that a process takes at a time
+    seed: int = 0
+    start_step: int = 0  # steps that are done already
+    rank: int = 0  # which process this is
+    world: int = 1  # of how many
+    lengths: list | None = None  # of each sample, in any unit
 
-    def __init__(self, n: int, batch_size: int, micro_batch: int, seed: int = 0,
-                 start_step: int = 0, rank: int = 0, world: int = 1, lengths: list | None = None):
-        if batch_size % (micro_batch * world) != 0:
-            raise ValueError(f"batch size {batch_size} is not a multiple of {world} processes "
-                             f"x {micro_batch} samples at a time")
-        self.n = n
-        self.batch_size = batch_size
-        self.micro_batch = micro_batch
-        self.seed = seed
-        self.start_step = start_step
-        self.rank = rank
-        self.world = world
-        self.lengths = lengths
-        self.per_epoch = max(1, n // batch_size)
+    def __post_init__(self):
+        if self.batch_size % (self.micro_batch * self.world) != 0:
+            raise ValueError(f"batch size {self.batch_size} is not a multiple of {self.world} "
+                             f"processes x {self.micro_batch} samples at a time")
+        # The last, incomplete batch of an epoch is left out.
+        self.per_epoch = max(1, self.n // self.batch_size)
 
     def epoch(self, number: int) -> torch.Tensor:
         """The batches of an epoch: (per_epoch, batch_size) indices."""
@@ -406,6 +407,7 @@ class Batches:
         if self.lengths is None:
             return order.view(self.per_epoch, self.batch_size)
 
+        # Sorting everything would make the same batches in every epoch; groups keep some chance.
         lengths = torch.tensor(self.lengths)
         groups = []
         for group in order.split(50 * self.batch_size):
@@ -419,6 +421,7 @@ class Batches:
         while True:
             batches = self.epoch(step // self.per_epoch)
             for batch in batches[step % self.per_epoch:]:
+                # every world-th sample, so that no process gets only the long ones
                 mine = batch[self.rank::self.world]
                 yield from mine.reshape(-1, self.micro_batch).tolist()
                 step += 1
@@ -523,8 +526,10 @@ def whisper_ear() -> tuple[torch.Tensor, torch.Tensor]:
     A filter is a triangle over the frequencies, from the middle of the band below to that of the
     band above, and all have the same area (Slaney's Auditory Toolbox).
     """
+    # Mels are even steps up to 1 kHz, which is 15 mel, and even ratios above.
     highest = 15 + 27 * math.log(RATE / 2 / 1000, 6.4)  # 8 kHz, in mel
-    edges = [hertz_of(mel) for mel in np.linspace(0, highest, N_MELS + 2)]
+    mels = np.linspace(0, highest, N_MELS + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))  # (82,) Hz
     frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)  # (201,)
 
     filters = np.zeros((N_MELS, FFT // 2 + 1))
@@ -532,13 +537,6 @@ def whisper_ear() -> tuple[torch.Tensor, torch.Tensor]:
         triangle = np.interp(frequencies, edges[i:i + 3], (0, 1, 0))
         filters[i] = triangle * 2 / (edges[i + 2] - edges[i])
     return torch.hann_window(FFT), torch.from_numpy(filters).float()
-
-
-def hertz_of(mel):
-    """The frequency of a pitch: in even steps up to 1 kHz, which is 15 mel, then by even ratios."""
-    if mel < 15:
-        return mel * 200 / 3
-    return 1000 * 6.4 ** ((mel - 15) / 27)
 
 
 def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
@@ -634,16 +632,9 @@ def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds:
     text = text_of(sample)
     check_marks(text, pictures, videos, sounds, n_audio_tokens)
 
-    # one group of pictures for each mark, in the order of the text
-    next_picture = iter(pictures)
-    next_video = iter(videos)
-    groups = []
-    for mark in re.findall("<image>|<video>", text):
-        if mark == "<image>":
-            groups.append([next(next_picture)])
-        else:
-            groups.append(next(next_video))
-
+    # For each mark the pictures behind it, in the order of the text
+    rest = {"<image>": iter([[picture] for picture in pictures]), "<video>": iter(videos)}
+    groups = [next(rest[mark]) for mark in re.findall("<image>|<video>", text)]
     images = [load_image(picture, image_size) for group in groups for picture in group]
     check_frame_sizes(videos)
     if images:
@@ -703,18 +694,23 @@ def video_files(videos, folder: str, where: str) -> list[list[str]]:
     """
     if not videos:
         return []
-    if isinstance(videos, str) or all(is_frame(item, folder) for item in videos):
-        videos = [videos]  # there is one, given by its folder or by its frames
+    # One video may stand there alone: its folder, or its frames.
+    if not isinstance(videos, list) or all(is_frame(item, folder) for item in videos):
+        videos = [videos]
 
     out = []
     for video in videos:
         if isinstance(video, str):
             video = frames_in(os.path.join(folder, video), where)
-        if not isinstance(video, list) or not all(isinstance(frame, str) for frame in video):
+        if not are_texts(video):
             raise ValueError(f"{where}: 'video' must be a folder, a list of frame files, or a list "
                              "of folders or such lists")
         out.append([os.path.join(folder, frame) for frame in video])
     return out
+
+
+def are_texts(items):
+    return isinstance(items, list) and all(isinstance(item, str) for item in items)
 
 
 def is_frame(item, folder):
@@ -759,24 +755,22 @@ class LlavaJson:
     def __getitem__(self, i: int) -> dict:
         sample = self.samples[i]
         where = f"{self.file}: sample {i + 1}"
-        check_sample(sample, where)
-
-        video = sample.get("video") or []
-        if not isinstance(video, (str, list)):
-            video = [video]  # for video_files to complain about
+        if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
+            raise ValueError(f"{where}: must be an object with a list 'conversations'")
         return {
             "id": f"{where} (id {sample.get('id', '-')})",
-            "images": self.paths(sample.get("image")),
-            "audio": self.paths(sample.get("audio")),
-            "video": video_files(video, self.image_dir, where),
+            "images": self.paths(sample, "image", where),
+            "audio": self.paths(sample, "audio", where),
+            "video": video_files(sample.get("video"), self.image_dir, where),
             "conversations": sample["conversations"],
         }
 
-    def paths(self, files) -> list[str]:
-        if not files:
-            return []
+    def paths(self, sample, key, where):
+        files = sample.get(key) or []
         if isinstance(files, str):
             files = [files]
+        if not are_texts(files):
+            raise ValueError(f"{where}: '{key}' must be a path or a list of paths")
         return [os.path.join(self.image_dir, file) for file in files]
 
     def lengths(self, n_image_tokens: int = 0, n_audio_tokens: int = 0) -> list[int]:
@@ -1171,11 +1165,9 @@ def draw_sound(sound: dict) -> tuple[np.ndarray, int]:
 
     level = rng.uniform(*LOUDNESS[sound["loudness"]])
     frequencies = [PITCHES[pitch] * rng.uniform(0.9, 1.1) for pitch, _ in sound["voices"]]
-    bend = rng.uniform(1.25, 1.5)  # a glide goes from frequency / bend to frequency * bend
-    if sound["way"] == "falls":
-        bend = bend ** -1
-    if sound["way"] is None:
-        bend = 1.0
+    # a glide goes from frequency / bend to frequency * bend
+    direction = {"rises": 1, "falls": -1, None: 0}[sound["way"]]
+    bend = rng.uniform(1.25, 1.5) ** direction
 
     # Every part fades in and out over 128 samples, as it would click otherwise.
     m = round(length * RATE)
@@ -1440,22 +1432,20 @@ MIXED = {
 }
 
 
+@dataclass
 class Drawn:
-    """The drawn world as a data set of `size` samples. Item i is always the same.
+    """The drawn world as a data set. Item i is always the same.
 
     kind: "caption", describe the scene; "chat", questions and answers about it in several turns;
     "sound caption" and "sound chat", the same about a sound; "both chat", about an image and a
     sound; or one of MIXED.
     A sample also has "types", the type of each question, and the "scene" and "sound" themselves.
     """
-
-    def __init__(self, kind: str, size: int, seed: int = 0, held_out: bool = False,
-                 n_questions: int = 6):
-        self.kind = kind
-        self.size = size
-        self.seed = seed
-        self.held_out = held_out
-        self.n_questions = n_questions
+    kind: str
+    size: int  # how many samples
+    seed: int = 0
+    held_out: bool = False
+    n_questions: int = 6  # about an image
 
     def __len__(self):
         return self.size
@@ -1613,15 +1603,3 @@ def check_wave(wave, sample_rate, seconds):
                          f"{MAX_CHUNKS * seconds:,.0f} s; cut it into parts")
     if not np.isfinite(wave).all():  # one NaN would silence its whole chunk
         raise ValueError("the wave holds NaN or infinity: mend what made it")
-
-
-def check_sample(sample, where):
-    """A sample of a JSON file must be an object with a list of turns, and paths that are texts."""
-    if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
-        raise ValueError(f"{where}: must be an object with a list 'conversations'")
-    for key in ("image", "audio"):
-        files = sample.get(key) or []
-        if isinstance(files, str):
-            files = [files]
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise ValueError(f"{where}: '{key}' must be a path or a list of paths")
