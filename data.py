@@ -1,19 +1,21 @@
 """data.py: from pictures and conversations to the tensors that a model reads.
 
-One training sample goes through four hands:
+Every sample takes the same four steps:
 
-    a data set    sample   {"images": [path], "conversations": [turn, ...]}
-    load_senses   pixels   images (k, 3, S, S), S pixels a side
-    encode_chat   numbers  tokens (T,), and labels (T,): which of them the model learns to write
-    collate       a batch  tokens (B, T), labels (B, T), images (n, 3, S, S)
+    a data set    finds    {"images": [path, ...], "conversations": [turn, ...]}
+    load_senses   loads    images (k, 3, S, S), of S x S pixels
+    encode_chat   encodes  tokens (T,) and labels (T,), which say what the model learns to write
+    collate       joins    tokens (B, T), labels (B, T), images (n, 3, S, S)
 
-and `Batches` says which samples make up each batch. A turn is {"from": "human" or "gpt", "value":
-text}. In a text, "<image>" marks the place of the sample's next image. A sample may also bring
-"audio": [path or (wave, sample rate)] and "video": [[path of each frame], ...], whose places are
-marked by "<audio>" and "<video>". Wherever there is a path to an image, a PIL image will do too.
+`Batches` says which samples go into each batch, and `Encoded` does the second and third step.
 
-There are two data sets: `LlavaJson` reads LLaVA's files, and `Drawn` makes up a small world of
-coloured shapes and beeps as it goes, on which the default run trains.
+A turn is {"from": "human" or "gpt", "value": text}, and "<image>" in a text marks the place of the
+sample's next image. A sample may also have "audio": [path or (wave, sample rate), ...] and "video":
+[[path of each frame, ...], ...], whose places are marked by "<audio>" and "<video>". Instead of the
+path to an image there may be a PIL image.
+
+There are two data sets. `LlavaJson` reads files in LLaVA's format. `Drawn` makes up a little world
+of coloured shapes and beeps as it goes; the default run trains on it.
 
 This file imports no other file of the project.
 """
@@ -34,19 +36,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# In `tokens`, ids of text are >= 0. These stand beside them, and model.py knows the same numbers:
-# a place for one of an image's features, for one of a sound's, and nothing (behind a row's end).
-IMAGE = -200
-AUDIO = -201
-PAD = -1
+# `tokens` holds ids of text, which are >= 0, and these. (model.py knows the same numbers.)
+IMAGE = -200  # the slot of one of an image's features
+AUDIO = -201  # the slot of one of a sound's features
+PAD = -1  # nothing: the row has ended
 
-# In `labels`: nothing is learnt here.
+# `labels` holds the ids that are learnt, and this where nothing is learnt.
 IGNORE = -100
 
 # ------------------------------------------------------------------------------------------------
 # 1. An image
 
-# Mean and deviation of the pixels that CLIP was trained on: red, green, blue, from 0 to 1
+# The mean and standard deviation of the pixels that CLIP was trained on: red, green, blue, 0 to 1
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MEAN_COLOR = tuple(int(255 * mean) for mean in CLIP_MEAN)
@@ -57,7 +58,7 @@ def load_image(image, size: int) -> torch.Tensor:
 
     The picture is padded to a square, since cropping would lose what is at its edges (LLaVA calls
     this image_aspect_ratio "pad"). It is then resized by Pillow's bicubic filter, as CLIP's own
-    preprocessing does, and each colour becomes (value / 255 - mean) / std.
+    preprocessing does, and each value of 0 to 255 becomes (value / 255 - mean) / std.
     Raises ValueError, naming the file, if it cannot be read: see `open_image`.
     """
     square = pad_to_square(open_image(image))
@@ -83,18 +84,18 @@ def pad_to_square(image: Image.Image) -> Image.Image:
 # ------------------------------------------------------------------------------------------------
 # 2. A conversation
 #
-# Every chat model has its own way to write down who says what. It must be met to the letter: a
-# model that learnt "USER: Why? ASSISTANT:" answers worse when the words are others.
+# Every chat model has its own way of writing down who says what. It must be followed to the letter:
+# a model that was trained on "USER: Why? ASSISTANT:" answers worse when anything else stands there.
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
 
 class Template(NamedTuple):
-    """How turns are written down.
+    """How the turns of a conversation are written down.
 
-    "{text}" stands for the turn's text, "{marks}" for the "<image>"s and "<audio>"s in it alone.
-    The space before an answer belongs to the answer, since tokenizers merge it with the first word.
+    "{text}" stands for a turn's text, "{marks}" for nothing but the "<image>" and "<audio>" in it.
+    The space before an answer is part of the answer, as tokenizers merge it with the first word.
     """
     first: str  # the human's first turn
     later: str  # the human's other turns
@@ -105,14 +106,14 @@ class Template(NamedTuple):
 
 # To add a template, add a row.
 TEMPLATES = {
-    # LLaVA's first stage: the question is dropped; what is left are image, caption and newline.
+    # LLaVA's first stage. The question is dropped: image, caption, newline.
     "plain": Template("{marks}", "{marks}", "{text}", "\n"),
 
-    # This project's own, for the default run: who speaks takes one token.
+    # This project's own, for the default run. Each mark is one token.
     "tiny": Template("<q>{text}<a>", "<q>{text}<a>", " {text}", "</s>"),
 
-    # CuMo's "mistral_instruct_system". As in the released code, "<s>" is spelled out although the
-    # tokenizer puts one in front, too; so there are two.
+    # CuMo's "mistral_instruct_system". The released code spells "<s>" out although the tokenizer
+    # puts one in front by itself; so here, too, there are two.
     "mistral": Template("<s>[INST] <<SYS>>\n" + SYSTEM + "\n<</SYS>>\n\n{text} [/INST]",
                         "[INST] {text} [/INST]", " {text} ", "</s>"),
 
@@ -120,7 +121,7 @@ TEMPLATES = {
     "vicuna": Template(SYSTEM + " USER: {text} ASSISTANT:",
                        "USER: {text} ASSISTANT:", " {text}", "</s>"),
 
-    # MoE-LLaVA's, for OpenChat: it takes vicuna's words and only the end mark from OpenChat.
+    # MoE-LLaVA's, for OpenChat. It keeps vicuna's words and takes only the end mark from OpenChat.
     "openchat": Template(SYSTEM + " USER: {text} ASSISTANT:",
                          "USER: {text} ASSISTANT:", " {text}", "<|end_of_turn|>", True),
 }
@@ -128,11 +129,11 @@ EOS = {name: template.end for name, template in TEMPLATES.items()}
 
 
 def render(conversations: list, template: str) -> list[tuple[str, bool]]:
-    """Turns -> [(text, learnt?), ...]: joined, the texts are what the model reads.
+    """Turns -> [(text, learnt?), ...]. The texts, joined, are what the model reads.
 
-    It learns to write those pieces that are answers. An empty answer is learnt as such (LLaVA takes
-    an empty turn for one that is still to come). A conversation that ends with the human's turn is
-    a prompt, and its text stops where the answer begins.
+    It learns to write the answers among them. (An empty answer is learnt, too, where LLaVA would
+    take it for one that is still to come.) A conversation that ends with a turn of the human is a
+    prompt: its text stops where the answer begins.
     Raises ValueError for an unknown template and for bad turns: see `check_turns`.
     """
     check_turns(conversations, template)
@@ -145,7 +146,7 @@ def render(conversations: list, template: str) -> list[tuple[str, bool]]:
             pieces.append((form.answer.format(text=text) + form.end, True))
             continue
 
-        # As LLaVA does, put a single image at the head of its turn.
+        # As in LLaVA, a single image moves to the head of its turn; several stay where they are.
         if text.count("<image>") == 1:
             words = text.replace("<image>", "").strip()
             text = f"<image>\n{words}".strip()
@@ -165,48 +166,51 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     """Turns -> (ids, labels), two lists of int of one length.
 
     Each "<image>" becomes n_image_tokens times IMAGE, each "<audio>" n_audio_tokens times AUDIO.
-    A list says it for each "<audio>" apart, since a long sound takes more. With 0, for a model that
-    hears nothing, "<audio>" is ordinary text. A label is the id itself, or IGNORE where nothing is
-    learnt; the model shifts them.
+    A list gives a number for every single "<audio>", as a long sound takes more. With 0, for a
+    model that hears nothing, "<audio>" is ordinary text. A label is the token's id, or IGNORE where
+    nothing is learnt. It is the model that shifts them by one.
 
-    What is learnt is decided by characters. The text is tokenized once, the tokenizer says which
-    characters each token comes from, and a token is learnt if one of those belongs to an answer:
+    What is learnt is decided by characters. The text is tokenized once, the tokenizer tells which
+    characters each token covers, and a token is learnt if any of these belongs to an answer:
 
         text      <q>What is it?<a> A ring.</s>
         learnt    00000000000000000111111111111
         tokens    <q> What _is _it ? <a> _A _ring . </s>      (here "_" is a space in a token)
         labels    -100 (six times)       _A _ring . </s>
 
-    LLaVA tokenizes pieces of the text again and adds up their lengths. Where a tokenizer merges
-    letters across a border, the sums differ, and the sample is lost ("tokenization mismatch").
+    LLaVA instead tokenizes the pieces once more and adds up their lengths. Where a tokenizer merges
+    letters across a border the sum is wrong, and the sample is lost ("tokenization mismatch").
 
     Raises ValueError as `render` does; if the tokenizer lacks the template's end mark; if the list
-    does not fit the marks; and if a whole conversation leaves nothing to learn.
+    does not fit the marks; and if there are answers but nothing to learn.
     """
     pieces = render(conversations, template)
     check_end_mark(tokenizer, template)
     text = "".join(piece for piece, _ in pieces)
     learnt = [is_learnt for piece, is_learnt in pieces for _ in piece]  # one a character
 
-    # text, mark, text, mark, ..., text
+    # Cut it at the marks. The parentheses keep these: text, mark, text, mark, ..., text.
     marks = "(<image>)" if n_audio_tokens == 0 else "(<image>|<audio>)"
     chunks = re.split(marks, text)
+
+    # How many slots does each sound take?
     n_sounds = chunks[1::2].count("<audio>")
     if not isinstance(n_audio_tokens, list):
         n_audio_tokens = [n_audio_tokens] * n_sounds
     check_slots(n_audio_tokens, n_sounds)
-    next_sound = iter(n_audio_tokens)
+    sizes_of_sounds = iter(n_audio_tokens)
 
+    # As in LLaVA, each stretch of text is tokenized alone, and each mark becomes its slots.
     ids = []
     labels = []
-    start = 0  # where in the text the chunk begins
+    start = 0  # the chunk's first character in the whole text
     for i, chunk in enumerate(chunks):
         if i % 2 == 0:
             new_ids, new_labels = encode_text(chunk, tokenizer, start, learnt)
         else:
             new_ids = [IMAGE] * n_image_tokens
             if chunk == "<audio>":
-                new_ids = [AUDIO] * next(next_sound)
+                new_ids = [AUDIO] * next(sizes_of_sounds)
             new_labels = [IGNORE] * len(new_ids)
         ids += new_ids
         labels += new_labels
@@ -219,13 +223,13 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
 
 
 def encode_text(text, tokenizer, start, learnt):
-    """The ids and labels of one stretch of text, which begins at character `start` of the whole."""
+    """-> (ids, labels) of one stretch of text, which begins at character `start` of the whole."""
     ids = []
     labels = []
     encoding = tokenizer.encode(text, add_special_tokens=True)
     for token, (first, last), special in zip(encoding.ids, encoding.offsets,
                                              encoding.special_tokens_mask):
-        # A tokenizer may put <s> in front of whatever it is given: it stays at the very start only.
+        # Many tokenizers put "<s>" in front of whatever they are given. It is wanted only once.
         if special and first == last and start > 0:
             continue
         ids.append(token)
@@ -244,11 +248,11 @@ class Encoded(torch.utils.data.Dataset):
     Each item also has "broken", a list of messages, and "truncated", a bool. With sounds it has
     "audio" (m, 80, 100 * seconds), with a video "frames": see `load_senses`.
 
-    A sample that cannot be used is replaced by the next one and reported in "broken", so that one
-    bad file does not end a run of days; the trainer prints and counts these messages. A sample
-    that is too long loses its end. If that would cost it a part of an image, it cannot be used.
+    A sample that cannot be used is replaced by the next one and reported in "broken", so that a bad
+    file does not end a run of days; the trainer prints and counts these messages. A sample that is
+    too long loses its end. If it would lose a part of an image there, it cannot be used.
     """
-    data: Any  # has len(data) and data[i], a sample
+    data: Any  # len(data) and data[i], a sample
     tokenizer: Tokenizer
     template: str
     image_size: int  # pixels a side
@@ -268,6 +272,7 @@ class Encoded(torch.utils.data.Dataset):
         return len(self.data)
 
     def encode(self, sample: dict) -> dict:
+        """A sample -> an item, without "broken". Raises ValueError if it cannot be used."""
         senses = load_senses(sample, self.image_size, self.n_audio_tokens, self.seconds,
                              self.max_frames, self.average)
         ids, labels = encode_chat(senses.conversations, self.tokenizer, self.template,
@@ -288,9 +293,9 @@ class Encoded(torch.utils.data.Dataset):
         return item
 
     def __getitem__(self, i: int) -> dict:
+        # Try the samples from i on; after the last comes the first.
         broken = []
         for j in range(i, i + 100):
-            # behind the last sample comes the first
             j = j % len(self)
             name = f"sample {j + 1}"
             try:
@@ -315,8 +320,8 @@ class Encoded(torch.utils.data.Dataset):
 def pad_rows(rows: list, fill: int, multiple: int = 8) -> torch.Tensor:
     """Lists or (T_i,) tensors -> (B, T) int64, filled up on the right.
 
-    T is the greatest T_i, rounded up to a multiple: with few different lengths, memory is reused
-    and a compiled model is compiled less often.
+    T is the greatest T_i, rounded up to a multiple. With fewer different lengths, memory is reused
+    more often, and a compiled model need not be compiled again as often.
     """
     rows = [torch.as_tensor(row) for row in rows]
     longest = max(len(row) for row in rows)
@@ -330,11 +335,12 @@ def collate(samples: list) -> dict:
     """Items of `Encoded` -> {"tokens" (B, T), "labels" (B, T), "images" (n, 3, S, S), "broken":
     [messages], "truncated": how many}.
 
-    The images of all samples are joined in order. A sample without one brings a blank image, as in
-    the released code: behind the others, where it fills no slot. With a model that hears, there is
-    also "audio" (m, 80, frames); and if a sample has a video, "frames" (groups,), which says for
-    each "<image>" how many of the images stand behind it.
+    The images of all samples follow each other. For a model that hears there is also "audio"
+    (m, 80, frames), and if a sample has a video, "frames" (groups,), which says for each "<image>"
+    how many of the images belong to it.
     """
+    # As in the released code, a sample without an image brings a blank one. It stands behind the
+    # others, where it fills no slot.
     blanks = []
     for sample in samples:
         if len(sample["images"]) == 0:
@@ -348,8 +354,8 @@ def collate(samples: list) -> dict:
         "truncated": sum(sample["truncated"] for sample in samples),
     }
 
-    # Where no sample has a sound, the ear gets a silent chunk: every process runs every module, or
-    # they would wait for each other's gradients. One will do, as the ear routes nothing.
+    # If no sample has a sound, there is a chunk of silence: all processes must run all modules, or
+    # they would wait for each other's gradients for ever. One is enough for a whole batch.
     sounds = [sample["audio"] for sample in samples if "audio" in sample]
     if sounds:
         audio = torch.cat(sounds)  # (m, 80, frames)
@@ -357,7 +363,7 @@ def collate(samples: list) -> dict:
             audio = audio.new_zeros(1, *audio.shape[1:])
         batch["audio"] = audio
 
-    # Beside a video, every other image is a video of one frame.
+    # In a batch with a video, all other images, the blank ones too, are groups of one.
     if any("frames" in sample for sample in samples):
         frames = []
         for sample in samples:
@@ -368,26 +374,27 @@ def collate(samples: list) -> dict:
 
 @dataclass
 class Batches:
-    """Endless lists of indices, one list a micro-batch. They depend on the seed and the step alone.
+    """Lists of indices without end, one list for each micro-batch: a DataLoader's batch_sampler.
 
-    So a run that was interrupted goes on with the very samples that it would have seen, and the
-    samples of a step are the same with any number of processes. It goes where torch's DataLoader
-    wants a batch_sampler. Take it along to other projects: it needs torch and nothing else.
+    What a step consists of depends on the seed and the number of the step alone. So a run that was
+    interrupted goes on with the samples that it would have seen, and the batch of a step is the
+    same for any number of processes. You can take this class along: it needs torch and nothing of
+    this project, and knows nothing of your data but how many samples there are.
 
-    With lengths, samples of like length share a batch, which saves padding. As in LLaVA, the
+    With lengths, samples of similar length share a batch, which saves padding. As in LLaVA, the
     shuffled epoch is cut into groups of 50 batches, each group is sorted by length, and then the
     batches are shuffled.
 
     Raises ValueError if batch_size is not a multiple of world * micro_batch.
     """
     n: int  # how many samples there are
-    batch_size: int  # samples of a step, of all processes together
-    micro_batch: int  # samples that a process takes at a time
+    batch_size: int  # samples in a step, over all processes
+    micro_batch: int  # samples that a process computes at a time
     seed: int = 0
-    start_step: int = 0  # steps that are done already
-    rank: int = 0  # which process this is
-    world: int = 1  # of how many
-    lengths: list | None = None  # of each sample, in any unit
+    start_step: int = 0  # how many steps have been done
+    rank: int = 0  # which process this is ...
+    world: int = 1  # ... and how many there are
+    lengths: list | None = None  # how long each sample is, in any unit
 
     def __post_init__(self):
         if self.batch_size % (self.micro_batch * self.world) != 0:
@@ -407,7 +414,7 @@ class Batches:
         if self.lengths is None:
             return order.view(self.per_epoch, self.batch_size)
 
-        # Sorting everything would make the same batches in every epoch; groups keep some chance.
+        # Sorted as a whole, every epoch would have the same batches. In groups it has not.
         lengths = torch.tensor(self.lengths)
         groups = []
         for group in order.split(50 * self.batch_size):
@@ -419,9 +426,10 @@ class Batches:
     def __iter__(self):
         step = self.start_step
         while True:
+            # The first epoch may be entered in its middle.
             batches = self.epoch(step // self.per_epoch)
             for batch in batches[step % self.per_epoch:]:
-                # every world-th sample, so that no process gets only the long ones
+                # A batch may be sorted by length. Every world-th sample is a fair share of it.
                 mine = batch[self.rank::self.world]
                 yield from mine.reshape(-1, self.micro_batch).tolist()
                 step += 1
@@ -429,24 +437,22 @@ class Batches:
 
 # ------------------------------------------------------------------------------------------------
 # You can stop here on a first reading. Behind this line: sounds, videos, LLaVA's files, the drawn
-# world with its questions, and what is checked when files and conversations come in.
+# world with its questions, and the checks of what users bring.
 # ------------------------------------------------------------------------------------------------
 
 # ------------------------------------------------------------------------------------------------
 # 6. Sounds
 #
-# A transformer that was built for images can hear once a sound is made into one: how loud each of
-# 80 bands of pitch is, every 10 ms. The bands lie as they do in the ear (the mel scale: even steps
-# below 1 kHz, even ratios above), and loudness counts by its logarithm. This is what Whisper hears.
+# A transformer made for images can also hear, if the sound is turned into a picture: how loud is
+# each of 80 bands of pitch, every 10 ms? The bands lie as they do in the ear (the mel scale: even
+# steps below 1 kHz, even ratios above), and loudness counts by its logarithm. So Whisper hears.
 
-RATE = 16_000  # samples a second, of all that follows
+RATE = 16_000  # samples a second
 HOP = 160  # samples from one column of the picture to the next
-FFT = 400  # samples that a column looks at
+FFT = 400  # samples that make up one column
 N_MELS = 80
-
-# A sound may be ten minutes long in chunks of 30 s, and its sample rate may lie between these.
-MAX_CHUNKS = 20
-RATES = (1000, 1_000_000)
+MAX_CHUNKS = 20  # of one sound: ten minutes, in chunks of 30 s
+RATES = (1000, 1_000_000)  # the lowest and the highest sample rate that a sound may have
 
 
 def load_audio(audio, seconds: float = 30.0) -> torch.Tensor:
@@ -471,17 +477,19 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
     check_wave(wave, sample_rate, seconds)
     wave = resample(wave, sample_rate)
 
+    # cut it into chunks
     size = HOP * round(RATE / HOP * seconds)  # samples of a chunk
     wave = np.pad(wave, (0, -len(wave) % size))
     chunks = torch.from_numpy(wave).view(-1, size)  # (n_chunks, size)
 
+    # How much of each of 201 frequencies is there, 100 times a second? Then sum up each band.
     window, filters = whisper_ear()
     spectrum = torch.stft(chunks, FFT, HOP, window=window, return_complex=True)
     spectrum = spectrum[..., :-1]  # (n_chunks, 201, frames); Whisper drops the last frame
     power = spectrum.real ** 2 + spectrum.imag ** 2
     mel = (filters @ power).clamp(min=1e-10).log10()  # (n_chunks, 80, frames)
 
-    # 8 powers of ten are 80 dB. The last step brings most values to -1..1.
+    # 80 dB are 8 powers of ten. The last step brings most values to -1..1.
     loudest = mel.amax((1, 2), keepdim=True)
     return (torch.maximum(mel, loudest - 8) + 4) / 4
 
@@ -489,10 +497,10 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
 def resample(wave: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
     """(n,) at `rate` samples a second -> (ceil(n * to / rate),) float32 at `to` samples a second.
 
-    A wave is a sum of sines. The Fourier transform says how much of each is in it; those that both
-    rates can hold are kept, and the sum is read at the new rate. A rate can hold frequencies up to
-    its half, the Nyquist frequency; what lies above would come back as a wrong, low tone. Towards
-    that limit the sines fade out, over the last twentieth, as a sharp edge would ring for long.
+    A wave is a sum of sines, and the Fourier transform says how much of each there is. We keep the
+    sines that both rates can hold, and read their sum at the new rate. A rate holds frequencies up
+    to half of itself (Nyquist's); what lies above would come back as a wrong, low tone. The last
+    twentieth below that limit fades out, because a sharp edge would ring for long.
     """
     if not RATES[0] <= rate <= RATES[1]:
         raise ValueError(f"a sample rate of {rate} Hz; it may be {RATES[0]:,} to {RATES[1]:,}")
@@ -500,38 +508,39 @@ def resample(wave: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
     if rate == to:
         return wave
 
-    # The transform takes the wave for one period of something endless. A tenth of a second of
-    # silence keeps its end from running into its beginning. The period is a whole number of samples
-    # at both rates: 441 samples at 44,100 Hz take as long as 160 at 16,000 Hz.
+    # The transform takes the wave for one turn of an endless circle. A tenth of a second of silence
+    # keeps its end apart from its beginning. A turn must be a whole number of samples at both
+    # rates: 441 samples at 44,100 Hz take as long as 160 at 16,000 Hz.
     old_step = rate // math.gcd(rate, to)
     new_step = to // math.gcd(rate, to)
     steps = math.ceil((len(wave) + rate // 10) / old_step)
     spectrum = np.fft.rfft(wave, steps * old_step)  # (steps * old_step // 2 + 1,) complex
 
-    # irfft cuts the spectrum off at the new Nyquist frequency, or fills it up with nothing.
+    # irfft cuts the spectrum off at the new limit, or fills it up with zeros.
     limit = min(rate, to) / 2
     frequencies = np.fft.rfftfreq(steps * old_step, 1 / rate)
     fade = np.clip((limit - frequencies) / (0.05 * limit), 0, 1)
     out = np.fft.irfft(spectrum * fade, steps * new_step)
 
-    # Both transforms count in samples, of which there are now more or fewer.
+    # The transforms add up samples, of which there are now more or fewer.
     out = out * (new_step / old_step)
     return out[:math.ceil(len(wave) * to / rate)].astype(np.float32)
 
 
 @functools.lru_cache
 def whisper_ear() -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (Hann window (400,), mel filters (80, 201)), as Whisper's.
+    """-> (Hann window (400,), mel filters (80, 201)), which are Whisper's.
 
-    A filter is a triangle over the frequencies, from the middle of the band below to that of the
-    band above, and all have the same area (Slaney's Auditory Toolbox).
+    A filter weighs the frequencies of one band. It is a triangle that reaches to the middles of the
+    neighbouring bands, and all triangles have the same area (Slaney's Auditory Toolbox).
     """
-    # Mels are even steps up to 1 kHz, which is 15 mel, and even ratios above.
+    # A mel is a step of 67 Hz up to 1 kHz, which is at 15 mel, and a ratio above.
     highest = 15 + 27 * math.log(RATE / 2 / 1000, 6.4)  # 8 kHz, in mel
     mels = np.linspace(0, highest, N_MELS + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))  # (82,) Hz
-    frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)  # (201,)
+    frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)  # (201,) Hz
 
+    # Band i rises from edge i to edge i + 1 and falls to edge i + 2.
     filters = np.zeros((N_MELS, FFT // 2 + 1))
     for i in range(N_MELS):
         triangle = np.interp(frequencies, edges[i:i + 3], (0, 1, 0))
@@ -548,7 +557,7 @@ def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
     remedy = (f"`ffmpeg -i FILE -ac 1 -ar {RATE} -c:a pcm_s16le OUT.wav` makes a good one of "
               "most files")
     try:
-        # The file is mapped and not read, as its header may promise hours.
+        # The file is mapped, not read: its header comes first, and may promise hours.
         with open(path, "rb") as file, \
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
             call_plain_pcm(content)
@@ -575,12 +584,12 @@ def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
 
 
 def call_plain_pcm(content):
-    """Change the header of an "extensible" WAV, as ffmpeg writes for 24 bits, into the plain one.
+    """Let an "extensible" WAV of PCM, which ffmpeg writes for 24 bits, call itself plain PCM.
 
-    The samples are the same, but before Python 3.12 `wave` refuses its number. Only our view of the
-    file changes. Bytes of the header, from the format on: 0-1 the kind (0xFFFE: extensible),
-    24-25 the kind that it really is (1: PCM).
+    The samples are the same, but before Python 3.12 `wave` does not know the name. The file itself
+    stays as it is: only our view of it changes.
     """
+    # The format begins with its number: 0xFFFE is extensible. The true one, 1 for PCM, comes later.
     start = content.find(b"fmt ", 0, 4096) + 8
     extensible = content[start:start + 2] == b"\xfe\xff"
     if extensible and content[start + 24:start + 26] == b"\1\0":
@@ -591,9 +600,10 @@ def pcm_to_float(data: bytes, width: int) -> np.ndarray:
     """Little-endian integers of `width` bytes each -> (n,) float32 in [-1, 1]."""
     samples = np.frombuffer(data, np.uint8).reshape(-1, width)  # (n, width)
     if width == 1:
-        samples = samples ^ 128  # 8 bits are unsigned: 128 is silence
+        # 8 bits alone are unsigned, with silence at 128.
+        samples = samples ^ 128
 
-    # They become the upper bytes of an int32, so every width has the same full scale.
+    # As the upper bytes of an int32, all widths reach equally far.
     full = np.zeros((len(samples), 4), np.uint8)
     full[:, 4 - width:] = samples
     return full.view("<i4")[:, 0].astype(np.float32) / 2 ** 31
@@ -609,21 +619,21 @@ FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 class Senses(NamedTuple):
     """A sample, loaded. See `load_senses`."""
     conversations: list  # with each "<video>" replaced by "<image>"s
-    images: torch.Tensor  # (k, 3, S, S), videos' frames among them, in the text's order
-    audio: torch.Tensor | None  # (m, 80, 100 * seconds); None for a model that hears nothing
-    frames: list | None  # for each "<image>", how many of the images stand behind it; None: one
-    slots: list | int  # how many AUDIO each "<audio>" takes, as encode_chat wants it
+    images: torch.Tensor  # (k, 3, S, S), with the frames of videos, in the order of the text
+    audio: torch.Tensor | None  # (m, 80, 100 * seconds); None if the model hears nothing
+    frames: list | None  # how many of the images belong to each "<image>"; None without a video
+    slots: list | int  # for encode_chat: how many AUDIO each "<audio>" takes
 
 
 def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds: float = 30.0,
                 max_frames: int = 8, average: bool = True) -> Senses:
     """A sample's images, sounds and videos -> tensors, and its conversations.
 
-    Of a video max_frames frames are taken, evenly, and each becomes an image. average: a video
-    fills the slots of one image, with the mean of its frames' features, as in Uni-MoE; so its
-    "<video>" becomes one "<image>". Otherwise it becomes as many as it has frames.
-    A sound has a chunk for every started `seconds`, and each fills n_audio_tokens slots. 0 means
-    that the model hears nothing.
+    Each frame of a video becomes an image; of a long video max_frames are taken, evenly. average:
+    as in Uni-MoE, a video fills the slots of one image, with the mean of its frames' features; so
+    "<video>" becomes one "<image>". Otherwise it becomes as many as there are frames.
+    A sound is cut into chunks of `seconds`, and each chunk fills n_audio_tokens slots. 0 means that
+    the model hears nothing.
     Raises ValueError if marks and files differ in number, and for files that cannot be read.
     """
     pictures = sample.get("images") or []
@@ -632,15 +642,13 @@ def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds:
     text = text_of(sample)
     check_marks(text, pictures, videos, sounds, n_audio_tokens)
 
-    # For each mark the pictures behind it, in the order of the text
+    # Which pictures belong to each mark, in the order of the text?
     rest = {"<image>": iter([[picture] for picture in pictures]), "<video>": iter(videos)}
     groups = [next(rest[mark]) for mark in re.findall("<image>|<video>", text)]
     images = [load_image(picture, image_size) for group in groups for picture in group]
     check_frame_sizes(videos)
-    if images:
-        images = torch.stack(images)  # (k, 3, S, S)
-    else:
-        images = torch.empty(0, 3, image_size, image_size)
+    none = torch.empty(0, 3, image_size, image_size)
+    images = torch.stack(images) if images else none  # (k, 3, S, S)
 
     # From here on there are only images; `frames` remembers which of them belong together.
     sizes = [1 if average else len(video) for video in videos]
@@ -649,6 +657,7 @@ def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds:
     if videos:
         frames = [len(group) for group in groups] if average else [1] * len(images)
 
+    # sounds
     if n_audio_tokens == 0:
         return Senses(conversations, images, None, frames, 0)
     none = torch.empty(0, N_MELS, round(RATE / HOP * seconds))
@@ -658,21 +667,22 @@ def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds:
 
 
 def text_of(sample):
-    """All turns' texts. (What is no turn is left out here; `check_turns` complains about it.)"""
+    """The texts of all turns. (`check_turns` complains about what is no turn.)"""
     turns = [turn for turn in sample["conversations"] if isinstance(turn, dict)]
     return "\n".join(str(turn.get("value", "")) for turn in turns)
 
 
 def pick_frames(video, max_frames):
-    """At most max_frames of a video's frames: the middle ones of so many equal parts."""
+    """At most max_frames of a video's frames: cut it into as many parts, and take their middles."""
     n = min(len(video), max_frames)
     if n == 0:
         raise ValueError("a video without frames")
+    # of 10 frames and 2 parts: the frames 2 and 7
     return [video[(2 * i + 1) * len(video) // (2 * n)] for i in range(n)]
 
 
 def videos_as_images(conversations, sizes):
-    """Copies of the turns in which the i-th "<video>" is sizes[i] times "<image>"."""
+    """The turns, in which sizes[i] times "<image>" stands for the i-th "<video>"."""
     sizes = iter(sizes)
 
     def images(mark):
@@ -687,13 +697,14 @@ def videos_as_images(conversations, sizes):
 
 
 def video_files(videos, folder: str, where: str) -> list[list[str]]:
-    """What stands under "video" in a file -> the paths of each video's frames.
+    """What a JSON file has under "video" -> the paths of each video's frames.
 
-    videos: a folder of frames, a list of frame files, or a list of such folders and lists, one a
-    video; all below `folder`. where: the words with which an error begins.
+    videos: a folder of frames, a list of frame files, or a list with such a folder or list for each
+    video. Paths are below `folder`. where: the words with which an error begins.
     """
     if not videos:
         return []
+
     # One video may stand there alone: its folder, or its frames.
     if not isinstance(videos, list) or all(is_frame(item, folder) for item in videos):
         videos = [videos]
@@ -819,8 +830,8 @@ def read_json(file: str) -> list:
 # 9. The drawn world: scenes
 #
 # A CLEVR for a laptop. One to five objects stand in the cells of a 3 x 3 grid, a little off centre.
-# In a third of the scenes a sign with a printed word fills a row. Whatever is drawn or asked is a
-# function of a seed, so every run sees the same world, and nothing need be stored.
+# In a third of the scenes a sign with a printed word takes a row. All that is drawn and asked is a
+# function of a seed, so every run sees the same world and nothing is stored.
 
 COLORS = {
     "red": (220, 50, 47),
@@ -861,13 +872,15 @@ def make_scene(seed: int, held_out: bool = False) -> dict:
     """
     for attempt in range(10_000):
         rng = random.Random(seed * 10_007 + attempt)
+
+        # A sign takes a whole row; objects stand in the cells that are left.
         sign = None
         if rng.random() < 0.35:
             sign = (rng.randrange(3), rng.choice(WORDS))
         free = [cell for cell in range(9) if sign is None or cell // 3 != sign[0]]
 
-        # Few colours and shapes to a scene, so that "the red one" or "the circle" is often not
-        # enough to tell which.
+        # A scene has few colours and shapes, so that "the red one" or "the circle" often does not
+        # say which one.
         n = rng.choices((1, 2, 3, 4, 5), (1, 2, 3, 3, 2))[0]
         colors = rng.sample(list(COLORS), min(n, 3))
         shapes = rng.sample(SHAPES, min(n, 3))
@@ -876,6 +889,7 @@ def make_scene(seed: int, held_out: bool = False) -> dict:
             size = rng.choice(list(SIZES))
             objects.append((cell, size, rng.choice(colors), rng.choice(shapes)))
 
+        # Draw again until it belongs to the wanted split.
         scene = {"objects": objects, "sign": sign, "seed": seed}
         if (zlib.crc32(describe(scene).encode()) % 10 == 0) == held_out:
             return scene
@@ -910,6 +924,7 @@ def draw_scene(scene: dict) -> Image.Image:
     image = Image.new("RGB", (2 * DRAWN_SIZE, 2 * DRAWN_SIZE), background)
     draw = ImageDraw.Draw(image)
     for cell, size, color, shape in scene["objects"]:
+        # a little larger or smaller, off centre, lighter or darker
         radius = SIZES[size] * rng.uniform(0.9, 1.1)
         x = CELL * (cell % 3 + 0.5) + rng.uniform(-1.5, 1.5)
         y = CELL * (cell // 3 + 0.5) + rng.uniform(-1.5, 1.5)
@@ -920,15 +935,17 @@ def draw_scene(scene: dict) -> Image.Image:
     if scene["sign"]:
         draw_sign(image, *scene["sign"], rng)
 
-    # noise: -6 to 6 on each value
-    noise = np.frombuffer(rng.randbytes(DRAWN_SIZE * DRAWN_SIZE * 3), np.uint8) % 13
-    pixels = np.asarray(image).astype(np.int16) + noise.reshape(DRAWN_SIZE, DRAWN_SIZE, 3) - 6
+    # Add noise of -6 to 6 to each value.
+    pixels = np.asarray(image).astype(np.int16)  # (48, 48, 3)
+    noise = np.frombuffer(rng.randbytes(pixels.size), np.uint8) % 13
+    pixels = pixels + noise.reshape(pixels.shape) - 6
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def draw_shape(draw, shape, x, y, radius, fill):
-    """A shape around (x, y)."""
-    def at(*points):  # from the shape's own coordinates, -1 to 1, to pixels
+    """Draw a shape around the pixel (x, y)."""
+    def at(*points):
+        # Shapes are given from -1 to 1; this is where that lies in the image.
         return [(x + radius * a, y + radius * b) for a, b in points]
 
     match shape:
@@ -948,10 +965,12 @@ def draw_shape(draw, shape, x, y, radius, fill):
 
 
 def draw_sign(image, row, word, rng):
-    """A board with a word on it, somewhere in that row."""
+    """Draw a board with a word on it, somewhere in that row."""
+    # A letter is 6 pixels wide, and the board reaches 2 pixels beyond the word.
     width = 6 * len(word)
     x = rng.randrange(2, DRAWN_SIZE - width - 2)
     y = CELL * row + rng.randrange(1, 4)
+
     ink, paper = rng.choice(INK_AND_PAPER)
     draw = ImageDraw.Draw(image)
     draw.rectangle((x - 2, y, x + width + 1, y + 11), paper)
@@ -961,12 +980,12 @@ def draw_sign(image, row, word, rng):
 # ------------------------------------------------------------------------------------------------
 # 10. Questions about a scene
 #
-# One function for each type of question. It gives (question, answer), or None if the scene does
-# not offer such a question. There is one right answer, and the question alone does not betray it.
+# There is a function for each type of question. It returns (question, answer), or None if the scene
+# offers no such question. Each question has one right answer, which it does not give away.
 
 
 def uniquely_named(objects):
-    """The objects for which "the red circle" is enough: no other has that colour and shape."""
+    """The objects that a name such as "the red circle" tells from all others."""
     names = [(color, shape) for _, _, color, shape in objects]
     return [thing for thing in objects if names.count(thing[2:]) == 1]
 
@@ -983,6 +1002,7 @@ def plural(word):
 
 
 def ask_color(scene, rng):
+    # "the star" must be the only star
     shapes = [shape for _, _, _, shape in scene["objects"]]
     unique = [thing for thing in scene["objects"] if shapes.count(thing[3]) == 1]
     if not unique:
@@ -1018,7 +1038,7 @@ def ask_where(scene, rng):
 
 
 def ask_count(scene, rng):
-    # half of the questions are about a colour or shape that is there, half about any
+    # One time in two it is about a colour or shape that is there, else about any.
     which = rng.randrange(4)
     _, _, color, shape = rng.choice(scene["objects"])
     words = (color, shape, rng.choice(list(COLORS)), rng.choice(SHAPES))
@@ -1031,7 +1051,7 @@ def ask_exists(scene, rng):
     objects = scene["objects"]
     there = {(color, shape) for _, _, color, shape in objects}
 
-    # A "no" is mostly a near miss: colour and shape are both there, but not together.
+    # Most questions with the answer "no" are near misses: both words are there, but not together.
     near = {(one[2], other[3]) for one in objects for other in objects} - there
     if rng.random() < 0.5:
         color, shape = rng.choice(sorted(there))
@@ -1049,12 +1069,13 @@ def ask_relation(scene, rng):
         return None
     one, other = rng.sample(unique, 2)
 
-    # compare columns (axis 0) or rows (axis 1), unless both stand in the same one
+    # Compare their columns (axis 0) or their rows (axis 1), whichever differ.
     here = (one[0] % 3, one[0] // 3)
     there = (other[0] % 3, other[0] // 3)
     axis = rng.choice([axis for axis in (0, 1) if here[axis] != there[axis]])
     before, behind = (("left of", "right of"), ("above", "below"))[axis]
 
+    # A coin decides whether the question is true.
     yes = rng.random() < 0.5
     relation = before if (here[axis] < there[axis]) == yes else behind
     question = f"Is the {one[2]} {one[3]} {relation} the {other[2]} {other[3]}?"
@@ -1088,16 +1109,16 @@ def ask(scene: dict, kind: str, rng: random.Random):
 # ------------------------------------------------------------------------------------------------
 # 11. The drawn world: sounds
 #
-# One to five equal beeps, a glide that rises or falls, or a pair of sounds one after the other, in
-# a second and a half. Each has a timbre, a pitch and a loudness. When they sound, how fast, and at
-# what exact frequency is left to chance.
+# In a second and a half one hears one to five equal beeps, a glide that rises or falls, or a pair
+# of sounds, one after the other. All have a timbre, a pitch and a loudness. When they sound, how
+# fast, and at which exact frequency is left to chance.
 
 SOUND_SECONDS = 1.5
 TIMBRES = ("whistle", "organ", "buzz")
 PITCHES = {"low": 200, "middle": 420, "high": 880}  # Hz, give or take a tenth
-LOUDNESS = {"loud": (0.1, 0.17), "soft": (0.008, 0.013)}  # root mean square, from and to
+LOUDNESS = {"loud": (0.1, 0.17), "soft": (0.008, 0.013)}  # root mean square: 18 dB lie between
 SOUND_KINDS = {"beeps": 4, "glide": 3, "pair": 3}  # and how often each is drawn
-LENGTHS = {"beeps": (0.09, 0.13), "glide": (0.6, 1.2), "pair": (0.35, 0.5)}  # seconds, from and to
+PART_SECONDS = {"beeps": (0.09, 0.13), "glide": (0.6, 1.2), "pair": (0.35, 0.5)}  # from and to
 
 
 def make_sound(seed: int, held_out: bool = False, kinds=tuple(SOUND_KINDS)) -> dict:
@@ -1105,8 +1126,8 @@ def make_sound(seed: int, held_out: bool = False, kinds=tuple(SOUND_KINDS)) -> d
     "way": "rises", "falls" or None, "loudness", "seed"}: a pure function of its arguments.
 
     As with scenes, one description in ten is held out by its checksum: 20 of 198. With so few, an
-    answer might be missing among them or be too frequent, so the checksum starts from a number that
-    was searched for, with which the answers are spread well.
+    answer may be missing among them or come too often. So the checksum starts from a number that
+    was searched for, with which they are spread well.
     Glides are not held out that way. Were "loud low buzz rising" held out, every loud low buzz in
     training would fall, and a model would learn that instead of listening. Held-out glides differ
     as all sounds do, by their seeds: in frequency, bend, timing, level and noise.
@@ -1115,6 +1136,8 @@ def make_sound(seed: int, held_out: bool = False, kinds=tuple(SOUND_KINDS)) -> d
     kind = random.Random(seed).choices(kinds, odds)[0]
     for attempt in range(10_000):
         rng = random.Random(seed * 10_009 + attempt)
+
+        # who sounds: one voice, or the two of a pair, which differ in pitch and mostly in timbre
         pitches = rng.sample(list(PITCHES), 2)
         timbres = rng.sample(TIMBRES, 2)
         if rng.random() < 0.25:
@@ -1157,30 +1180,34 @@ def draw_sound(sound: dict) -> tuple[np.ndarray, int]:
     noise = np.random.default_rng(sound["seed"])
     out = noise.standard_normal(int(SOUND_SECONDS * RATE), np.float32) * np.float32(0.001)
 
-    # how many parts there are, when they begin, how long they are, in seconds
+    # How many parts are there, how long are they and the gaps between, and when do they begin?
     n = sound["beeps"] or len(sound["voices"])
-    length = rng.uniform(*LENGTHS[sound["kind"]])
+    length = rng.uniform(*PART_SECONDS[sound["kind"]])
     gap = rng.uniform(0.08, 0.14)
     start = rng.uniform(0.03, SOUND_SECONDS - 0.03 - n * length - (n - 1) * gap)
 
+    # How do they sound? A glide goes from frequency / bend to frequency * bend, or back.
     level = rng.uniform(*LOUDNESS[sound["loudness"]])
     frequencies = [PITCHES[pitch] * rng.uniform(0.9, 1.1) for pitch, _ in sound["voices"]]
-    # a glide goes from frequency / bend to frequency * bend
     direction = {"rises": 1, "falls": -1, None: 0}[sound["way"]]
     bend = rng.uniform(1.25, 1.5) ** direction
 
-    # Every part fades in and out over 128 samples, as it would click otherwise.
+    # Each part fades in and out over 128 samples, or it would click.
     m = round(length * RATE)
     from_begin = np.arange(m)
     from_end = from_begin[::-1]
     fade = np.minimum(1, np.minimum(from_begin, from_end) / 128, dtype=np.float32)
+
     for i in range(n):
         voice = i % len(frequencies)
         frequency = frequencies[voice]
+
+        # Nothing may come near the Nyquist frequency, 8 kHz, even at the end of a glide.
         highest = frequency * max(bend, 1 / bend)
         table = wavetable(sound["voices"][voice][1], n_harmonics=int(7500 / highest))
 
-        periods = np.cumsum(frequency * bend ** np.linspace(-1, 1, m)) / RATE  # since the beginning
+        # How many periods have gone by at each sample? Their fractions are places in the table.
+        periods = np.cumsum(frequency * bend ** np.linspace(-1, 1, m)) / RATE  # (m,)
         steps = (periods * len(table)).astype(np.int64) % len(table)
         at = round((start + i * (length + gap)) * RATE)
         out[at:at + m] += level * fade * table[steps]
@@ -1191,8 +1218,8 @@ def draw_sound(sound: dict) -> tuple[np.ndarray, int]:
 def wavetable(timbre: str, n_harmonics: int) -> np.ndarray:
     """One period of a tone in 4096 samples, of power one.
 
-    Synthesizers keep sounds so: a tone of any frequency steps through the table at its own speed.
-    As many harmonics go in as stay below the Nyquist frequency.
+    Synthesizers store sounds this way: a tone of any frequency steps through the same table at its
+    own speed.
     """
     period = np.linspace(0, 2 * np.pi, 4096, endpoint=False)
     table = np.zeros(4096)
@@ -1202,8 +1229,8 @@ def wavetable(timbre: str, n_harmonics: int) -> np.ndarray:
 
 
 def harmonic_strength(timbre, k):
-    """How strong the k-th harmonic is: a whistle has none but the tone, an organ its octaves, a
-    buzz all of them."""
+    """How strong the k-th harmonic is: a whistle is a tone alone, an organ adds two octaves, and a
+    buzz has them all."""
     if timbre == "buzz":
         return k ** -0.5
     harmonics = (1,) if timbre == "whistle" else (1, 2, 4)
@@ -1270,7 +1297,7 @@ def ask_sound(sound: dict, kind: str, rng: random.Random):
 
 
 def count_words(scene):
-    """How many objects have each colour and shape that is there: {"circle": 1, "red": 2}."""
+    """How many objects have each of the colours and shapes in a scene: {"circle": 1, "red": 2}."""
     words = [word for _, _, color, shape in scene["objects"] for word in (color, shape)]
     return {word: words.count(word) for word in sorted(set(words))}
 
@@ -1279,13 +1306,15 @@ def ask_as_many(scene, sound, rng):
     n = sound["beeps"]
     if n is None:
         return None
+
+    # A "no" must be near, or it could be told without counting.
     counts = count_words(scene)
     same = [word for word, count in counts.items() if count == n]
     near = [word for word, count in counts.items() if abs(count - n) == 1]
     if not same or not near:
         return None
 
-    # Both answers are at hand, so a coin decides.
+    # Both answers are possible, so a coin decides.
     yes = rng.random() < 0.5
     word = rng.choice(same if yes else near)
     seen = f"{NUMBERS[n]} and {NUMBERS[counts[word]]}"
@@ -1310,7 +1339,7 @@ def ask_if_rises(scene, sound, rng):
     if sound["way"] is None or len({color for _, _, color, _ in objects}) < 2:
         return None
 
-    # two places of different colours, so that the sound alone decides between them
+    # Take two places whose colours differ: only who hears the sound knows which one counts.
     one = rng.choice(objects)
     other = rng.choice([thing for thing in objects if thing[2] != one[2]])
     risen, fallen = rng.sample((one, other), 2)
@@ -1324,8 +1353,10 @@ def ask_together(scene, sound, rng):
     n = sound["beeps"]
     if n is None:
         return None
+
+    # There are words for numbers up to five.
     counts = count_words(scene)
-    few = [word for word, count in counts.items() if n + count <= 5]  # NUMBERS ends there
+    few = [word for word, count in counts.items() if n + count <= 5]
     if not few:
         return None
     word = rng.choice(few)
@@ -1344,16 +1375,17 @@ BOTH_TYPES = tuple(BOTH_QUESTIONS)
 
 
 def ask_both(scene: dict, sound: dict, kind: str, rng: random.Random):
-    """A question that neither eyes nor ears alone can answer, and its answer; or None.
+    """A question that neither eyes nor ears can answer alone, and its answer; or None where scene
+    and sound offer none.
 
-    The answer first says what is seen and heard, as in "two and three: no". A model thinks by
-    writing, and one this small cannot count twice and compare before its first word.
+    The answer first says what is heard and seen, as in "two and three: no". A model thinks by
+    writing, and one as small as this cannot count twice and compare before its first word.
     """
     return BOTH_QUESTIONS[kind](scene, sound, rng)
 
 
-# How often each type is asked in training. The hard ones come more often, and of the questions
-# about a scene and a sound every second one needs both.
+# How often each type is asked in training. Hard ones come more often, and where there are a scene
+# and a sound, every second question needs both.
 WEIGHTS = {
     "color": 8, "color at": 1, "shape at": 1, "size": 3, "where": 5, "count": 3, "exists": 4,
     "relation": 4, "sign": 2,
@@ -1372,12 +1404,14 @@ def ask_any(scene, sound, kind, rng):
 
 
 def offered_types(scene, sound):
-    """The types to draw from. Sounds offer few, and only those are taken; scenes offer most."""
+    """The types of questions to choose from."""
     kinds = []
     if sound:
         kinds += SOUND_TYPES
     if scene and sound:
         kinds += BOTH_TYPES
+
+    # A sound offers few of its types; the others must not be drawn in vain. A scene offers most.
     rng = random.Random(0)
     kinds = [kind for kind in kinds if ask_any(scene, sound, kind, rng)]
     if scene:
@@ -1387,23 +1421,26 @@ def offered_types(scene, sound):
 
 def ask_many(scene: dict | None, n: int, rng: random.Random,
              sound: dict | None = None) -> list[tuple[str, str, str]]:
-    """n different questions about a scene, a sound or both, or as many as they offer, drawn by
-    WEIGHTS: [(type, question, answer), ...]."""
+    """Up to n different questions about a scene, a sound or both: [(type, question, answer), ...].
+    Their types are drawn by WEIGHTS."""
     kinds = offered_types(scene, sound)
     weights = [WEIGHTS[kind] for kind in kinds]
+
+    # Not every draw gives a question, and not every question is new: draw more than are needed.
     asked = []
     seen = set()
     for kind in rng.choices(kinds, weights, k=4 * n):
         if len(asked) == n:
             break
-        # "no sign" must not be the usual answer
+
+        # "no sign" must not be the usual answer.
         if kind == "sign" and not scene["sign"] and rng.random() < 0.7:
             continue
         pair = ask_any(scene, sound, kind, rng)
         if pair is None:
             continue
 
-        # A scene may be asked about colours twice; about a sound each type has but one answer.
+        # A scene can be asked for two colours; to a sound's type of question there is one answer.
         question, answer = pair
         what = kind if kind in SOUND_QUESTIONS else question
         if what not in seen:
@@ -1425,7 +1462,7 @@ def as_turns(pairs, head: str = "<image>\n") -> list[dict]:
 # ------------------------------------------------------------------------------------------------
 # 13. The drawn world as a data set, and a tokenizer for it
 
-# These kinds of samples take others in turn.
+# kinds of samples that take others in turn
 MIXED = {
     "mixed caption": ("caption", "sound caption"),
     "mixed chat": ("chat", "sound chat", "both chat"),
@@ -1436,9 +1473,9 @@ MIXED = {
 class Drawn:
     """The drawn world as a data set. Item i is always the same.
 
-    kind: "caption", describe the scene; "chat", questions and answers about it in several turns;
-    "sound caption" and "sound chat", the same about a sound; "both chat", about an image and a
-    sound; or one of MIXED.
+    kind: "caption" has the scene described; "chat" has several turns of questions and answers about
+    it; "sound caption" and "sound chat" are the same about a sound; "both chat" is about an image
+    and a sound; and MIXED has more.
     A sample also has "types", the type of each question, and the "scene" and "sound" themselves.
     """
     kind: str
@@ -1457,6 +1494,7 @@ class Drawn:
         kinds = MIXED.get(self.kind, (self.kind,))
         kind = kinds[i % len(kinds)]
 
+        # what is to be seen and heard
         sample = {"id": str(seed), "images": [], "audio": []}
         head = ""
         if not kind.startswith("sound"):
@@ -1464,30 +1502,31 @@ class Drawn:
             sample["images"].append(draw_scene(sample["scene"]))
             head += "<image>\n"
         if kind not in ("caption", "chat"):
-            # no question is about a scene and a pair
+            # No question is about a scene and a pair of sounds.
             sounds = ("beeps", "glide") if kind == "both chat" else tuple(SOUND_KINDS)
             sample["sound"] = make_sound(seed, self.held_out, sounds)
             sample["audio"].append(draw_sound(sample["sound"]))
             head += "<audio>\n"
 
+        # what is asked about it
         if kind == "caption":
             asked = [(kind, "Describe the scene.", describe(sample["scene"]))]
         elif kind == "sound caption":
             asked = [(kind, "Describe the sound.", describe_sound(sample["sound"]))]
         else:
-            # A sound offers three questions: of two, the hard one is asked more often.
+            # A sound offers three questions. If two are asked, the hard one comes up more often.
             n = math.ceil(self.n_questions / 3) if kind == "sound chat" else self.n_questions
             rng = random.Random(seed)
             asked = ask_many(sample.get("scene"), n, rng, sample.get("sound"))
 
         pairs = [(question, answer) for _, question, answer in asked]
         sample["conversations"] = as_turns(pairs, head)
-        sample["types"] = [type for type, _, _ in asked]
+        sample["types"] = [kind for kind, _, _ in asked]
         return sample
 
 
 def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer, which knows the tiny template's marks and gives any text back."""
+    """A byte-level BPE tokenizer, which has a token for each mark of the template "tiny"."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -1499,7 +1538,7 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
 
 
 # ------------------------------------------------------------------------------------------------
-# 14. What comes in is checked. Every error is a ValueError that says what to do.
+# 14. Checks of what users bring. Each error is a ValueError that says what is wrong, and where.
 
 
 def open_image(image) -> Image.Image:
@@ -1516,7 +1555,7 @@ def open_image(image) -> Image.Image:
         if min(image.size) < 2:
             raise ValueError(f"it is {image.width} x {image.height} pixels, too small to be a "
                              "picture")
-        # Opening reads the header alone: here a truncated file fails.
+        # Opening reads no more than the header. This decodes, and fails on a truncated file.
         image.load()
         if image.mode == "RGB":
             return image
@@ -1528,7 +1567,7 @@ def open_image(image) -> Image.Image:
 
 
 def check_turns(conversations, template):
-    """Turns must be objects with "from" and "value", and alternate from the human on."""
+    """Turns are objects with "from" and "value", and alternate, beginning with the human."""
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
     if not conversations:
@@ -1544,14 +1583,14 @@ def check_turns(conversations, template):
 
 
 def check_slots(n_audio_tokens, n_sounds):
-    """A list must say for every "<audio>" how many slots it takes."""
+    """There is one number of slots for each "<audio>"."""
     if len(n_audio_tokens) != n_sounds:
         raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of "
                          f"{len(n_audio_tokens)}; it needs one number for each mark")
 
 
 def check_end_mark(tokenizer, template):
-    """Some templates end answers with a mark that few tokenizers know."""
+    """The tokenizer knows the mark that ends answers, where few tokenizers do."""
     form = TEMPLATES[template]
     if form.end_is_token and tokenizer.token_to_id(form.end) is None:
         raise ValueError(f"template {template} ends answers with {form.end}, which this tokenizer "
@@ -1559,7 +1598,7 @@ def check_end_mark(tokenizer, template):
 
 
 def check_cut(ids, labels, max_length):
-    """May a sample be cut off after max_length tokens?"""
+    """A sample may lose what comes after max_length tokens."""
     for slot, what in ((IMAGE, "an image"), (AUDIO, "a sound")):
         if slot in ids[max_length:]:
             raise ValueError(f"{len(ids)} tokens, over the limit of {max_length}, and cutting "
@@ -1569,12 +1608,14 @@ def check_cut(ids, labels, max_length):
 
 
 def check_marks(text, pictures, videos, sounds, n_audio_tokens):
-    """A sample's text must have a mark for each of its files."""
+    """A sample's text has a mark for each of its files."""
     if sounds and n_audio_tokens == 0:
         raise ValueError(f"the sample has {len(sounds)} sounds, this model hears nothing; leave "
                          "them out, or take a model with ears")
+
+    # To a model that hears nothing, "<audio>" is ordinary text.
     wanted = {"<image>": (pictures, "images"), "<video>": (videos, "videos")}
-    if n_audio_tokens != 0:  # to a model that hears nothing, "<audio>" is ordinary text
+    if n_audio_tokens != 0:
         wanted["<audio>"] = (sounds, "sounds")
     for mark, (files, name) in wanted.items():
         if text.count(mark) != len(files):
@@ -1583,23 +1624,25 @@ def check_marks(text, pictures, videos, sounds, n_audio_tokens):
 
 
 def check_frame_sizes(videos):
-    """All frames of a video must have one size."""
+    """All frames of a video have the same size."""
     for video in videos:
-        first = None
+        wanted = None
         for frame in video:
             image = frame if isinstance(frame, Image.Image) else Image.open(frame)
-            first = first or image.size
-            if image.size != first:
-                raise ValueError(f"{frame}: a frame of {image.size} pixels in a video of {first}; "
+            if wanted is None:
+                wanted = image.size
+            if image.size != wanted:
+                raise ValueError(f"{frame}: a frame of {image.size} pixels in a video of {wanted}; "
                                  "all must have one size")
 
 
 def check_wave(wave, sample_rate, seconds):
-    """A sound must be one wave of sensible length, without NaN."""
+    """A sound is one wave, neither empty nor too long, and each sample is a number."""
     if wave.ndim != 1 or len(wave) == 0:
         raise ValueError(f"a sound must be one mono wave, (n,) with n > 0, not {wave.shape}")
     if len(wave) > MAX_CHUNKS * seconds * sample_rate:
         raise ValueError(f"{len(wave) / sample_rate:,.0f} s of sound, over the limit of "
                          f"{MAX_CHUNKS * seconds:,.0f} s; cut it into parts")
-    if not np.isfinite(wave).all():  # one NaN would silence its whole chunk
+    # One NaN would silence its whole chunk.
+    if not np.isfinite(wave).all():
         raise ValueError("the wave holds NaN or infinity: mend what made it")
