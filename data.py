@@ -514,12 +514,17 @@ def resample(wave: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
     old_step = rate // math.gcd(rate, to)
     new_step = to // math.gcd(rate, to)
     steps = math.ceil((len(wave) + rate // 10) / old_step)
+
+    # The transform is fast if the number of steps has small factors: round it up to at most 64
+    # times a power of two. The silence gets a little longer.
+    power = 2 ** max(0, steps.bit_length() - 6)
+    steps = power * math.ceil(steps / power)
     spectrum = np.fft.rfft(wave, steps * old_step)  # (steps * old_step // 2 + 1,) complex
 
     # irfft cuts the spectrum off at the new limit, or fills it up with zeros.
     limit = min(rate, to) / 2
     frequencies = np.fft.rfftfreq(steps * old_step, 1 / rate)
-    fade = np.clip((limit - frequencies) / (0.05 * limit), 0, 1)
+    fade = np.clip((limit - frequencies) / (0.05 * limit), 0, 1).astype(np.float32)
     out = np.fft.irfft(spectrum * fade, steps * new_step)
 
     # The transforms add up samples, of which there are now more or fewer.
