@@ -1,16 +1,23 @@
-"""data.py: from pictures, sounds and conversations to tensors. Imports no other file of the project.
+"""data.py: from pictures and conversations to the tensors that a model reads.
 
-1. images        pad to square, resize, normalise as LLaVA and CLIP do
-2. sounds        WAV files, resampled to 16 kHz, as the log-mel pictures that Whisper hears
-3. chat          templates, token ids, and labels from character offsets
-4. drawn world   the default's data: scenes of shapes and signs, drawn on the fly, with captions, questions and one right answer each
-5. drawn sounds  its hearing counterpart: beeps, glides and pairs; and questions that need eyes and ears
-6. datasets      the drawn world, and LLaVA's JSON with images, sounds and videos on disk
-7. batches       padding, and a sampler that can be resumed in the middle of an epoch
+Every sample takes the same four steps:
 
-A sample, everywhere: {"images": [path or PIL image], "conversations": [{"from": "human" | "gpt", "value": text}, ...]}, and perhaps
-"audio": [path or (wave, sample rate)] and "video": [[path or PIL image of each frame], ...]. "<image>", "<audio>" and "<video>" in a
-text mark the place of the next one.
+    a data set    finds    {"images": [path, ...], "conversations": [turn, ...]}
+    load_senses   loads    images (k, 3, S, S), of S x S pixels
+    encode_chat   encodes  tokens (T,) and labels (T,), which say what the model learns to write
+    collate       joins    tokens (B, T), labels (B, T), images (n, 3, S, S)
+
+`Batches` says which samples go into each batch, and `Encoded` does the second and third step.
+
+A turn is {"from": "human" or "gpt", "value": text}, and "<image>" in a text marks the place of the
+sample's next image. A sample may also have "audio": [path or (wave, sample rate), ...] and "video":
+[[path of each frame, ...], ...], whose places are marked by "<audio>" and "<video>". Instead of the
+path to an image there may be a PIL image.
+
+There are two data sets. `LlavaJson` reads files in LLaVA's format. `Drawn` makes up a little world
+of coloured shapes and beeps as it goes; the default run trains on it.
+
+This file imports no other file of the project.
 """
 import functools
 import json
@@ -21,587 +28,1466 @@ import random
 import re
 import wave
 import zlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-IMAGE, AUDIO, PAD, IGNORE = -200, -201, -1, -100     # as in model.py: image slot, audio slot, padding, label that is not learnt
+# `tokens` holds ids of text, which are >= 0, and these. (model.py knows the same numbers.)
+IMAGE = -200  # the slot of one of an image's features
+AUDIO = -201  # the slot of one of a sound's features
+PAD = -1  # nothing: the row has ended
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Images
+# `labels` holds the ids that are learnt, and this where nothing is learnt.
+IGNORE = -100
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)      # of the pixels CLIP was trained on, RGB in 0..1
+# ------------------------------------------------------------------------------------------------
+# 1. An image
+
+# The mean and standard deviation of the pixels that CLIP was trained on: red, green, blue, 0 to 1
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MEAN_COLOR = tuple(int(m * 255) for m in CLIP_MEAN)
-NORMALISE = [(1 / (255 * std), -mean / std) for mean, std in zip(CLIP_MEAN, CLIP_STD)]     # (x / 255 - mean) / std = x * scale + shift
+MEAN_COLOR = tuple(int(255 * mean) for mean in CLIP_MEAN)
 
 
 def load_image(image, size: int) -> torch.Tensor:
-    """A path or PIL image -> (3, size, size) float32, padded to a square with CLIP's mean colour, resized (bicubic), normalised.
+    """A path or PIL image -> (3, size, size) float32, as CLIP's vision tower was trained to see it.
 
-    Padding instead of cropping keeps what is at the edges (LLaVA's image_aspect_ratio "pad"). Raises ValueError, naming the file, if
-    it is missing, truncated, no picture, smaller than 2 pixels a side, or so large that it must be a decompression bomb."""
-    name = image if isinstance(image, (str, os.PathLike)) else "the image"
-    try:
-        if isinstance(image, (str, os.PathLike)):
-            image = Image.open(image)
-        if min(image.size) < 2:
-            raise ValueError(f"it is {image.width} x {image.height} pixels, too small to be a picture")
-        image.load()                                                               # decodes: a truncated file fails here
-        image = image if image.mode == "RGB" else image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{name}: no such file; check the path, and --images") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{name}: cannot be read as an image: {e}") from None
-    seen, tall, first, last = resize_padded(image, size)
-    x = np.empty((3, size, size), np.float32)
-    for out, band, (scale, shift), mean in zip(x, seen.split(), NORMALISE, MEAN_COLOR):       # plane by plane, two passes over each
-        out, band = (out.T, np.asarray(band).T) if tall else (out, np.asarray(band))
-        out[:first] = out[last:] = np.float32(mean) * np.float32(scale) + np.float32(shift)
-        np.multiply(band, scale, out=out[first:last], dtype=np.float32, casting="unsafe")
-        out[first:last] += shift
-    return torch.from_numpy(x)
+    The picture is padded to a square, since cropping would lose what is at its edges (LLaVA calls
+    this image_aspect_ratio "pad"). It is then resized by Pillow's bicubic filter, as CLIP's own
+    preprocessing does, and each value of 0 to 255 becomes (value / 255 - mean) / std.
+    Raises ValueError, naming the file, if it cannot be read: see `open_image`.
+    """
+    square = pad_to_square(open_image(image))
+    square = square.resize((size, size), Image.Resampling.BICUBIC)
 
-
-def resize_padded(image: Image.Image, size: int) -> tuple[Image.Image, bool, int, int]:
-    """Of pad_to_square(image).resize((size, size)) the part that is not mere padding, bit for bit, and (tall, first, last): it is
-    the square's columns (tall) or rows first to last.
-
-    Pillow resizes along rows first, then along columns, each output pixel from the input within `reach` of its centre. So of the padded
-    axis only the output from `first` to `last` sees the image; it is resized alone, from just as much padding as it sees. Its ends are
-    where input and output pixels' edges meet (every `step` outputs; Pillow's arithmetic is exact there), or the ends of the square."""
-    side, short, tall = max(image.size), min(image.size), image.height > image.width
-    step, at = size // math.gcd(side, size), (side - short) // 2
-    reach = 2 * max(1, side / size) + 1                                            # bicubic looks two pixels far, of the coarser grid
-    first = max(0, int((at - reach) * size / side)) // step * step
-    last = min(size, -(-math.ceil((at + short + reach) * size / side) // step) * step)
-    if 2 * short < side:                                                           # for narrow images Pillow changes the order
-        first, last = 0, size
-    low, high = (first * side // size, last * side // size)
-    start, stop = max(0, math.floor(low - reach)), min(side, math.ceil(high + reach))
-    part = (lambda *ends: (ends[0], 0, ends[1], ends[2])) if tall else (lambda *ends: (0, ends[0], ends[2], ends[1]))
-    shape = lambda n, across: (n, across) if tall else (across, n)
-    if not tall:
-        image = image.resize((size, image.height), Image.Resampling.BICUBIC)       # along rows, which are whole
-    canvas = Image.new("RGB", shape(stop - start, image.height if tall else size), MEAN_COLOR)
-    canvas.paste(image, shape(at - start, 0))
-    seen = canvas.resize(shape(last - first, size), Image.Resampling.BICUBIC, box=part(low - start, high - start, side if tall else size))
-    return seen, tall, first, last
+    # One colour at a time, because the model wants (3, H, W) and Pillow keeps (H, W, 3).
+    pixels = np.empty((3, size, size), np.float32)
+    for plane, color, mean, std in zip(pixels, square.split(), CLIP_MEAN, CLIP_STD):
+        plane[:] = color
+        plane *= 1 / (255 * std)
+        plane -= mean / std
+    return torch.from_numpy(pixels)
 
 
 def pad_to_square(image: Image.Image) -> Image.Image:
+    """The RGB image in the middle of a square of CLIP's mean colour, which becomes nearly 0."""
     side = max(image.size)
-    canvas = Image.new("RGB", (side, side), MEAN_COLOR)
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return canvas
+    square = Image.new("RGB", (side, side), MEAN_COLOR)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Sounds: Whisper's ears
+# ------------------------------------------------------------------------------------------------
+# 2. A conversation
 #
-# A tower built for images can hear once a sound is made into one: how loud each of 80 pitch bands is, every 10 ms. The bands lie as
-# the ear's do (mel scale: even below 1 kHz, by ratio above), and loudness counts by its logarithm.
+# Every chat model has its own way of writing down who says what. It must be followed to the letter:
+# a model that was trained on "USER: Why? ASSISTANT:" answers worse when anything else stands there.
 
-RATE, HOP, FFT, N_MELS = 16_000, 160, 400, 80                                      # of Whisper: a 25 ms window every 10 ms
-MAX_CHUNKS = 20                                                                    # of one sound: ten minutes in chunks of 30 s
-RATES = (1000, 1_000_000)                                                          # the lowest and the highest that a sound may have
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
 
-def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
-    """A WAV file of 8, 16, 24 or 32 bit PCM -> (wave (n,) float32 in [-1, 1], sample rate); channels are averaged.
+class Template(NamedTuple):
+    """How the turns of a conversation are written down.
 
-    Raises ValueError, naming the file and what to do, if it is missing, of another format, truncated, without a sample, or (seen
-    before it is read) longer than max_seconds."""
-    remedy = f"`ffmpeg -i FILE -ac 1 -ar {RATE} -c:a pcm_s16le OUT.wav` makes a good one of most files"
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:     # changes stay in memory
-            at = memory.find(b"fmt ", 0, 4096) + 8
-            if memory[at:at + 2] == b"\xfe\xff" and memory[at + 24:at + 26] == b"\1\0":
-                memory[at:at + 2] = b"\1\0"      # "extensible" PCM, ffmpeg's 24 bits: the same samples; `wave` knows it from Python 3.12 on
-            f = wave.open(memory)
-            channels, width, rate, n = f.getnchannels(), f.getsampwidth(), f.getframerate(), f.getnframes()
-            if n == 0 or width > 4 or not RATES[0] <= rate <= RATES[1]:
-                raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
-            data = f.readframes(n) if n / rate <= max_seconds else None
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; check the path, and --images") from None
-    except (OSError, EOFError, ValueError, wave.Error) as e:                       # (an empty file cannot be mapped: ValueError)
-        raise ValueError(f"{path}: cannot be read as PCM WAV: {str(e) or 'it ends too early'}; {remedy}") from None
-    if data is None:
-        raise ValueError(f"{path}: {n / rate:,.0f} s of sound, over the limit of {max_seconds:,.0f} s; cut it into parts")
-    if len(data) < n * channels * width:
-        raise ValueError(f"{path}: truncated, {len(data) // (channels * width)} of {n} samples are there; copy it again, or {remedy}")
-    raw = np.frombuffer(data, np.uint8).reshape(-1, width)                         # little-endian bytes
-    full = np.zeros((len(raw), 4), np.uint8)
-    full[:, 4 - width:] = raw ^ 128 if width == 1 else raw                         # the top bytes of an int32; 8 bits are unsigned
-    return full.view("<i4").reshape(-1, channels).astype(np.float32).mean(1) / 2 ** 31, rate
+    "{text}" stands for a turn's text, "{marks}" for nothing but the "<image>" and "<audio>" in it.
+    The space before an answer is part of the answer, as tokenizers merge it with the first word.
+    """
+    first: str  # the human's first turn
+    later: str  # the human's other turns
+    answer: str
+    end: str  # what ends an answer: a model that writes it has finished
+    end_is_token: bool = False  # must the tokenizer know `end` as one token?
+
+
+# To add a template, add a row.
+TEMPLATES = {
+    # LLaVA's first stage. The question is dropped: image, caption, newline.
+    "plain": Template("{marks}", "{marks}", "{text}", "\n"),
+
+    # This project's own, for the default run. Each mark is one token.
+    "tiny": Template("<q>{text}<a>", "<q>{text}<a>", " {text}", "</s>"),
+
+    # CuMo's "mistral_instruct_system". The released code spells "<s>" out although the tokenizer
+    # puts one in front by itself; so here, too, there are two.
+    "mistral": Template("<s>[INST] <<SYS>>\n" + SYSTEM + "\n<</SYS>>\n\n{text} [/INST]",
+                        "[INST] {text} [/INST]", " {text} ", "</s>"),
+
+    # LLaVA-1.5's "v1".
+    "vicuna": Template(SYSTEM + " USER: {text} ASSISTANT:",
+                       "USER: {text} ASSISTANT:", " {text}", "</s>"),
+
+    # MoE-LLaVA's, for OpenChat. It keeps vicuna's words and takes only the end mark from OpenChat.
+    "openchat": Template(SYSTEM + " USER: {text} ASSISTANT:",
+                         "USER: {text} ASSISTANT:", " {text}", "<|end_of_turn|>", True),
+}
+EOS = {name: template.end for name, template in TEMPLATES.items()}
+
+
+def render(conversations: list, template: str) -> list[tuple[str, bool]]:
+    """Turns -> [(text, learnt?), ...]. The texts, joined, are what the model reads.
+
+    It learns to write the answers among them. (An empty answer is learnt, too, where LLaVA would
+    take it for one that is still to come.) A conversation that ends with a turn of the human is a
+    prompt: its text stops where the answer begins.
+    Raises ValueError for an unknown template and for bad turns: see `check_turns`.
+    """
+    check_turns(conversations, template)
+    form = TEMPLATES[template]
+
+    pieces = []
+    for i, turn in enumerate(conversations):
+        text = turn["value"]
+        if turn["from"] == "gpt":
+            pieces.append((form.answer.format(text=text) + form.end, True))
+            continue
+
+        # As in LLaVA, a single image moves to the head of its turn; several stay where they are.
+        if text.count("<image>") == 1:
+            words = text.replace("<image>", "").strip()
+            text = f"<image>\n{words}".strip()
+
+        marks = "".join(re.findall("<image>|<audio>", text))
+        layout = form.first if i == 0 else form.later
+        pieces.append((layout.format(text=text, marks=marks), False))
+    return pieces
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Token ids and labels
+
+
+def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: int,
+                n_audio_tokens: int | list = 0) -> tuple[list[int], list[int]]:
+    """Turns -> (ids, labels), two lists of int of one length.
+
+    Each "<image>" becomes n_image_tokens times IMAGE, each "<audio>" n_audio_tokens times AUDIO.
+    A list gives a number for every single "<audio>", as a long sound takes more. With 0, for a
+    model that hears nothing, "<audio>" is ordinary text. A label is the token's id, or IGNORE where
+    nothing is learnt. It is the model that shifts them by one.
+
+    What is learnt is decided by characters. The text is tokenized once, the tokenizer tells which
+    characters each token covers, and a token is learnt if any of these belongs to an answer:
+
+        text      <q>What is it?<a> A ring.</s>
+        learnt    00000000000000000111111111111
+        tokens    <q> What _is _it ? <a> _A _ring . </s>      (here "_" is a space in a token)
+        labels    -100 (six times)       _A _ring . </s>
+
+    LLaVA instead tokenizes the pieces once more and adds up their lengths. Where a tokenizer merges
+    letters across a border the sum is wrong, and the sample is lost ("tokenization mismatch").
+
+    Raises ValueError as `render` does; if the tokenizer lacks the template's end mark; if the list
+    does not fit the marks; and if there are answers but nothing to learn.
+    """
+    pieces = render(conversations, template)
+    check_end_mark(tokenizer, template)
+    text = "".join(piece for piece, _ in pieces)
+    learnt = [is_learnt for piece, is_learnt in pieces for _ in piece]  # one a character
+
+    # Cut it at the marks. The parentheses keep these: text, mark, text, mark, ..., text.
+    marks = "(<image>)" if n_audio_tokens == 0 else "(<image>|<audio>)"
+    chunks = re.split(marks, text)
+
+    # How many slots does each sound take?
+    n_sounds = chunks[1::2].count("<audio>")
+    if not isinstance(n_audio_tokens, list):
+        n_audio_tokens = [n_audio_tokens] * n_sounds
+    check_slots(n_audio_tokens, n_sounds)
+    sizes_of_sounds = iter(n_audio_tokens)
+
+    # As in LLaVA, each stretch of text is tokenized alone, and each mark becomes its slots.
+    ids = []
+    labels = []
+    start = 0  # the chunk's first character in the whole text
+    for i, chunk in enumerate(chunks):
+        if i % 2 == 0:
+            new_ids, new_labels = encode_text(chunk, tokenizer, start, learnt)
+        else:
+            new_ids = [IMAGE] * n_image_tokens
+            if chunk == "<audio>":
+                new_ids = [AUDIO] * next(sizes_of_sounds)
+            new_labels = [IGNORE] * len(new_ids)
+        ids += new_ids
+        labels += new_labels
+        start += len(chunk)
+
+    if any(learnt) and all(label == IGNORE for label in labels):
+        shown = str(conversations)[:300]
+        raise ValueError(f"nothing to learn, all labels are masked: {shown}")
+    return ids, labels
+
+
+def encode_text(text, tokenizer, start, learnt):
+    """-> (ids, labels) of one stretch of text, which begins at character `start` of the whole."""
+    ids = []
+    labels = []
+    encoding = tokenizer.encode(text, add_special_tokens=True)
+    for token, (first, last), special in zip(encoding.ids, encoding.offsets,
+                                             encoding.special_tokens_mask):
+        # Many tokenizers put "<s>" in front of whatever they are given. It is wanted only once.
+        if special and first == last and start > 0:
+            continue
+        ids.append(token)
+        labels.append(token if any(learnt[start + first:start + last]) else IGNORE)
+    return ids, labels
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. One sample as tensors
+
+
+@dataclass
+class Encoded(torch.utils.data.Dataset):
+    """A data set's samples as tensors: {"tokens" (T,), "labels" (T,), "images" (k, 3, S, S)}.
+
+    Each item also has "broken", a list of messages, and "truncated", a bool. With sounds it has
+    "audio" (m, 80, 100 * seconds), with a video "frames": see `load_senses`.
+
+    A sample that cannot be used is replaced by the next one and reported in "broken", so that a bad
+    file does not end a run of days; the trainer prints and counts these messages. A sample that is
+    too long loses its end. If it would lose a part of an image there, it cannot be used.
+    """
+    data: Any  # len(data) and data[i], a sample
+    tokenizer: Tokenizer
+    template: str
+    image_size: int  # pixels a side
+    n_image_tokens: int
+    max_length: int  # tokens
+    strict: bool = False  # raise ValueError for a sample that cannot be used
+    n_audio_tokens: int = 0
+    seconds: float = 30.0
+    max_frames: int = 8
+    average: bool = True
+
+    def __post_init__(self):
+        if len(self.data) == 0:
+            raise ValueError("the data set is empty")
+
+    def __len__(self):
+        return len(self.data)
+
+    def encode(self, sample: dict) -> dict:
+        """A sample -> an item, without "broken". Raises ValueError if it cannot be used."""
+        senses = load_senses(sample, self.image_size, self.n_audio_tokens, self.seconds,
+                             self.max_frames, self.average)
+        ids, labels = encode_chat(senses.conversations, self.tokenizer, self.template,
+                                  self.n_image_tokens, senses.slots)
+
+        truncated = len(ids) > self.max_length
+        if truncated:
+            check_cut(ids, labels, self.max_length)
+            ids = ids[:self.max_length]
+            labels = labels[:self.max_length]
+
+        item = {"tokens": torch.tensor(ids), "labels": torch.tensor(labels),
+                "images": senses.images, "truncated": truncated}
+        if senses.audio is not None:
+            item["audio"] = senses.audio
+        if senses.frames is not None:
+            item["frames"] = senses.frames
+        return item
+
+    def __getitem__(self, i: int) -> dict:
+        # Try the samples from i on; after the last comes the first.
+        broken = []
+        for j in range(i, i + 100):
+            j = j % len(self)
+            name = f"sample {j + 1}"
+            try:
+                sample = self.data[j]
+                name = sample["id"]
+                item = self.encode(sample)
+            except ValueError as e:
+                message = str(e) if name in str(e) else f"{name}: {e}"
+                if self.strict:
+                    raise ValueError(message) from None
+                broken.append(message)
+            else:
+                item["broken"] = broken
+                return item
+        raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. A batch
+
+
+def pad_rows(rows: list, fill: int, multiple: int = 8) -> torch.Tensor:
+    """Lists or (T_i,) tensors -> (B, T) int64, filled up on the right.
+
+    T is the greatest T_i, rounded up to a multiple. With fewer different lengths, memory is reused
+    more often, and a compiled model need not be compiled again as often.
+    """
+    rows = [torch.as_tensor(row) for row in rows]
+    longest = max(len(row) for row in rows)
+    length = multiple * math.ceil(longest / multiple)
+
+    rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    return torch.nn.functional.pad(rows, (0, length - longest), value=fill)  # (B, T)
+
+
+def collate(samples: list) -> dict:
+    """Items of `Encoded` -> {"tokens" (B, T), "labels" (B, T), "images" (n, 3, S, S), "broken":
+    [messages], "truncated": how many}.
+
+    The images of all samples follow each other. For a model that hears there is also "audio"
+    (m, 80, frames), and if a sample has a video, "frames" (groups,), which says for each "<image>"
+    how many of the images belong to it.
+    """
+    # As in the released code, a sample without an image brings a blank one. It stands behind the
+    # others, where it fills no slot.
+    blanks = []
+    for sample in samples:
+        if len(sample["images"]) == 0:
+            blanks.append(torch.zeros(1, *sample["images"].shape[1:]))
+
+    batch = {
+        "tokens": pad_rows([sample["tokens"] for sample in samples], PAD),
+        "labels": pad_rows([sample["labels"] for sample in samples], IGNORE),
+        "images": torch.cat([sample["images"] for sample in samples] + blanks),
+        "broken": [message for sample in samples for message in sample["broken"]],
+        "truncated": sum(sample["truncated"] for sample in samples),
+    }
+
+    # If no sample has a sound, there is a chunk of silence: all processes must run all modules, or
+    # they would wait for each other's gradients for ever. One is enough for a whole batch.
+    sounds = [sample["audio"] for sample in samples if "audio" in sample]
+    if sounds:
+        audio = torch.cat(sounds)  # (m, 80, frames)
+        if len(audio) == 0:
+            audio = audio.new_zeros(1, *audio.shape[1:])
+        batch["audio"] = audio
+
+    # In a batch with a video, all other images, the blank ones too, are groups of one.
+    if any("frames" in sample for sample in samples):
+        frames = []
+        for sample in samples:
+            frames += sample.get("frames", [1] * len(sample["images"]))
+        batch["frames"] = torch.tensor(frames + [1] * len(blanks))
+    return batch
+
+
+@dataclass
+class Batches:
+    """Lists of indices without end, one list for each micro-batch: a DataLoader's batch_sampler.
+
+    What a step consists of depends on the seed and the number of the step alone. So a run that was
+    interrupted goes on with the samples that it would have seen, and the batch of a step is the
+    same for any number of processes. You can take this class along: it needs torch and nothing of
+    this project, and knows nothing of your data but how many samples there are.
+
+    With lengths, samples of similar length share a batch, which saves padding. As in LLaVA, the
+    shuffled epoch is cut into groups of 50 batches, each group is sorted by length, and then the
+    batches are shuffled.
+
+    Raises ValueError if batch_size is not a multiple of world * micro_batch.
+    """
+    n: int  # how many samples there are
+    batch_size: int  # samples in a step, over all processes
+    micro_batch: int  # samples that a process computes at a time
+    seed: int = 0
+    start_step: int = 0  # how many steps have been done
+    rank: int = 0  # which process this is ...
+    world: int = 1  # ... and how many there are
+    lengths: list | None = None  # how long each sample is, in any unit
+
+    def __post_init__(self):
+        if self.batch_size % (self.micro_batch * self.world) != 0:
+            raise ValueError(f"batch size {self.batch_size} is not a multiple of {self.world} "
+                             f"processes x {self.micro_batch} samples at a time")
+        # The last, incomplete batch of an epoch is left out.
+        self.per_epoch = max(1, self.n // self.batch_size)
+
+    def epoch(self, number: int) -> torch.Tensor:
+        """The batches of an epoch: (per_epoch, batch_size) indices."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        order = torch.randperm(self.n, generator=generator)
+
+        # A data set smaller than a batch is repeated until it fills one.
+        order = order.repeat(math.ceil(self.batch_size / self.n))
+        order = order[:self.per_epoch * self.batch_size]
+        if self.lengths is None:
+            return order.view(self.per_epoch, self.batch_size)
+
+        # Sorted as a whole, every epoch would have the same batches. In groups it has not.
+        lengths = torch.tensor(self.lengths)
+        groups = []
+        for group in order.split(50 * self.batch_size):
+            by_length = lengths[group].argsort(stable=True)
+            groups.append(group[by_length])
+        batches = torch.cat(groups).view(self.per_epoch, self.batch_size)
+        return batches[torch.randperm(self.per_epoch, generator=generator)]
+
+    def __iter__(self):
+        step = self.start_step
+        while True:
+            # The first epoch may be entered in its middle.
+            batches = self.epoch(step // self.per_epoch)
+            for batch in batches[step % self.per_epoch:]:
+                # A batch may be sorted by length. Every world-th sample is a fair share of it.
+                mine = batch[self.rank::self.world]
+                yield from mine.reshape(-1, self.micro_batch).tolist()
+                step += 1
+
+
+# ------------------------------------------------------------------------------------------------
+# You can stop here on a first reading. Behind this line: sounds, videos, LLaVA's files, the drawn
+# world with its questions, and the checks of what users bring.
+# ------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------
+# 6. Sounds
+#
+# A transformer made for images can also hear, if the sound is turned into a picture: how loud is
+# each of 80 bands of pitch, every 10 ms? The bands lie as they do in the ear (the mel scale: even
+# steps below 1 kHz, even ratios above), and loudness counts by its logarithm. So Whisper hears.
+
+RATE = 16_000  # samples a second
+HOP = 160  # samples from one column of the picture to the next
+FFT = 400  # samples that make up one column
+N_MELS = 80
+MAX_CHUNKS = 20  # of one sound: ten minutes, in chunks of 30 s
+RATES = (1000, 1_000_000)  # the lowest and the highest sample rate that a sound may have
+
+
+def load_audio(audio, seconds: float = 30.0) -> torch.Tensor:
+    """A path or (wave, sample rate) -> (n_chunks, 80, 100 * seconds) float32.
+
+    Raises ValueError as `read_wav` and `log_mel` do.
+    """
+    if isinstance(audio, (str, os.PathLike)):
+        audio = read_wav(audio, MAX_CHUNKS * seconds)
+    wave, sample_rate = audio
+    return log_mel(wave, sample_rate, seconds)
+
+
+def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
+    """wave (n,) -> (n_chunks, 80, 100 * seconds) float32, Whisper's features.
+
+    The sound is cut into chunks of `seconds`, and the last is filled up with silence. Each chunk is
+    normalised for itself: what is more than 80 dB below its loudest point counts as silence.
+    Raises ValueError if it is no mono wave, has no samples or too many, or holds NaN.
+    """
+    wave = np.asarray(wave, np.float32)
+    check_wave(wave, sample_rate, seconds)
+    wave = resample(wave, sample_rate)
+
+    # cut it into chunks
+    size = HOP * round(RATE / HOP * seconds)  # samples of a chunk
+    wave = np.pad(wave, (0, -len(wave) % size))
+    chunks = torch.from_numpy(wave).view(-1, size)  # (n_chunks, size)
+
+    # How much of each of 201 frequencies is there, 100 times a second? Then sum up each band.
+    window, filters = whisper_ear()
+    spectrum = torch.stft(chunks, FFT, HOP, window=window, return_complex=True)
+    spectrum = spectrum[..., :-1]  # (n_chunks, 201, frames); Whisper drops the last frame
+    power = spectrum.real ** 2 + spectrum.imag ** 2
+    mel = (filters @ power).clamp(min=1e-10).log10()  # (n_chunks, 80, frames)
+
+    # 80 dB are 8 powers of ten. The last step brings most values to -1..1.
+    loudest = mel.amax((1, 2), keepdim=True)
+    return (torch.maximum(mel, loudest - 8) + 4) / 4
 
 
 def resample(wave: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
-    """(n,) at `rate` -> (ceil(n * to / rate),) float32 at `to` samples a second.
+    """(n,) at `rate` samples a second -> (ceil(n * to / rate),) float32 at `to` samples a second.
 
-    Samples fix the wave in between (Shannon): it is a sum of sincs, one a sample, and can be read at any time. Read more slowly, it must
-    first lose what is above the new Nyquist frequency (half the rate), or that would come back as a wrong, low tone. A wider sinc, made
-    finite by a Kaiser window, does both: up to 0.9 of the lower Nyquist levels keep within 0.01 dB, from 1.0 on less than -60 dB is left.
-    Polyphase: after `up` new samples the two grids meet again, so only `up` filters differ. Each is made, used with a stride and
-    forgotten: rates without a common divisor (44,099) need many, but never a large table."""
+    A wave is a sum of sines, and the Fourier transform says how much of each there is. We keep the
+    sines that both rates can hold, and read their sum at the new rate. A rate holds frequencies up
+    to half of itself (Nyquist's); what lies above would come back as a wrong, low tone. The last
+    twentieth below that limit fades out, because a sharp edge would ring for long.
+    """
     if not RATES[0] <= rate <= RATES[1]:
         raise ValueError(f"a sample rate of {rate} Hz; it may be {RATES[0]:,} to {RATES[1]:,}")
-    wave = np.ascontiguousarray(wave, np.float32)
-    up, down = to // math.gcd(rate, to), rate // math.gcd(rate, to)
-    if up == down:
+    wave = np.asarray(wave, np.float32)
+    if rate == to:
         return wave
-    cutoff = 0.95 * min(1, to / rate)                                              # in units of the old Nyquist
-    half = math.ceil(48 / min(1, to / rate))                                       # taps on each side: 48 samples of the slower rate
-    n_out = -(-len(wave) * up // down)
-    out, windows = np.empty(n_out, np.float32), np.lib.stride_tricks.sliding_window_view(np.pad(wave, half), 2 * half + 1)
-    for phase in range(min(up, n_out)):                                            # new samples phase, phase + up, ... are alike
-        first, fraction = divmod(phase * down, up)                                 # where they stand on the old grid
-        t = np.arange(-half, half + 1) - fraction / up
-        taps = cutoff * np.sinc(cutoff * t) * np.i0(7 * np.sqrt(np.maximum(0, 1 - (t / half) ** 2))) / np.i0(7)
-        out[phase::up] = windows[first::down][:len(out[phase::up])] @ taps.astype(np.float32)      # row i is centered at old sample i
-    return out
+
+    # The transform takes the wave for one turn of an endless circle. A tenth of a second of silence
+    # keeps its end apart from its beginning. A turn must be a whole number of samples at both
+    # rates: 441 samples at 44,100 Hz take as long as 160 at 16,000 Hz.
+    old_step = rate // math.gcd(rate, to)
+    new_step = to // math.gcd(rate, to)
+    steps = math.ceil((len(wave) + rate // 10) / old_step)
+
+    # The transform is fast if the number of steps has small factors: round it up to at most 64
+    # times a power of two. The silence gets a little longer.
+    power = 2 ** max(0, steps.bit_length() - 6)
+    steps = power * math.ceil(steps / power)
+    spectrum = np.fft.rfft(wave, steps * old_step)  # (steps * old_step // 2 + 1,) complex
+
+    # irfft cuts the spectrum off at the new limit, or fills it up with zeros.
+    limit = min(rate, to) / 2
+    frequencies = np.fft.rfftfreq(steps * old_step, 1 / rate)
+    fade = np.clip((limit - frequencies) / (0.05 * limit), 0, 1).astype(np.float32)
+    out = np.fft.irfft(spectrum * fade, steps * new_step)
+
+    # The transforms add up samples, of which there are now more or fewer.
+    out = out * (new_step / old_step)
+    return out[:math.ceil(len(wave) * to / rate)].astype(np.float32)
 
 
 @functools.lru_cache
 def whisper_ear() -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (Hann window (400,), mel filters (80, 201): a triangle for each band over the frequencies, of equal area, as Slaney's)."""
-    hertz = lambda mel: np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))         # linear up to 1 kHz = 15 mel
-    edges, f = hertz(np.linspace(0, 15 + 27 * math.log(8, 6.4), N_MELS + 2)), np.linspace(0, RATE / 2, FFT // 2 + 1)
-    left, middle, right = (edges[i:i + N_MELS, None] for i in range(3))
-    triangles = np.minimum((f - left) / (middle - left), (right - f) / (right - middle)).clip(0)
-    return torch.hann_window(FFT), torch.from_numpy(triangles * 2 / (right - left)).float()
+    """-> (Hann window (400,), mel filters (80, 201)), which are Whisper's.
+
+    A filter weighs the frequencies of one band. It is a triangle that reaches to the middles of the
+    neighbouring bands, and all triangles have the same area (Slaney's Auditory Toolbox).
+    """
+    # A mel is a step of 67 Hz up to 1 kHz, which is at 15 mel, and a ratio above.
+    highest = 15 + 27 * math.log(RATE / 2 / 1000, 6.4)  # 8 kHz, in mel
+    mels = np.linspace(0, highest, N_MELS + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))  # (82,) Hz
+    frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)  # (201,) Hz
+
+    # Band i rises from edge i to edge i + 1 and falls to edge i + 2.
+    filters = np.zeros((N_MELS, FFT // 2 + 1))
+    for i in range(N_MELS):
+        triangle = np.interp(frequencies, edges[i:i + 3], (0, 1, 0))
+        filters[i] = triangle * 2 / (edges[i + 2] - edges[i])
+    return torch.hann_window(FFT), torch.from_numpy(filters).float()
 
 
-def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
-    """wave (n,) -> (n_chunks, 80, 100 * seconds) float32, Whisper's features: chunks of `seconds`, the last filled up with silence.
+def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
+    """A WAV file of 8, 16, 24 or 32 bit PCM -> (wave (n,) float32 in [-1, 1], sample rate).
 
-    Each chunk is normalised for itself: what is more than 80 dB below its loudest point counts as silence. Raises ValueError if
-    it has no samples, is no mono wave, holds NaN, or would take more than MAX_CHUNKS chunks."""
-    wave = np.asarray(wave, np.float32)
-    if wave.ndim != 1 or not len(wave):
-        raise ValueError(f"a sound must be one mono wave, (n,) with n > 0, not {wave.shape}")
-    if len(wave) > MAX_CHUNKS * seconds * sample_rate:
-        raise ValueError(f"{len(wave) / sample_rate:,.0f} s of sound, over the limit of {MAX_CHUNKS * seconds:,.0f} s; cut it into parts")
-    if not np.isfinite(wave).all():                                                # one NaN would silence its whole chunk
-        raise ValueError("the wave holds NaN or infinity: mend what made it")
-    wave, n = resample(wave, sample_rate), HOP * round(RATE / HOP * seconds)       # n: samples of a chunk
-    chunks, (window, filters) = torch.from_numpy(np.pad(wave, (0, -len(wave) % n))).view(-1, n), whisper_ear()
-    spectrum = torch.stft(chunks, FFT, HOP, window=window, return_complex=True)[..., :-1]          # (n_chunks, 201, frames)
-    mel = (filters @ (spectrum.real ** 2 + spectrum.imag ** 2)).clamp(min=1e-10).log10()           # (n_chunks, 80, frames)
-    return (torch.maximum(mel, mel.amax((1, 2), keepdim=True) - 8) + 4) / 4
+    Channels are averaged. Raises ValueError, naming the file and what to do, if it is missing, of
+    another format, truncated, without a sample, or longer than max_seconds.
+    """
+    remedy = (f"`ffmpeg -i FILE -ac 1 -ar {RATE} -c:a pcm_s16le OUT.wav` makes a good one of "
+              "most files")
+    try:
+        # The file is mapped, not read: its header comes first, and may promise hours.
+        with open(path, "rb") as file, \
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
+            call_plain_pcm(content)
+            reader = wave.open(content)
+            channels, width, rate, n, _, _ = reader.getparams()
+            if n == 0 or width > 4 or not RATES[0] <= rate <= RATES[1]:
+                raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
+            too_long = n / rate > max_seconds
+            data = b"" if too_long else reader.readframes(n)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; check the path, and --images") from None
+    except (OSError, EOFError, ValueError, wave.Error) as e:  # ValueError: an empty file
+        why = str(e) or "it ends too early"
+        raise ValueError(f"{path}: cannot be read as PCM WAV: {why}; {remedy}") from None
 
-
-def load_audio(audio, seconds: float = 30.0) -> torch.Tensor:
-    """A path or (wave, sample rate) -> (n_chunks, 80, 100 * seconds). Raises ValueError as `read_wav` and `log_mel` do."""
-    return log_mel(*(read_wav(audio, MAX_CHUNKS * seconds) if isinstance(audio, (str, os.PathLike)) else audio), seconds)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Chat: templates, ids, labels
-
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-EOS = {"plain": "\n", "tiny": "</s>", "mistral": "</s>", "vicuna": "</s>", "openchat": "<|end_of_turn|>"}     # what ends an answer
-TEMPLATES = tuple(EOS)
-SLOTS = {"<image>": IMAGE, "<audio>": AUDIO}
-
-
-def render(conversations: list, template: str) -> list[tuple[str, bool]]:
-    """Turns -> [(text, learnt?), ...]. Their concatenation is what the model reads; it learns to write the learnt pieces.
-
-    A conversation that ends with the human's turn is a prompt: the text stops where the assistant begins to speak.
-    Raises ValueError for an unknown template, a turn without "from" or "value", and turns that do not alternate from human on."""
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
-    if not conversations:
-        raise ValueError("the conversation is empty")
-    pieces = []
-    for i, turn in enumerate(conversations):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
-            raise ValueError(f"turn {i + 1} must be an object with the texts 'from' and 'value', not {str(turn)[:80]}")
-        speaker, text = turn["from"], turn["value"]
-        if speaker != ("human", "gpt")[i % 2]:
-            raise ValueError(f"turn {i + 1} is from {speaker!r}; turns must alternate human, gpt, human, ...")
-        if speaker == "human":
-            if text.count("<image>") == 1:                     # as LLaVA: a single image is put at the head of its turn
-                text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
-            if template == "plain":
-                text = "".join(re.findall("<image>|<audio>", text))
-        match template, speaker:
-            # plain: LLaVA's pre-training. The question is dropped; image, caption, newline.
-            case "plain", "human": pieces.append((text, False))
-            case "plain", _: pieces.append((text + "\n", True))
-            case "tiny", "human": pieces.append((f"<q>{text}<a>", False))
-            case "tiny", _: pieces.append((f" {text}</s>", True))
-            # The space before an answer belongs to what is learnt: most tokenizers merge it into the answer's first word.
-            # An empty answer is learnt as such; LLaVA takes an empty turn for one still to come, and writes no end mark.
-            # mistral: CuMo's "mistral_instruct_system". The released code spells "<s>" out although its tokenizer adds one too.
-            case "mistral", "human":
-                head = f"<s>[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n" if i == 0 else "[INST] "
-                pieces.append((f"{head}{text} [/INST]", False))
-            case "mistral", _: pieces.append((f" {text} </s>", True))
-            # vicuna: LLaVA-1.5's "v1". openchat: the same with OpenChat's end mark; MoE-LLaVA does not use OpenChat's own words.
-            case _, "human": pieces.append(((SYSTEM + " ") * (i == 0) + f"USER: {text} ASSISTANT:", False))
-            case _, _: pieces.append((f" {text}{EOS[template]}", True))
-    return pieces
+    if too_long:
+        raise ValueError(f"{path}: {n / rate:,.0f} s of sound, over the limit of "
+                         f"{max_seconds:,.0f} s; cut it into parts")
+    if len(data) < n * channels * width:
+        raise ValueError(f"{path}: truncated, {len(data) // (channels * width)} of {n} samples are "
+                         f"there; copy it again, or {remedy}")
+    samples = pcm_to_float(data, width).reshape(n, channels)
+    return samples.mean(1), rate
 
 
-def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: int, n_audio_tokens: int | list = 0):
-    """Turns -> (ids, labels), lists of int of equal length; each "<image>" becomes n_image_tokens times IMAGE, each "<audio>"
-    n_audio_tokens times AUDIO. A list says how many for each "<audio>" in order: a long sound has several chunks.
+def call_plain_pcm(content):
+    """Let an "extensible" WAV of PCM, which ffmpeg writes for 24 bits, call itself plain PCM.
 
-    LLaVA finds the answers by tokenizing pieces again and adding up lengths; where a tokenizer merges across a border the sums
-    differ and the sample is dropped with "tokenization mismatch". Here the text is tokenized once, and a token is learnt if its
-    characters reach into an answer. Raises ValueError as `render` does, and if a complete conversation leaves nothing to learn."""
-    pieces = render(conversations, template)
-    if template == "openchat" and tokenizer.token_to_id(EOS[template]) is None:
-        raise ValueError(f"template openchat ends answers with {EOS[template]}, which this tokenizer does not know; use --template vicuna")
-    mask = b"".join(bytes([learnt]) * len(text) for text, learnt in pieces)        # 1 for each character of an answer
-    ids, labels, at = [], [], 0                                                    # at: characters before this chunk
-    marks = "(<image>)" if n_audio_tokens == 0 else "(<image>|<audio>)"            # without audio, "<audio>" is but an HTML tag
-    chunks = re.split(marks, "".join(text for text, _ in pieces))                  # text, mark, text, mark, ..., text
-    n_sounds = chunks[1::2].count("<audio>")
-    slots = n_audio_tokens if isinstance(n_audio_tokens, list) else [n_audio_tokens] * n_sounds
-    if len(slots) != n_sounds:
-        raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of {len(slots)}; it needs one number for each mark")
-    slots = iter(slots)
-    for i, chunk in enumerate(chunks):
-        if i % 2:
-            n = n_image_tokens if chunk == "<image>" else next(slots)
-            ids += [SLOTS[chunk]] * n
-            labels += [IGNORE] * n
-        else:                                                                      # each chunk alone, as LLaVA does
-            encoding = tokenizer.encode(chunk, add_special_tokens=True)
-            for token, (a, b), special in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask):
-                if special and a == b and at > 0:                                  # the tokenizer's own <s>: only at the very start
-                    continue
-                ids.append(token)
-                labels.append(token if 1 in mask[at + a:at + b] else IGNORE)
-        at += len(chunk)
-    if any(learnt for _, learnt in pieces) and all(label == IGNORE for label in labels):
-        raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
-    return ids, labels
+    The samples are the same, but before Python 3.12 `wave` does not know the name. The file itself
+    stays as it is: only our view of it changes.
+    """
+    # The format begins with its number: 0xFFFE is extensible. The true one, 1 for PCM, comes later.
+    start = content.find(b"fmt ", 0, 4096) + 8
+    extensible = content[start:start + 2] == b"\xfe\xff"
+    if extensible and content[start + 24:start + 26] == b"\1\0":
+        content[start:start + 2] = b"\1\0"
 
 
-def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer (any text in, the same text out) with the specials of the tiny template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[AddedToken(s, special=True) for s in ("</s>", "<q>", "<a>")],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return tokenizer
+def pcm_to_float(data: bytes, width: int) -> np.ndarray:
+    """Little-endian integers of `width` bytes each -> (n,) float32 in [-1, 1]."""
+    samples = np.frombuffer(data, np.uint8).reshape(-1, width)  # (n, width)
+    if width == 1:
+        # 8 bits alone are unsigned, with silence at 128.
+        samples = samples ^ 128
+
+    # As the upper bytes of an int32, all widths reach equally far.
+    full = np.zeros((len(samples), 4), np.uint8)
+    full[:, 4 - width:] = samples
+    return full.view("<i4")[:, 0].astype(np.float32) / 2 ** 31
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The drawn world: a CLEVR for a laptop
+# ------------------------------------------------------------------------------------------------
+# 7. All that a sample shows: images, sounds, videos
+
+# What counts as an image in a video's folder
+FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+class Senses(NamedTuple):
+    """A sample, loaded. See `load_senses`."""
+    conversations: list  # with each "<video>" replaced by "<image>"s
+    images: torch.Tensor  # (k, 3, S, S), with the frames of videos, in the order of the text
+    audio: torch.Tensor | None  # (m, 80, 100 * seconds); None if the model hears nothing
+    frames: list | None  # how many of the images belong to each "<image>"; None without a video
+    slots: list | int  # for encode_chat: how many AUDIO each "<audio>" takes
+
+
+def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds: float = 30.0,
+                max_frames: int = 8, average: bool = True) -> Senses:
+    """A sample's images, sounds and videos -> tensors, and its conversations.
+
+    Each frame of a video becomes an image; of a long video max_frames are taken, evenly. average:
+    as in Uni-MoE, a video fills the slots of one image, with the mean of its frames' features; so
+    "<video>" becomes one "<image>". Otherwise it becomes as many as there are frames.
+    A sound is cut into chunks of `seconds`, and each chunk fills n_audio_tokens slots. 0 means that
+    the model hears nothing.
+    Raises ValueError if marks and files differ in number, and for files that cannot be read.
+    """
+    pictures = sample.get("images") or []
+    sounds = sample.get("audio") or []
+    videos = [pick_frames(video, max_frames) for video in sample.get("video") or []]
+    text = text_of(sample)
+    check_marks(text, pictures, videos, sounds, n_audio_tokens)
+
+    # Which pictures belong to each mark, in the order of the text?
+    rest = {"<image>": iter([[picture] for picture in pictures]), "<video>": iter(videos)}
+    groups = [next(rest[mark]) for mark in re.findall("<image>|<video>", text)]
+    images = [load_image(picture, image_size) for group in groups for picture in group]
+    check_frame_sizes(videos)
+    none = torch.empty(0, 3, image_size, image_size)
+    images = torch.stack(images) if images else none  # (k, 3, S, S)
+
+    # From here on there are only images; `frames` remembers which of them belong together.
+    sizes = [1 if average else len(video) for video in videos]
+    conversations = videos_as_images(sample["conversations"], sizes)
+    frames = None
+    if videos:
+        frames = [len(group) for group in groups] if average else [1] * len(images)
+
+    # sounds
+    if n_audio_tokens == 0:
+        return Senses(conversations, images, None, frames, 0)
+    none = torch.empty(0, N_MELS, round(RATE / HOP * seconds))
+    chunks = [load_audio(sound, seconds) for sound in sounds]
+    slots = [len(chunk) * n_audio_tokens for chunk in chunks]
+    return Senses(conversations, images, torch.cat([none, *chunks]), frames, slots)
+
+
+def text_of(sample):
+    """The texts of all turns. (`check_turns` complains about what is no turn.)"""
+    turns = [turn for turn in sample["conversations"] if isinstance(turn, dict)]
+    return "\n".join(str(turn.get("value", "")) for turn in turns)
+
+
+def pick_frames(video, max_frames):
+    """At most max_frames of a video's frames: cut it into as many parts, and take their middles."""
+    n = min(len(video), max_frames)
+    if n == 0:
+        raise ValueError("a video without frames")
+    # of 10 frames and 2 parts: the frames 2 and 7
+    return [video[(2 * i + 1) * len(video) // (2 * n)] for i in range(n)]
+
+
+def videos_as_images(conversations, sizes):
+    """The turns, in which sizes[i] times "<image>" stands for the i-th "<video>"."""
+    sizes = iter(sizes)
+
+    def images(mark):
+        return "<image>" * next(sizes)
+
+    turns = []
+    for turn in conversations:
+        if isinstance(turn, dict) and isinstance(turn.get("value"), str):
+            turn = {**turn, "value": re.sub("<video>", images, turn["value"])}
+        turns.append(turn)
+    return turns
+
+
+def video_files(videos, folder: str, where: str) -> list[list[str]]:
+    """What a JSON file has under "video" -> the paths of each video's frames.
+
+    videos: a folder of frames, a list of frame files, or a list with such a folder or list for each
+    video. Paths are below `folder`. where: the words with which an error begins.
+    """
+    if not videos:
+        return []
+
+    # One video may stand there alone: its folder, or its frames.
+    if not isinstance(videos, list) or all(is_frame(item, folder) for item in videos):
+        videos = [videos]
+
+    out = []
+    for video in videos:
+        if isinstance(video, str):
+            video = frames_in(os.path.join(folder, video), where)
+        if not are_texts(video):
+            raise ValueError(f"{where}: 'video' must be a folder, a list of frame files, or a list "
+                             "of folders or such lists")
+        out.append([os.path.join(folder, frame) for frame in video])
+    return out
+
+
+def are_texts(items):
+    return isinstance(items, list) and all(isinstance(item, str) for item in items)
+
+
+def is_frame(item, folder):
+    """Is this one frame of a video, and not a whole video?"""
+    return isinstance(item, str) and not os.path.isdir(os.path.join(folder, item))
+
+
+def frames_in(folder, where):
+    """The image files in a folder, by the numbers in their names: f9.png comes before f10.png."""
+    def text_and_numbers(name):
+        return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    names = [name for name in names if name.lower().endswith(FRAMES)]
+    if not names:
+        raise ValueError(f"{where}: {folder}: no folder of frames; `ffmpeg -i FILE -r 1 "
+                         "FOLDER/%04d.png` fills one")
+    return [os.path.join(folder, name) for name in sorted(names, key=text_and_numbers)]
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. LLaVA's files
+
+
+class LlavaJson:
+    """LLaVA's format, a JSON list or JSONL, as a data set of samples.
+
+    Each is {"id", "image": path | [paths] | absent, "conversations": [turns]}, with paths below
+    image_dir; also "audio": path | [paths], and "video": folder of frames | [frame files] |
+    [folders or lists, one a video].
+    Raises ValueError, naming the file, and the line where its JSON is malformed.
+    """
+
+    def __init__(self, file: str, image_dir: str = ""):
+        self.file = str(file)
+        self.image_dir = image_dir
+        self.samples = read_json(self.file)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> dict:
+        sample = self.samples[i]
+        where = f"{self.file}: sample {i + 1}"
+        if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
+            raise ValueError(f"{where}: must be an object with a list 'conversations'")
+        return {
+            "id": f"{where} (id {sample.get('id', '-')})",
+            "images": self.paths(sample, "image", where),
+            "audio": self.paths(sample, "audio", where),
+            "video": video_files(sample.get("video"), self.image_dir, where),
+            "conversations": sample["conversations"],
+        }
+
+    def paths(self, sample, key, where):
+        files = sample.get(key) or []
+        if isinstance(files, str):
+            files = [files]
+        if not are_texts(files):
+            raise ValueError(f"{where}: '{key}' must be a path or a list of paths")
+        return [os.path.join(self.image_dir, file) for file in files]
+
+    def lengths(self, n_image_tokens: int = 0, n_audio_tokens: int = 0) -> list[int]:
+        """Words and slots of each sample, which is near enough to put like lengths together.
+
+        A video counts as one image, a sound as one chunk. (LLaVA sorts text-only samples apart.)
+        """
+        slots = {"<image>": n_image_tokens, "<video>": n_image_tokens, "<audio>": n_audio_tokens}
+        lengths = []
+        for sample in self.samples:
+            length = 0
+            if isinstance(sample, dict) and isinstance(sample.get("conversations"), list):
+                text = text_of(sample)
+                length = len(text.split())
+                length += sum(n * text.count(mark) for mark, n in slots.items())
+            lengths.append(length)
+        return lengths
+
+
+def read_json(file: str) -> list:
+    """The objects of a JSON list, or of JSON lines. ValueError names the line that is malformed."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            text = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{file}: cannot be read: {e}") from None
+
+    samples = []
+    before = 0  # lines before the piece of JSON that is being read
+    try:
+        if text.lstrip().startswith("["):
+            samples = json.loads(text)
+        else:
+            # not splitlines, as JSON may hold other characters that count as line ends
+            for before, line in enumerate(text.split("\n")):
+                if line.strip():
+                    samples.append(json.loads(line))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}: malformed JSON in line {before + e.lineno}: {e.msg}") from None
+    if not samples:
+        raise ValueError(f"{file}: holds no samples")
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. The drawn world: scenes
 #
-# One to five objects stand in the cells of a 3 x 3 grid, a little off centre; in a third of the scenes a sign with a printed word
-# fills a row. Every question has one right answer, and no answer can be guessed from the question.
+# A CLEVR for a laptop. One to five objects stand in the cells of a 3 x 3 grid, a little off centre.
+# In a third of the scenes a sign with a printed word takes a row. All that is drawn and asked is a
+# function of a seed, so every run sees the same world and nothing is stored.
 
-COLORS = {"red": (220, 50, 47), "green": (60, 170, 60), "blue": (50, 90, 220), "yellow": (235, 210, 50), "purple": (150, 60, 190),
-          "orange": (240, 140, 30), "cyan": (70, 205, 215), "white": (240, 240, 240)}
+COLORS = {
+    "red": (220, 50, 47),
+    "green": (60, 170, 60),
+    "blue": (50, 90, 220),
+    "yellow": (235, 210, 50),
+    "purple": (150, 60, 190),
+    "orange": (240, 140, 30),
+    "cyan": (70, 205, 215),
+    "white": (240, 240, 240),
+}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"large": 6.3, "small": 3.9}                                               # radius in pixels
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-WORDS = ("stop", "open", "exit", "taxi", "cafe", "bank", "park", "hotel", "zoo", "bus", "shop", "gym", "bar", "spa", "farm", "port",
-         "gate", "news", "milk", "bread", "books", "music", "pizza", "sale")
+SIZES = {"large": 6.3, "small": 3.9}  # radius in pixels
+PLACES = ("top left", "top", "top right", "left", "center", "right",
+          "bottom left", "bottom", "bottom right")  # of the cells, 0 to 8
+ROWS = ("top", "middle", "bottom")
+WORDS = ("stop", "open", "exit", "taxi", "cafe", "bank", "park", "hotel", "zoo", "bus", "shop",
+         "gym", "bar", "spa", "farm", "port", "gate", "news", "milk", "bread", "books", "music",
+         "pizza", "sale")
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
-DRAWN_SIZE = 48
-TYPES = ("color", "color at", "shape at", "size", "where", "count", "exists", "relation", "sign")
-WEIGHTS = (8, 1, 1, 3, 5, 3, 4, 4, 2)                                              # how often each is asked in training: the hard ones more
+
+DRAWN_SIZE = 48  # pixels a side
+CELL = 16
+FONT = ImageFont.load_default_imagefont()  # 6 x 11 pixels a letter, and the same everywhere
+STAR = [(np.sin(i * np.pi / 5) * radius, -np.cos(i * np.pi / 5) * radius)
+        for i, radius in enumerate((1.12, 0.45) * 5)]  # ten corners, outer and inner in turn
+INK_AND_PAPER = (((20, 20, 20), (225, 225, 215)),
+                 ((245, 245, 240), (30, 70, 40)),
+                 ((250, 240, 90), (40, 40, 60)))
 
 
 def make_scene(seed: int, held_out: bool = False) -> dict:
-    """{"objects": [(cell, size, color, shape), ...] by cell, "sign": None or (row, word), "seed"}: a pure function of its arguments.
+    """-> {"objects": [(cell, size, color, shape), ...], "sign": None or (row, word), "seed"}.
 
-    Training and held-out scenes differ by content, not by seed alone: one description in ten is held out, by its checksum, so no
-    held-out combination of objects and places is ever trained on."""
+    A pure function of its arguments; objects come in the order of their cells. Training and
+    held-out scenes differ by content and not by seed alone: one description in ten is held out, by
+    its checksum. So no held-out combination of objects and places is ever trained on.
+    """
     for attempt in range(10_000):
         rng = random.Random(seed * 10_007 + attempt)
-        sign = (rng.randrange(3), rng.choice(WORDS)) if rng.random() < 0.35 else None
-        cells = [c for c in range(9) if sign is None or c // 3 != sign[0]]
+
+        # A sign takes a whole row; objects stand in the cells that are left.
+        sign = None
+        if rng.random() < 0.35:
+            sign = (rng.randrange(3), rng.choice(WORDS))
+        free = [cell for cell in range(9) if sign is None or cell // 3 != sign[0]]
+
+        # A scene has few colours and shapes, so that "the red one" or "the circle" often does not
+        # say which one.
         n = rng.choices((1, 2, 3, 4, 5), (1, 2, 3, 3, 2))[0]
-        # Few colours and shapes to a scene, so that "the red one" and "the circle" are often not enough to tell which
-        colors, shapes = rng.sample(list(COLORS), min(n, 3)), rng.sample(SHAPES, min(n, 3))
-        objects = [(c, rng.choice(list(SIZES)), rng.choice(colors), rng.choice(shapes)) for c in sorted(rng.sample(cells, n))]
+        colors = rng.sample(list(COLORS), min(n, 3))
+        shapes = rng.sample(SHAPES, min(n, 3))
+        objects = []
+        for cell in sorted(rng.sample(free, n)):
+            size = rng.choice(list(SIZES))
+            objects.append((cell, size, rng.choice(colors), rng.choice(shapes)))
+
+        # Draw again until it belongs to the wanted split.
         scene = {"objects": objects, "sign": sign, "seed": seed}
         if (zlib.crc32(describe(scene).encode()) % 10 == 0) == held_out:
             return scene
 
 
-def draw_scene(scene: dict) -> Image.Image:
-    """The scene as a 48 x 48 RGB image. Position in the cell, shade, background and noise vary with the scene's seed."""
-    rng, scale = random.Random(scene["seed"] * 10_007 + 1), 2                      # drawn twice as large, then averaged: soft edges
-    base = rng.randrange(20, 70)
-    img = Image.new("RGB", (DRAWN_SIZE * scale,) * 2, tuple(base + rng.randrange(-15, 16) for _ in range(3)))
-    draw = ImageDraw.Draw(img)
-    for cell, size, color, shape in scene["objects"]:
-        r = SIZES[size] * rng.uniform(0.9, 1.1)
-        x, y = (16 * (i + 0.5) + rng.uniform(-1.5, 1.5) for i in (cell % 3, cell // 3))
-        fill = tuple(min(255, max(0, v + rng.randrange(-14, 15))) for v in COLORS[color])
-        at = lambda *points: [((x + r * a) * scale, (y + r * b) * scale) for a, b in points]
-        box = at((-1, -1), (1, 1))
-        match shape:
-            case "circle": draw.ellipse(box, fill)
-            case "ring": draw.ellipse(box, outline=fill, width=round(0.42 * r * scale))
-            case "square": draw.rectangle(at((-0.85, -0.85), (0.85, 0.85)), fill)
-            case "triangle": draw.polygon(at((0, -1), (1, 0.85), (-1, 0.85)), fill)
-            case "cross":
-                draw.rectangle(at((-0.35, -1), (0.35, 1)), fill)
-                draw.rectangle(at((-1, -0.35), (1, 0.35)), fill)
-            case "star": draw.polygon(at(*STAR), fill)
-    img = img.reduce(scale)
-    if scene["sign"]:
-        row, word = scene["sign"]
-        draw, width = ImageDraw.Draw(img), 6 * len(word)
-        x, y = rng.randrange(2, DRAWN_SIZE - width - 2), 16 * row + rng.randrange(1, 4)
-        ink, paper = rng.choice((((20, 20, 20), (225, 225, 215)), ((245, 245, 240), (30, 70, 40)), ((250, 240, 90), (40, 40, 60))))
-        draw.rectangle((x - 2, y, x + width + 1, y + 11), paper)
-        draw.text((x, y), word, ink, font=FONT)
-    noise = rng.randbytes(DRAWN_SIZE * DRAWN_SIZE * 3).translate(bytes(i % 13 for i in range(256)))
-    noise = np.frombuffer(noise, np.uint8).reshape(DRAWN_SIZE, DRAWN_SIZE, 3)
-    return Image.fromarray((np.asarray(img).astype(np.int16) + noise - 6).clip(0, 255).astype(np.uint8))
-
-
-STAR = [(np.sin(i * np.pi / 5) * (1.12, 0.45)[i % 2], -np.cos(i * np.pi / 5) * (1.12, 0.45)[i % 2]) for i in range(10)]
-FONT = ImageFont.load_default_imagefont()                                          # 6 x 11 pixels a letter, and the same everywhere
-
-
 def phrases(scene: dict) -> dict:
-    """{cell: "top left: large red circle"}, in scan order; a sign's phrase stands at its row's first cell: "middle: sign open"."""
-    out = {cell: f"{PLACES[cell]}: {size} {color} {shape}" for cell, size, color, shape in scene["objects"]}
+    """{cell: "top left: large red circle"}, in scan order. A sign has its row's first cell."""
+    out = {}
+    for cell, size, color, shape in scene["objects"]:
+        out[cell] = f"{PLACES[cell]}: {size} {color} {shape}"
     if scene["sign"]:
         row, word = scene["sign"]
-        out[3 * row] = f"{('top', 'middle', 'bottom')[row]}: sign {word}"
+        out[3 * row] = f"{ROWS[row]}: sign {word}"
     return dict(sorted(out.items()))
 
 
 def describe(scene: dict) -> str:
-    """The caption, place first, in scan order: "top left: large red circle. middle: sign open."."""
-    return " ".join(p + "." for p in phrases(scene).values())
+    """The caption, in scan order: "top left: large red circle. middle: sign open."."""
+    return " ".join(phrase + "." for phrase in phrases(scene).values())
 
 
-def plural(word: str) -> str:
-    return word + (" shapes" if word in COLORS else "es" if word == "cross" else "s")
+def draw_scene(scene: dict) -> Image.Image:
+    """The scene as a 48 x 48 RGB image.
+
+    Background, places within the cells, sizes, shades and noise vary with the scene's seed.
+    """
+    rng = random.Random(scene["seed"] * 10_007 + 1)
+    brightness = rng.randrange(20, 70)
+    background = tuple(brightness + rng.randrange(-15, 16) for _ in range(3))
+
+    # Objects are drawn twice as large and then averaged, which makes their edges soft.
+    image = Image.new("RGB", (2 * DRAWN_SIZE, 2 * DRAWN_SIZE), background)
+    draw = ImageDraw.Draw(image)
+    for cell, size, color, shape in scene["objects"]:
+        # a little larger or smaller, off centre, lighter or darker
+        radius = SIZES[size] * rng.uniform(0.9, 1.1)
+        x = CELL * (cell % 3 + 0.5) + rng.uniform(-1.5, 1.5)
+        y = CELL * (cell // 3 + 0.5) + rng.uniform(-1.5, 1.5)
+        fill = tuple(min(255, max(0, v + rng.randrange(-14, 15))) for v in COLORS[color])
+        draw_shape(draw, shape, 2 * x, 2 * y, 2 * radius, fill)
+    image = image.reduce(2)
+
+    if scene["sign"]:
+        draw_sign(image, *scene["sign"], rng)
+
+    # Add noise of -6 to 6 to each value.
+    pixels = np.asarray(image).astype(np.int16)  # (48, 48, 3)
+    noise = np.frombuffer(rng.randbytes(pixels.size), np.uint8) % 13
+    pixels = pixels + noise.reshape(pixels.shape) - 6
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def draw_shape(draw, shape, x, y, radius, fill):
+    """Draw a shape around the pixel (x, y)."""
+    def at(*points):
+        # Shapes are given from -1 to 1; this is where that lies in the image.
+        return [(x + radius * a, y + radius * b) for a, b in points]
+
+    match shape:
+        case "circle":
+            draw.ellipse(at((-1, -1), (1, 1)), fill)
+        case "ring":
+            draw.ellipse(at((-1, -1), (1, 1)), outline=fill, width=round(0.42 * radius))
+        case "square":
+            draw.rectangle(at((-0.85, -0.85), (0.85, 0.85)), fill)
+        case "triangle":
+            draw.polygon(at((0, -1), (1, 0.85), (-1, 0.85)), fill)
+        case "star":
+            draw.polygon(at(*STAR), fill)
+        case "cross":
+            draw.rectangle(at((-0.35, -1), (0.35, 1)), fill)
+            draw.rectangle(at((-1, -0.35), (1, 0.35)), fill)
+
+
+def draw_sign(image, row, word, rng):
+    """Draw a board with a word on it, somewhere in that row."""
+    # A letter is 6 pixels wide, and the board reaches 2 pixels beyond the word.
+    width = 6 * len(word)
+    x = rng.randrange(2, DRAWN_SIZE - width - 2)
+    y = CELL * row + rng.randrange(1, 4)
+
+    ink, paper = rng.choice(INK_AND_PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((x - 2, y, x + width + 1, y + 11), paper)
+    draw.text((x, y), word, ink, font=FONT)
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Questions about a scene
+#
+# There is a function for each type of question. It returns (question, answer), or None if the scene
+# offers no such question. Each question has one right answer, which it does not give away.
+
+
+def uniquely_named(objects):
+    """The objects that a name such as "the red circle" tells from all others."""
+    names = [(color, shape) for _, _, color, shape in objects]
+    return [thing for thing in objects if names.count(thing[2:]) == 1]
+
+
+def yes_or_no(yes):
+    return "yes" if yes else "no"
+
+
+def plural(word):
+    """What to count: "red shapes", "crosses", "rings"."""
+    if word in COLORS:
+        return word + " shapes"
+    return word + ("es" if word == "cross" else "s")
+
+
+def ask_color(scene, rng):
+    # "the star" must be the only star
+    shapes = [shape for _, _, _, shape in scene["objects"]]
+    unique = [thing for thing in scene["objects"] if shapes.count(thing[3]) == 1]
+    if not unique:
+        return None
+    _, _, color, shape = rng.choice(unique)
+    return f"What color is the {shape}?", color
+
+
+def ask_color_at(scene, rng):
+    cell, _, color, _ = rng.choice(scene["objects"])
+    return f"What color is the shape at the {PLACES[cell]}?", color
+
+
+def ask_shape_at(scene, rng):
+    cell, _, _, shape = rng.choice(scene["objects"])
+    return f"What shape is at the {PLACES[cell]}?", shape
+
+
+def ask_size(scene, rng):
+    unique = uniquely_named(scene["objects"])
+    if not unique:
+        return None
+    _, size, color, shape = rng.choice(unique)
+    return f"Is the {color} {shape} large or small?", size
+
+
+def ask_where(scene, rng):
+    unique = uniquely_named(scene["objects"])
+    if not unique:
+        return None
+    cell, _, color, shape = rng.choice(unique)
+    return f"Where is the {color} {shape}?", PLACES[cell]
+
+
+def ask_count(scene, rng):
+    # One time in two it is about a colour or shape that is there, else about any.
+    which = rng.randrange(4)
+    _, _, color, shape = rng.choice(scene["objects"])
+    words = (color, shape, rng.choice(list(COLORS)), rng.choice(SHAPES))
+    word = words[which]
+    n = sum(word in thing for thing in scene["objects"])
+    return f"How many {plural(word)} are there?", NUMBERS[n]
+
+
+def ask_exists(scene, rng):
+    objects = scene["objects"]
+    there = {(color, shape) for _, _, color, shape in objects}
+
+    # Most questions with the answer "no" are near misses: both words are there, but not together.
+    near = {(one[2], other[3]) for one in objects for other in objects} - there
+    if rng.random() < 0.5:
+        color, shape = rng.choice(sorted(there))
+    elif near and rng.random() < 0.7:
+        color, shape = rng.choice(sorted(near))
+    else:
+        color = rng.choice(list(COLORS))
+        shape = rng.choice(SHAPES)
+    return f"Is there a {color} {shape}?", yes_or_no((color, shape) in there)
+
+
+def ask_relation(scene, rng):
+    unique = uniquely_named(scene["objects"])
+    if len(unique) < 2:
+        return None
+    one, other = rng.sample(unique, 2)
+
+    # Compare their columns (axis 0) or their rows (axis 1), whichever differ.
+    here = (one[0] % 3, one[0] // 3)
+    there = (other[0] % 3, other[0] // 3)
+    axis = rng.choice([axis for axis in (0, 1) if here[axis] != there[axis]])
+    before, behind = (("left of", "right of"), ("above", "below"))[axis]
+
+    # A coin decides whether the question is true.
+    yes = rng.random() < 0.5
+    relation = before if (here[axis] < there[axis]) == yes else behind
+    question = f"Is the {one[2]} {one[3]} {relation} the {other[2]} {other[3]}?"
+    return question, yes_or_no(yes)
+
+
+def ask_sign(scene, rng):
+    answer = scene["sign"][1] if scene["sign"] else "no sign"
+    return "What does the sign say?", answer
+
+
+QUESTIONS = {
+    "color": ask_color,
+    "color at": ask_color_at,
+    "shape at": ask_shape_at,
+    "size": ask_size,
+    "where": ask_where,
+    "count": ask_count,
+    "exists": ask_exists,
+    "relation": ask_relation,
+    "sign": ask_sign,
+}
+TYPES = tuple(QUESTIONS)
 
 
 def ask(scene: dict, kind: str, rng: random.Random):
     """A question of that type and its answer, or None where the scene offers none."""
-    objects, pick = scene["objects"], rng.choice
-    unique = lambda i: [o for o in objects if [p[i] for p in objects].count(o[i]) == 1]
-    things = [o[2:] for o in objects]
-    named = [o for o in objects if things.count(o[2:]) == 1]                       # "the red circle" names exactly one
-    thing = lambda o: f"{o[2]} {o[3]}"
-    match kind:
-        case "color" if unique(3):
-            o = pick(unique(3))
-            return f"What color is the {o[3]}?", o[2]
-        case "color at":
-            o = pick(objects)
-            return f"What color is the shape at the {PLACES[o[0]]}?", o[2]
-        case "shape at":
-            o = pick(objects)
-            return f"What shape is at the {PLACES[o[0]]}?", o[3]
-        case "size" if named:
-            o = pick(named)
-            return f"Is the {thing(o)} large or small?", o[1]
-        case "where" if named:
-            o = pick(named)
-            return f"Where is the {thing(o)}?", PLACES[o[0]]
-        case "count":
-            i, o = rng.randrange(4), pick(objects)
-            word = (o[2], o[3], pick(list(COLORS)), pick(SHAPES))[i]               # half of them about something that is there
-            n = sum(word in p for p in objects)
-            return f"How many {plural(word)} are there?", NUMBERS[n]
-        case "exists":
-            there = {o[2:] for o in objects}
-            # A "no" is a near miss where there is one: a colour and a shape that are both there, but not together
-            near = sorted({(a[2], b[3]) for a in objects for b in objects} - there)
-            yes = rng.random() < 0.5
-            o = pick(sorted(there)) if yes else pick(near) if near and rng.random() < 0.7 else (pick(list(COLORS)), pick(SHAPES))
-            return f"Is there a {o[0]} {o[1]}?", "yes" if tuple(o) in there else "no"
-        case "relation" if len(named) > 1:
-            a, b = rng.sample(named, 2)
-            axis = pick([i for i in (0, 1) if (a[0] % 3, a[0] // 3)[i] != (b[0] % 3, b[0] // 3)[i]])
-            less = (a[0] % 3 < b[0] % 3) if axis == 0 else (a[0] // 3 < b[0] // 3)
-            yes = rng.random() < 0.5
-            word = (("right of", "left of"), ("below", "above"))[axis][less == yes]
-            return f"Is the {thing(a)} {word} the {thing(b)}?", "yes" if yes else "no"
-        case "sign":
-            return "What does the sign say?", scene["sign"][1] if scene["sign"] else "no sign"
-    return None
+    return QUESTIONS[kind](scene, rng)
 
 
-def ask_many(scene: dict | None, n: int, rng: random.Random, sound: dict | None = None) -> list[tuple[str, str, str]]:
-    """n different questions about a scene, a sound or both, where they offer so many: [(type, question, answer), ...], drawn by weight."""
-    weights, probe = dict(zip(TYPES, WEIGHTS)) if scene else {}, random.Random(0)
-    if sound:                                                                      # which offers few types: only those are drawn from
-        weights |= {kind: w for kind, w in zip(SOUND_TYPES, SOUND_WEIGHTS) if ask_sound(sound, kind, probe)}
-    if scene and sound:
-        weights |= {kind: w for kind, w in zip(BOTH_TYPES, BOTH_WEIGHTS) if ask_both(scene, sound, kind, probe)}
-    out, seen = [], set()
-    for kind in rng.choices(list(weights), list(weights.values()), k=4 * n):
-        if len(out) == n:
-            break
-        if kind == "sign" and not scene["sign"] and rng.random() < 0.7:            # "no sign" must not be the usual answer
-            continue
-        qa = ask(scene, kind, rng) if kind in TYPES else ask_sound(sound, kind, rng) if kind in SOUND_TYPES else (
-            ask_both(scene, sound, kind, rng))
-        if qa and (what := kind if kind in SOUND_TYPES else qa[0]) not in seen:
-            seen.add(what)
-            out.append((kind, *qa))
-    return out
-
-
-def as_turns(pairs, head: str = "<image>\n") -> list[dict]:
-    """[(question, answer), ...] -> conversations; `head` stands before the first question."""
-    return [turn for i, (q, a) in enumerate(pairs)
-            for turn in ({"from": "human", "value": head * (i == 0) + q}, {"from": "gpt", "value": a})]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Drawn sounds: the same for the ears
+# ------------------------------------------------------------------------------------------------
+# 11. The drawn world: sounds
 #
-# One to five equal beeps, a glide that rises or falls, or a pair of sounds one after the other, in a second and a half. All have a
-# timbre, a pitch and a loudness; when they sound, how fast and at what exact frequency is left to chance.
+# In a second and a half one hears one to five equal beeps, a glide that rises or falls, or a pair
+# of sounds, one after the other. All have a timbre, a pitch and a loudness. When they sound, how
+# fast, and at which exact frequency is left to chance.
 
 SOUND_SECONDS = 1.5
-TIMBRES = {"whistle": lambda k: k == 1,                                            # how strong harmonic k is: the tone alone,
-           "organ": lambda k: k in (1, 2, 4),                                      # with its octaves,
-           "buzz": lambda k: k ** -0.5}                                            # with all of them
-PITCHES = {"low": 200, "middle": 420, "high": 880}                                 # Hz, give or take a tenth
-LOUDNESS = {"loud": (0.1, 0.17), "soft": (0.008, 0.013)}                           # root mean square, from and to: 18 dB lie in between
-SOUND_KINDS = {"beeps": 4, "glide": 3, "pair": 3}                                  # and how often each is drawn
-SOUND_TYPES = ("beeps", "glide", "higher", "timbre", "loudness", "order")
-SOUND_WEIGHTS = (6, 4, 4, 2, 2, 4)
-BOTH_TYPES = ("as many", "more", "if rises", "together")
-BOTH_WEIGHTS = (60, 20, 80, 60)                                                    # every second question about both needs both
+TIMBRES = ("whistle", "organ", "buzz")
+PITCHES = {"low": 200, "middle": 420, "high": 880}  # Hz, give or take a tenth
+LOUDNESS = {"loud": (0.1, 0.17), "soft": (0.008, 0.013)}  # root mean square: 18 dB lie between
+SOUND_KINDS = {"beeps": 4, "glide": 3, "pair": 3}  # and how often each is drawn
+PART_SECONDS = {"beeps": (0.09, 0.13), "glide": (0.6, 1.2), "pair": (0.35, 0.5)}  # from and to
 
 
 def make_sound(seed: int, held_out: bool = False, kinds=tuple(SOUND_KINDS)) -> dict:
-    """{"kind", "voices": [(pitch, timbre)], two of a pair, "beeps": how many or None, "way": "rises", "falls" or None, "loudness", "seed"}:
-    a pure function of its arguments.
+    """-> {"kind", "voices": [(pitch, timbre)], two of a pair, "beeps": how many or None,
+    "way": "rises", "falls" or None, "loudness", "seed"}: a pure function of its arguments.
 
-    As with scenes, one description in ten is held out by its checksum: 20 of 198. With so few, an answer may be missing or too
-    frequent among them; so the checksum starts from a number that was searched for, with which the answers are spread well. Not so
-    glides: were "loud low buzz rising" held out, every loud low buzz in training would fall, and that be learnt instead of to listen.
-    Held-out glides differ as all sounds do, by their seeds: in frequency, bend, timing, level and noise."""
-    kind = random.Random(seed).choices(kinds, [SOUND_KINDS[k] for k in kinds])[0]
+    As with scenes, one description in ten is held out by its checksum: 20 of 198. With so few, an
+    answer may be missing among them or come too often. So the checksum starts from a number that
+    was searched for, with which they are spread well.
+    Glides are not held out that way. Were "loud low buzz rising" held out, every loud low buzz in
+    training would fall, and a model would learn that instead of listening. Held-out glides differ
+    as all sounds do, by their seeds: in frequency, bend, timing, level and noise.
+    """
+    odds = [SOUND_KINDS[kind] for kind in kinds]
+    kind = random.Random(seed).choices(kinds, odds)[0]
     for attempt in range(10_000):
         rng = random.Random(seed * 10_009 + attempt)
-        pitches, timbres = rng.sample(list(PITCHES), 2), rng.sample(list(TIMBRES), 2)
+
+        # who sounds: one voice, or the two of a pair, which differ in pitch and mostly in timbre
+        pitches = rng.sample(list(PITCHES), 2)
+        timbres = rng.sample(TIMBRES, 2)
         if rng.random() < 0.25:
             timbres[1] = timbres[0]
-        sound = {"kind": kind, "voices": list(zip(pitches, timbres))[:1 + (kind == "pair")], "beeps": None, "way": None,
+        voices = list(zip(pitches, timbres))
+        if kind != "pair":
+            voices = voices[:1]
+
+        sound = {"kind": kind, "voices": voices, "beeps": None, "way": None,
                  "loudness": rng.choice(list(LOUDNESS)), "seed": seed}
         if kind == "beeps":
             sound["beeps"] = rng.randrange(1, 6)
-        elif kind == "glide":
+        if kind == "glide":
             sound["way"] = rng.choice(("rises", "falls"))
-        if kind == "glide" or (zlib.crc32(describe_sound(sound).encode(), 42_583) % 10 == 0) == held_out:
+            return sound
+        if (zlib.crc32(describe_sound(sound).encode(), 42_583) % 10 == 0) == held_out:
             return sound
 
 
 def describe_sound(sound: dict) -> str:
-    """The caption: "three loud high whistle beeps.", "one soft low buzz rising.", "low whistle, then high buzz, loud."."""
-    first, *second = (" ".join(voice) for voice in sound["voices"])
-    match sound["kind"]:
-        case "beeps": return f"{NUMBERS[sound['beeps']]} {sound['loudness']} {first} beep{'s' * (sound['beeps'] > 1)}."
-        case "glide": return f"one {sound['loudness']} {first} {'rising' if sound['way'] == 'rises' else 'falling'}."
-        case "pair": return f"{first}, then {second[0]}, {sound['loudness']}."
+    """The caption: "three loud high whistle beeps.", "one soft low buzz rising." or
+    "low whistle, then high buzz, loud."."""
+    voices = [f"{pitch} {timbre}" for pitch, timbre in sound["voices"]]
+    loudness = sound["loudness"]
+    if sound["kind"] == "pair":
+        return f"{voices[0]}, then {voices[1]}, {loudness}."
+    if sound["kind"] == "glide":
+        direction = "rising" if sound["way"] == "rises" else "falling"
+        return f"one {loudness} {voices[0]} {direction}."
+    beeps = "beep" if sound["beeps"] == 1 else "beeps"
+    return f"{NUMBERS[sound['beeps']]} {loudness} {voices[0]} {beeps}."
+
+
+def draw_sound(sound: dict) -> tuple[np.ndarray, int]:
+    """The sound as (wave (24,000,) float32, 16,000 samples a second).
+
+    Timing, frequencies and a faint noise vary with the sound's seed.
+    """
+    rng = random.Random(sound["seed"] * 10_009 + 10_008)
+    noise = np.random.default_rng(sound["seed"])
+    out = noise.standard_normal(int(SOUND_SECONDS * RATE), np.float32) * np.float32(0.001)
+
+    # How many parts are there, how long are they and the gaps between, and when do they begin?
+    n = sound["beeps"] or len(sound["voices"])
+    length = rng.uniform(*PART_SECONDS[sound["kind"]])
+    gap = rng.uniform(0.08, 0.14)
+    start = rng.uniform(0.03, SOUND_SECONDS - 0.03 - n * length - (n - 1) * gap)
+
+    # How do they sound? A glide goes from frequency / bend to frequency * bend, or back.
+    level = rng.uniform(*LOUDNESS[sound["loudness"]])
+    frequencies = [PITCHES[pitch] * rng.uniform(0.9, 1.1) for pitch, _ in sound["voices"]]
+    direction = {"rises": 1, "falls": -1, None: 0}[sound["way"]]
+    bend = rng.uniform(1.25, 1.5) ** direction
+
+    # Each part fades in and out over 128 samples, or it would click.
+    m = round(length * RATE)
+    from_begin = np.arange(m)
+    from_end = from_begin[::-1]
+    fade = np.minimum(1, np.minimum(from_begin, from_end) / 128, dtype=np.float32)
+
+    for i in range(n):
+        voice = i % len(frequencies)
+        frequency = frequencies[voice]
+
+        # Nothing may come near the Nyquist frequency, 8 kHz, even at the end of a glide.
+        highest = frequency * max(bend, 1 / bend)
+        table = wavetable(sound["voices"][voice][1], n_harmonics=int(7500 / highest))
+
+        # How many periods have gone by at each sample? Their fractions are places in the table.
+        periods = np.cumsum(frequency * bend ** np.linspace(-1, 1, m)) / RATE  # (m,)
+        steps = (periods * len(table)).astype(np.int64) % len(table)
+        at = round((start + i * (length + gap)) * RATE)
+        out[at:at + m] += level * fade * table[steps]
+    return out.clip(-1, 1), RATE
 
 
 @functools.lru_cache
 def wavetable(timbre: str, n_harmonics: int) -> np.ndarray:
-    """One period in 4096 samples, of power one, as synthesizers keep it: a tone of any frequency steps through it at its own speed."""
+    """One period of a tone in 4096 samples, of power one.
+
+    Synthesizers store sounds this way: a tone of any frequency steps through the same table at its
+    own speed.
+    """
     period = np.linspace(0, 2 * np.pi, 4096, endpoint=False)
-    table = sum(TIMBRES[timbre](k) * np.sin(k * period) for k in range(1, n_harmonics + 1))
+    table = np.zeros(4096)
+    for k in range(1, n_harmonics + 1):
+        table += harmonic_strength(timbre, k) * np.sin(k * period)
     return (table / np.sqrt(np.mean(table ** 2))).astype(np.float32)
 
 
-def draw_sound(sound: dict) -> tuple[np.ndarray, int]:
-    """The sound as (wave (24,000,) float32, 16,000). Timing, frequencies and the faint noise vary with the sound's seed."""
-    rng = random.Random(sound["seed"] * 10_009 + 10_008)
-    out = np.random.default_rng(sound["seed"]).standard_normal(int(SOUND_SECONDS * RATE), np.float32) * np.float32(0.001)
-    shortest, longest = {"beeps": (0.09, 0.13), "glide": (0.6, 1.2), "pair": (0.35, 0.5)}[sound["kind"]]
-    n, length, gap = sound["beeps"] or len(sound["voices"]), rng.uniform(shortest, longest), rng.uniform(0.08, 0.14)
-    start = rng.uniform(0.03, SOUND_SECONDS - 0.03 - n * length - (n - 1) * gap)
-    level = rng.uniform(*LOUDNESS[sound["loudness"]])
-    voices = [(PITCHES[pitch] * rng.uniform(0.9, 1.1), timbre) for pitch, timbre in sound["voices"]]
-    bend = rng.uniform(1.25, 1.5) ** {"rises": 1, "falls": -1, None: 0}[sound["way"]]
-    m = round(length * RATE)
-    fade = np.minimum(1, np.minimum(np.arange(m), np.arange(m)[::-1]) / 128, dtype=np.float32)      # without clicks
-    for i in range(n):
-        frequency, timbre = voices[i % len(voices)]
-        phase = np.cumsum(frequency * bend ** np.linspace(-1, 1, m)) / RATE        # in periods; around the middle of the glide
-        table = wavetable(timbre, int(7500 / (frequency * max(bend, 1 / bend))))   # nothing above the Nyquist frequency
-        at = round((start + i * (length + gap)) * RATE)
-        out[at:at + m] += level * fade * table[(phase * 4096).astype(np.int64) % 4096]
-    return out.clip(-1, 1), RATE
+def harmonic_strength(timbre, k):
+    """How strong the k-th harmonic is: a whistle is a tone alone, an organ adds two octaves, and a
+    buzz has them all."""
+    if timbre == "buzz":
+        return k ** -0.5
+    harmonics = (1,) if timbre == "whistle" else (1, 2, 4)
+    return float(k in harmonics)
+
+
+# ------------------------------------------------------------------------------------------------
+# 12. Questions about a sound, and about a scene and a sound together
+
+
+def ask_beeps(sound, rng):
+    if sound["kind"] != "beeps":
+        return None
+    return "How many beeps are there?", NUMBERS[sound["beeps"]]
+
+
+def ask_glide(sound, rng):
+    if sound["kind"] != "glide":
+        return None
+    return "Does the sound rise or fall?", sound["way"]
+
+
+def ask_higher(sound, rng):
+    if sound["kind"] != "pair":
+        return None
+    first, second = [PITCHES[pitch] for pitch, _ in sound["voices"]]
+    answer = "first" if first > second else "second"
+    return "Which sound is higher, the first or the second?", answer
+
+
+def ask_timbre(sound, rng):
+    if sound["kind"] == "pair":
+        return None
+    return "What makes the sound?", sound["voices"][0][1]
+
+
+def ask_loudness(sound, rng):
+    return "Is the sound loud or soft?", sound["loudness"]
+
+
+def ask_order(sound, rng):
+    first = sound["voices"][0][1]
+    last = sound["voices"][-1][1]
+    if first == last:
+        return None
+    one, other = rng.sample((first, last), 2)
+    return f"Which comes first, the {one} or the {other}?", first
+
+
+SOUND_QUESTIONS = {
+    "beeps": ask_beeps,
+    "glide": ask_glide,
+    "higher": ask_higher,
+    "timbre": ask_timbre,
+    "loudness": ask_loudness,
+    "order": ask_order,
+}
+SOUND_TYPES = tuple(SOUND_QUESTIONS)
 
 
 def ask_sound(sound: dict, kind: str, rng: random.Random):
     """A question of that type and its answer, or None where the sound offers none."""
-    (pitch, timbre), (second, other) = sound["voices"][0], sound["voices"][-1]
-    match kind:
-        case "beeps" if sound["kind"] == "beeps": return "How many beeps are there?", NUMBERS[sound["beeps"]]
-        case "glide" if sound["kind"] == "glide": return "Does the sound rise or fall?", sound["way"]
-        case "higher" if sound["kind"] == "pair":
-            return "Which sound is higher, the first or the second?", "first" if PITCHES[pitch] > PITCHES[second] else "second"
-        case "timbre" if sound["kind"] != "pair": return "What makes the sound?", timbre
-        case "loudness": return "Is the sound loud or soft?", sound["loudness"]
-        case "order" if timbre != other:
-            return "Which comes first, the {} or the {}?".format(*rng.sample((timbre, other), 2)), timbre
-    return None
+    return SOUND_QUESTIONS[kind](sound, rng)
+
+
+def count_words(scene):
+    """How many objects have each of the colours and shapes in a scene: {"circle": 1, "red": 2}."""
+    words = [word for _, _, color, shape in scene["objects"] for word in (color, shape)]
+    return {word: words.count(word) for word in sorted(set(words))}
+
+
+def ask_as_many(scene, sound, rng):
+    n = sound["beeps"]
+    if n is None:
+        return None
+
+    # A "no" must be near, or it could be told without counting.
+    counts = count_words(scene)
+    same = [word for word, count in counts.items() if count == n]
+    near = [word for word, count in counts.items() if abs(count - n) == 1]
+    if not same or not near:
+        return None
+
+    # Both answers are possible, so a coin decides.
+    yes = rng.random() < 0.5
+    word = rng.choice(same if yes else near)
+    seen = f"{NUMBERS[n]} and {NUMBERS[counts[word]]}"
+    return f"Are there as many beeps as {plural(word)}?", f"{seen}: {yes_or_no(yes)}"
+
+
+def ask_more(scene, sound, rng):
+    n = sound["beeps"]
+    if n is None:
+        return None
+    shapes = len(scene["objects"])
+    more = "equal"
+    if n > shapes:
+        more = "beeps"
+    elif n < shapes:
+        more = "shapes"
+    return "Are there more beeps or more shapes?", f"{NUMBERS[n]} and {NUMBERS[shapes]}: {more}"
+
+
+def ask_if_rises(scene, sound, rng):
+    objects = scene["objects"]
+    if sound["way"] is None or len({color for _, _, color, _ in objects}) < 2:
+        return None
+
+    # Take two places whose colours differ: only who hears the sound knows which one counts.
+    one = rng.choice(objects)
+    other = rng.choice([thing for thing in objects if thing[2] != one[2]])
+    risen, fallen = rng.sample((one, other), 2)
+    question = (f"What color is the shape at the {PLACES[risen[0]]} if the sound rises, "
+                f"at the {PLACES[fallen[0]]} if it falls?")
+    cell, _, color, _ = risen if sound["way"] == "rises" else fallen
+    return question, f"{sound['way']}, {PLACES[cell]}: {color}"
+
+
+def ask_together(scene, sound, rng):
+    n = sound["beeps"]
+    if n is None:
+        return None
+
+    # There are words for numbers up to five.
+    counts = count_words(scene)
+    few = [word for word, count in counts.items() if n + count <= 5]
+    if not few:
+        return None
+    word = rng.choice(few)
+    count = counts[word]
+    answer = f"{NUMBERS[n]} and {NUMBERS[count]}: {NUMBERS[n + count]}"
+    return f"How many beeps and {plural(word)} are there together?", answer
+
+
+BOTH_QUESTIONS = {
+    "as many": ask_as_many,
+    "more": ask_more,
+    "if rises": ask_if_rises,
+    "together": ask_together,
+}
+BOTH_TYPES = tuple(BOTH_QUESTIONS)
 
 
 def ask_both(scene: dict, sound: dict, kind: str, rng: random.Random):
-    """A question that neither eyes nor ears alone can answer, and its answer; or None where the two offer none. The answer first says what
-    is seen and heard, "two and three: no": a model thinks by writing, and one this small cannot count twice and compare before a word."""
-    objects, n = scene["objects"], sound["beeps"]
-    things = [word for o in objects for word in o[2:]]
-    counts = {word: things.count(word) for word in sorted(set(things))}            # {"red": 2, "circle": 1, ...}
-    match kind:
-        case "as many" if n in counts.values() and (near := [w for w, c in counts.items() if abs(c - n) == 1]):
-            same = [word for word, c in counts.items() if c == n]                  # both answers are at hand, so a coin decides
-            yes = rng.random() < 0.5
-            word = rng.choice(same if yes else near)
-            return f"Are there as many beeps as {plural(word)}?", f"{NUMBERS[n]} and {NUMBERS[counts[word]]}: {'yes' if yes else 'no'}"
-        case "more" if n:
-            m = len(objects)
-            more = "equal" if n == m else "beeps" if n > m else "shapes"
-            return "Are there more beeps or more shapes?", f"{NUMBERS[n]} and {NUMBERS[m]}: {more}"
-        case "if rises" if sound["way"] and len({o[2] for o in objects}) > 1:
-            a = rng.choice(objects)
-            a, b = rng.sample((a, rng.choice([o for o in objects if o[2] != a[2]])), 2)
-            question = f"What color is the shape at the {PLACES[a[0]]} if the sound rises, at the {PLACES[b[0]]} if it falls?"
-            o = a if sound["way"] == "rises" else b
-            return question, f"{sound['way']}, {PLACES[o[0]]}: {o[2]}"
-        case "together" if n and (few := [word for word, c in counts.items() if n + c <= 5]):
-            word = rng.choice(few)
-            m = counts[word]
-            return f"How many beeps and {plural(word)} are there together?", f"{NUMBERS[n]} and {NUMBERS[m]}: {NUMBERS[n + m]}"
-    return None
+    """A question that neither eyes nor ears can answer alone, and its answer; or None where scene
+    and sound offer none.
+
+    The answer first says what is heard and seen, as in "two and three: no". A model thinks by
+    writing, and one as small as this cannot count twice and compare before its first word.
+    """
+    return BOTH_QUESTIONS[kind](scene, sound, rng)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Datasets: something with a length, whose items are samples
+# How often each type is asked in training. Hard ones come more often, and where there are a scene
+# and a sound, every second question needs both.
+WEIGHTS = {
+    "color": 8, "color at": 1, "shape at": 1, "size": 3, "where": 5, "count": 3, "exists": 4,
+    "relation": 4, "sign": 2,
+    "beeps": 6, "glide": 4, "higher": 4, "timbre": 2, "loudness": 2, "order": 4,
+    "as many": 60, "more": 20, "if rises": 80, "together": 60,
+}
 
-FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")                        # what counts as an image in a video's folder
-MIXED = {"mixed caption": ("caption", "sound caption"), "mixed chat": ("chat", "sound chat", "both chat")}
+
+def ask_any(scene, sound, kind, rng):
+    """A question of any type and its answer, or None where scene and sound offer none."""
+    if kind in QUESTIONS:
+        return ask(scene, kind, rng)
+    if kind in SOUND_QUESTIONS:
+        return ask_sound(sound, kind, rng)
+    return ask_both(scene, sound, kind, rng)
 
 
+def offered_types(scene, sound):
+    """The types of questions to choose from."""
+    kinds = []
+    if sound:
+        kinds += SOUND_TYPES
+    if scene and sound:
+        kinds += BOTH_TYPES
+
+    # A sound offers few of its types; the others must not be drawn in vain. A scene offers most.
+    rng = random.Random(0)
+    kinds = [kind for kind in kinds if ask_any(scene, sound, kind, rng)]
+    if scene:
+        kinds = [*TYPES, *kinds]
+    return kinds
+
+
+def ask_many(scene: dict | None, n: int, rng: random.Random,
+             sound: dict | None = None) -> list[tuple[str, str, str]]:
+    """Up to n different questions about a scene, a sound or both: [(type, question, answer), ...].
+    Their types are drawn by WEIGHTS."""
+    kinds = offered_types(scene, sound)
+    weights = [WEIGHTS[kind] for kind in kinds]
+
+    # Not every draw gives a question, and not every question is new: draw more than are needed.
+    asked = []
+    seen = set()
+    for kind in rng.choices(kinds, weights, k=4 * n):
+        if len(asked) == n:
+            break
+
+        # "no sign" must not be the usual answer.
+        if kind == "sign" and not scene["sign"] and rng.random() < 0.7:
+            continue
+        pair = ask_any(scene, sound, kind, rng)
+        if pair is None:
+            continue
+
+        # A scene can be asked for two colours; to a sound's type of question there is one answer.
+        question, answer = pair
+        what = kind if kind in SOUND_QUESTIONS else question
+        if what not in seen:
+            seen.add(what)
+            asked.append((kind, question, answer))
+    return asked
+
+
+def as_turns(pairs, head: str = "<image>\n") -> list[dict]:
+    """[(question, answer), ...] -> conversations. `head` stands before the first question."""
+    turns = []
+    for question, answer in pairs:
+        turns.append({"from": "human", "value": head + question})
+        turns.append({"from": "gpt", "value": answer})
+        head = ""
+    return turns
+
+
+# ------------------------------------------------------------------------------------------------
+# 13. The drawn world as a data set, and a tokenizer for it
+
+# kinds of samples that take others in turn
+MIXED = {
+    "mixed caption": ("caption", "sound caption"),
+    "mixed chat": ("chat", "sound chat", "both chat"),
+}
+
+
+@dataclass
 class Drawn:
-    """The drawn world. kind "caption": describe the scene; "chat": questions and answers, several turns; "sound caption" and "sound chat":
-    the same about a sound; "both chat": about an image and a sound; MIXED: these in turn. Item i is always the same."""
+    """The drawn world as a data set. Item i is always the same.
 
-    def __init__(self, kind: str, size: int, seed: int = 0, held_out: bool = False, n_questions: int = 6):
-        self.kind, self.size, self.seed, self.held_out, self.n_questions = kind, size, seed, held_out, n_questions
+    kind: "caption" has the scene described; "chat" has several turns of questions and answers about
+    it; "sound caption" and "sound chat" are the same about a sound; "both chat" is about an image
+    and a sound; and MIXED has more.
+    A sample also has "types", the type of each question, and the "scene" and "sound" themselves.
+    """
+    kind: str
+    size: int  # how many samples
+    seed: int = 0
+    held_out: bool = False
+    n_questions: int = 6  # about an image
 
     def __len__(self):
         return self.size
@@ -612,237 +1498,156 @@ class Drawn:
         seed = self.seed * 100_000_007 + i
         kinds = MIXED.get(self.kind, (self.kind,))
         kind = kinds[i % len(kinds)]
-        scene = None if kind.startswith("sound") else make_scene(seed, self.held_out)
-        sound = None if kind in ("caption", "chat") else make_sound(seed, self.held_out) if scene is None else (
-            make_sound(seed, self.held_out, ("beeps", "glide")))                   # no question is about a scene and a pair
-        if kind.endswith("caption"):
-            asked = [(kind, "Describe the scene.", describe(scene)) if scene else (kind, "Describe the sound.", describe_sound(sound))]
-        else:                                                                      # two of a sound's three: the hard ones more often
-            asked = ask_many(scene, self.n_questions if scene else -(-self.n_questions // 3), random.Random(seed), sound)
-        sample = {"id": str(seed), "images": [draw_scene(scene)] if scene else [], "audio": [draw_sound(sound)] if sound else [],
-                  "conversations": as_turns([qa[1:] for qa in asked], "<image>\n" * bool(scene) + "<audio>\n" * bool(sound)),
-                  "types": [qa[0] for qa in asked]}
-        return sample | ({"scene": scene} if scene else {}) | ({"sound": sound} if sound else {})
+
+        # what is to be seen and heard
+        sample = {"id": str(seed), "images": [], "audio": []}
+        head = ""
+        if not kind.startswith("sound"):
+            sample["scene"] = make_scene(seed, self.held_out)
+            sample["images"].append(draw_scene(sample["scene"]))
+            head += "<image>\n"
+        if kind not in ("caption", "chat"):
+            # No question is about a scene and a pair of sounds.
+            sounds = ("beeps", "glide") if kind == "both chat" else tuple(SOUND_KINDS)
+            sample["sound"] = make_sound(seed, self.held_out, sounds)
+            sample["audio"].append(draw_sound(sample["sound"]))
+            head += "<audio>\n"
+
+        # what is asked about it
+        if kind == "caption":
+            asked = [(kind, "Describe the scene.", describe(sample["scene"]))]
+        elif kind == "sound caption":
+            asked = [(kind, "Describe the sound.", describe_sound(sample["sound"]))]
+        else:
+            # A sound offers three questions. If two are asked, the hard one comes up more often.
+            n = math.ceil(self.n_questions / 3) if kind == "sound chat" else self.n_questions
+            rng = random.Random(seed)
+            asked = ask_many(sample.get("scene"), n, rng, sample.get("sound"))
+
+        pairs = [(question, answer) for _, question, answer in asked]
+        sample["conversations"] = as_turns(pairs, head)
+        sample["types"] = [kind for kind, _, _ in asked]
+        return sample
 
 
-class LlavaJson:
-    """LLaVA's format: a JSON list, or JSONL, of {"id", "image": path | [paths] | absent, "conversations"}; paths below image_dir.
-    Also "audio": path | [paths], and "video": folder of frames | [frame files] | [folders or lists, one a video].
-
-    Raises ValueError naming the file, and the line where the JSON is malformed."""
-
-    def __init__(self, file: str, image_dir: str = ""):
-        self.file, self.image_dir = str(file), image_dir
-        try:
-            with open(file, encoding="utf-8") as f:
-                text = f.read()
-        except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"{file}: cannot be read: {e}") from None
-        self.samples, number = [], 1                                               # number: the line that is being read
-        try:
-            if text.lstrip().startswith("["):
-                self.samples = json.loads(text)
-            else:
-                for number, line in enumerate(text.split("\n"), 1):
-                    if line.strip():
-                        self.samples.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{file}: malformed JSON in line {number + e.lineno - 1}: {e.msg}") from None
-        if not self.samples:
-            raise ValueError(f"{file}: holds no samples")
-
-    def __len__(self):
-        return len(self.samples)
-
-    def lengths(self, n_image_tokens: int = 0, n_audio_tokens: int = 0) -> list[int]:
-        """Words and slots per sample, a video as one image, a sound as one chunk: enough to put samples of like length into one batch.
-        (LLaVA sorts text-only samples apart.)"""
-        slots = {"<image>": n_image_tokens, "<video>": n_image_tokens, "<audio>": n_audio_tokens}
-        return [sum(len(v.split()) + sum(n * v.count(mark) for mark, n in slots.items())
-                    for v in (str(t.get("value", "")) for t in s["conversations"] if isinstance(t, dict)))
-                if isinstance(s, dict) and isinstance(s.get("conversations"), list) else 0 for s in self.samples]
-
-    def __getitem__(self, i: int) -> dict:
-        sample = self.samples[i]
-        where = f"{self.file}: sample {i + 1}"
-        if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
-            raise ValueError(f"{where}: must be an object with a list 'conversations'")
-        paths = {}
-        for key in ("image", "audio"):
-            files = sample.get(key) or []
-            files = [files] if isinstance(files, str) else files
-            if not isinstance(files, list) or not all(isinstance(p, str) for p in files):
-                raise ValueError(f"{where}: '{key}' must be a path or a list of paths")
-            paths[key] = [os.path.join(self.image_dir, p) for p in files]
-        video = sample.get("video") or []
-        return {"id": f"{where} (id {sample.get('id', '-')})", "images": paths["image"], "audio": paths["audio"],
-                "video": video_files(video if isinstance(video, (str, list)) else [video], self.image_dir, where),
-                "conversations": sample["conversations"]}
+def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer, which has a token for each mark of the template "tiny"."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    marks = [AddedToken(mark, special=True) for mark in ("</s>", "<q>", "<a>")]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=marks, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
-def video_files(videos, folder: str, where: str) -> list[list[str]]:
-    """A folder of frames, a list of frame files, or a list of such folders or lists -> the frame files of each video."""
-    join = lambda p: os.path.join(folder, p)
-    if not videos:
-        return []
-    if isinstance(videos, str) or all(isinstance(p, str) and not os.path.isdir(join(p)) for p in videos):
-        videos = [videos]                                                      # one video: its folder, or its frames
-    out = []
+# ------------------------------------------------------------------------------------------------
+# 14. Checks of what users bring. Each error is a ValueError that says what is wrong, and where.
+
+
+def open_image(image) -> Image.Image:
+    """A path or PIL image -> the decoded RGB image.
+
+    Raises ValueError, naming the file, if it is missing, truncated, no picture, smaller than 2
+    pixels a side, or so large that it must be a decompression bomb.
+    """
+    is_path = isinstance(image, (str, os.PathLike))
+    name = image if is_path else "the image"
+    try:
+        if is_path:
+            image = Image.open(image)
+        if min(image.size) < 2:
+            raise ValueError(f"it is {image.width} x {image.height} pixels, too small to be a "
+                             "picture")
+        # Opening reads no more than the header. This decodes, and fails on a truncated file.
+        image.load()
+        if image.mode == "RGB":
+            return image
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file; check the path, and --images") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{name}: cannot be read as an image: {e}") from None
+
+
+def check_turns(conversations, template):
+    """Turns are objects with "from" and "value", and alternate, beginning with the human."""
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+    if not conversations:
+        raise ValueError("the conversation is empty")
+    for i, turn in enumerate(conversations):
+        is_turn = isinstance(turn, dict) and "from" in turn
+        if not is_turn or not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {i + 1} must be an object with the texts 'from' and 'value', "
+                             f"not {str(turn)[:80]}")
+        if turn["from"] != ("human", "gpt")[i % 2]:
+            raise ValueError(f"turn {i + 1} is from {turn['from']!r}; turns must alternate human, "
+                             "gpt, human, ...")
+
+
+def check_slots(n_audio_tokens, n_sounds):
+    """There is one number of slots for each "<audio>"."""
+    if len(n_audio_tokens) != n_sounds:
+        raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of "
+                         f"{len(n_audio_tokens)}; it needs one number for each mark")
+
+
+def check_end_mark(tokenizer, template):
+    """The tokenizer knows the mark that ends answers, where few tokenizers do."""
+    form = TEMPLATES[template]
+    if form.end_is_token and tokenizer.token_to_id(form.end) is None:
+        raise ValueError(f"template {template} ends answers with {form.end}, which this tokenizer "
+                         "does not know; use --template vicuna")
+
+
+def check_cut(ids, labels, max_length):
+    """A sample may lose what comes after max_length tokens."""
+    for slot, what in ((IMAGE, "an image"), (AUDIO, "a sound")):
+        if slot in ids[max_length:]:
+            raise ValueError(f"{len(ids)} tokens, over the limit of {max_length}, and cutting "
+                             f"would lose {what}")
+    if all(label == IGNORE for label in labels[:max_length]):
+        raise ValueError(f"nothing to learn in the first {max_length} tokens; raise --max-length")
+
+
+def check_marks(text, pictures, videos, sounds, n_audio_tokens):
+    """A sample's text has a mark for each of its files."""
+    if sounds and n_audio_tokens == 0:
+        raise ValueError(f"the sample has {len(sounds)} sounds, this model hears nothing; leave "
+                         "them out, or take a model with ears")
+
+    # To a model that hears nothing, "<audio>" is ordinary text.
+    wanted = {"<image>": (pictures, "images"), "<video>": (videos, "videos")}
+    if n_audio_tokens != 0:
+        wanted["<audio>"] = (sounds, "sounds")
+    for mark, (files, name) in wanted.items():
+        if text.count(mark) != len(files):
+            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has "
+                             f"{len(files)} {name}")
+
+
+def check_frame_sizes(videos):
+    """All frames of a video have the same size."""
     for video in videos:
-        if isinstance(video, str):
-            names = os.listdir(join(video)) if os.path.isdir(join(video)) else []
-            names.sort(key=lambda name: [(text, int(n or 0)) for text, n in re.findall(r"(\D*)(\d*)", name)])      # f10 after f9
-            if not (names := [name for name in names if name.lower().endswith(FRAMES)]):
-                raise ValueError(f"{where}: {join(video)}: no folder of frames; `ffmpeg -i FILE -r 1 FOLDER/%04d.png` fills one")
-            video = [os.path.join(video, name) for name in names]
-        if not isinstance(video, list) or not all(isinstance(p, str) for p in video):
-            raise ValueError(f"{where}: 'video' must be a folder, a list of frame files, or a list of folders or such lists")
-        out.append([join(p) for p in video])
-    return out
+        wanted = None
+        for frame in video:
+            image = frame if isinstance(frame, Image.Image) else Image.open(frame)
+            if wanted is None:
+                wanted = image.size
+            if image.size != wanted:
+                raise ValueError(f"{frame}: a frame of {image.size} pixels in a video of {wanted}; "
+                                 "all must have one size")
 
 
-def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds: float = 30.0, max_frames: int = 8, average: bool = True):
-    """A sample's files as tensors -> (conversations, images (k, 3, S, S), audio (m, 80, 100 * seconds), frames, slots).
-
-    Of a video max_frames frames are taken, evenly, and each becomes an image. average: as in Uni-MoE, a video fills the slots of one image,
-    with the mean of its frames' features. So its "<video>" becomes one "<image>", and `frames` says for each "<image>" in order how many
-    of the images in a row stand behind it (None without a video). Otherwise a "<video>" becomes as many "<image>" as it has frames.
-    slots: for encode_chat, how many AUDIO each "<audio>" takes, n_audio_tokens a chunk. With n_audio_tokens = 0, for a model that hears
-    nothing, audio is None and slots 0. Raises ValueError if marks and files differ in number."""
-    pictures, sounds, videos = sample.get("images") or [], sample.get("audio") or [], []
-    for video in sample.get("video") or []:
-        if not (k := min(len(video), max_frames)):
-            raise ValueError("a video without frames")
-        videos.append([video[(2 * i + 1) * len(video) // (2 * k)] for i in range(k)])      # the middle of each of k equal parts
-    if sounds and not n_audio_tokens:
-        raise ValueError(f"the sample has {len(sounds)} sounds, this model hears nothing; leave them out, or take a model with ears")
-    text = "\n".join(str(t.get("value", "")) for t in sample["conversations"] if isinstance(t, dict))
-    for mark, name, files in (("<image>", "images", pictures), ("<video>", "videos", videos), ("<audio>", "sounds", sounds)):
-        if text.count(mark) != len(files) and (n_audio_tokens or mark != "<audio>"):
-            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has {len(files)} {name}")
-    one, many, marks = iter(pictures), iter(videos), iter("<image>" * (1 if average else len(v)) for v in videos)
-    groups = [[next(one)] if mark == "<image>" else next(many) for mark in re.findall("<image>|<video>", text)]
-    conversations = [{**t, "value": re.sub("<video>", lambda _: next(marks), t["value"])}          # (a bad turn is for `render` to tell)
-                     if isinstance(t, dict) and isinstance(t.get("value"), str) else t for t in sample["conversations"]]
-    images = [load_image(picture, image_size) for group in groups for picture in group]
-    for video in videos:
-        sizes = [(frame if isinstance(frame, Image.Image) else Image.open(frame)).size for frame in video]
-        for frame, size in zip(video, sizes):
-            if size != sizes[0]:
-                raise ValueError(f"{frame}: a frame of {size} pixels in a video of {sizes[0]}; all must have one size")
-    chunks = [load_audio(sound, seconds) for sound in sounds]
-    return (conversations, torch.stack(images) if images else torch.empty(0, 3, image_size, image_size),
-            torch.cat([torch.empty(0, N_MELS, round(RATE / HOP * seconds)), *chunks]) if n_audio_tokens else None,
-            [n for group in groups for n in ([len(group)] if average else [1] * len(group))] if videos else None,
-            [len(c) * n_audio_tokens for c in chunks] if n_audio_tokens else 0)
-
-
-class Encoded(torch.utils.data.Dataset):
-    """Samples as tensors: {"tokens" (T,), "labels" (T,), "images" (k, 3, S, S), "broken": [messages], "truncated": bool}; with
-    n_audio_tokens also "audio" (m, 80, 100 * seconds), and where there is a video "frames", as load_senses says.
-
-    A sample that cannot be used is reported in "broken" and replaced by its successor; the trainer prints and counts it.
-    strict=True raises instead. Too long a sample is cut on the right; a cut that would lose slots makes it broken."""
-
-    def __init__(self, data, tokenizer, template: str, image_size: int, n_image_tokens: int, max_length: int, strict: bool = False,
-                 n_audio_tokens: int = 0, seconds: float = 30.0, max_frames: int = 8, average: bool = True):
-        if len(data) == 0:
-            raise ValueError("the data set is empty")
-        self.data, self.tokenizer, self.template, self.strict = data, tokenizer, template, strict
-        self.image_size, self.n_image_tokens, self.max_length = image_size, n_image_tokens, max_length
-        self.senses = dict(image_size=image_size, n_audio_tokens=n_audio_tokens, seconds=seconds, max_frames=max_frames, average=average)
-
-    def __len__(self):
-        return len(self.data)
-
-    def encode(self, sample: dict) -> dict:
-        conversations, images, audio, frames, slots = load_senses(sample, **self.senses)
-        ids, labels = encode_chat(conversations, self.tokenizer, self.template, self.n_image_tokens, slots)
-        if truncated := len(ids) > self.max_length:
-            for slot, what in ((IMAGE, "an image"), (AUDIO, "a sound")):
-                if slot in ids[self.max_length:]:
-                    raise ValueError(f"{len(ids)} tokens, over the limit of {self.max_length}, and cutting would lose {what}")
-            ids, labels = ids[:self.max_length], labels[:self.max_length]
-            if all(label == IGNORE for label in labels):
-                raise ValueError(f"nothing to learn in the first {self.max_length} tokens; raise --max-length")
-        item = {"tokens": torch.tensor(ids), "labels": torch.tensor(labels), "truncated": truncated, "images": images}
-        return item | ({} if audio is None else {"audio": audio}) | ({} if frames is None else {"frames": frames})
-
-    def __getitem__(self, i: int) -> dict:
-        broken = []
-        for j in range(i, i + 100):
-            name = f"sample {j % len(self) + 1}"
-            try:
-                sample = self.data[j % len(self)]
-                name = sample["id"]
-                return {**self.encode(sample), "broken": broken}
-            except ValueError as e:
-                message = str(e) if name in str(e) else f"{name}: {e}"
-                if self.strict:
-                    raise ValueError(message) from None
-                broken.append(message)
-        raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Batches
-
-
-def pad_rows(rows: list, fill: int, multiple: int = 8) -> torch.Tensor:
-    """Lists or (T_i,) tensors -> (B, T) int64, filled on the right; T is rounded up so that few different lengths occur."""
-    length = -(-max(len(r) for r in rows) // multiple) * multiple
-    rows = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(r) for r in rows], batch_first=True, padding_value=fill)
-    return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=fill)
-
-
-def collate(samples: list) -> dict:
-    """Encoded samples -> tokens (B, T), labels (B, T), images (n, 3, S, S) in order of appearance, broken, truncated.
-
-    As in the released code, a sample without an image brings a blank one, which fills no slot. They stand behind the others.
-    With a model that hears also audio (m, 80, frames); where no sample has a sound, one silent chunk, so that every process runs
-    every module. It needs no more: the ear has no routing statistics. With a video also frames (groups,), the blank images' ones behind."""
-    blank = [torch.zeros(1, *s["images"].shape[1:]) for s in samples if not len(s["images"])]
-    batch = {"tokens": pad_rows([s["tokens"] for s in samples], PAD), "labels": pad_rows([s["labels"] for s in samples], IGNORE),
-             "images": torch.cat([s["images"] for s in samples] + blank), "broken": sum((s["broken"] for s in samples), []),
-             "truncated": sum(s["truncated"] for s in samples)}
-    if sounds := [s["audio"] for s in samples if "audio" in s]:
-        audio = torch.cat(sounds)                                                  # (m, 80, frames)
-        batch["audio"] = audio if len(audio) else audio.new_zeros(1, *audio.shape[1:])
-    if any("frames" in s for s in samples):
-        batch["frames"] = torch.tensor(sum((s.get("frames", [1] * len(s["images"])) for s in samples), []) + [1] * len(blank))
-    return batch
-
-
-class Batches:
-    """Endless lists of indices, one a micro-batch: a pure function of (seed, step), so a run can go on anywhere.
-
-    A step's global batch is cut the same way whatever the number of processes: each takes every world-th sample and goes through
-    its share in micro-batches. With `lengths`, samples of like length share a batch (less padding): as LLaVA, the shuffled
-    epoch is cut into groups of 50 batches, each group is sorted by length, and the batches are shuffled again."""
-
-    def __init__(self, n: int, batch_size: int, micro_batch: int, seed: int = 0, start_step: int = 0, rank: int = 0, world: int = 1,
-                 lengths: list | None = None):
-        if batch_size % (micro_batch * world):
-            raise ValueError(f"batch size {batch_size} is not a multiple of {world} processes x {micro_batch} samples at a time")
-        self.n, self.batch_size, self.micro_batch, self.seed, self.start_step = n, batch_size, micro_batch, seed, start_step
-        self.rank, self.world, self.lengths = rank, world, lengths
-        self.per_epoch = max(1, n // batch_size)                                   # the last, incomplete batch is left out
-
-    def epoch(self, number: int) -> torch.Tensor:
-        """(per_epoch, batch_size) indices."""
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        order = torch.randperm(self.n, generator=g)
-        order = order.repeat(-(-self.batch_size // self.n))[:self.per_epoch * self.batch_size]
-        if self.lengths is not None:
-            length = torch.tensor(self.lengths)
-            order = torch.cat([part[length[part].argsort(stable=True)] for part in order.split(50 * self.batch_size)])
-        order = order.view(self.per_epoch, self.batch_size)
-        return order if self.lengths is None else order[torch.randperm(self.per_epoch, generator=g)]
-
-    def __iter__(self):
-        step = self.start_step
-        while True:
-            epoch = self.epoch(step // self.per_epoch)
-            for batch in epoch[step % self.per_epoch:]:
-                yield from batch[self.rank::self.world].reshape(-1, self.micro_batch).tolist()
-                step += 1
+def check_wave(wave, sample_rate, seconds):
+    """A sound is one wave, neither empty nor too long, and each sample is a number."""
+    if wave.ndim != 1 or len(wave) == 0:
+        raise ValueError(f"a sound must be one mono wave, (n,) with n > 0, not {wave.shape}")
+    if len(wave) > MAX_CHUNKS * seconds * sample_rate:
+        raise ValueError(f"{len(wave) / sample_rate:,.0f} s of sound, over the limit of "
+                         f"{MAX_CHUNKS * seconds:,.0f} s; cut it into parts")
+    # One NaN would silence its whole chunk.
+    if not np.isfinite(wave).all():
+        raise ValueError("the wave holds NaN or infinity: mend what made it")
