@@ -64,7 +64,7 @@ import data as d
 import generate
 from model import (IGNORE, IMAGE, PAD, PRESETS, Config, Connector, CuMo, MoE, TextConfig, add_lora, choose_trainable, count_parameters,
                    flops, merge_state, plain_name)
-from upcycle import (add_audio, assemble, expert_counts, load, load_backbones, put, read_json, save, save_backbones, upcycle, write_atomically,
+from upcycle import (add_audio, assemble, expert_counts, load, load_backbones, copy_into_shard, read_json, save, save_backbones, upcycle, write_atomically,
                      write_json)
 
 DRAWN = "tiny", "uni-moe-tiny"                                                           # presets of the drawn world; backbones are shipped
@@ -390,7 +390,7 @@ def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
         model.to_empty(device=device)
         params = {plain_name(name) or name: p for name, p in model.named_parameters()}
         for name, *item in chain(new, *later):
-            put(params[plain_name(name) or name], *item)
+            copy_into_shard(params[plain_name(name) or name], *item)
         return model
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
 
