@@ -21,6 +21,7 @@ import pickle
 import re
 import sys
 import zipfile
+from collections import Counter
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,20 +32,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from kernels import FFN, MoE
-from model import (
-    ROPE_SCALING,
-    AudioConfig,
-    AudioTransformer,
-    Config,
-    ConnectorConfig,
-    CuMo,
-    Resampler,
-    TextConfig,
-    VisionConfig,
-    VisionTransformer,
-    adapted,
-    merge_state,
-)
+from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, ConnectorConfig, CuMo,
+                   Resampler, TextConfig, VisionConfig, VisionTransformer, adapted, merge_state)
 
 # -------------------------------------------------------------------------------------------------
 # 1. Dense -> experts
@@ -86,7 +75,7 @@ def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Genera
     return moe
 
 
-def assert_same_output(dense: FFN, moe: MoE, x: Tensor):
+def assert_same_output(dense, moe, x):
     """Stop if the MoE does not give what the dense FFN gives for x (N, D)."""
     # there is nothing to compare on meta, and experts with a capacity may drop tokens
     if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
@@ -151,7 +140,7 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
 
 
 @torch.no_grad()
-def mix_experts(model: CuMo, sources: list, average: bool):
+def mix_experts(model, sources, average):
     """Uni-MoE's mixture: expert e of every decoder MoE becomes the FFN of the e-th source.
 
     All else stays the model's own, or with `average` becomes the mean over the sources. The
@@ -221,7 +210,7 @@ def expert_counts(n_layers: int, where: str, n_experts: str) -> list[int]:
     return counts
 
 
-def ffn_owners(model: CuMo, part: str) -> list:
+def ffn_owners(model, part):
     """The modules of a part that have an FFN each: its layers, or the connector itself."""
     module = getattr(model, part)
     if module is None:
@@ -231,7 +220,7 @@ def ffn_owners(model: CuMo, part: str) -> list:
     return list(module.layers)
 
 
-def layer_counts(model: CuMo, wanted: dict, top_k: int, sources: list) -> dict[str, list[int]]:
+def layer_counts(model, wanted, top_k, sources):
     """{part: the number of experts of each of its layers}, or a ValueError that says what is wrong.
 
     wanted: {part: one number or a list}. sources: what is to be put together in the decoder.
@@ -276,7 +265,7 @@ ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor"
                  "noisy", "aux"}
 
 
-def open_sources(model: CuMo, experts: list, average: bool) -> list:
+def open_sources(model, experts, average):
     """For each model to be put together, a stream of (our name, None, tensor).
 
     All of them are compared with the model before the first tensor is read.
@@ -307,7 +296,7 @@ def open_sources(model: CuMo, experts: list, average: bool) -> list:
     return streams
 
 
-def check_same_sizes(where: str, theirs: Config, ours: Config, average: bool):
+def check_same_sizes(where, theirs, ours, average):
     """Raise ValueError unless a source's parts have the sizes of the model that they go into."""
     theirs = dataclasses.asdict(theirs)
     ours = dataclasses.asdict(ours)
@@ -456,31 +445,31 @@ IGNORED = [  # what a checkpoint may hold and this model has no use for
 ]
 
 
-def published_name(name: str) -> str:
+def published_name(name):
     """A tensor's name in any of the layouts but Whisper's -> its published name."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def published_whisper_name(name: str) -> str:
+def published_whisper_name(name):
     """Whisper's names collide with CLIP's, so they get a prefix of their own."""
     return "audio_tower." + name.removeprefix("model.")
 
 
-def pattern_of(name: str) -> str:
-    """model.layers.7.experts.2.x -> model.layers.{i}.experts.{e}.x"""
+def pattern_of(name):
+    """model.layers.7.experts.2.x -> model.layers.{i}.experts.{e}.x, and w_in[2] -> w_in[{e}]"""
     name = re.sub(r"(?<=layers\.)\d+", "{i}", name)
-    return re.sub(r"(?<=experts\.)\d+", "{e}", name)
+    return re.sub(r"(?<=experts\.)\d+|(?<=\[)\d+(?=\])", "{e}", name)
 
 
-def is_stacked(name: str, names) -> bool:
+def is_stacked(name, names):
     """Does our tensor of this name hold the weights of all experts? There is a router beside it."""
     owner, _, kind = name.rpartition(".")
     return kind != "router" and owner + ".router" in names
 
 
-def published_places(state: dict) -> dict[str, tuple]:
+def published_places(state):
     """{published name: (our name, expert)} of all tensors of our state dict.
 
     expert is None where the two tensors are the same, and else which slice of ours is theirs:
@@ -506,7 +495,7 @@ def published_places(state: dict) -> dict[str, tuple]:
     return places
 
 
-def published(state: dict) -> dict[str, Tensor]:
+def published(state):
     """Our state dict under the published names, experts one by one: views, no copies."""
     out = {}
     for theirs, (ours, expert) in published_places(state).items():
@@ -516,7 +505,7 @@ def published(state: dict) -> dict[str, Tensor]:
     return out
 
 
-def moe_llava_name(name: str) -> str:
+def moe_llava_name(name):
     """A published CuMo name -> MoE-LLaVA's."""
     for ours, theirs in (
         (TOWER, "model.image_tower.image_tower.vision_model."),
@@ -585,18 +574,18 @@ DECODER_KEYS = dict(
 )
 
 
-def read_keys(theirs: dict, keys: dict) -> dict:
+def read_keys(theirs, keys):
     """{our field: its value in their config}; null there counts as left out."""
     return {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
 
 
-def count(names, pattern: str) -> int:
+def count(names, pattern):
     """How many layers or experts there are, by the largest number in the names that match."""
     found = [re.search(pattern, name) for name in names]
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def first_dimension(shapes: dict, pattern: str) -> int | None:
+def first_dimension(shapes, pattern):
     """Of the first tensor whose name matches, which is how wide its output is."""
     for name, shape in shapes.items():
         if re.search(pattern, name):
@@ -604,7 +593,7 @@ def first_dimension(shapes: dict, pattern: str) -> int | None:
     return None
 
 
-def vision_config(theirs: dict, shapes: dict, **more) -> VisionConfig:
+def vision_config(theirs, shapes, **more):
     """The tower's, from CLIP's config (which may be empty) and the shapes. more: further fields."""
     dim, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]  # (D, 3, P, P)
     n_positions, _ = shapes[TOWER + "embeddings.position_embedding.weight"]  # (1 + N, D)
@@ -625,7 +614,7 @@ def vision_config(theirs: dict, shapes: dict, **more) -> VisionConfig:
     return VisionConfig(**fields | read_keys(theirs, CLIP_KEYS) | more)
 
 
-def text_config(theirs: dict, shapes: dict, kind: str) -> TextConfig:
+def text_config(theirs, shapes, kind):
     """The decoder's, from the config of a Hugging Face decoder of this kind (see DECODERS)."""
     vocab_size, dim = shapes["model.embed_tokens.weight"]
     attention = "model.layers.0.self_attn."
@@ -665,7 +654,7 @@ def text_config(theirs: dict, shapes: dict, kind: str) -> TextConfig:
     )
 
 
-def rotary_fields(theirs: dict, kind: str) -> dict:
+def rotary_fields(theirs, kind):
     """rope_theta and rope_scaling, from the older style of config (rope_theta and rope_scaling
     apart) or the current one (rope_parameters)."""
     rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
@@ -680,7 +669,7 @@ def rotary_fields(theirs: dict, kind: str) -> dict:
     return fields
 
 
-def sliding_window(theirs: dict, kind: str, n_layers: int) -> int | None:
+def sliding_window(theirs, kind, n_layers):
     """The window of the decoder's attention, None for all that came before."""
     if kind == "llama":
         return None
@@ -700,14 +689,14 @@ def sliding_window(theirs: dict, kind: str, n_layers: int) -> int | None:
     return window
 
 
-def read_clip(theirs: dict, shapes: dict, path: str) -> VisionConfig:
+def read_clip(theirs, shapes, path):
     """CLIPVisionModel, or CLIPModel, which keeps the tower's config inside its own."""
     if theirs["model_type"] == "clip":
         theirs = theirs.get("vision_config") or {}
     return vision_config(theirs, shapes)
 
 
-def read_whisper(theirs: dict, shapes: dict, path: str) -> AudioConfig:
+def read_whisper(theirs, shapes, path):
     """WhisperModel's encoder."""
     dim, n_mels, _ = shapes[WHISPER + "conv1.weight"]  # (D, mels, 3)
     return AudioConfig(
@@ -722,7 +711,7 @@ def read_whisper(theirs: dict, shapes: dict, path: str) -> AudioConfig:
     )
 
 
-def read_decoder(theirs: dict, shapes: dict, path: str) -> Config:
+def read_decoder(theirs, shapes, path):
     """A language model alone."""
     kind = theirs["model_type"]
     template = "mistral" if kind in ("mistral", "mixtral") else "vicuna"
@@ -730,7 +719,7 @@ def read_decoder(theirs: dict, shapes: dict, path: str) -> Config:
                   template=theirs.get("template", template))
 
 
-def read_transformers_llava(theirs: dict, shapes: dict, path: str) -> Config:
+def read_transformers_llava(theirs, shapes, path):
     """LLaVA-1.5 as transformers writes it: the parts' configs inside one."""
     text = dict(theirs["text_config"])
     kind = text.get("model_type", "llama")
@@ -752,7 +741,7 @@ def read_transformers_llava(theirs: dict, shapes: dict, path: str) -> Config:
     )
 
 
-def read_llava(theirs: dict, shapes: dict, path: str) -> Config:
+def read_llava(theirs, shapes, path):
     """CuMo, MoE-LLaVA and the first LLaVA-1.5: one flat config with mm_... for the senses."""
     if "text_config" in theirs:
         return read_transformers_llava(theirs, shapes, path)
@@ -789,7 +778,7 @@ def read_llava(theirs: dict, shapes: dict, path: str) -> Config:
     return dataclasses.replace(config, template=theirs.get("template", config.template))
 
 
-def with_moe_llava_experts(config: Config, moe: dict) -> Config:
+def with_moe_llava_experts(config, moe):
     """A config with the decoder's experts of MoE-LLaVA, whose config.json keeps them in `moe`."""
     if moe.get("use_residual"):
         raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
@@ -818,7 +807,7 @@ def with_moe_llava_experts(config: Config, moe: dict) -> Config:
                                z_coef=0.0, template=template)
 
 
-def tower_json(theirs: dict, path: str) -> dict:
+def tower_json(theirs, path):
     """The config of a LLaVA's tower, from the folder that it names or from clip_config.json beside
     its own config.json; {} where neither is there."""
     tower = tower_folder(theirs)
@@ -829,12 +818,13 @@ def tower_json(theirs: dict, path: str) -> dict:
     return {}
 
 
-def tower_folder(theirs: dict) -> str:
+def tower_folder(theirs):
     """The folder or hub name that a LLaVA's config gives for its tower, "" for none."""
     return theirs.get("mm_vision_tower") or theirs.get("mm_image_tower") or ""
 
 
-def is_multimodal(theirs: dict) -> bool:
+def is_multimodal(theirs):
+    """Does this config have LLaVA's keys for a tower and a connector?"""
     keys = {"mm_vision_tower", "mm_image_tower", "mm_projector_type", "mm_hidden_size"}
     return bool(keys & theirs.keys())
 
@@ -848,12 +838,12 @@ READERS = {
 }
 
 
-def is_own(theirs: dict) -> bool:
+def is_own(theirs):
     """Is this the config.json of this project's own layout? All others name an architecture."""
     return not {"model_type", "architectures"} & theirs.keys()
 
 
-def read_config(theirs: dict, shapes: dict, path: str) -> Config | VisionConfig | AudioConfig:
+def read_config(theirs, shapes, path):
     """The configuration of the model in a folder. Its kind says which class it belongs to."""
     if is_own(theirs):
         return Config.from_dict(theirs)
@@ -888,14 +878,14 @@ def read_json(file: str) -> dict:
 CLIP_L = "openai/clip-vit-large-patch14-336"
 
 
-def clip_json(vision: VisionConfig) -> dict:
+def clip_json(vision):
     """config.json of a CLIPVisionModel."""
     sizes = {theirs: getattr(vision, ours) for ours, theirs in CLIP_KEYS.items()}
     return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **sizes,
             "num_channels": 3}
 
 
-def decoder_json(text: TextConfig, tokenizer: Tokenizer | None, template: str) -> dict:
+def decoder_json(text, tokenizer, template):
     """config.json of a Hugging Face decoder. Raises ValueError where none has such a shape."""
     n_experts = max(text.n_experts)
     factor = text.capacity_factor or text.eval_capacity_factor
@@ -945,7 +935,7 @@ def decoder_json(text: TextConfig, tokenizer: Tokenizer | None, template: str) -
     return described
 
 
-def senses_json(vision: VisionConfig, tower_key: str) -> dict:
+def senses_json(vision, tower_key):
     """What LLaVA, CuMo and MoE-LLaVA say of the tower and the connector beside the decoder."""
     known = clip_json(vision) == clip_json(VisionConfig())
     return {
@@ -960,7 +950,7 @@ def senses_json(vision: VisionConfig, tower_key: str) -> dict:
     }
 
 
-def cumo_json(config: Config, tokenizer: Tokenizer | None) -> dict:
+def cumo_json(config, tokenizer):
     """config.json of the published CuMo: a decoder's, with the senses and where experts are."""
     vision = config.vision
     connector = config.connector
@@ -1004,7 +994,7 @@ def cumo_json(config: Config, tokenizer: Tokenizer | None) -> dict:
     }
 
 
-def moe_llava_json(config: Config, tokenizer: Tokenizer | None) -> dict:
+def moe_llava_json(config, tokenizer):
     """config.json of MoE-LLaVA: a dense LLaVA's, and `moe` says where the decoder's experts are."""
     vision = config.vision
     text = config.text
@@ -1047,39 +1037,34 @@ def moe_llava_json(config: Config, tokenizer: Tokenizer | None) -> dict:
 # {name: tensor}, or raises ValueError where its layout cannot hold this model. config.json is the
 # last file, so that a folder that has one is complete.
 
-NO_TOWER = "a language model alone has no tower to write as {}; --to hf-llm writes the decoder"
 
-
-def write_own(config: Config, state: dict, tokenizer):
+def write_own(config, state, tokenizer):
     """This project's layout."""
     return {"config.json": config.to_dict()}, state
 
 
-def write_cumo(config: Config, state: dict, tokenizer):
+def write_cumo(config, state, tokenizer):
     """CuMo's published layout, which names a tower on the hub; clip_config.json has its sizes."""
     check_senses(config, "cumo")
-    files = {"clip_config.json": clip_json(config.vision),
-             "config.json": cumo_json(config, tokenizer)}
-    return files, published(state)
+    described = cumo_json(config, tokenizer)
+    return {"clip_config.json": clip_json(config.vision), "config.json": described}, published(state)
 
 
-def write_moe_llava(config: Config, state: dict, tokenizer):
+def write_moe_llava(config, state, tokenizer):
     """MoE-LLaVA's published layout, likewise."""
     check_senses(config, "moe-llava")
-    files = {"clip_config.json": clip_json(config.vision),
-             "config.json": moe_llava_json(config, tokenizer)}
+    described = moe_llava_json(config, tokenizer)
     tensors = {moe_llava_name(name): tensor for name, tensor in published(state).items()}
-    return files, tensors
+    return {"clip_config.json": clip_json(config.vision), "config.json": described}, tensors
 
 
-def write_hf_decoder(config: Config, state: dict, tokenizer):
+def write_hf_decoder(config, state, tokenizer):
     """The decoder alone, as transformers writes it."""
-    text = {name: tensor for name, tensor in state.items() if name.startswith("text.")}
     described = decoder_json(config.text, tokenizer, config.template)
-    return {"config.json": described}, published(text)
+    return {"config.json": described}, published(starting_with("text.", state))
 
 
-def write_hf_tower(config: Config, state: dict, tokenizer):
+def write_hf_tower(config, state, tokenizer):
     """The tower alone, as transformers writes it, but without CLIP's post_layernorm, which nothing
     here uses: transformers will say that it made a new one."""
     if config.vision is None:
@@ -1087,10 +1072,26 @@ def write_hf_tower(config: Config, state: dict, tokenizer):
     if any(config.vision.n_experts):
         raise ValueError("hf-clip holds a dense tower, this one has experts; write it with --to "
                          "cumo")
-    vision = {name: tensor for name, tensor in state.items() if name.startswith("vision.")}
-    tensors = {name.removeprefix("model.vision_tower."): tensor
-               for name, tensor in published(vision).items()}
+    tensors = published(starting_with("vision.", state))
+    tensors = {name.removeprefix("model.vision_tower."): w for name, w in tensors.items()}
     return {"config.json": clip_json(config.vision)}, tensors
+
+
+def starting_with(prefix, state):
+    """The part of a state dict whose names start with a prefix, or with one of several."""
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+NO_TOWER = "a language model alone has no tower to write as {}; --to hf-llm writes the decoder"
+
+
+def check_senses(config, layout):
+    """Raise ValueError unless the model sees and does not hear."""
+    if config.audio:
+        raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; "
+                         "write it as own (hf-llm: the decoder alone)")
+    if config.vision is None:
+        raise ValueError(NO_TOWER.format(layout))
 
 
 LAYOUTS = {
@@ -1100,15 +1101,6 @@ LAYOUTS = {
     "hf-llm": write_hf_decoder,
     "hf-clip": write_hf_tower,
 }
-
-
-def check_senses(config: Config, layout: str):
-    """Raise ValueError unless the model sees and does not hear."""
-    if config.audio:
-        raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; "
-                         "write it as own (hf-llm: the decoder alone)")
-    if config.vision is None:
-        raise ValueError(NO_TOWER.format(layout))
 
 
 def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: dict | None = None,
@@ -1148,7 +1140,7 @@ def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: di
 SHARD_BYTES = 5 * 10**9
 
 
-def save_tensors(folder: str, tensors: dict):
+def save_tensors(folder, tensors):
     """model.safetensors, or above SHARD_BYTES so many shards and an index of what is where."""
     shards = [{}]
     size = 0
@@ -1239,7 +1231,7 @@ def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: lis
 
     # the model without weights; values of a wrong kind lead to errors of many kinds
     try:
-        model, prefix = build_on_meta(read_config(theirs, shapes, path))
+        model, named = build_on_meta(read_config(theirs, shapes, path))
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
             RuntimeError) as e:
         raise ValueError(f"{config_file}: {e}") from None
@@ -1247,9 +1239,9 @@ def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: lis
     # the weights
     tensors = tensors_in(files)
     if later is not None:
-        later.append(match_tensors(on_cumo(model, prefix), tensors, path, rename, listing))
+        later.append(match_tensors(named.state_dict(), tensors, path, rename, listing))
     else:
-        fill_from(tensors, model, path, rename, device, dtype, listing, prefix)
+        fill_from(tensors, named, path, rename, listing, dtype, device)
     if isinstance(model, CuMo) and model.vision:
         # files stored apart may differ in dtype
         model.connector.to(model.vision.patch.weight.dtype)
@@ -1261,44 +1253,37 @@ def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: lis
     return model.eval(), tokenizer
 
 
-def build_on_meta(config: Config | VisionConfig | AudioConfig):
-    """(the model of this config, without memory for weights; where it stands in a CuMo)."""
+def build_on_meta(config):
+    """(the model of this config, the same under the names that it has as a part of a CuMo), without
+    memory for the weights."""
     with torch.device("meta"):
         if isinstance(config, VisionConfig):
             # through Config, which checks the fields
-            return VisionTransformer(Config(vision=config).vision), "vision."
+            model = VisionTransformer(Config(vision=config).vision)
+            return model, torch.nn.ModuleDict({"vision": model})
         if isinstance(config, AudioConfig):
-            return AudioTransformer(config), "audio."
-        return CuMo(config), ""
+            model = AudioTransformer(config)
+            return model, torch.nn.ModuleDict({"audio": model})
+        model = CuMo(config)
+        return model, model
 
 
-def on_cumo(module: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
-    """A part's state dict under the names that a whole CuMo has for it."""
-    return {prefix + name: tensor for name, tensor in module.state_dict().items()}
-
-
-def fill_from(tensors, module: torch.nn.Module, where: str, rename=None, device="cpu",
-              dtype: torch.dtype | None = None, listing: list | None = None, prefix: str = ""):
-    """Give a module on meta its weights from (name, tensor) pairs.
-
-    prefix: where in a CuMo the module stands. The rest is as for match_tensors, which sees to it
-    that every parameter is filled.
-    """
-    wanted = on_cumo(module, prefix)
+def fill_from(tensors, model, where, rename=None, listing=None, dtype=None, device="cpu"):
+    """Give a model on meta its weights from (name, tensor) pairs; see match_tensors."""
+    wanted = model.state_dict()
     state = {}
     for name, expert, tensor in match_tensors(wanted, tensors, where, rename, listing):
-        ours = name.removeprefix(prefix)
-        if ours not in state:
-            state[ours] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype,
+        if name not in state:
+            state[name] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype,
                                       device=device)
-        copy_into_shard(state[ours], expert, tensor)
+        copy_into_shard(state[name], expert, tensor)
         # free it before the next one is read
         del tensor
-    module.load_state_dict(state, assign=True)
-    module.requires_grad_(True)
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(True)
 
 
-def match_tensors(wanted: dict, tensors, where: str, rename, listing: list | None):
+def match_tensors(wanted, tensors, where, rename=None, listing=None):
     """Yield (our name, expert or None, tensor) for (their name, tensor) pairs.
 
     wanted: our state dict (on meta). where: their folder or file, for messages. rename: gives their
@@ -1376,7 +1361,7 @@ def copy_into_shard(param: Tensor, expert: int | None, tensor: Tensor):
         here[i].copy_(source[i])
 
 
-def local_folder(path: str) -> str:
+def local_folder(path):
     """The folder itself, or where huggingface_hub keeps a model that it has downloaded for a name
     on the hub ("shi-labs/CuMo-mistral-7b")."""
     if os.path.isfile(os.path.join(path, "config.json")):
@@ -1398,13 +1383,13 @@ def local_folder(path: str) -> str:
                          f"hub failed: {first_line(e)}") from None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error):
     """What an exception says, in one line; of a silent one, its type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0]
 
 
-def weight_files(path: str, theirs: dict) -> list[str]:
+def weight_files(path, theirs):
     """The files that hold a folder's tensors.
 
     CuMo's stages leave the tower and the connector in files of their own (clip.bin,
@@ -1430,7 +1415,7 @@ def weight_files(path: str, theirs: dict) -> list[str]:
     return files
 
 
-def main_files(path: str) -> list[str]:
+def main_files(path):
     """A folder's one file of weights, or the shards that its index names; [] without either."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         file = os.path.join(path, name)
@@ -1442,7 +1427,7 @@ def main_files(path: str) -> list[str]:
     return []
 
 
-def shards_of(path: str, index: str) -> list[str]:
+def shards_of(path, index):
     """The files of a folder that an index of shards names."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
@@ -1455,7 +1440,7 @@ def shards_of(path: str, index: str) -> list[str]:
     return files
 
 
-def tensors_in(files: list[str]):
+def tensors_in(files):
     """Yield (name, tensor) of .safetensors and .bin files."""
     for file in files:
         with errors_that_name(file):
@@ -1483,7 +1468,7 @@ class Shapes(dict):
         raise ValueError(f"tensor {name} is missing")
 
 
-def shapes_in(files: list[str], rename=published_name) -> Shapes:
+def shapes_in(files, rename=published_name):
     """The shapes of all tensors in these files, read off their headers."""
     shapes = Shapes()
     for file in files:
@@ -1498,7 +1483,7 @@ def shapes_in(files: list[str], rename=published_name) -> Shapes:
     return shapes
 
 
-def read_bin(file: str, device: str = "cpu") -> dict[str, Tensor]:
+def read_bin(file, device="cpu"):
     """A .bin: torch's pickle of a dictionary of tensors. weights_only refuses one that runs code."""
     # where shapes are enough, the file is mapped and its tensors are not read
     mmap = device == "meta" and zipfile.is_zipfile(file)
@@ -1509,7 +1494,7 @@ def read_bin(file: str, device: str = "cpu") -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def errors_that_name(file: str):
+def errors_that_name(file):
     """Turn what reading a broken file leads to into one line that names it."""
     try:
         yield
@@ -1572,8 +1557,9 @@ def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,),
     tower_dtype = tower.patch.weight.dtype
     if connector:
         try:
-            fill_from(tensors_in([connector]), model.connector, connector, published_name,
-                      dtype=dtype or tower_dtype, listing=listing, prefix="connector.")
+            named = torch.nn.ModuleDict({"connector": model.connector})
+            fill_from(tensors_in([connector]), named, connector, published_name, listing,
+                      dtype or tower_dtype)
         except ValueError as e:
             plural = "" if len(scales) == 1 else "s"
             raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} "
@@ -1591,7 +1577,7 @@ def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,),
     return model.eval(), tokenizer
 
 
-def load_part(folder: str, prefix: str, dtype, listing: list | None, later: list | None):
+def load_part(folder, prefix, dtype, listing, later):
     """`load`; but of the weights that stream in later, only those of the part with this prefix."""
     streams = None if later is None else []
     model, tokenizer = load(folder, dtype=dtype, listing=listing, later=streams)
@@ -1600,12 +1586,11 @@ def load_part(folder: str, prefix: str, dtype, listing: list | None, later: list
     return model, tokenizer
 
 
-def load_tower(source: str, dtype, listing: list | None, later: list | None) -> VisionTransformer:
+def load_tower(source, dtype, listing, later):
     """The tower of a folder, or the one in CuMo's clip.bin."""
     if os.path.isfile(source):
-        tower, prefix = build_on_meta(vision_config({}, shapes_in([source])))
-        fill_from(tensors_in([source]), tower, source, published_name, dtype=dtype,
-                  listing=listing, prefix=prefix)
+        tower, named = build_on_meta(vision_config({}, shapes_in([source])))
+        fill_from(tensors_in([source]), named, source, published_name, listing, dtype)
         return tower
 
     model, _ = load_part(source, "vision.", dtype, listing, later)
@@ -1645,13 +1630,14 @@ def add_audio(model: CuMo, audio: AudioTransformer, seed: int = 0) -> CuMo:
 
 # What CLIP, Mistral and Whisper are to the real presets, a shipped file of pre-trained backbones is
 # to the tiny ones. The bridges between them are not in it: these begin as new.
+BACKBONES = "vision.", "audio.", "text."
 BRIDGES = "connector.", "resampler."
 
 
 def save_backbones(model: CuMo, file: str, tokenizer: Tokenizer):
     """Write tower, ear and decoder into one file, with config and tokenizer in its header."""
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()
-             if not name.startswith(BRIDGES)}
+    state = starting_with(BACKBONES, model.state_dict())
+    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     header = {"format": "pt", "tokenizer": tokenizer.to_str(),
               "config": json.dumps(model.config.to_dict())}
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
@@ -1671,8 +1657,7 @@ def load_backbones(file: str):
         raise ValueError(f"{file}: has no config and tokenizer in its header; {again}")
 
     model = CuMo(Config.from_dict(json.loads(header["config"])))
-    bridges = {name: tensor for name, tensor in model.state_dict().items()
-               if name.startswith(BRIDGES)}
+    bridges = starting_with(BRIDGES, model.state_dict())
     fill_from((bridges | tensors).items(), model, file)
     return model, Tokenizer.from_str(header["tokenizer"])
 
@@ -1779,7 +1764,7 @@ def main(argv=None):
               "or asked")
 
 
-def put_together(args, listing: list):
+def put_together(args, listing):
     """--experts: the first folder's model, with the FFNs of all folders as experts."""
     folders = args.experts.split(",")
     model, tokenizer = load(folders[0], dtype=args.dtype, listing=listing)
@@ -1791,22 +1776,19 @@ def put_together(args, listing: list):
     return model, tokenizer
 
 
-def print_listing(listing: list):
+def print_listing(listing):
     """(their name, our name, shape, dtype) of each tensor, a line for all layers and experts that
     are alike."""
-    groups = {}
+    groups = Counter()
     for theirs, ours, shape, dtype in listing:
-        ours = re.sub(r"\[\d+\]", "[{e}]", pattern_of(ours))
-        key = (pattern_of(theirs), ours, shape, str(dtype).removeprefix("torch."))
-        groups[key] = groups.get(key, 0) + 1
+        sizes = " x ".join(str(size) for size in shape)
+        groups[pattern_of(theirs), pattern_of(ours), sizes, str(dtype)] += 1
 
     width = max((len(theirs) for theirs, *_ in groups), default=0)
-    for (theirs, ours, shape, dtype), n in groups.items():
-        sizes = " x ".join(str(size) for size in shape)
-        line = f"{theirs:{width}}  ->  {ours:36} {sizes:18} {dtype}"
-        if n > 1:
-            line += f"  ({n} of them)"
-        print(line)
+    for (theirs, ours, sizes, dtype), n in groups.items():
+        alike = "" if n == 1 else f"  ({n} of them)"
+        dtype = dtype.removeprefix("torch.")
+        print(f"{theirs:{width}}  ->  {ours:36} {sizes:18} {dtype}{alike}")
 
 
 if __name__ == "__main__":
