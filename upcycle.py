@@ -14,6 +14,7 @@ to convert one into another.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -757,10 +758,9 @@ def read_llava(theirs, shapes, path):
     top_k = theirs.get("num_selected") or 2
     vision = vision_config(
         tower_json(theirs, path), shapes,
-        select_layer=theirs.get("mm_vision_select_layer", -2),
-        scales=theirs.get("scales") or [1],
         n_experts=n_experts if theirs.get("clip_smoe") else 0,
         top_k=top_k,
+        **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")),
     )
     connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k)
 
@@ -769,9 +769,8 @@ def read_llava(theirs, shapes, path):
         vision=vision,
         connector=connector,
         text=text_config(theirs, shapes, kind),
-        balance_coef=theirs.get("balance_loss_coef", 0.1),
-        z_coef=theirs.get("router_z_loss_coef", 0.01),
         template="vicuna" if kind == "llama" else "mistral",
+        **read_keys(theirs, dict(balance_coef="balance_loss_coef", z_coef="router_z_loss_coef")),
     )
     if theirs.get("moe"):
         config = with_moe_llava_experts(config, theirs["moe"])
@@ -1047,7 +1046,8 @@ def write_cumo(config, state, tokenizer):
     """CuMo's published layout, which names a tower on the hub; clip_config.json has its sizes."""
     check_senses(config, "cumo")
     described = cumo_json(config, tokenizer)
-    return {"clip_config.json": clip_json(config.vision), "config.json": described}, published(state)
+    files = {"clip_config.json": clip_json(config.vision), "config.json": described}
+    return files, published(state)
 
 
 def write_moe_llava(config, state, tokenizer):
@@ -1055,7 +1055,8 @@ def write_moe_llava(config, state, tokenizer):
     check_senses(config, "moe-llava")
     described = moe_llava_json(config, tokenizer)
     tensors = {moe_llava_name(name): tensor for name, tensor in published(state).items()}
-    return {"clip_config.json": clip_json(config.vision), "config.json": described}, tensors
+    files = {"clip_config.json": clip_json(config.vision), "config.json": described}
+    return files, tensors
 
 
 def write_hf_decoder(config, state, tokenizer):
@@ -1237,11 +1238,11 @@ def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: lis
         raise ValueError(f"{config_file}: {e}") from None
 
     # the weights
-    tensors = tensors_in(files)
+    stream = match_tensors(tensors_in(files), named.state_dict(), path, rename, listing)
     if later is not None:
-        later.append(match_tensors(named.state_dict(), tensors, path, rename, listing))
+        later.append(stream)
     else:
-        fill_from(tensors, named, path, rename, listing, dtype, device)
+        fill_from(stream, named, dtype, device)
     if isinstance(model, CuMo) and model.vision:
         # files stored apart may differ in dtype
         model.connector.to(model.vision.patch.weight.dtype)
@@ -1268,22 +1269,23 @@ def build_on_meta(config):
         return model, model
 
 
-def fill_from(tensors, model, where, rename=None, listing=None, dtype=None, device="cpu"):
-    """Give a model on meta its weights from (name, tensor) pairs; see match_tensors."""
+def fill_from(stream, model, dtype=None, device="cpu"):
+    """Give a model on meta its weights from a stream of (our name, expert or None, tensor)."""
     wanted = model.state_dict()
     state = {}
-    for name, expert, tensor in match_tensors(wanted, tensors, where, rename, listing):
+    for name, expert, tensor in stream:
         if name not in state:
             state[name] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype,
                                       device=device)
         copy_into_shard(state[name], expert, tensor)
         # free it before the next one is read
         del tensor
-    model.load_state_dict(state, assign=True)
+    # what is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
+    model.load_state_dict(state, strict=False, assign=True)
     model.requires_grad_(True)
 
 
-def match_tensors(wanted, tensors, where, rename=None, listing=None):
+def match_tensors(tensors, wanted, where, rename=None, listing=None):
     """Yield (our name, expert or None, tensor) for (their name, tensor) pairs.
 
     wanted: our state dict (on meta). where: their folder or file, for messages. rename: gives their
@@ -1484,7 +1486,7 @@ def shapes_in(files, rename=published_name):
 
 
 def read_bin(file, device="cpu"):
-    """A .bin: torch's pickle of a dictionary of tensors. weights_only refuses one that runs code."""
+    """The tensors of a .bin, which is a pickle. weights_only refuses one that would run code."""
     # where shapes are enough, the file is mapped and its tensors are not read
     mmap = device == "meta" and zipfile.is_zipfile(file)
     state = torch.load(file, map_location=device, weights_only=True, mmap=mmap)
@@ -1533,67 +1535,73 @@ def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,),
     connector: an mm_projector.bin of CuMo or LLaVA; without it, a new one. audio: a folder of
     Whisper, for an ear and a new resampler. dtype, listing, later: as for `load`.
     """
-    tower = load_tower(vision, dtype, listing, later)
-    decoder, tokenizer = load_part(llm, "text.", dtype, listing, later)
+    # sizes first: the parts are on meta, and their weights are streams
+    streams = []
+    tower = open_tower(vision, listing, streams)
+    decoder, tokenizer = open_part(llm, "text.", listing, streams)
     if not isinstance(decoder, CuMo):
         raise ValueError(f"{llm}: has no decoder; --llm wants a language model's folder")
-
-    # the frame, whose connector is the only part that is not there yet
     shapes = shapes_in([connector]) if connector else {}
-    n_experts = count(shapes, r"mm_projector\.experts\.(\d+)\.")
+    config = Config(
+        vision=dataclasses.replace(tower.config, scales=list(scales)),
+        connector=ConnectorConfig(n_experts=count(shapes, r"mm_projector\.experts\.(\d+)\.")),
+        text=decoder.config.text,
+        template=template or decoder.config.template,
+    )
     with torch.device("meta"):
-        model = CuMo(Config(
-            vision=dataclasses.replace(tower.config, scales=list(scales)),
-            connector=ConnectorConfig(n_experts=n_experts),
-            text=decoder.config.text,
-            template=template or decoder.config.template,
-        ))
-    model.vision = tower
-    model.text = decoder.text
-    # a CuMo copies its config, and its parts look into the same one
-    model.vision.config = model.config.vision
-    model.text.config = model.config.text
+        model = CuMo(config)
 
-    tower_dtype = tower.patch.weight.dtype
+    # the connector
     if connector:
+        named = torch.nn.ModuleDict({"connector": model.connector})
+        tensors = tensors_in([connector])
         try:
-            named = torch.nn.ModuleDict({"connector": model.connector})
-            fill_from(tensors_in([connector]), named, connector, published_name, listing,
-                      dtype or tower_dtype)
+            fill_from(match_tensors(tensors, named.state_dict(), connector, published_name,
+                                    listing), named)
         except ValueError as e:
             plural = "" if len(scales) == 1 else "s"
             raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} "
-                             f"scale{plural}, the decoder {decoder.config.text.dim}") from None
+                             f"scale{plural}, the decoder {config.text.dim}") from None
     else:
-        model.connector.to_empty(device="cpu").to(tower_dtype)
+        model.connector.to_empty(device="cpu")
         torch.manual_seed(seed)
         model.init_weights(parts=("connector",))
 
+    # the ear, and a new resampler
     if audio:
-        ear, _ = load_part(audio, "audio.", dtype, listing, later)
+        ear, _ = open_part(audio, "audio.", listing, streams)
         if not isinstance(ear, AudioTransformer):
             raise ValueError(f"{audio}: is no ear; --audio wants a Whisper folder")
         add_audio(model, ear, seed)
+
+    # the weights, now or later; a bridge has the dtype of the sense before it
+    if later is not None:
+        later.extend(streams)
+        return model.eval(), tokenizer
+    fill_from(itertools.chain(*streams), model, dtype)
+    model.connector.to(model.vision.patch.weight.dtype)
+    if audio:
+        model.resampler.to(model.audio.conv1.weight.dtype)
     return model.eval(), tokenizer
 
 
-def load_part(folder, prefix, dtype, listing, later):
-    """`load`; but of the weights that stream in later, only those of the part with this prefix."""
-    streams = None if later is None else []
-    model, tokenizer = load(folder, dtype=dtype, listing=listing, later=streams)
-    if streams:
-        later.append(item for item in streams[0] if item[0].startswith(prefix))
+def open_part(folder, prefix, listing, streams):
+    """`load` on meta. Of the folder's weights, only those with this prefix join the streams."""
+    found = []
+    model, tokenizer = load(folder, listing=listing, later=found)
+    streams.append(item for item in found[0] if item[0].startswith(prefix))
     return model, tokenizer
 
 
-def load_tower(source, dtype, listing, later):
-    """The tower of a folder, or the one in CuMo's clip.bin."""
+def open_tower(source, listing, streams):
+    """The tower of a folder, or the one in CuMo's clip.bin, likewise."""
     if os.path.isfile(source):
         tower, named = build_on_meta(vision_config({}, shapes_in([source])))
-        fill_from(tensors_in([source]), named, source, published_name, listing, dtype)
+        streams.append(match_tensors(tensors_in([source]), named.state_dict(), source,
+                                     published_name, listing))
         return tower
 
-    model, _ = load_part(source, "vision.", dtype, listing, later)
+    model, _ = open_part(source, "vision.", listing, streams)
     if isinstance(model, VisionTransformer):
         return model
     if not isinstance(model, CuMo) or model.vision is None:
@@ -1658,7 +1666,8 @@ def load_backbones(file: str):
 
     model = CuMo(Config.from_dict(json.loads(header["config"])))
     bridges = starting_with(BRIDGES, model.state_dict())
-    fill_from((bridges | tensors).items(), model, file)
+    tensors = (bridges | tensors).items()
+    fill_from(match_tensors(tensors, model.state_dict(), file), model)
     return model, Tokenizer.from_str(header["tokenizer"])
 
 
@@ -1688,15 +1697,21 @@ def parse(argv=None):
     """The command's flags; ValueError where they do not go together."""
     parser = argparse.ArgumentParser(description=ABOUT,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, metavar, what in (
+        ("--vision", "DIR", "take the tower from this folder (CLIP), or from CuMo's clip.bin"),
+        ("--llm", "DIR", "take the decoder and the tokenizer from this folder"),
+        ("--audio", "DIR", "take an ear from this folder (Whisper)"),
+        ("--connector", "FILE", "take the connector from this mm_projector.bin; default: a new one"),
+        ("--experts", "DIRS", "models, with commas: their decoders' FFNs become experts, all else "
+         "is the first's"),
+        ("--template", None, "chat template: mistral, vicuna, openchat, plain or tiny; default: by "
+         "the decoder's architecture"),
+        ("--tokenizer", "FILE", "a tokenizer.json, for folders that have only the older "
+         "tokenizer.model"),
+    ):
+        parser.add_argument(flag, metavar=metavar, help=what)
     add = parser.add_argument
     add("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
-    add("--vision", metavar="DIR", help="take the tower from this folder (CLIP), or clip.bin")
-    add("--llm", metavar="DIR", help="take the decoder and the tokenizer from this folder")
-    add("--audio", metavar="DIR", help="take an ear from this folder (Whisper)")
-    add("--connector", metavar="FILE",
-        help="take the connector from this mm_projector.bin; default: a new one")
-    add("--experts", metavar="DIRS",
-        help="models, with commas: their decoders' FFNs become experts, all else is the first's")
     add("--average", action="store_true", help="with --experts: all else is the mean over them")
     add("--every-other", action="store_true",
         help="with --experts: in layers 0, 2, 4... only; the others stay dense")
@@ -1704,10 +1719,6 @@ def parse(argv=None):
     add("--to", choices=LAYOUTS, default="own", help="layout to write (default: own)")
     add("--scales", default="1",
         help="S2 scales of a model put together, for example 1,3 (CuMo; default: 1)")
-    add("--template", help="chat template: mistral, vicuna, openchat, plain or tiny; default: by "
-        "the decoder's architecture")
-    add("--tokenizer", metavar="FILE",
-        help="a tokenizer.json, for folders that have only the older tokenizer.model")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="store weights so; default: as they are")
     add("--seed", type=int, default=0,
