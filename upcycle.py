@@ -10,6 +10,8 @@ of one FFN: they were fine-tuned apart, each on one modality or task, and meet i
 The second part of this file reads and writes model folders: this project's own (config.json,
 model.safetensors, tokenizer.json) and those of other programs. `python upcycle.py --help` says how
 to convert one into another.
+
+Shapes: N tokens, D width, F FFN width, E experts.
 """
 import argparse
 import contextlib
@@ -46,7 +48,7 @@ def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Genera
     """A MoE whose experts are all copies of one dense FFN, on its device and in its dtype.
 
     The router is drawn from Normal(0, 0.02). real_router: of a dense FFN on meta, draw the router
-    all the same. limits: the capacities that kernels.MoE takes. Asserts that the output stays.
+    all the same. limits: the capacities that kernels.MoE takes. Asserts that it computes the same.
     """
     ffn_dim, dim = dense.w_in.shape
     device = dense.w_in.device
@@ -95,7 +97,7 @@ def assert_same_output(dense, moe, x):
 
 
 def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: int = 0,
-            real_routers: bool = False, experts: list | None = None,
+            real_routers: bool = False, experts=None,
             average: bool = False) -> CuMo:
     """Turn dense FFNs into MoEs, in place, and return the model.
 
@@ -221,51 +223,6 @@ def ffn_owners(model, part):
     return list(module.layers)
 
 
-def layer_counts(model, wanted, top_k, sources):
-    """{part: the number of experts of each of its layers}, or a ValueError that says what is wrong.
-
-    wanted: {part: one number or a list}. sources: what is to be put together in the decoder.
-    """
-    if adapted(model):
-        raise ValueError("this model has LoRA adapters; merge them first (drop_lora)")
-
-    counts = {}
-    for part, given in wanted.items():
-        owners = ffn_owners(model, part)
-        numbers = [given] if isinstance(given, int) else list(given)
-        if any(numbers) and not owners:
-            raise ValueError(f"{part}: this model has no such part to upcycle")
-        if isinstance(given, int):
-            numbers = numbers * len(owners)
-        if len(numbers) != len(owners):
-            raise ValueError(f"{part}: {len(numbers)} expert counts for {len(owners)} layers")
-        counts[part] = numbers
-
-        config = getattr(model.config, part)
-        has_experts = any(isinstance(owner.ffn, MoE) for owner in owners)
-        for layer, (owner, n_experts) in enumerate(zip(owners, numbers)):
-            if n_experts == 0:
-                continue
-            if not 1 <= top_k <= n_experts:
-                raise ValueError(f"{part}: top_k = {top_k} of {n_experts} experts; need "
-                                 "1 <= top_k <= experts")
-            if isinstance(owner.ffn, MoE):
-                raise ValueError(f"{part} layer {layer} already has {len(owner.ffn.router)} "
-                                 "experts")
-            if has_experts and config.top_k != top_k:
-                raise ValueError(f"{part} already has experts with top_k = {config.top_k}; all "
-                                 f"its layers share one, got {top_k}")
-            if sources and part == "text" and n_experts != len(sources):
-                raise ValueError(f"text: {n_experts} experts asked for, {len(sources)} given to "
-                                 "put together")
-    return counts
-
-
-# what a source's decoder may have otherwise than the model that it goes into
-ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
-                 "noisy", "aux"}
-
-
 def open_sources(model, experts, average):
     """For each model to be put together, a stream of (our name, None, tensor).
 
@@ -295,25 +252,6 @@ def open_sources(model, experts, average):
                              "experts")
         check_same_sizes(where, source.config, model.config, average)
     return streams
-
-
-def check_same_sizes(where, theirs, ours, average):
-    """Raise ValueError unless a source's parts have the sizes of the model that they go into."""
-    theirs = dataclasses.asdict(theirs)
-    ours = dataclasses.asdict(ours)
-    for part in ("text", "vision", "connector", "audio"):
-        our_part = ours[part] or {}
-        their_part = theirs[part] or {}
-
-        # where only FFNs are taken, a decoder without senses will do
-        if part != "text" and not average and not (our_part and their_part):
-            continue
-        for key in our_part | their_part:
-            if part == "text" and key in ABOUT_EXPERTS:
-                continue
-            if our_part.get(key) != their_part.get(key):
-                raise ValueError(f"{where}: {part}.{key} = {their_part.get(key)}, the model "
-                                 f"that it goes into has {our_part.get(key)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -619,23 +557,12 @@ def text_config(theirs, shapes, kind):
     """The decoder's, from the config of a Hugging Face decoder of this kind (see DECODERS)."""
     vocab_size, dim = shapes["model.embed_tokens.weight"]
     attention = "model.layers.0.self_attn."
-    given = read_keys(theirs, DECODER_KEYS)
-    n_layers = given.get("n_layers", count(shapes, r"^model\.layers\.(\d+)\."))
-
-    # LLaMA's configs once had no head_dim, and LLaVA's leave out what is their class's default
-    n_heads = given.get("n_heads", 32)
-    head_dim = given.get("head_dim")
-    if not head_dim:
-        head_dim = shapes[attention + "q_proj.weight"][0] // n_heads
-    n_kv_heads = given.get("n_kv_heads")
-    if not n_kv_heads:
-        n_kv_heads = shapes[attention + "k_proj.weight"][0] // head_dim
-
     fields = dict(
         vocab_size=vocab_size,
         dim=dim,
+        n_layers=count(shapes, r"^model\.layers\.(\d+)\."),
+        n_heads=32,
         ffn_dim=first_dimension(shapes, r"^model\.layers\.0\..*(up_proj|\.w3)\.weight"),
-        act="silu",
         norm_eps=1e-6,
         tie_embeddings="lm_head.weight" not in shapes,
     )
@@ -643,13 +570,18 @@ def text_config(theirs, shapes, kind):
         in_files = count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")
         fields["norm_eps"] = 1e-5
         fields["n_experts"] = theirs.get("num_local_experts", in_files)
+    fields |= read_keys(theirs, DECODER_KEYS)
 
-    fields |= given
-    fields |= dict(n_layers=n_layers, n_heads=n_heads, head_dim=head_dim, n_kv_heads=n_kv_heads)
+    # the projections' outputs are all heads side by side
+    if "head_dim" not in fields:
+        fields["head_dim"] = shapes[attention + "q_proj.weight"][0] // fields["n_heads"]
+    if "n_kv_heads" not in fields:
+        fields["n_kv_heads"] = shapes[attention + "k_proj.weight"][0] // fields["head_dim"]
+
     return TextConfig(
         **fields,
         **rotary_fields(theirs, kind),
-        sliding_window=sliding_window(theirs, kind, n_layers),
+        sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
         qkv_bias=attention + "q_proj.bias" in shapes,
         top_k=theirs.get("num_experts_per_tok", 2),
     )
@@ -1083,18 +1015,6 @@ def starting_with(prefix, state):
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-NO_TOWER = "a language model alone has no tower to write as {}; --to hf-llm writes the decoder"
-
-
-def check_senses(config, layout):
-    """Raise ValueError unless the model sees and does not hear."""
-    if config.audio:
-        raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; "
-                         "write it as own (hf-llm: the decoder alone)")
-    if config.vision is None:
-        raise ValueError(NO_TOWER.format(layout))
-
-
 LAYOUTS = {
     "own": write_own,
     "cumo": write_cumo,
@@ -1104,7 +1024,7 @@ LAYOUTS = {
 }
 
 
-def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: dict | None = None,
+def save(model: CuMo, folder: str, tokenizer=None, state=None,
          layout: str = "own"):
     """Write a model folder. With LoRA adapters, the weights are written merged.
 
@@ -1198,8 +1118,8 @@ def write_json(path: str, value):
 # 5. Loading
 
 
-def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: list | None = None,
-         later: list | None = None):
+def load(path: str, device="cpu", dtype=None, listing=None,
+         later=None):
     """A model folder, or a model's name on the Hugging Face hub -> (model, tokenizer or None).
 
     Understands the layouts in SUPPORTED; config.json says which it is, never the folder's name. The
@@ -1220,14 +1140,13 @@ def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: lis
     theirs = read_json(config_file)
     files = weight_files(path, theirs)
 
-    # how their names become the published ones; None where they are ours
-    rename = published_name
-    if theirs.get("model_type") == "whisper":
-        rename = published_whisper_name
+    # how their names become the published ones, unless they are ours
+    rename = None
     shapes = {}
-    if is_own(theirs):
-        rename = None
-    else:
+    if not is_own(theirs):
+        rename = published_name
+        if theirs.get("model_type") == "whisper":
+            rename = published_whisper_name
         shapes = shapes_in(files, rename)
 
     # the model without weights; values of a wrong kind lead to errors of many kinds
@@ -1312,18 +1231,19 @@ def match_tensors(tensors, wanted, where, rename=None, listing=None):
             raise ValueError(f"{where}: tensor {theirs} has no place in this model")
 
         name, expert = places[published_as]
-        shape = wanted[name].shape
         ours = name
+        target = wanted[name]
         if expert is not None:
-            shape = shape[1:]  # (E, F, D) -> (F, D)
             ours = f"{name}[{expert}]"
-        if tensor.shape != shape:
+            target = target[expert]  # (E, F, D) -> (F, D)
+        shape = tuple(target.shape)
+        if tensor.shape != target.shape:
             raise ValueError(f"{where}: tensor {theirs} has shape {tuple(tensor.shape)}, the "
-                             f"config asks for {tuple(shape)}")
+                             f"config asks for {shape}")
 
         missing.pop(published_as, None)
         if listing is not None:
-            listing.append((theirs, ours, tuple(shape), tensor.dtype))
+            listing.append((theirs, ours, shape, tensor.dtype))
         yield name, expert, tensor
         # free it before the next one is read
         del tensor
@@ -1526,9 +1446,9 @@ def read_tokenizer(file: str) -> Tokenizer:
 # 6. Models put together, and the tiny presets' backbones
 
 
-def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,),
-             template: str | None = None, seed: int = 0, dtype: torch.dtype | None = None,
-             listing: list | None = None, later: list | None = None, audio: str | None = None):
+def assemble(vision: str, llm: str, connector=None, scales=(1,),
+             template=None, seed: int = 0, dtype=None,
+             listing=None, later=None, audio=None):
     """A model that stage 1 can start from -> (CuMo in eval mode, the decoder's tokenizer or None).
 
     vision: the tower of this folder, or CuMo's clip.bin. llm: the decoder of this folder.
@@ -1557,7 +1477,7 @@ def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,),
         tensors = tensors_in([connector])
         try:
             fill_from(match_tensors(tensors, named.state_dict(), connector, published_name,
-                                    listing), named)
+                                    listing), named, dtype or torch.float32)
         except ValueError as e:
             plural = "" if len(scales) == 1 else "s"
             raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} "
@@ -1672,7 +1592,87 @@ def load_backbones(file: str):
 
 
 # -------------------------------------------------------------------------------------------------
-# 7. `python upcycle.py`: put a model together or convert one, and see where each tensor goes
+# 7. Checks of what upcycle and save are asked for
+
+
+def layer_counts(model, wanted, top_k, sources):
+    """{part: the number of experts of each of its layers}, or a ValueError that says what is wrong.
+
+    wanted: {part: one number or a list}. sources: what is to be put together in the decoder.
+    """
+    if adapted(model):
+        raise ValueError("this model has LoRA adapters; merge them first (drop_lora)")
+
+    counts = {}
+    for part, given in wanted.items():
+        owners = ffn_owners(model, part)
+        numbers = [given] if isinstance(given, int) else list(given)
+        if any(numbers) and not owners:
+            raise ValueError(f"{part}: this model has no such part to upcycle")
+        if isinstance(given, int):
+            numbers = numbers * len(owners)
+        if len(numbers) != len(owners):
+            raise ValueError(f"{part}: {len(numbers)} expert counts for {len(owners)} layers")
+        counts[part] = numbers
+
+        config = getattr(model.config, part)
+        has_experts = any(isinstance(owner.ffn, MoE) for owner in owners)
+        for layer, (owner, n_experts) in enumerate(zip(owners, numbers)):
+            if n_experts == 0:
+                continue
+            if not 1 <= top_k <= n_experts:
+                raise ValueError(f"{part}: top_k = {top_k} of {n_experts} experts; need "
+                                 "1 <= top_k <= experts")
+            if isinstance(owner.ffn, MoE):
+                raise ValueError(f"{part} layer {layer} already has {len(owner.ffn.router)} "
+                                 "experts")
+            if has_experts and config.top_k != top_k:
+                raise ValueError(f"{part} already has experts with top_k = {config.top_k}; all "
+                                 f"its layers share one, got {top_k}")
+            if sources and part == "text" and n_experts != len(sources):
+                raise ValueError(f"text: {n_experts} experts asked for, {len(sources)} given to "
+                                 "put together")
+    return counts
+
+
+# fields in which a source's decoder may differ from the model that it goes into
+ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
+                 "noisy", "aux"}
+
+
+def check_same_sizes(where, theirs, ours, average):
+    """Raise ValueError unless a source's parts have the sizes of the model that they go into."""
+    theirs = dataclasses.asdict(theirs)
+    ours = dataclasses.asdict(ours)
+    for part in ("text", "vision", "connector", "audio"):
+        our_part = ours[part] or {}
+        their_part = theirs[part] or {}
+
+        # where only FFNs are taken, a decoder without senses will do
+        if part != "text" and not average and not (our_part and their_part):
+            continue
+        for key in our_part | their_part:
+            if part == "text" and key in ABOUT_EXPERTS:
+                continue
+            if our_part.get(key) != their_part.get(key):
+                raise ValueError(f"{where}: {part}.{key} = {their_part.get(key)}, the model "
+                                 f"that it goes into has {our_part.get(key)}")
+
+
+NO_TOWER = "a language model alone has no tower to write as {}; --to hf-llm writes the decoder"
+
+
+def check_senses(config, layout):
+    """Raise ValueError unless the model sees and does not hear."""
+    if config.audio:
+        raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; "
+                         "write it as own (hf-llm: the decoder alone)")
+    if config.vision is None:
+        raise ValueError(NO_TOWER.format(layout))
+
+
+# -------------------------------------------------------------------------------------------------
+# 8. `python upcycle.py`: put a model together or convert one, and see where each tensor goes
 
 ABOUT = """Weights in and out.
 
