@@ -97,8 +97,7 @@ def assert_same_output(dense, moe, x):
 
 
 def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: int = 0,
-            real_routers: bool = False, experts=None,
-            average: bool = False) -> CuMo:
+            real_routers: bool = False, experts=None, average: bool = False) -> CuMo:
     """Turn dense FFNs into MoEs, in place, and return the model.
 
     vision, connector, text: the number of experts. One number counts for all layers of the part; a
@@ -113,10 +112,13 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     Raises ValueError for what cannot be done, before anything changes: a bad number of experts, a
     layer that has experts already, a source that does not fit.
     """
+    # Uni-MoE: as many experts as there are models to put together
     sources = []
     if experts is not None:
         sources = open_sources(model, experts, average)
         text = text or len(sources)
+
+    # all checks come before the first change
     wanted = {"vision": vision, "connector": connector, "text": text}
     counts = layer_counts(model, wanted, top_k, sources)
 
@@ -124,8 +126,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     generator = torch.Generator().manual_seed(seed)
     for part, numbers in counts.items():
         config = getattr(model.config, part)
+        # only the decoder's experts can have a capacity
         limits = config.expert_limits if part == "text" else {}
-
         for layer, (owner, n_experts) in enumerate(zip(ffn_owners(model, part), numbers)):
             if n_experts == 0:
                 continue
@@ -150,6 +152,7 @@ def mix_experts(model, sources, average):
     sources' weights stream through one by one, so they are never all in memory.
     """
     params = dict(model.named_parameters())
+    # a source is dense: its FFN (F, D) becomes slice e of the model's (E, F, D)
     for e, tensors in enumerate(sources):
         for name, _, tensor in tensors:
             if name.startswith("text.") and is_stacked(name, params):
@@ -168,6 +171,7 @@ def moe_layers(where: str, n_layers: int) -> list[int]:
     where: one of PLACEMENTS, which MoE-LLaVA compares (every other layer is its choice), or layer
     numbers with commas. Raises ValueError for anything else, and for layers that do not exist.
     """
+    # a place by name
     layers = list(range(n_layers))
     half = n_layers // 2
     chosen = {
@@ -177,6 +181,7 @@ def moe_layers(where: str, n_layers: int) -> list[int]:
         "second_half": layers[half:],
     }.get(where)
 
+    # or the layers one by one
     if chosen is None:
         try:
             chosen = [int(i) for i in where.split(",")]
@@ -207,6 +212,7 @@ def expert_counts(n_layers: int, where: str, n_experts: str) -> list[int]:
         raise ValueError(f"--n-experts {n_experts} has {len(numbers)} numbers, --moe-layers "
                          f"{where} are {len(layers)} layers")
 
+    # spread them over the decoder
     counts = [0] * n_layers
     for layer, number in zip(layers, numbers):
         counts[layer] = number
@@ -245,6 +251,7 @@ def open_sources(model, experts, average):
             where = os.fspath(source)
             source, _ = load(source, later=streams)
 
+        # what cannot become an expert of this model
         if not isinstance(source, CuMo):
             raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
         if any(source.config.text.n_experts):
@@ -423,9 +430,12 @@ def published_places(state):
         if stacked:
             pattern += "[{e}]"
 
+        # the layer's number is the same on both sides
         theirs = PUBLISHED[pattern]
         if layer:
             theirs = theirs.replace("{i}", layer[0])
+
+        # theirs keep one tensor for each expert
         if not stacked:
             places[theirs] = (ours, None)
             continue
@@ -542,7 +552,9 @@ def vision_config(theirs, shapes, **more):
     if not theirs:
         n_heads = max(1, dim // 64)
 
+    # what the shapes say, and over it what the config says
     fields = dict(
+        # a square of patches, and CLS
         image_size=math.isqrt(n_positions - 1) * patch_size,
         patch_size=patch_size,
         dim=dim,
@@ -557,6 +569,8 @@ def text_config(theirs, shapes, kind):
     """The decoder's, from the config of a Hugging Face decoder of this kind (see DECODERS)."""
     vocab_size, dim = shapes["model.embed_tokens.weight"]
     attention = "model.layers.0.self_attn."
+
+    # what the shapes and transformers' defaults say, and over it what the config says
     fields = dict(
         vocab_size=vocab_size,
         dim=dim,
@@ -590,6 +604,7 @@ def text_config(theirs, shapes, kind):
 def rotary_fields(theirs, kind):
     """rope_theta and rope_scaling, from the older style of config (rope_theta and rope_scaling
     apart) or the current one (rope_parameters)."""
+    # the type had another key in early files
     rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling not in ("default", "llama3"):
@@ -679,6 +694,7 @@ def read_llava(theirs, shapes, path):
     if "text_config" in theirs:
         return read_transformers_llava(theirs, shapes, path)
 
+    # what is not built here
     projector = theirs.get("image_projector_type") or theirs.get("mm_projector_type")
     if (theirs.get("mm_vision_select_feature", "patch") != "patch"
             or theirs.get("mm_use_im_start_end") or theirs.get("mm_video_tower")
@@ -696,6 +712,7 @@ def read_llava(theirs, shapes, path):
     )
     connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k)
 
+    # the decoder's own keys stand in the same file
     kind = LLAVA_DECODERS.get(theirs["model_type"], theirs["model_type"])
     config = Config(
         vision=vision,
@@ -818,6 +835,7 @@ def clip_json(vision):
 
 def decoder_json(text, tokenizer, template):
     """config.json of a Hugging Face decoder. Raises ValueError where none has such a shape."""
+    # what no Hugging Face decoder has
     n_experts = max(text.n_experts)
     factor = text.capacity_factor or text.eval_capacity_factor
     if min(text.n_experts) != n_experts:
@@ -829,7 +847,7 @@ def decoder_json(text, tokenizer, template):
         raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
                          "drop tokens")
 
-    sizes = {theirs: getattr(text, ours) for ours, theirs in DECODER_KEYS.items()}
+    # the family that has this model's traits
     more = {}
     if n_experts:
         kind = "mixtral"
@@ -844,6 +862,7 @@ def decoder_json(text, tokenizer, template):
     else:
         kind = "llama"
 
+    sizes = {theirs: getattr(text, ours) for ours, theirs in DECODER_KEYS.items()}
     described = {
         "architectures": [DECODERS[kind]],
         "model_type": kind,
@@ -855,6 +874,7 @@ def decoder_json(text, tokenizer, template):
         # ours; other programs pass over it
         "template": template,
     }
+    # the stretched rotary embedding of Llama 3.1
     if text.rope_scaling:
         described["rope_scaling"] = {"rope_type": "llama3", **text.rope_scaling}
         stretched = text.rope_scaling["original_max_position_embeddings"]
@@ -881,10 +901,28 @@ def senses_json(vision, tower_key):
     }
 
 
-def cumo_json(config, tokenizer):
-    """config.json of the published CuMo: a decoder's, with the senses and where experts are."""
+# Every writer takes (config, our state dict, tokenizer or None) and gives {file: its JSON} and
+# {name: tensor}, or raises ValueError where its layout cannot hold this model. config.json is the
+# last file, so that a folder that has one is complete.
+
+
+def write_own(config, state, tokenizer):
+    """This project's layout."""
+    return {"config.json": config.to_dict()}, state
+
+
+def with_tower(described, vision):
+    """The published layouts name a tower on the hub; clip_config.json holds its sizes."""
+    return {"clip_config.json": clip_json(vision), "config.json": described}
+
+
+def write_cumo(config, state, tokenizer):
+    """CuMo's published layout: a decoder's config.json, with the senses and where experts are."""
+    check_senses(config, "cumo")
     vision = config.vision
     connector = config.connector
+
+    # one number of experts and one top-k say it all there
     tower_has_experts = any(vision.n_experts)
     top_k = vision.top_k if tower_has_experts else connector.top_k
     counts = {n for n in (*vision.n_experts, connector.n_experts) if n}
@@ -906,7 +944,7 @@ def cumo_json(config, tokenizer):
     if kind == "llama" and not config.text.rope_scaling:
         kind = "mistral"
 
-    return described | senses_json(vision, "mm_vision_tower") | {
+    described |= senses_json(vision, "mm_vision_tower") | {
         "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
         "model_type": f"llava_{kind}",
         "mm_projector_type": "smoe_mlp" if connector.n_experts else "mlp2x_gelu",
@@ -923,10 +961,13 @@ def cumo_json(config, tokenizer):
         "training": False,
         "local_rank": 0,
     }
+    return with_tower(described, vision), published(state)
 
 
-def moe_llava_json(config, tokenizer):
-    """config.json of MoE-LLaVA: a dense LLaVA's, and `moe` says where the decoder's experts are."""
+def write_moe_llava(config, state, tokenizer):
+    """MoE-LLaVA's published layout: a dense LLaVA's config.json, and `moe` in it says where the
+    decoder's experts are."""
+    check_senses(config, "moe-llava")
     vision = config.vision
     text = config.text
     connector = config.connector
@@ -938,12 +979,15 @@ def moe_llava_json(config, tokenizer):
         raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses "
                          "over the layers (text.aux sum); this model does not")
 
+    # the dense LLaVA around the experts
     dense = dataclasses.replace(text, n_experts=[0] * text.n_layers, capacity_factor=None,
                                 eval_capacity_factor=None)
     described = decoder_json(dense, tokenizer, config.template)
     kind = described["model_type"]
+
+    # the experts
     layers = [layer for layer, n_experts in enumerate(text.n_experts) if n_experts]
-    return described | senses_json(vision, "mm_image_tower") | {
+    described |= senses_json(vision, "mm_image_tower") | {
         "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"],
         "model_type": f"moe_llava_{kind}",
         "image_projector_type": "mlp2x_gelu",
@@ -962,33 +1006,8 @@ def moe_llava_json(config, tokenizer):
             "train_modules": ["up_proj", "down_proj", "gate_proj", "wg"],
         },
     }
-
-
-# Every writer takes (config, our state dict, tokenizer or None) and gives {file: its JSON} and
-# {name: tensor}, or raises ValueError where its layout cannot hold this model. config.json is the
-# last file, so that a folder that has one is complete.
-
-
-def write_own(config, state, tokenizer):
-    """This project's layout."""
-    return {"config.json": config.to_dict()}, state
-
-
-def write_cumo(config, state, tokenizer):
-    """CuMo's published layout, which names a tower on the hub; clip_config.json has its sizes."""
-    check_senses(config, "cumo")
-    described = cumo_json(config, tokenizer)
-    files = {"clip_config.json": clip_json(config.vision), "config.json": described}
-    return files, published(state)
-
-
-def write_moe_llava(config, state, tokenizer):
-    """MoE-LLaVA's published layout, likewise."""
-    check_senses(config, "moe-llava")
-    described = moe_llava_json(config, tokenizer)
     tensors = {moe_llava_name(name): tensor for name, tensor in published(state).items()}
-    files = {"clip_config.json": clip_json(config.vision), "config.json": described}
-    return files, tensors
+    return with_tower(described, vision), tensors
 
 
 def write_hf_decoder(config, state, tokenizer):
@@ -1024,9 +1043,8 @@ LAYOUTS = {
 }
 
 
-def save(model: CuMo, folder: str, tokenizer=None, state=None,
-         layout: str = "own"):
-    """Write a model folder. With LoRA adapters, the weights are written merged.
+def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "own"):
+    """Write a model folder, with the tokenizer if there is one, and with LoRA adapters merged.
 
     state: replaces model.state_dict() where the weights are gathered elsewhere (FSDP).
     layout: "own"; "cumo" and "moe-llava", which the released codes load; "hf-llm" and "hf-clip",
@@ -1036,11 +1054,14 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None,
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+
+    # adapters are added to the weights that they stand beside
     if state is None:
         state = model.state_dict()
     state = merge_state(state, model)
     state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
+    # a tower alone is seen as that of a model
     config = model.config
     if isinstance(model, VisionTransformer):
         if layout != "hf-clip":
@@ -1050,6 +1071,7 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None,
         state = {f"vision.{name}": tensor for name, tensor in state.items()}
     files, tensors = LAYOUTS[layout](config, state, tokenizer)
 
+    # a layout that cannot hold the model has raised its error by now
     os.makedirs(folder, exist_ok=True)
     save_tensors(folder, tensors)
     if tokenizer is not None and layout != "hf-clip":
@@ -1063,6 +1085,7 @@ SHARD_BYTES = 5 * 10**9
 
 def save_tensors(folder, tensors):
     """model.safetensors, or above SHARD_BYTES so many shards and an index of what is where."""
+    # a shard is full when the next tensor would make it larger than that
     shards = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -1072,7 +1095,7 @@ def save_tensors(folder, tensors):
         shards[-1][name] = tensor
         size += tensor.nbytes
 
-    index = os.path.join(folder, "model.safetensors.index.json")
+    # the files
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors"
@@ -1082,6 +1105,8 @@ def save_tensors(folder, tensors):
                          lambda temporary: save_file(shard, temporary, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, file)
 
+    # which file holds a tensor
+    index = os.path.join(folder, "model.safetensors.index.json")
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -1118,8 +1143,7 @@ def write_json(path: str, value):
 # 5. Loading
 
 
-def load(path: str, device="cpu", dtype=None, listing=None,
-         later=None):
+def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     """A model folder, or a model's name on the Hugging Face hub -> (model, tokenizer or None).
 
     Understands the layouts in SUPPORTED; config.json says which it is, never the folder's name. The
@@ -1211,6 +1235,7 @@ def match_tensors(tensors, wanted, where, rename=None, listing=None):
     names' published form; None where they are ours already. Every tensor is used or ignored on
     purpose, and every parameter filled; else a ValueError names it.
     """
+    # where each of their tensors goes
     if rename is None:
         places = {name: (name, None) for name in wanted}
     else:
@@ -1219,6 +1244,7 @@ def match_tensors(tensors, wanted, where, rename=None, listing=None):
 
     for theirs, tensor in tqdm(tensors, desc=f"loading {os.path.basename(where)}", unit=" tensors",
                                delay=2, leave=False, mininterval=0.5):
+        # what is left out on purpose
         published_as = theirs
         if rename is not None:
             published_as = rename(theirs)
@@ -1230,6 +1256,7 @@ def match_tensors(tensors, wanted, where, rename=None, listing=None):
                 continue
             raise ValueError(f"{where}: tensor {theirs} has no place in this model")
 
+        # the place must have its shape
         name, expert = places[published_as]
         ours = name
         target = wanted[name]
@@ -1248,6 +1275,7 @@ def match_tensors(tensors, wanted, where, rename=None, listing=None):
         # free it before the next one is read
         del tensor
 
+    # the first one will do
     for name in missing:
         raise ValueError(f"{where}: tensor {name} is missing")
 
@@ -1275,6 +1303,7 @@ def copy_into_shard(param: Tensor, expert: int | None, tensor: Tensor):
         if dim == 0:
             first_expert = start
 
+    # a process whose shard has no part of this expert copies nothing
     if expert is None:
         here.copy_(source)
         return
@@ -1323,6 +1352,7 @@ def weight_files(path, theirs):
             raise ValueError(f"{os.path.join(path, 'model.safetensors')}: missing")
         return files
 
+    # of a LLaVA, what the folder's main files lack
     names = shapes_in(files)
     if not any(name.startswith(TOWER) for name in names):
         tower = os.path.join(path, "clip.bin")
@@ -1356,6 +1386,7 @@ def shards_of(path, index):
         files = [os.path.join(path, name) for name in names]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index}: not an index of shards: {e!r}") from None
+    # better known now than after the other shards are read
     for file in files:
         if not os.path.exists(file):
             raise ValueError(f"{file}: missing; the index names it. Copy or download it again")
@@ -1446,9 +1477,8 @@ def read_tokenizer(file: str) -> Tokenizer:
 # 6. Models put together, and the tiny presets' backbones
 
 
-def assemble(vision: str, llm: str, connector=None, scales=(1,),
-             template=None, seed: int = 0, dtype=None,
-             listing=None, later=None, audio=None):
+def assemble(vision: str, llm: str, connector=None, scales=(1,), template=None, seed: int = 0,
+             dtype=None, listing=None, later=None, audio=None):
     """A model that stage 1 can start from -> (CuMo in eval mode, the decoder's tokenizer or None).
 
     vision: the tower of this folder, or CuMo's clip.bin. llm: the decoder of this folder.
@@ -1584,6 +1614,7 @@ def load_backbones(file: str):
     if not {"config", "tokenizer"} <= header.keys():
         raise ValueError(f"{file}: has no config and tokenizer in its header; {again}")
 
+    # a CuMo is born with new weights; the bridges keep theirs
     model = CuMo(Config.from_dict(json.loads(header["config"])))
     bridges = starting_with(BRIDGES, model.state_dict())
     tensors = (bridges | tensors).items()
@@ -1605,6 +1636,7 @@ def layer_counts(model, wanted, top_k, sources):
 
     counts = {}
     for part, given in wanted.items():
+        # one number for each layer
         owners = ffn_owners(model, part)
         numbers = [given] if isinstance(given, int) else list(given)
         if any(numbers) and not owners:
@@ -1615,6 +1647,7 @@ def layer_counts(model, wanted, top_k, sources):
             raise ValueError(f"{part}: {len(numbers)} expert counts for {len(owners)} layers")
         counts[part] = numbers
 
+        # what each layer can become, beside what it is
         config = getattr(model.config, part)
         has_experts = any(isinstance(owner.ffn, MoE) for owner in owners)
         for layer, (owner, n_experts) in enumerate(zip(owners, numbers)):
@@ -1644,6 +1677,7 @@ def check_same_sizes(where, theirs, ours, average):
     """Raise ValueError unless a source's parts have the sizes of the model that they go into."""
     theirs = dataclasses.asdict(theirs)
     ours = dataclasses.asdict(ours)
+    # field by field; a part that is not there has none
     for part in ("text", "vision", "connector", "audio"):
         our_part = ours[part] or {}
         their_part = theirs[part] or {}
@@ -1701,7 +1735,8 @@ def parse(argv=None):
         ("--vision", "DIR", "take the tower from this folder (CLIP), or from CuMo's clip.bin"),
         ("--llm", "DIR", "take the decoder and the tokenizer from this folder"),
         ("--audio", "DIR", "take an ear from this folder (Whisper)"),
-        ("--connector", "FILE", "take the connector from this mm_projector.bin; default: a new one"),
+        ("--connector", "FILE", "take the connector from this mm_projector.bin; default: a new "
+         "one"),
         ("--experts", "DIRS", "models, with commas: their decoders' FFNs become experts, all else "
          "is the first's"),
         ("--template", None, "chat template: mistral, vicuna, openchat, plain or tiny; default: by "
@@ -1725,6 +1760,7 @@ def parse(argv=None):
         help="of a new connector, resampler or routers (default: 0)")
     args = parser.parse_args(argv)
 
+    # which flags go together
     ways = [args.source, args.vision and args.llm, args.experts]
     if len([way for way in ways if way]) != 1:
         raise ValueError("give either --from DIR, or --vision DIR and --llm DIR, or --experts DIRS")
@@ -1762,6 +1798,8 @@ def main(argv=None):
     if isinstance(model, AudioTransformer) or (is_tower and args.to == "own"):
         raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: "
                          "--vision DIR --llm DIR")
+
+    # what the flags say otherwise, and the folder
     if args.template and not is_tower:
         model.config.template = args.template
     if args.tokenizer:
@@ -1781,6 +1819,7 @@ def put_together(args, listing):
     model, tokenizer = load(folders[0], dtype=args.dtype, listing=listing)
     if not isinstance(model, CuMo):
         raise ValueError(f"{folders[0]}: an encoder alone; experts come from models with a decoder")
+
     where = "every_other" if args.every_other else "all"
     counts = expert_counts(model.config.text.n_layers, where, str(len(folders)))
     upcycle(model, text=counts, seed=args.seed, experts=folders, average=args.average)
@@ -1790,6 +1829,7 @@ def put_together(args, listing):
 def print_listing(listing):
     """(their name, our name, shape, dtype) of each tensor, a line for all layers and experts that
     are alike."""
+    # numbers of layers and experts become {i} and {e}
     groups = Counter()
     for theirs, ours, shape, dtype in listing:
         sizes = " x ".join(str(size) for size in shape)
