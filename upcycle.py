@@ -47,8 +47,8 @@ def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Genera
                  real_router: bool = False, **limits) -> MoE:
     """A MoE whose experts are all copies of one dense FFN, on its device and in its dtype.
 
-    The router is drawn from Normal(0, 0.02). real_router: of a dense FFN on meta, draw the router
-    all the same. limits: the capacities that kernels.MoE takes. Asserts that it computes the same.
+    The router is drawn from Normal(0, 0.02). real_router: put it on the CPU even if the dense FFN
+    is on meta. limits: the capacities that kernels.MoE takes. Asserts that the output is unchanged.
     """
     ffn_dim, dim = dense.w_in.shape
     device = dense.w_in.device
@@ -264,12 +264,13 @@ def open_sources(model, experts, average):
 # -------------------------------------------------------------------------------------------------
 # 2. What other programs call the same tensors
 #
-# "Published" are the names in CuMo's own checkpoints. CLIP, LLaMA, Mistral, Mixtral, Qwen2, LLaVA
-# and MoE-LLaVA differ from them by prefixes and a few words, which RENAMES evens out. The table
-# says what we call a published name, and serves loading, saving and the listing.
+# The names in CuMo's own checkpoints are called the published names here. Those of CLIP, LLaMA,
+# Mistral, Mixtral, Qwen2, LLaVA and MoE-LLaVA differ from them by prefixes and a few words, and
+# RENAMES turns all of them into published names. TABLE says what we call each of these. It serves
+# loading, saving and the listing that `python upcycle.py` prints.
 #
-# {i} is a layer, {p} stands for weight and bias, {e} is an expert: theirs are apart, ours are
-# stacked, so that w_in[{e}] is a slice of a tensor (E, F, D).
+# {i} is a layer, {p} stands for weight and bias, {e} is an expert. Their experts have a tensor
+# each; ours are stacked, so w_in[{e}] is one slice of a tensor (E, F, D).
 
 TOWER = "model.vision_tower.vision_model."
 PROJECTOR = "model.mm_projector."
@@ -410,7 +411,7 @@ def pattern_of(name):
 
 
 def is_stacked(name, names):
-    """Does our tensor of this name hold the weights of all experts? There is a router beside it."""
+    """Does our tensor of this name hold all experts' weights? Then there is a router beside it."""
     owner, _, kind = name.rpartition(".")
     return kind != "router" and owner + ".router" in names
 
@@ -472,9 +473,9 @@ def moe_llava_name(name):
 # -------------------------------------------------------------------------------------------------
 # 3. Configurations in: other programs' config.json -> ours
 #
-# Every reader takes (theirs: what config.json says, shapes: {published name: shape}, path of the
-# folder). What a config leaves out is read off the tensors' shapes, or is the default of
-# transformers' class for it.
+# Each family has a reader. It takes what config.json says (`theirs`), {published name: shape} of
+# all tensors, and the folder's path. What a config leaves out is read off the tensors' shapes, or
+# it is the default of transformers' class.
 
 DECODERS = {
     "llama": "LlamaForCausalLM",
@@ -535,7 +536,7 @@ def count(names, pattern):
 
 
 def first_dimension(shapes, pattern):
-    """Of the first tensor whose name matches, which is how wide its output is."""
+    """The first dimension of the first tensor whose name matches: how wide its output is."""
     for name, shape in shapes.items():
         if re.search(pattern, name):
             return shape[0]
@@ -543,7 +544,7 @@ def first_dimension(shapes, pattern):
 
 
 def vision_config(theirs, shapes, **more):
-    """The tower's, from CLIP's config (which may be empty) and the shapes. more: further fields."""
+    """The tower's config, from CLIP's (which may be empty) and the shapes. more: other fields."""
     dim, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]  # (D, 3, P, P)
     n_positions, _ = shapes[TOWER + "embeddings.position_embedding.weight"]  # (1 + N, D)
 
@@ -566,7 +567,7 @@ def vision_config(theirs, shapes, **more):
 
 
 def text_config(theirs, shapes, kind):
-    """The decoder's, from the config of a Hugging Face decoder of this kind (see DECODERS)."""
+    """The decoder's config, from that of a Hugging Face decoder of this kind (see DECODERS)."""
     vocab_size, dim = shapes["model.embed_tokens.weight"]
     attention = "model.layers.0.self_attn."
 
@@ -618,7 +619,7 @@ def rotary_fields(theirs, kind):
 
 
 def sliding_window(theirs, kind, n_layers):
-    """The window of the decoder's attention, None for all that came before."""
+    """How many tokens a token of the decoder attends to; None for all that came before it."""
     if kind == "llama":
         return None
     if kind == "mixtral":
@@ -694,7 +695,7 @@ def read_llava(theirs, shapes, path):
     if "text_config" in theirs:
         return read_transformers_llava(theirs, shapes, path)
 
-    # what is not built here
+    # refuse what this project has no code for
     projector = theirs.get("image_projector_type") or theirs.get("mm_projector_type")
     if (theirs.get("mm_vision_select_feature", "patch") != "patch"
             or theirs.get("mm_use_im_start_end") or theirs.get("mm_video_tower")
@@ -847,7 +848,7 @@ def decoder_json(text, tokenizer, template):
         raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
                          "drop tokens")
 
-    # the family that has this model's traits
+    # the family of decoders that this one belongs to
     more = {}
     if n_experts:
         kind = "mixtral"
@@ -887,7 +888,7 @@ def decoder_json(text, tokenizer, template):
 
 
 def senses_json(vision, tower_key):
-    """What LLaVA, CuMo and MoE-LLaVA say of the tower and the connector beside the decoder."""
+    """What the published layouts say about the tower and the connector."""
     known = clip_json(vision) == clip_json(VisionConfig())
     return {
         tower_key: CLIP_L if known else "",
@@ -901,9 +902,9 @@ def senses_json(vision, tower_key):
     }
 
 
-# Every writer takes (config, our state dict, tokenizer or None) and gives {file: its JSON} and
-# {name: tensor}, or raises ValueError where its layout cannot hold this model. config.json is the
-# last file, so that a folder that has one is complete.
+# Each layout has a writer. It takes our config, our state dict and the tokenizer (or None), and
+# gives {file: its JSON} and {name: tensor}. It raises ValueError where its layout cannot hold this
+# model. config.json is the last file, so that a folder that has one is complete.
 
 
 def write_own(config, state, tokenizer):
@@ -912,7 +913,8 @@ def write_own(config, state, tokenizer):
 
 
 def with_tower(described, vision):
-    """The published layouts name a tower on the hub; clip_config.json holds its sizes."""
+    """The JSON files of the two published layouts. Their codes load the tower from the hub by its
+    name, so its sizes are kept in a file of our own."""
     return {"clip_config.json": clip_json(vision), "config.json": described}
 
 
@@ -955,7 +957,7 @@ def write_cumo(config, state, tokenizer):
         "mlp_smoe": connector.n_experts > 0,
         "balance_loss_coef": config.balance_coef,
         "router_z_loss_coef": config.z_coef,
-        # what the released code asks for beside
+        # these have no meaning here, but the released code reads them
         "num_layers": 3,
         "dropout": False,
         "training": False,
@@ -1061,7 +1063,7 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
     state = merge_state(state, model)
     state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
-    # a tower alone is seen as that of a model
+    # a tower alone: give its tensors the names that they have in a model
     config = model.config
     if isinstance(model, VisionTransformer):
         if layout != "hf-clip":
@@ -1084,7 +1086,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def save_tensors(folder, tensors):
-    """model.safetensors, or above SHARD_BYTES so many shards and an index of what is where."""
+    """Write model.safetensors; above SHARD_BYTES, several shards and an index of what is where."""
     # a shard is full when the next tensor would make it larger than that
     shards = [{}]
     size = 0
@@ -1275,7 +1277,7 @@ def match_tensors(tensors, wanted, where, rename=None, listing=None):
         # free it before the next one is read
         del tensor
 
-    # the first one will do
+    # naming the first one is enough
     for name in missing:
         raise ValueError(f"{where}: tensor {name} is missing")
 
@@ -1386,7 +1388,7 @@ def shards_of(path, index):
         files = [os.path.join(path, name) for name in names]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index}: not an index of shards: {e!r}") from None
-    # better known now than after the other shards are read
+    # say so now, not when the other shards have been read
     for file in files:
         if not os.path.exists(file):
             raise ValueError(f"{file}: missing; the index names it. Copy or download it again")
@@ -1448,7 +1450,7 @@ def read_bin(file, device="cpu"):
 
 @contextlib.contextmanager
 def errors_that_name(file):
-    """Turn what reading a broken file leads to into one line that names it."""
+    """Turn whatever goes wrong while a file is read into one line that names the file."""
     try:
         yield
     except FileNotFoundError:
@@ -1647,7 +1649,7 @@ def layer_counts(model, wanted, top_k, sources):
             raise ValueError(f"{part}: {len(numbers)} expert counts for {len(owners)} layers")
         counts[part] = numbers
 
-        # what each layer can become, beside what it is
+        # what a layer cannot become, or is already
         config = getattr(model.config, part)
         has_experts = any(isinstance(owner.ffn, MoE) for owner in owners)
         for layer, (owner, n_experts) in enumerate(zip(owners, numbers)):
@@ -1793,13 +1795,13 @@ def main(argv=None):
                                     audio=args.audio)
     print_listing(listing)
 
-    # an encoder has no layout of ours, and only a tower has one of transformers
+    # our own layout holds no encoder alone; of the others, one holds a tower
     is_tower = isinstance(model, VisionTransformer)
     if isinstance(model, AudioTransformer) or (is_tower and args.to == "own"):
         raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: "
                          "--vision DIR --llm DIR")
 
-    # what the flags say otherwise, and the folder
+    # flags override what the folders say
     if args.template and not is_tower:
         model.config.template = args.template
     if args.tokenizer:
