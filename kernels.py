@@ -324,7 +324,7 @@ def _grouped(counts, expert):
 
 
 def moe_sorted(x, weights, experts, w_in, w_out, w_gate, b_in, b_out, act):
-    """As moe_loop. Sorted by expert, the rows of each expert are one slice, and no two overlap."""
+    """As moe_loop. Sorted by expert, the rows of each expert are one contiguous slice."""
     x, counts, order, inverse = _sort_by_expert(x, experts, w_in.shape[0])
     slices = x.split(_row_counts(counts, len(x)))
     per_expert = _per_expert(w_in, w_out, w_gate, b_in, b_out)

@@ -914,55 +914,7 @@ def merge_state(state: dict, model: nn.Module) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Counting: arithmetic and parameters
-
-
-def flops(config: Config, n_tokens: int, n_images: int = 1, trains=None, n_audio: int = 0) -> dict[str, float]:
-    """{part: FLOPs} of one training sample's forward pass, with n_audio chunks of sound; or, with `trains`, the parts that train, of its
-    backward pass.
-
-    Only matrix products count, at two FLOPs a multiply-add: each weight matrix meets each token, and in attention each token meets
-    all T of its sequence, twice (q k, p v). Going back, a product becomes two: the gradient of its input, and of its weight. So frozen
-    parts before the first trained one cost nothing, and those behind it half. Left out: what is computed a second time (by
-    checkpointing, by attention kernels), and that a causal kernel skips half."""
-    def ffn(dim, width, out, n_experts, top_k, gated=0):                           # multiply-adds a token
-        one = (1 + gated) * dim * width + width * out
-        return top_k * (one + out) + dim * n_experts if n_experts else one         # K experts, their weighted sum, the router
-
-    v, c, a, t, parts, n = config.vision, config.connector, config.audio, config.text, {}, config.n_image_tokens
-    if v:
-        crops = n_images * sum(s * s for s in v.scales)                            # S2: a scale s is s x s crops
-        unused = any(v.n_experts[v.n_used_layers:])                                # layers that run for their routers' losses only
-        layers = [ffn(v.dim, v.ffn_dim, v.dim, e, v.top_k) for e in v.n_experts[:None if unused else v.n_used_layers]]
-        inner = 4 * v.dim**2 * len(layers) + sum(layers)
-        if trains is not None and unused:                                          # the last experts' answers go nowhere
-            inner -= layers[-1] - v.dim * v.n_experts[-1]
-        parts["vision"] = crops * n * 3 * v.patch_size**2 * v.dim, crops * (n + 1) * inner, crops * (n + 1)**2 * 2 * v.dim * len(layers)
-        wide = v.dim * len(v.scales)
-        entry, whole = wide * t.dim * (c.top_k if c.n_experts else 1), ffn(wide, t.dim, t.dim, c.n_experts, c.top_k)
-        parts["connector"] = n_images * n * entry, n_images * n * (whole - entry), 0
-    if a:
-        states, asked = a.n_frames // 2, a.n_queries                               # two convolutions of width 3, the second of stride 2
-        entry, inner = a.n_frames * 3 * a.n_mels * a.dim, 3 * a.dim**2 + a.n_layers * (4 * a.dim**2 + 2 * a.dim * a.ffn_dim)
-        parts["audio"] = n_audio * entry, n_audio * states * inner, n_audio * states**2 * 2 * a.dim * a.n_layers
-        layer = asked * (2 * a.dim**2 + 2 * a.dim * a.ffn_dim) + (states + asked) * 2 * a.dim**2         # q, o, FFN; k, v
-        parts["resampler"] = (0, n_audio * (layer * a.n_query_layers + asked * a.dim * t.dim),
-                              n_audio * asked * (states + asked) * 2 * a.dim * a.n_query_layers)
-    q, kv = t.n_heads * t.head_dim, t.n_kv_heads * t.head_dim
-    layers = [ffn(t.dim, t.ffn_dim, t.dim, e, t.top_k, 1) for e in t.n_experts]
-    inner = sum(layers) + 2 * t.dim * (q + kv) * t.n_layers + t.dim * t.vocab_size
-    parts["text"] = 0, n_tokens * inner, n_tokens**2 * 2 * q * t.n_layers
-    some = {"text.ffn": n_tokens * sum(layers), "text.moe": n_tokens * sum(cost for cost, e in zip(layers, t.n_experts) if e)}
-    if trains is None:
-        return {part: 2.0 * sum(costs) for part, costs in parts.items()}
-    back, before = {}, {"connector": {"vision"}, "resampler": {"audio"}, "text": set(parts)}
-    learning = set()
-    for part, (entry, inner, attention) in parts.items():                          # entry: the products that meet the part's input
-        reached = bool(learning & before.get(part, set()))                         # a part before this one wants a gradient
-        learns = inner if part in trains else max((some[p] for p in trains if p in some and part == "text"), default=0)
-        back[part] = 2.0 * (entry * (reached + (learns > 0)) + (inner + learns + 2 * attention) * (reached or learns > 0))
-        learning |= {part} if learns > 0 else set()
-    return back
+# 6. Counting parameters
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -7,14 +7,12 @@
                                                         real models; stages 2 and 3 start from what the one before left
     python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan    what it would cost
 
-    stage 0   for who has no backbones: the tower learns from captions (contrastively), the decoder from text
     stage 1   pre-training: the connector alone learns to make image patches read like words
     stage 2   pre-finetuning: everything trains, still dense, on captions ("to warm up", CuMo section 3.3)
     stage 3   instruction tuning: FFNs of tower and connector are upcycled to experts, everything trains on questions
 
 That is CuMo's recipe. --recipe moe-llava has its experts in the decoder; --recipe uni-moe also hears, and trains its experts apart:
 
-    stage 0   the ear learns from sounds and what they are, the decoder from text about scenes and sounds
     stage 1   connector and resampler learn from captions of scenes and of sounds
     stage 2   one set of decoder FFNs for images, one for sounds, one for both, each apart, by LoRA
     stage 3   these become the experts of one decoder, and routers, connectors and adapters train on all senses
@@ -31,17 +29,18 @@ import json
 import math
 import os
 import platform
-import random
 import shutil
 import signal
 import sys
 import time
 import warnings
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -58,14 +57,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 from tqdm import tqdm
 
 import data as d
 import generate
-from model import (IGNORE, IMAGE, PAD, PRESETS, Config, Connector, CuMo, MoE, TextConfig, add_lora, choose_trainable, count_parameters,
-                   flops, merge_state, plain_name)
-from upcycle import (add_audio, assemble, expert_counts, load, load_backbones, copy_into_shard, read_json, save, save_backbones, upcycle, write_atomically,
-                     write_json)
+from model import (IGNORE, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable, count_parameters, merge_state,
+                   plain_name)
+from upcycle import assemble, copy_into_shard, expert_counts, load, load_backbones, read_json, save, upcycle, write_atomically, write_json
 
 DRAWN = "tiny", "uni-moe-tiny"                                                           # presets of the drawn world; backbones are shipped
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
@@ -97,15 +96,10 @@ UNI_MOE = {      # the connectors, then one set of FFNs a sense, apart, then the
             max_length=2048),
 }
 SENSES = {"2 image": "chat", "2 sound": "sound chat", "2 both": "both chat"}       # stage 2 of the drawn default: its experts' questions
-FILES = {"0a": "tower.safetensors", "0b": "backbones.safetensors", "0c": "ear.safetensors", "0d": "backbones.safetensors",
-         1: "stage1", 2: "stage2", **{stage: stage.replace("2 ", "stage2-") for stage in SENSES}, 3: ""}      # what a stage leaves in --out
+FILES = {1: "stage1", 2: "stage2", **{stage: stage.replace("2 ", "stage2-") for stage in SENSES}, 3: ""}      # what a stage leaves in --out
 RECIPES = {"cumo": RECIPE, "moe-llava": MOE_LLAVA, "uni-moe": UNI_MOE}
 MIXTRAL = {3: dict(lr=2e-6)}      # where the released script of CuMo-Mixtral differs
 TINY = {      # the same stages for a model four thousand times smaller, which wants larger steps
-    "0a": dict(lr=1e-3, batch_size=64, steps=3000),
-    "0b": dict(lr=2e-3, batch_size=64, steps=4500),
-    "0c": dict(lr=1e-3, batch_size=64, steps=1000),
-    "0d": dict(lr=1e-3, batch_size=64, steps=1000),
     1: dict(lr=2e-3, batch_size=64, steps=100, max_length=256),
     2: dict(lr=5e-4, batch_size=64, steps=120, max_length=256),
     3: dict(lr=5e-4, batch_size=64, steps=300, max_length=256),
@@ -127,8 +121,7 @@ class Args:
     preset: str = arg("tiny", "model sizes: " + ", ".join(PRESETS))
     recipe: str | None = arg(None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: in the decoder, trained apart, "
                              "for images and sounds; default: the preset's")
-    stage: int | None = arg(None, "run this stage only (0 to 3); default: 1, 2 and 3")
-    from_scratch: bool = arg(False, "begin with stage 0: make the tiny backbones again instead of taking the shipped ones")
+    stage: int | None = arg(None, "run this stage only (1 to 3); default: 1, 2 and 3")
     vision: str | None = arg(None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
     llm: str | None = arg(None, "stage 1 of a real model: folder or hub name of the language model")
     audio: str | None = arg(None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing")
@@ -214,8 +207,8 @@ def parse(argv=None) -> Args:
         raise ValueError(f"--n-experts {args.n_experts} is not a multiple of --expert-parallel {args.expert_parallel}")
     if args.matmul not in ("highest", "high", "medium"):
         raise ValueError(f"--matmul {args.matmul}: known are highest, high and medium")
-    if args.stage not in (None, 0, 1, 2, 3):
-        raise ValueError(f"--stage {args.stage}: the stages are 0, 1, 2 and 3")
+    if args.stage not in (None, 1, 2, 3):
+        raise ValueError(f"--stage {args.stage}: the stages are 1, 2 and 3 (backbones for tiny presets: python assets/backbones.py)")
     if not 1 <= args.top_k <= min(numbers):                                        # now, not when stage 3 begins
         raise ValueError(f"top_k = {args.top_k} of {args.n_experts} experts; need 1 <= --top-k <= --n-experts")
     args.recipe = args.recipe or next((name for name in RECIPES if args.preset.startswith(name)), "cumo")
@@ -248,14 +241,14 @@ def parse(argv=None) -> Args:
 
 
 def number(stage) -> int:
-    """Of 1 1, of "0a" 0, of "2 sound" 2."""
+    """Of 1 1, of "2 sound" 2."""
     return int(str(stage)[0])
 
 
 def settings(args: Args, stage, world: int | None = None) -> dict:
     """A stage's numbers: the recipe's, the preset's over them, the flags over both."""
     n = number(stage)
-    s = {**RECIPES[args.recipe][n], **OVERRIDES.get((args.recipe, args.preset), {}).get(n, {})} if n else dict(TINY[stage])
+    s = {**RECIPES[args.recipe][n], **OVERRIDES.get((args.recipe, args.preset), {}).get(n, {})}
     if stage in SENSES:
         s["kind"] = SENSES[stage]
     for name in ("steps", "batch_size", "max_length", "lr", "template"):
@@ -267,7 +260,7 @@ def settings(args: Args, stage, world: int | None = None) -> dict:
         s["trains"] = tuple(part for part in args.trains.split(",") if part != "none")
     rank, alpha, where = s.pop("lora", (0, 16, "all"))
     rank = args.lora_rank if args.lora_rank is not None and (rank or s["experts"] or args.stage is not None) else rank
-    if rank and n:
+    if rank:
         s["lora"] = [rank, args.lora_alpha or alpha, where]
     share = s["batch_size"] // (world or WORLD)                                               # samples per process and step
     s["micro_batch"] = min(args.micro_batch or (share if args.preset in DRAWN else 4), max(1, share))
@@ -521,7 +514,7 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
     undo.callback(bar.close)
     for step in range(start, steps):
         begin = time.perf_counter()
-        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)           # a resumed run draws the same noise (stage 0)
+        torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)           # a resumed run draws the same noise
         lr = lr_at(step, steps, s["lr"], args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -636,191 +629,7 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Stage 0: backbones for the tiny preset. Real runs name CLIP and Mistral instead
-
-
-def cell_phrases(scene: dict) -> list[str]:
-    """What each of the nine cells shows, in words: "top left large red circle", "center empty", "bottom sign open"."""
-    out = [f"{place} empty" for place in d.PLACES]
-    for cell, size, color, shape in scene["objects"]:
-        out[cell] = f"{d.PLACES[cell]} {size} {color} {shape}"
-    if scene["sign"]:
-        for cell in range(3 * scene["sign"][0], 3 * scene["sign"][0] + 3):
-            out[cell] = f"{d.PLACES[cell]} sign {scene['sign'][1]}"
-    return out
-
-
-def patch_cells(side: int) -> torch.Tensor:
-    """(side * side,) the cell of the 3 x 3 grid in which each patch's centre lies."""
-    third = torch.arange(side) * 3 // side
-    return (3 * third.unsqueeze(1) + third).flatten()
-
-
-@functools.cache                                                                   # a few hundred phrases, asked for all the time
-def ids_of(phrase: str, tokenizer) -> list[int]:
-    return tokenizer.encode(" " + phrase).ids
-
-
-class Contrastive(nn.Module):
-    """Stage 0a. CLIP's loss, for whole images and for regions.
-
-    CLIP pulls an image and its caption together and pushes the other captions of the batch away. That alone teaches what is in an
-    image but not where; so each patch is also matched with the words for its own cell of the grid (as RegionCLIP does, arXiv
-    2112.09106), on the features that the connector will see. The text encoder is CLIP's: causal, read off at the last token."""
-
-    def __init__(self, vision, vocab_size: int, dim: int = 128):
-        super().__init__()
-        self.vision, width = vision, vision.config.dim
-        config = Config(vision=None, text=TextConfig(vocab_size=vocab_size, dim=dim, n_layers=2, n_heads=4, n_kv_heads=4,
-                                                     ffn_dim=3 * dim, rope_theta=1e4))
-        self.text = CuMo(config).text
-        self.text.head = nn.Linear(dim, dim, bias=False)                           # an embedding instead of logits
-        self.image_head, self.patch_head = nn.Linear(width, dim, bias=False), nn.Linear(width, dim, bias=False)
-        self.scale = nn.Parameter(torch.full((2,), 2.3))                           # log of CLIP's logit scale
-
-    def encode_text(self, tokens):
-        """(P, T) right-padded -> (P, dim) of length 1."""
-        real = tokens != PAD
-        x = self.text(self.text.embed(tokens.clamp(min=0)), real)
-        return F.normalize(x[torch.arange(len(x), device=x.device), real.sum(1) - 1].float(), dim=-1)
-
-    def forward(self, tokens, labels, images, captions):
-        """tokens (P, T) the batch's different phrases, labels (B, 1 + N) each patch's phrase (the first is unused), captions (B, T)."""
-        last, selected = self.vision.encode(images, both=True)
-        patches = F.normalize(self.patch_head(selected[:, 1:]).float(), dim=-1)    # (B, N, dim)
-        whole = F.normalize(self.image_head(last[:, 0]).float(), dim=-1)           # (B, dim)
-        scale = self.scale.clamp(max=4.6).exp()                                    # at most 100, as CLIP
-        regions = F.cross_entropy((patches @ self.encode_text(tokens).T * scale[0]).flatten(0, 1), labels[:, 1:].flatten())
-        pairs, diagonal = whole @ self.encode_text(captions).T * scale[1], torch.arange(len(whole), device=whole.device)
-        clip = (F.cross_entropy(pairs, diagonal) + F.cross_entropy(pairs.T, diagonal)) / 2
-        return Parts({"regions": regions, "clip": 0.3 * clip})
-
-
-@dataclass
-class Parts:
-    parts: dict
-
-
-class Regions(torch.utils.data.Dataset):
-    """Scenes for stage 0a, and how a list of them becomes a batch."""
-
-    def __init__(self, size, seed, tokenizer, config):
-        self.scenes, self.tokenizer, self.size = d.Drawn("caption", size, seed), tokenizer, config.vision.image_size
-        self.cells = patch_cells(config.vision.image_size // config.vision.patch_size)
-
-    def __len__(self):
-        return len(self.scenes)
-
-    def __getitem__(self, i):
-        return self.scenes[i]
-
-    def collate(self, samples):
-        phrases = [cell_phrases(s["scene"]) for s in samples]
-        index = {p: i for i, p in enumerate(sorted({p for ps in phrases for p in ps}))}
-        labels = torch.tensor([[index[p] for p in ps] for ps in phrases])[:, self.cells]      # (B, N)
-        end = [self.tokenizer.token_to_id("</s>")]
-        return {"tokens": d.pad_rows([ids_of(p, self.tokenizer) + end for p in index], PAD),
-                "labels": F.pad(labels, (1, 0), value=IGNORE),
-                "images": torch.stack([d.load_image(s["images"][0], self.size) for s in samples]),
-                "captions": d.pad_rows([self.tokenizer.encode(" " + d.describe(s["scene"])).ids + end for s in samples], PAD),
-                "broken": [], "truncated": 0}
-
-
-class TextOnly(nn.Module):
-    """Stages 0b and 0d. The decoder learns language, and the questions, from descriptions in place of images and sounds.
-
-    One in ten descriptions is spelled out, phrases in any order. The others come in the layout of an image: one slot a
-    patch, holding the sum of the embeddings of its cell's words, with noise. Both are text; the second has the decoder look things
-    up by place among slots that hold many words at once, which is what patches are once the connector makes them read like words.
-    A sound's slots hold the words of its description one after the other."""
-
-    def __init__(self, model: CuMo):
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def forward(self, tokens, labels, bags, sounds=None):
-        """bags (n, N, W) and sounds (m, Q, W): word ids of each slot, padded with PAD."""
-        slots = [None if b is None else (self.model.text.embed(b.clamp(min=0)) * (b != PAD).unsqueeze(-1)).sum(2) for b in (bags, sounds)]
-        if self.training:
-            slots = [None if x is None or not len(x) else x + torch.randn_like(x) * x.detach().std() * 0.1 for x in slots]
-        return self.model(tokens, labels=labels, image_embeds=slots[0], audio_embeds=slots[1])
-
-
-class Described(torch.utils.data.Dataset):
-    """Scenes in words for stage 0b, for stage 0d also sounds in words: captions and questions."""
-
-    def __init__(self, size, seed, tokenizer, config):
-        self.size, self.seed, self.tokenizer, self.n, self.n_audio = size, seed, tokenizer, config.n_image_tokens, config.n_audio_tokens
-        self.cells = patch_cells(config.vision.image_size // config.vision.patch_size)
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, i):
-        seed = self.seed * 100_000_007 + i
-        world = ("image", "both", "sound", "both")[i % 4] if self.n_audio else "image"
-        scene, rng = d.make_scene(seed) if world != "sound" else None, random.Random(seed + 1)
-        sound = d.make_sound(seed, kinds=("beeps", "glide") if world == "both" else tuple(d.SOUND_KINDS)) if world != "image" else None
-        merged, kind = rng.random() < 0.9, rng.choices(("questions", "caption", "plain"), (18, 1, 1) if world != "sound" else (6, 1, 1))[0]
-        spoken = [p + "." for p in d.phrases(scene).values()] if scene else []
-        head = "<image>\n" * bool(scene) + "<audio>\n" * bool(sound) if merged else \
-            " ".join(rng.sample(spoken, len(spoken)) + ([d.describe_sound(sound)] if sound else [])) + "\n"
-        if kind == "questions" or world == "both":
-            asked = d.ask_many(scene, {"image": 5 if self.n_audio else 8, "sound": 3, "both": 10}[world], rng, sound)
-            asked = [qa for qa in asked if qa[0] in d.BOTH_TYPES][:6] or asked[:3] if world == "both" else asked
-            kind, pairs = "questions", [(q, a) for _, q, a in asked]
-        else:
-            pairs = [("Describe the scene.", d.describe(scene))] if scene else [("Describe the sound.", d.describe_sound(sound))]
-        ids, labels = d.encode_chat(d.as_turns(pairs, head), self.tokenizer, "plain" if kind == "plain" and merged else "tiny", self.n,
-                                    self.n_audio)
-        if not merged:
-            return ids, labels, None, None
-        phrases, words = cell_phrases(scene) if scene else None, d.describe_sound(sound).split() if sound else []
-        return (ids, labels, [ids_of(phrases[c], self.tokenizer) for c in self.cells] if scene else None,
-                [ids_of(w, self.tokenizer) for w in words] + [[PAD]] * (self.n_audio - len(words)) if sound else None)
-
-    def collate(self, samples):
-        def bags(rows, n):                                                         # (how many, n slots, W words)
-            slots = [slot for row in rows if row for slot in row] or [[PAD]] * n
-            return d.pad_rows(slots, PAD, 1).view(-1, n, max(len(b) for b in slots))[:sum(row is not None for row in rows)]
-        ids, labels, images, sounds = zip(*samples)
-        return {"tokens": d.pad_rows(ids, PAD), "labels": d.pad_rows(labels, IGNORE), "bags": bags(images, self.n), "images": [],
-                "broken": [], "truncated": 0} | ({"sounds": bags(sounds, self.n_audio)} if self.n_audio else {})
-
-
-class Transcribe(nn.Module):
-    """Stage 0c. The ear, as Whisper is trained: from a sound, write down what it is. The writer is thrown away afterwards."""
-
-    def __init__(self, ear, vocab_size: int):
-        super().__init__()
-        dim = ear.config.dim
-        self.ear, self.writer = ear, CuMo(Config(vision=None, text=TextConfig(
-            vocab_size=vocab_size, dim=dim, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=3 * dim, rope_theta=1e4)))
-        self.config = self.writer.config
-
-    def forward(self, tokens, labels, audio):
-        return self.writer(tokens, labels=labels, image_embeds=self.ear(audio))     # what it hears stands where an image would
-
-
-class Sounds(torch.utils.data.Dataset):
-    """Drawn sounds and what they are, for stage 0c."""
-
-    def __init__(self, size, seed, tokenizer, config):
-        self.sounds, self.tokenizer, self.n = d.Drawn("sound caption", size, seed), tokenizer, config.audio.n_frames // 2
-        self.seconds = config.audio.n_frames / 100
-
-    def __len__(self):
-        return len(self.sounds)
-
-    def __getitem__(self, i):
-        sample = self.sounds[i]
-        ids = self.tokenizer.encode(" " + d.describe_sound(sample["sound"])).ids + [self.tokenizer.token_to_id("</s>")]
-        return [IMAGE] * self.n + ids, [IGNORE] * self.n + ids, d.load_audio(sample["audio"][0], self.seconds)
-
-    def collate(self, samples):
-        ids, labels, audio = zip(*samples)
-        return {"tokens": d.pad_rows(ids, PAD), "labels": d.pad_rows(labels, IGNORE), "audio": torch.cat(audio), "images": [], "broken": [],
-                "truncated": 0}
+# 3. Stages 1 to 3
 
 
 def place(args: Args, stage) -> str:
@@ -835,54 +644,6 @@ def loader(dataset, s: dict, args: Args, collate, lengths=None):
         return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
                           persistent_workers=args.workers > 0, pin_memory=torch.cuda.is_available())
     return start_from
-
-
-def pretrain(args: Args, part: str, device):
-    """Stage "0a" makes --out/tower.safetensors, stage "0b" teaches the decoder and makes --out/backbones.safetensors. For a model that
-    hears, "0c" adds an ear to the shipped backbones and makes --out/ear.safetensors, "0d" teaches the decoder to speak of sounds."""
-    file, s = place(args, part), settings(args, part)
-    torch.manual_seed(args.seed)
-    if part != "0a":
-        model, tokenizer = load_backbones(BACKBONES if part == "0c" else place(args, {"0b": "0a", "0d": "0c"}[part]))
-    else:
-        config = Config.from_preset(args.preset)
-        def texts():                                                               # what the tiny template will be asked to spell
-            for i in range(4000):
-                scene = d.make_scene(i)
-                pairs = [("Describe the scene.", d.describe(scene))] + [qa[1:] for qa in d.ask_many(scene, 6, random.Random(i))]
-                yield "".join(text for text, _ in d.render(d.as_turns(pairs), "tiny")) + d.describe(scene)
-        tokenizer = d.train_tokenizer(texts(), config.text.vocab_size)
-        model = CuMo(config)
-    if part == "0c":
-        model.config.balance_coef = model.config.z_coef = 0.0
-        ear = CuMo(Config.from_preset(args.preset)).audio
-        add_audio(model, ear, args.seed)
-    n_scenes = s["steps"] * s["batch_size"]                                        # every scene once
-    if part == "0a":
-        choose_trainable(model, ("vision",))
-        model.vision.requires_grad_(True)                                          # the contrastive loss reaches the last layer too
-        data, trained = Regions(n_scenes, args.seed + 11, tokenizer, model.config), Contrastive(model.vision, model.config.text.vocab_size)
-    elif part == "0c":
-        data, trained = Sounds(n_scenes, args.seed + 13, tokenizer, model.config), Transcribe(model.audio, model.config.text.vocab_size)
-        trained.ear.pos.requires_grad_(False)                                      # sinusoids, as Whisper's
-    else:
-        choose_trainable(model, ("text",))
-        data, trained = Described(n_scenes, args.seed + 12, tokenizer, model.config), TextOnly(model)
-    what = {"0a": "tower, contrastively, on captions", "0b": "decoder, on text", "0c": "ear, on descriptions of sounds",
-            "0d": "decoder, on text about scenes and sounds"}[part]
-    say(f"stage {part}: {what}; {s['steps']} steps of {s['batch_size']}")
-
-    def done(_):
-        if RANK == 0:
-            save_backbones(model, file, tokenizer)
-            for world in {"0b": ("image",), "0d": ("image", "sound", "both")}.get(part, ()):
-                generate.print_table(generate.evaluate(model, tokenizer, args.eval_questions, in_words=True, world=world),
-                                     f"the decoder alone, on held-out {world} questions in words")
-    train(args, part, s, trained, loader(data, s, args, data.collate), device, done)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Stages 1 to 3
 
 
 def decoder_experts(args: Args, n_layers: int) -> list[int]:
@@ -1008,58 +769,189 @@ def run_stage(args: Args, stage: int, source: str, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. --plan: what a stage will cost, before it costs anything
+# 4. --plan: what a stage will cost, before it costs anything
 
 N_SAMPLES = {"cumo": {1: 558_000, 2: 708_000, 3: 1_649_000}, "moe-llava": {1: 558_000, 2: 964_000, 3: 665_000}}       # the papers'
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive: sees each operator's results come, and their memory go. `known` ones do not count."""
+# FLOPs of operators for which torch has no formula, by the shapes of their inputs: two for every
+# multiply-add. (Going back, a product becomes two, the gradient of either factor. So a frozen weight
+# costs only one there, and what lies before the first weight that trains costs nothing.)
+
+
+def grouped_flops(a, b, *_, **__):
+    """a (M, K) by slices of rows with b (E, K, N), or by slices of columns with b (K, N)."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+def attention_flops(q, k, *_, **__):
+    """q (B, H, T, d), k (B, H_kv, S, d): the two products q k and p v.
+
+    A kernel that skips what a causal mask hides does half of it; that is not counted here.
+    """
+    b, h, t, d = q
+    return 2 * 2 * b * h * t * k[2] * d
+
+
+def attention_backward_flops(grad, q, k, *_, **__):
+    """Four products. The kernel also computes q k a second time, which is not counted here."""
+    return 2 * attention_flops(q, k)
+
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FORMULAS = flop_registry | {
+    torch.ops.aten._grouped_mm: shape_wrapper(grouped_flops),
+    FLASH: shape_wrapper(attention_flops),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        shape_wrapper(attention_backward_flops),
+}
+
+
+class Meter(TorchDispatchMode):
+    """Counts the FLOPs of operators, and the bytes of tensors that are alive.
+
+    It sees each operator's results come, and is told when their memory goes. Tensors in `known` do
+    not count.
+
+    torch has both: FlopCounterMode, with the same formulas, and MemTracker. But the first keeps
+    tensors alive by the way it follows modules, so that the bytes would be wrong, and the second
+    fails where parts are frozen, that is in every stage 1.
+    """
 
     def __init__(self, known):
         super().__init__()
-        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet(t.untyped_storage() for t in known)
+        self.flops = 0
+        self.now = 0
+        self.peak = 0
+        self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        formula = FORMULAS.get(op._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and (memory := t.untyped_storage()) not in self.seen:       # a view has its base's
-                self.seen.add(memory)
-                self.grow(memory.nbytes())
-                weakref.finalize(memory, self.grow, -memory.nbytes()).atexit = False
+            if isinstance(t, torch.Tensor):
+                self.add(t.untyped_storage())
         return out
 
-    def grow(self, n):
-        self.now, self.peak = self.now + n, max(self.peak, self.now + n)
+    def add(self, memory):
+        # a view has the memory of what it is a view of
+        if memory in self.seen:
+            return
+        self.seen.add(memory)
+        self.grow(memory.nbytes())
+        weakref.finalize(memory, self.grow, -memory.nbytes()).atexit = False
+
+    def grow(self, n: int):
+        self.now += n
+        self.peak = max(self.peak, self.now)
+
+
+def mark_parts(model: CuMo, mark):
+    """Have mark(part) called whenever the model enters a part, forward or, going back, behind it.
+
+    Going back, a part begins where the gradient of its output is there. The parts run one after the
+    other in both directions.
+    """
+    def watch(part, module):
+        def enter(*_):
+            mark(part)
+
+        def watch_output(_, inputs, output):
+            out = output[0] if isinstance(output, tuple) else output
+            if out.requires_grad:
+                out.register_hook(enter)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(watch_output)
+
+    for part, module in model.named_children():
+        watch(part, module)
+
+
+def flops_between(marks: list, end: int) -> dict[str, int]:
+    """[(part, FLOPs when it was entered), ...] and the FLOPs at the end -> {part: FLOPs in it}."""
+    spent = Counter()
+    ends = [begin for _, begin in marks[1:]] + [end]
+    for (part, begin), until in zip(marks, ends):
+        spent[part] += until - begin
+    return spent
+
+
+class Rehearsal(NamedTuple):
+    """What one micro-batch's forward and backward pass takes."""
+    kept: int  # bytes that the forward pass leaves for the backward pass
+    peak: int  # the most bytes that are alive at once
+    forward: dict[str, int]  # FLOPs of each part of the model
+    backward: dict[str, int]  # the same; with checkpointing, including what is computed again
+
+
+def meta_batch(config: Config, rows: int, length: int) -> dict:
+    """`rows` samples of `length` tokens, each with an image, and a sound if the model hears."""
+    with torch.device("meta"):
+        tokens = torch.zeros(rows, length, dtype=torch.long)
+        batch = {"tokens": tokens, "labels": tokens}
+        size = config.vision.image_size
+        batch["images"] = torch.empty(rows, 3, size, size)
+        if config.audio is not None:
+            batch["audio"] = torch.empty(rows, config.audio.n_mels, config.audio.n_frames)
+    return batch
 
 
 @functools.cache
-def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, checkpointing: bool, grads: bool, dtype: torch.dtype):
-    """A forward and backward pass on meta, where tensors have shapes but no memory -> (bytes that the forward pass leaves for the backward
-    pass, the most alive at once), without weights and, with `grads`, gradients that are there before. (torch.compile needs less.)"""
-    def attention(q, k, v, attn_mask=None, is_causal=True, enable_gqa=False):      # meta would choose the one with the T x T matrix
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)[0]
+def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, checkpointing: bool,
+             grads: bool, dtype: torch.dtype) -> Rehearsal:
+    """A forward and backward pass on meta, where tensors have shapes but no memory and no values.
+
+    config: as JSON. The bytes are without weights and, with `grads`, without gradients, which are
+    there before then. (torch.compile needs less.) FLOPs are those of matrix products.
+    """
+    def attention(q, k, v, attn_mask=None, is_causal=True, enable_gqa=False):
+        # meta would choose the one with the T x T matrix
+        return FLASH(q, k, v, 0.0, is_causal)[0]
+
     usual = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with torch.device("meta"):
             model = CuMo(Config.from_dict(json.loads(config))).train()
-            tokens, images = torch.zeros(rows, length, dtype=torch.long), torch.empty(rows, 3, *[model.config.vision.image_size] * 2)
-            audio = torch.empty(rows, model.config.audio.n_mels, model.config.audio.n_frames) if model.config.audio else None
+        batch = meta_batch(model.config, rows, length)
     finally:
         torch.set_default_dtype(usual)
     choose_trainable(model, trains)
     if lora:
         add_lora(model, *lora)
     model.checkpointing(checkpointing)
+
+    known = list(model.parameters())
     for p in model.parameters():
-        p.grad = torch.zeros_like(p) if grads and p.requires_grad else None
-    with Live(t for p in model.parameters() for t in (p, p.grad) if t is not None) as live, \
-            mock.patch.object(F, "scaled_dot_product_attention", attention):
-        loss = model(tokens, images, audio, labels=tokens).loss
-        kept = live.now
+        if grads and p.requires_grad:
+            p.grad = torch.zeros_like(p)
+            known.append(p.grad)
+
+    marks = []
+    with Meter(known) as meter, mock.patch.object(F, "scaled_dot_product_attention", attention):
+        mark_parts(model, lambda part: marks.append((part, meter.flops)))
+        loss = model(**batch).loss
+        kept = meter.now
+        forward_flops = meter.flops
+        n_forward = len(marks)
         loss.backward()
-    return kept, live.peak
+    forward = flops_between(marks[:n_forward], forward_flops)
+    backward = flops_between(marks[n_forward:], meter.flops)
+    return Rehearsal(kept, meter.peak, forward, backward)
+
+
+def rehearse_stage(args: Args, s: dict, config: Config, gpus: int, fsdp: bool,
+                   checkpointing: bool) -> Rehearsal:
+    """The rehearsal of one micro-batch of a stage, as a run with these flags computes it."""
+    # with several micro-batches, gradients are there from the second on
+    several = s["batch_size"] > s["micro_batch"] * gpus
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    return rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), tuple(s.get("lora", ())),
+                    s["micro_batch"], s["max_length"], checkpointing, several or fsdp, dtype)
 
 
 def planned(args: Args, s: dict) -> tuple[Config, CuMo]:
@@ -1090,8 +982,7 @@ def memory(args: Args, stage, gpus: int, fsdp: bool, checkpointing: bool) -> dic
     blocks = [size(b.parameters()) for m in model.modules() if type(m) is nn.ModuleList for b in m]
     several = s["batch_size"] > s["micro_batch"] * gpus                            # micro-batches: gradients are there from the first on
     grads = 4 * size(trained) / cut
-    kept, top = rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), tuple(s.get("lora", ())), s["micro_batch"], s["max_length"],
-                         checkpointing, several or fsdp, torch.bfloat16 if bf16 else torch.float32)
+    kept, top, *_ = rehearse_stage(args, s, config, gpus, fsdp, checkpointing)
     fixed = {"weights": 4 * size(model.parameters()) / cut, "optimizer": 8 * size(trained) / cut}
     if fsdp:         # what is in no block stays gathered, of the blocks this one and the next; one block's gradients are on their way
         fixed["gathered"] = short * (size(model.parameters()) - sum(blocks) + 2 * max(blocks)) + (short + 4) * max(blocks)
@@ -1106,8 +997,6 @@ def memory(args: Args, stage, gpus: int, fsdp: bool, checkpointing: bool) -> dic
 
 def plan(args: Args):
     for stage in [args.stage] if args.stage is not None else [1, 2, 3]:
-        if stage == 0:
-            raise ValueError("--plan: stage 0 trains the tiny backbones in minutes; plan 1, 2 or 3")
         s = settings(args, stage, args.gpus)
         (config, model), n, length = planned(args, s), s["batch_size"], s["max_length"]
         if not (args.data or args.steps or args.recipe in N_SAMPLES):
@@ -1121,12 +1010,13 @@ def plan(args: Args):
               f"{s['micro_batch']} samples a GPU at a time, each of {length} tokens and an image{' and a sound' * (config.audio is not None)}")
         print("{:10} {:>14} {:>14} {:>14} {:>26} {:>10} {:>28}".format("", "parameters", "activated", "trained", "GFLOPs a sample: forward",
                                                                        "backward", "again, with --checkpointing"))
-        adapters = {None: (), "ffn": ("text.ffn",), "all": ("text",)}[s.get("lora", [None])[-1]]       # they want W's gradient too
-        forward, back = (flops(config, length, n_audio=config.audio is not None, trains=t) for t in (None, (*s["trains"], *adapters)))
-        again = {part: forward[part] * (part != "connector" and back[part] > 0) for part in forward}       # the blocks,
-        again["text"] = max(0., again["text"] - 2 * length * config.text.dim * config.text.vocab_size)     # not the head
-        rows = {part: [*both, sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad),
-                       *(work[part] / 1e9 for work in (forward, back, again))] for part, both in count_parameters(model).items()}
+        rows = {}
+        plain, again = (rehearse_stage(args, s, config, args.gpus, args.fsdp and args.gpus > 1, on) for on in (False, True))
+        for part, both in count_parameters(model).items():
+            trained = sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad)
+            # FLOPs of one sample: forward, backward, and what checkpointing computes a second time
+            work = plain.forward[part], plain.backward[part], again.backward[part] - plain.backward[part]
+            rows[part] = [*both, trained, *(flops / s["micro_batch"] / 1e9 for flops in work)]
         rows["all"] = [sum(column) for column in zip(*rows.values())]
         for part, row in rows.items():
             print("{:10} {:14,} {:14,} {:14,} {:26,.2f} {:10,.2f} {:28,.2f}".format(part, *row))
@@ -1189,35 +1079,82 @@ def prepare_device(args: Args) -> torch.device:
     return torch.device(name)
 
 
+def join_processes(args: Args, device: torch.device) -> torch.device:
+    """Under torchrun, meet the other processes -> this process's device.
+
+    Where torchrun has started all of them again because one died, args.resume becomes true.
+    """
+    if WORLD == 1:
+        return device
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "nccl"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+
+    # after a restart torchrun's store still has the dead processes' addresses, and others might wait
+    # for these
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    store = None
+    if restarts and os.environ["GROUP_WORLD_SIZE"] == "1":
+        old_store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {restarts}", old_store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+
+    # each node counts its own restarts
+    died = torch.tensor(restarts, device=device)
+    dist.all_reduce(died, dist.ReduceOp.MAX)
+    if died:
+        args.resume = True
+    return device
+
+
+def leave_processes():
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def stages_of(args: Args) -> list:
+    """The stages of this run, in order. uni-moe trains stage 2 once for each sense."""
+    numbers = [1, 2, 3]
+    if args.stage is not None:
+        numbers = [args.stage]
+    stages = []
+    for n in numbers:
+        if n == 2 and args.recipe == "uni-moe" and not args.data:
+            stages += SENSES
+        else:
+            stages.append(n)
+    return stages
+
+
+def source_of(args: Args, stage, stages: list) -> str:
+    """The folder or file that a stage starts from."""
+    if args.init and stage == stages[0]:
+        return args.init
+    if stage == 1:
+        if args.preset not in DRAWN and not args.vision:
+            raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision CLIP_DIR and --llm LLM_DIR, or --init")
+        return HEARING if args.recipe == "uni-moe" else BACKBONES
+    if args.recipe != "uni-moe":
+        return place(args, number(stage) - 1)
+    if number(stage) == 2:
+        # each sense's expert begins where stage 1 ended
+        return place(args, 1)
+    # the mixture begins at the first of its experts, a dense model at the last that was trained
+    return expert_folders(args)[-1 if args.dense else 0]
+
+
 def main(argv=None):
     args = parse(argv)
     if args.plan:
         return plan(args)
     device = prepare_device(args)
-    if WORLD > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        restarts, store = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), None
-        if restarts and os.environ["GROUP_WORLD_SIZE"] == "1":                     # torchrun's store still has the dead ones' addresses,
-            store = dist.PrefixStore(f"restart {restarts}", next(dist.rendezvous("env://"))[0])   # and others might wait for them
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK, world_size=WORLD)
-        died = torch.tensor(restarts, device=device)                               # each node counts its own
-        dist.all_reduce(died, dist.ReduceOp.MAX)
-        args.resume |= bool(died)                                                  # torchrun --max-restarts: one died, all begin again
+    device = join_processes(args, device)
     Config.from_preset(args.preset)                                                # an unknown name stops here
-    stages = [args.stage] if args.stage is not None else [0, 1, 2, 3] if args.from_scratch else [1, 2, 3]
-    if args.recipe == "uni-moe":
-        senses = [2] if args.data else list(SENSES)
-        stages = ["0c", "0d"] * (stages[0] == 0) + [stage for n in stages if n for stage in (senses if n == 2 else [n])]
-    elif stages[0] == 0:
-        stages = ["0a", "0b", *stages[1:]]
-    if stages[0] in ("0a", "0c") and args.preset not in DRAWN:
-        raise ValueError(f"stage 0 makes the tiny preset's backbones; {args.preset} starts from real weights: --vision DIR --llm DIR")
-    if stages[0] in ("0a", "0c") and args.fsdp:
-        raise ValueError("stage 0 makes backbones too small to shard: leave --fsdp out")
+    stages = stages_of(args)
     began, first = time.time(), stages[0]
-    finished = [s for s in stages if os.path.exists(os.path.join(place(args, s), "config.json")) or os.path.isfile(place(args, s))]
+    finished = [s for s in stages if os.path.exists(os.path.join(place(args, s), "config.json"))]
     if args.resume:                                                                # skip what is finished
         file, saved = newest_checkpoint(args.out)
         running = saved["identity"]["stage"] if file else None
@@ -1241,24 +1178,13 @@ def main(argv=None):
         if stages.index(first) > i:
             say(f"stage {stage}: done before")
             continue
-        if number(stage) == 0:
-            pretrain(args, stage, device)
-        else:
-            if args.preset not in DRAWN and stage == 1 and not (args.init or args.vision):
-                raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision CLIP_DIR and --llm LLM_DIR, or --init")
-            shipped = HEARING if args.recipe == "uni-moe" else BACKBONES
-            before = shipped if stage == 1 and i == 0 else place(args, stages[i - 1] if i else number(stage) - 1)
-            if args.recipe == "uni-moe" and stage != 1:                            # each from stage 1's; dense, stage 3 from the last
-                before = expert_folders(args)[-1 if args.dense else 0] if stage == 3 else place(args, 1)
-            run_stage(args, stage, args.init if args.init and i == 0 else before, device)
+        run_stage(args, stage, source_of(args, stage, stages), device)
     if RANK == 0:
         generate.draw_curves(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "loss.png"))
         last = os.path.normpath(place(args, stages[-1]))
-        hint = f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""
-        say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures."
-            + hint * (stages[-1] not in ("0b", "0d")))
-    if WORLD > 1:
-        dist.destroy_process_group()
+        say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures. Try:\n"
+            f"  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\"")
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -1606,7 +1606,7 @@ def save_backbones(model: CuMo, file: str, tokenizer: Tokenizer):
 
 def load_backbones(file: str):
     """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer)."""
-    again = "make it again with `python train.py --from-scratch`"
+    again = "make it again with `python assets/backbones.py`"
     try:
         with safe_open(file, framework="pt") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}

@@ -1,12 +1,14 @@
-"""bench.py: how fast it is. Each command measures its own ceiling too, and prints what share of it is reached.
+"""bench.py: how fast it is. Each command also measures the ceiling, and prints the share reached.
 
-    python tests/bench.py layers                    a MoE layer against a dense FFN with as much arithmetic
-    python tests/bench.py step --preset tiny        a step of stage 3, against a dense model and the released code's way
+    python tests/bench.py layers                    a MoE layer, against a dense FFN of equal FLOPs
+    python tests/bench.py step --preset tiny        a step of stage 3, against a dense model's and
+                                                    the released code's way
     python tests/bench.py decode cumo-mistral-7b    decoding, against the memory's bandwidth
-    python tests/bench.py images                    reading images, against Pillow's bare decoding and resizing
+    python tests/bench.py images                    reading images, against Pillow's bare work
 """
 import argparse
 import functools
+import json
 import os
 import sys
 import tempfile
@@ -191,7 +193,7 @@ def layer_rows(x, logits, weights, act, compiled, transformers):
 
 
 def bench_layer(name: str, layer: Layer, device: str, dtype: torch.dtype, speed: float, args):
-    """One table: the layer by every backend, 4 experts, top-2, beside a dense FFN over 2 x tokens."""
+    """One table: the layer by every backend, 4 experts, top-2, beside a dense FFN on 2 x tokens."""
     # a GPU wants more to do
     if device == "cuda" and layer.n_tokens > 100:
         layer = layer._replace(n_images=20 * layer.n_images)
@@ -214,7 +216,8 @@ def bench_layer(name: str, layer: Layer, device: str, dtype: torch.dtype, speed:
     repeat = args.repeat * 10 if name == "tiny" else args.repeat
     seconds = median_seconds({row: functools.partial(once, row) for row in rows}, device, repeat)
 
-    # multiply-adds of a token at one expert; two experts, two FLOPs each, forward and twice backward
+    # multiply-adds of a token at one expert; it has two experts, and each multiply-add is two
+    # FLOPs, forward and twice backward
     n_tokens = layer.n_images * layer.n_tokens
     one = layer.ffn_dim * (layer.dim + layer.dim_out + layer.dim * layer.gated)
     work = 3 * 2 * 2 * n_tokens * one
@@ -277,9 +280,9 @@ def a_batch(args, s: dict, config: Config, device) -> dict:
 
 def step_work(config: Config, s: dict, n_tokens: int) -> float:
     """FLOPs of one micro-batch, forward and backward."""
-    forward = train.flops(config, n_tokens)
-    backward = train.flops(config, n_tokens, trains=s["trains"])
-    return s["micro_batch"] * (sum(forward.values()) + sum(backward.values()))
+    counted = train.rehearse(json.dumps(config.to_dict()), tuple(s["trains"]), (), s["micro_batch"],
+                             n_tokens, False, False, torch.bfloat16)
+    return sum(counted.forward.values()) + sum(counted.backward.values())
 
 
 def widen(dense: Config, recipe: str, s: dict, n_tokens: int, work: float):
@@ -405,7 +408,7 @@ def memory_bandwidth(device: str, dtype: torch.dtype) -> float:
 
 
 def step_seconds(model: CuMo, tokens: torch.Tensor, n: int, compile) -> float:
-    """Seconds of one step of decoding behind the prompt `tokens` (B, T), without the prompt's pass."""
+    """Seconds of one step of decoding behind a prompt `tokens` (B, T), without that one's pass."""
     times = []
     # the first run warms up (and compiles)
     for _ in range(3):

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import backbones
 import data as d
 import model as m
 import train
@@ -697,7 +698,8 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(tmp_path):
 
 ERRORS = {                                           # flags -> words that the message must hold
     "--preset nope": "unknown preset 'nope'",
-    "--stage 7": "--stage 7: the stages are 0, 1, 2 and 3",
+    "--stage 7": "--stage 7: the stages are 1, 2 and 3",
+    "--stage 0": "python assets/backbones.py",
     "--stage 3 --data missing.json": "missing.json: cannot be read",
     "--stage 3 --data malformed.json": "malformed.json: malformed JSON in line 3",
     "--stage 3 --data malformed.jsonl": "malformed.jsonl: malformed JSON in line 2",
@@ -714,9 +716,7 @@ ERRORS = {                                           # flags -> words that the m
     "--init speechless": "has no tokenizer.json",
     "--init blind": "blind",
     "--device abacus": "--device abacus",
-    "--stage 0 --preset cumo-mistral-7b": "stage 0 makes the tiny preset's backbones",
     "--preset cumo-mistral-7b --stage 3 --init BASE": "--data",
-    "--stage 0 --fsdp": "--fsdp",
 }
 
 
@@ -758,25 +758,38 @@ def test_flags_arrive_with_their_types():
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    """All stages from nothing, two steps each, with small sizes for the tiny preset's."""
+def backbones_made(tmp_path_factory):
+    """Stage 0 in two steps each, with small sizes for the tiny preset's -> its folder."""
+    out = str(tmp_path_factory.mktemp("made") / "o")
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(m.PRESETS, "tiny", SMALL)
+        backbones.main(["--kind", "image", "--steps", "2", "--batch-size", "8", "--eval-questions", "9", "--out", out, "--device", "cpu"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def scratch(backbones_made, tmp_path_factory):
+    """All stages from those backbones, two steps each."""
     out = str(tmp_path_factory.mktemp("scratch") / "o")
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(m.PRESETS, "tiny", SMALL)
-        train.main(["--from-scratch", "--steps", "2", "--batch-size", "8", "--eval-questions", "9", "--out", out, "--device", "cpu"])
+        train.main(["--init", os.path.join(backbones_made, "tiny-backbones.safetensors"), "--steps", "2", "--batch-size", "8",
+                    "--eval-questions", "9", "--out", out, "--device", "cpu"])
     return out
 
 
-def test_from_scratch_makes_backbones_that_load_and_goes_on_from_them(scratch):
-    model, tokenizer = load_backbones(os.path.join(scratch, "backbones.safetensors"))
+def test_from_scratch_makes_backbones_that_load_and_goes_on_from_them(backbones_made, scratch):
+    model, tokenizer = load_backbones(os.path.join(backbones_made, "tiny-backbones.safetensors"))
     assert model.config.to_dict() == m.Config(**SMALL).to_dict() and tokenizer.encode("<q>").ids == [tokenizer.token_to_id("<q>")]
-    tower, _ = load_backbones(os.path.join(scratch, "tower.safetensors"))
+    tower, _ = load_backbones(os.path.join(backbones_made, "tower.safetensors"))
     assert same(dict(tower.vision.named_parameters()), dict(model.vision.named_parameters()))              # 0b trains the decoder alone
     assert not same(dict(tower.text.named_parameters()), dict(model.text.named_parameters()))
     stage1, _ = load(os.path.join(scratch, "stage1"))
     assert same(dict(model.text.named_parameters()), dict(stage1.text.named_parameters()))                 # 1 the connector alone
-    assert [(r["stage"], r["step"]) for r in rows(scratch)] == [(s, i) for s in ("0a", "0b", 1, 2, 3) for i in (0, 1)]
+    assert [(r["stage"], r["step"]) for r in rows(backbones_made)] == [(s, i) for s in ("0a", "0b") for i in (0, 1)]
+    assert [(r["stage"], r["step"]) for r in rows(scratch)] == [(s, i) for s in (1, 2, 3) for i in (0, 1)]
     with open(os.path.join(scratch, "scores.jsonl")) as f:
         scores = [json.loads(line) for line in f]
     assert [(s["stage"], sum(asked for _, asked in s["scores"].values())) for s in scores] == [(1, 2), (2, 2), (3, 9)]
@@ -788,23 +801,38 @@ def test_a_run_draws_its_pictures(scratch, picture):
     assert min(image.size) >= 200 and len(image.convert("RGB").getcolors(10**6)) > 5                       # something is drawn
 
 
-def test_stage_0_stopped_resumes_exactly(scratch, tmp_path, monkeypatch):
+def test_stage_0_stopped_resumes_exactly(backbones_made, tmp_path, monkeypatch):
     """The decoder's stage draws noise: it must not depend on what was drawn before the stop."""
     monkeypatch.setitem(m.PRESETS, "tiny", SMALL)
     for out in ("whole", "stopped"):
         os.mkdir(tmp_path / out)
-        shutil.copy(os.path.join(scratch, "tower.safetensors"), tmp_path / out)
-    go = lambda out: train.main(["--stage", "0", "--resume", "--steps", "4", "--batch-size", "4", "--eval-questions", "1",
-                                 "--device", "cpu", "--out", str(tmp_path / out)])
+        shutil.copy(os.path.join(backbones_made, "tower.safetensors"), tmp_path / out)
+    go = lambda out: backbones.main(["--kind", "image", "--resume", "--steps", "4", "--batch-size", "4", "--eval-questions", "1",
+                                     "--device", "cpu", "--out", str(tmp_path / out)])
     go("whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 2, train.Described)
+        interrupt_at(patch, 2, backbones.Described)
         go("stopped")
     go("stopped")
     assert [(r["stage"], r["step"]) for r in rows(tmp_path / "stopped")] == [("0b", i) for i in range(4)]
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
-    a, b = (load_backbones(str(tmp_path / out / "backbones.safetensors"))[0].state_dict() for out in ("whole", "stopped"))
+    a, b = (load_backbones(str(tmp_path / out / "tiny-backbones.safetensors"))[0].state_dict() for out in ("whole", "stopped"))
     assert all(torch.equal(a[n], b[n]) for n in a if not n.startswith("connector."))                       # the connector is new
+
+
+@pytest.mark.parametrize("argv, words", [([], "already: --resume"), (["--resume"], "nothing to resume"),
+                                         (["--resume", "--kind", "hearing"], "belongs to stage 0b")])
+def test_finished_backbones_are_not_written_over(backbones_made, tmp_path, monkeypatch, argv, words):
+    monkeypatch.setitem(m.PRESETS, "tiny", SMALL)
+    out = shutil.copytree(backbones_made, tmp_path / "o")
+    go = ["--kind", "image", "--steps", "2", "--batch-size", "8", "--eval-questions", "9", "--out", str(out), "--device", "cpu"]
+    if "hearing" in argv:                                                          # leave a checkpoint of the other kind
+        os.remove(out / "tiny-backbones.safetensors")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_at(patch, 1, backbones.Described)
+            backbones.main([*go, "--resume"])
+    with pytest.raises(ValueError, match=words):
+        backbones.main([*go, *argv])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import backbones
 import data as d
 import generate
 import model as m
@@ -234,10 +235,10 @@ def test_a_deaf_model_says_what_it_wants(base, tmp_path):
 
 
 def test_stage_0_teaches_an_ear_and_then_the_decoder(tmp_path):
-    train.main(["--recipe", "uni-moe", "--stage", "0", "--out", str(tmp_path / "o"), "--device", "cpu", "--steps", "2", "--batch-size", "4",
-                "--eval-questions", "5"])
+    backbones.main(["--kind", "hearing", "--out", str(tmp_path / "o"), "--device", "cpu", "--steps", "2", "--batch-size", "4",
+                    "--eval-questions", "5"])
     first, heard, spoken = (load_backbones(f)[0].state_dict() for f in (train.BACKBONES, tmp_path / "o/ear.safetensors",
-                                                                        tmp_path / "o/backbones.safetensors"))
+                                                                        tmp_path / "o/uni-moe-tiny-backbones.safetensors"))
     assert torch.equal(heard["audio.pos"], m.sinusoids(*heard["audio.pos"].shape))
     same = lambda a, b, part: all(torch.equal(a[k], b[k]) for k in a if k.startswith(part))
     assert same(first, heard, ("vision.", "text.")) and same(heard, spoken, ("vision.", "audio.")) and not same(heard, spoken, "text.")
