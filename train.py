@@ -71,7 +71,7 @@ import generate
 from data import TEMPLATES
 from model import (IGNORE, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable,
                    count_parameters, merge_state, plain_name, total_loss)
-from upcycle import (assemble, expert_counts, load, load_backbones, put, read_json, save, upcycle,
+from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json, save, upcycle,
                      write_atomically, write_json)
 
 # Set by torchrun. One process that torchrun started is a group of processes too.
@@ -1449,7 +1449,7 @@ def shard_weights(model: nn.Module, blocks: list, device, later):
     # With adapters, a weight's own name is longer than the one in the folder.
     params = {plain_name(name) or name: p for name, p in model.named_parameters()}
     for name, expert, tensor in chain(new, *later):
-        put(params[plain_name(name) or name], expert, tensor)
+        copy_into_shard(params[plain_name(name) or name], expert, tensor)
 
 
 def shard_dimension(p: nn.Parameter) -> Shard | None:

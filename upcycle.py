@@ -1,15 +1,22 @@
-"""upcycle.py: weights in and out, and dense -> mixture of experts.
+"""upcycle.py: a dense model becomes a mixture of experts; and how weights get in and out.
 
-Sparse upcycling (arXiv 2212.05055) does not train experts from scratch: every expert starts as a copy of the trained dense FFN,
-and only the router is new. Since the chosen experts' weights sum to 1, the upcycled block computes at first exactly what the dense
-one did, so training goes on where it was and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision
-tower and in the connector at once, between its second and third stage. Uni-MoE's experts need not be copies of one FFN: fine-tuned
-apart before, each on one modality or task, they meet as experts of one decoder.
+Sparse upcycling (arXiv 2212.05055) does not train experts from scratch. Every expert starts as a
+copy of the trained dense FFN, and only the router is new. The weights of a token's experts sum to
+1, so at first the upcycled block computes exactly what the dense one did: training goes on where
+it was, and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision tower
+and in the connector at once, between its second and third stage. Uni-MoE's experts are no copies
+of one FFN: they were fine-tuned apart, each on one modality or task, and meet in one decoder.
 
-A model folder holds config.json, model.safetensors (in shards with an index above 5 GB) and tokenizer.json.
+The second part of this file reads and writes model folders: this project's own (config.json,
+model.safetensors, tokenizer.json) and those of other programs. `python upcycle.py --help` says how
+to convert one into another.
+
+Shapes: N tokens, D width, F FFN width, E experts.
 """
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -17,132 +24,142 @@ import pickle
 import re
 import sys
 import zipfile
+from collections import Counter
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from model import (FFN, ROPE_SCALING, AudioConfig, AudioTransformer, Config, ConnectorConfig, CuMo, MoE, Resampler, TextConfig,
-                   VisionConfig, VisionTransformer, adapted, merge_state)
+from kernels import FFN, MoE
+from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, ConnectorConfig, CuMo,
+                   Resampler, TextConfig, VisionConfig, VisionTransformer, adapted, merge_state)
 
-SHARD_BYTES = 5 * 10**9
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 1. Dense -> experts
 
 
-def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: int = 0, real_routers: bool = False,
-            experts: list | None = None, average: bool = False) -> CuMo:
-    """Turn dense FFNs into MoEs, in place: every expert a copy, the router Normal(0, 0.02).
+@torch.no_grad()
+def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Generator,
+                 real_router: bool = False, **limits) -> MoE:
+    """A MoE whose experts are all copies of one dense FFN, on its device and in its dtype.
 
-    vision, connector, text: the number of experts, for all layers or (vision, text) a list with one number a layer; 0 leaves a
-    layer as it is. CuMo's stage 3 is upcycle(model, vision=4, connector=4); MoE-LLaVA's is upcycle(model, text=[4, 0] * 16).
-    real_routers: a model on meta, whose weights come later (`put`), gets its routers now.
+    The router is drawn from Normal(0, 0.02). real_router: put it on the CPU even if the dense FFN
+    is on meta. limits: the capacities that kernels.MoE takes. Asserts that the output is unchanged.
+    """
+    ffn_dim, dim = dense.w_in.shape
+    device = dense.w_in.device
+    dtype = dense.w_in.dtype
 
-    experts: dense models of the same architecture (folders, or CuMos) that were fine-tuned apart, Uni-MoE's mixture: expert e of the
-    decoder's MoEs (in every layer, or as `text` says) gets the FFN of the e-th. All else stays the model's, or with `average` becomes
-    the mean over the experts' models. Their weights stream through one by one: they are never all in memory.
-    Raises ValueError for a bad count, and where a layer already has experts. Asserts that copies do not change the output."""
-    sources = [] if experts is None else sources_of(model, experts, average)
+    # a module on meta takes no memory: its weights are made below
+    with torch.device("meta"):
+        moe = MoE(dim, ffn_dim, dense.act, n_experts, top_k, dim_out=len(dense.w_out),
+                  gated=dense.w_gate is not None, bias=dense.b_in is not None, **limits)
+
+    # every expert is a copy
+    state = {}
+    for name, weight in dense.named_parameters():
+        state[name] = torch.stack([weight] * n_experts)  # (F, D) -> (E, F, D)
+
+    # only the router is new, and small, so that in the beginning no expert is preferred by much
+    router = torch.randn(n_experts, dim, generator=generator) * 0.02  # (E, D)
+    if real_router and dense.w_in.is_meta:
+        device = "cpu"
+    state["router"] = router.to(device, dtype)
+    moe.load_state_dict(state, assign=True)
+    moe.requires_grad_(True)
+
+    # drawn even where nothing can be compared, as the next layer's router depends on the generator
+    x = torch.randn(16, dim, generator=generator)
+    assert_same_output(dense, moe, x)
+    return moe
+
+
+def assert_same_output(dense, moe, x):
+    """Stop if the MoE does not give what the dense FFN gives for x (N, D)."""
+    # there is nothing to compare on meta, and experts with a capacity may drop tokens
+    if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
+        return
+
+    x = x.to(dense.w_in.device, dense.w_in.dtype)
+    before = dense(x)[0].float()
+    after = moe(x)[0].float()
+    difference = (before - after).abs().max()
+
+    # Rounding is allowed: weights sum to 1 only nearly, and long sums are added in another order.
+    # A real fault would be larger by far.
+    tolerance = 8 * torch.finfo(x.dtype).eps + 1e-4
+    tolerance = tolerance * before.abs().max().clamp(min=1e-3)
+    assert difference <= tolerance, f"upcycling changed the output by {difference}"
+
+
+def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: int = 0,
+            real_routers: bool = False, experts=None, average: bool = False) -> CuMo:
+    """Turn dense FFNs into MoEs, in place, and return the model.
+
+    vision, connector, text: the number of experts. One number counts for all layers of the part; a
+    list (vision, text) has one for each layer; 0 leaves a layer dense. CuMo's third stage is
+    upcycle(model, vision=4, connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16).
+
+    experts: models that were fine-tuned apart, to be put together as the decoder's experts (see
+    `mix_experts`): folders or CuMos, of this model's architecture. Without `text`, all layers.
+
+    real_routers: a model on meta, whose other weights come later, gets its routers now.
+
+    Raises ValueError for what cannot be done, before anything changes: a bad number of experts, a
+    layer that has experts already, a source that does not fit.
+    """
+    # Uni-MoE: as many experts as there are models to put together
+    sources = []
     if experts is not None:
+        sources = open_sources(model, experts, average)
         text = text or len(sources)
-        if wrong := {n for n in ([text] if isinstance(text, int) else text) if n not in (0, len(sources))}:
-            raise ValueError(f"text: {min(wrong)} experts asked for, {len(sources)} given to put together")
-    if adapted(model):
-        raise ValueError("this model has LoRA adapters; merge them first (drop_lora)")
-    jobs = []                                                                      # (config part, its FFN owner, layer, experts)
-    for name, wanted in (("vision", vision), ("connector", connector), ("text", text)):
-        module, part = getattr(model, name), getattr(model.config, name)
-        if module is None and (wanted if isinstance(wanted, int) else any(wanted)):
-            raise ValueError(f"{name}: this model has no such part to upcycle")
-        owners = [] if module is None else [module] if name == "connector" else list(module.layers)
-        wanted = [wanted] * len(owners) if isinstance(wanted, int) else list(wanted)
-        if len(wanted) != len(owners):
-            raise ValueError(f"{name}: {len(wanted)} expert counts for {len(owners)} layers")
-        for layer, (owner, n_experts) in enumerate(zip(owners, wanted)):
-            if n_experts and not 1 <= top_k <= n_experts:
-                raise ValueError(f"{name}: top_k = {top_k} of {n_experts} experts; need 1 <= top_k <= experts")
-            if n_experts and isinstance(owner.ffn, MoE):
-                raise ValueError(f"{name} layer {layer} already has {len(owner.ffn.router)} experts")
-            if n_experts and part.top_k != top_k and (any(part.n_experts) if isinstance(part.n_experts, list) else part.n_experts):
-                raise ValueError(f"{name} already has experts with top_k = {part.top_k}; all its layers share one, got {top_k}")
-            if n_experts:
-                jobs.append((part, owner, layer, n_experts))
-    generator = torch.Generator().manual_seed(seed)                                # the same routers on every rank
-    for part, owner, layer, n_experts in jobs:
-        limits = part.expert_limits if part is model.config.text else {}
-        owner.ffn = experts_from(owner.ffn, n_experts, top_k, generator, real_routers, **limits)
-        part.top_k = top_k
-        if isinstance(part.n_experts, list):
-            part.n_experts[layer] = n_experts
-        else:
-            part.n_experts = n_experts
-    params = dict(model.named_parameters())
-    stacked = {name for path, m in model.text.named_modules(prefix="text") if isinstance(m, MoE) for name, _ in m.named_parameters(path)}
-    for e, tensors in enumerate(sources):
-        for name, _, tensor in tensors:
-            if name in stacked:
-                put(params[name], e, tensor)
-            elif average:                                                          # a running mean: 1 / 1 of the first, 1 / 2 of the next
-                params[name].data.lerp_(tensor.to(params[name]), 1 / (e + 1))
+
+    # all checks come before the first change
+    wanted = {"vision": vision, "connector": connector, "text": text}
+    counts = layer_counts(model, wanted, top_k, sources)
+
+    # a generator of its own: the same routers in every process
+    generator = torch.Generator().manual_seed(seed)
+    for part, numbers in counts.items():
+        config = getattr(model.config, part)
+        # only the decoder's experts can have a capacity
+        limits = config.expert_limits if part == "text" else {}
+        for layer, (owner, n_experts) in enumerate(zip(ffn_owners(model, part), numbers)):
+            if n_experts == 0:
+                continue
+            owner.ffn = experts_from(owner.ffn, n_experts, top_k, generator, real_routers, **limits)
+
+            # the config follows, so that a saved model is built with these experts
+            config.top_k = top_k
+            if part == "connector":
+                config.n_experts = n_experts
+            else:
+                config.n_experts[layer] = n_experts
+
+    mix_experts(model, sources, average)
     return model
 
 
-OF_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity", "noisy", "aux"}
-
-
-def sources_of(model: CuMo, experts: list, average: bool) -> list:
-    """For each of the models to be put together, a stream of (our name, None, tensor); all are compared before the first is read."""
-    if not experts or next(model.parameters()).is_meta or any(model.config.text.n_experts):
-        raise ValueError("experts: name one model at least, and put them into a dense decoder that has its weights")
-    streams, ours = [], dataclasses.asdict(model.config)
-    for i, source in enumerate(experts):
-        where = f"expert {i}" if isinstance(source, CuMo) else os.fspath(source)
-        if isinstance(source, CuMo):
-            state = merge_state(source.state_dict(), source)
-            if source is model and average:                                        # which changes the model while others still stream in
-                state = {name: t.clone() for name, t in state.items()}
-            tensors = [((name, None, t) for name, t in state.items())]
-        else:
-            source, _ = load(source, later=(tensors := []))
-        if not isinstance(source, CuMo):
-            raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
-        if any(source.config.text.n_experts):
-            raise ValueError(f"{where}: has experts in its decoder; only dense models can become experts")
-        theirs = dataclasses.asdict(source.config)
-        for part in ("text", "vision", "connector", "audio"):
-            a, b = ours[part] or {}, theirs[part] or {}
-            if part != "text" and not average and not (a and b):                   # a decoder without senses can be an expert
-                continue
-            for key in a | b:
-                if a.get(key) != b.get(key) and not (part == "text" and key in OF_EXPERTS):
-                    raise ValueError(f"{where}: {part}.{key} = {b.get(key)}, the model that it goes into has {a.get(key)}")
-        streams += tensors
-    return streams
-
-
 @torch.no_grad()
-def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Generator, real_router: bool = False, **limits) -> MoE:
-    """One dense FFN -> a MoE of n_experts copies of it, on the same device and in the same dtype. limits: MoE's capacities."""
-    (ffn_dim, dim), like = dense.w_in.shape, dense.w_in
-    with torch.device("meta"):
-        moe = MoE(dim, ffn_dim, dense.act, n_experts, top_k, len(dense.w_out), dense.w_gate is not None, dense.b_in is not None,
-                  **limits)
-    state = {name: w.detach().unsqueeze(0).repeat(n_experts, *[1] * w.dim()) for name, w in dense.named_parameters()}
-    router = torch.randn(n_experts, dim, generator=generator) * 0.02
-    state["router"] = router.to("cpu" if like.is_meta and real_router else like.device, like.dtype)
-    moe.load_state_dict(state, assign=True)
-    moe.requires_grad_(True)
-    x = torch.randn(16, dim, generator=generator).to(like.device, like.dtype)      # drawn in any case: the next router depends on it
-    if not like.is_meta and not moe.capacity_factor and not moe.eval_capacity_factor:
-        before, after = dense(x)[0].float(), moe(x)[0].float()
-        # Weights sum to 1 but for rounding, and long sums come out in another order; what is wrong would be off by far more
-        tolerance = (8 * torch.finfo(like.dtype).eps + 1e-4) * before.abs().max().clamp(min=1e-3)
-        assert (before - after).abs().max() <= tolerance, f"upcycling changed the output by {(before - after).abs().max()}"
-    return moe
+def mix_experts(model, sources, average):
+    """Uni-MoE's mixture: expert e of every decoder MoE becomes the FFN of the e-th source.
+
+    All else stays the model's own, or with `average` becomes the mean over the sources. The
+    sources' weights stream through one by one, so they are never all in memory.
+    """
+    params = dict(model.named_parameters())
+    # a source is dense: its FFN (F, D) becomes slice e of the model's (E, F, D)
+    for e, tensors in enumerate(sources):
+        for name, _, tensor in tensors:
+            if name.startswith("text.") and is_stacked(name, params):
+                copy_into_shard(params[name], e, tensor)
+            elif average:
+                # a running mean: the first counts 1/1, the second 1/2, the third 1/3...
+                params[name].lerp_(tensor.to(params[name]), 1 / (e + 1))
 
 
 PLACEMENTS = "every_other", "all", "first_half", "second_half"
@@ -154,27 +171,31 @@ def moe_layers(where: str, n_layers: int) -> list[int]:
     where: one of PLACEMENTS, which MoE-LLaVA compares (every other layer is its choice), or layer
     numbers with commas. Raises ValueError for anything else, and for layers that do not exist.
     """
+    # a place by name
+    layers = list(range(n_layers))
     half = n_layers // 2
-    if where == "every_other":
-        layers = list(range(0, n_layers, 2))
-    elif where == "all":
-        layers = list(range(n_layers))
-    elif where == "first_half":
-        layers = list(range(half))
-    elif where == "second_half":
-        layers = list(range(half, n_layers))
-    else:
+    chosen = {
+        "every_other": layers[::2],
+        "all": layers,
+        "first_half": layers[:half],
+        "second_half": layers[half:],
+    }.get(where)
+
+    # or the layers one by one
+    if chosen is None:
         try:
-            layers = [int(i) for i in where.split(",")]
+            chosen = [int(i) for i in where.split(",")]
         except ValueError:
             raise ValueError(f"--moe-layers {where}: {', '.join(PLACEMENTS)}, or layer numbers "
                              "with commas") from None
-
-    outside = [i for i in layers if not 0 <= i < n_layers]
-    if not layers or outside or len(set(layers)) < len(layers):
+    if not chosen or not set(chosen) <= set(layers) or len(set(chosen)) < len(chosen):
         raise ValueError(f"--moe-layers {where}: the decoder has layers 0 to {n_layers - 1}; "
                          "name each once")
-    return layers
+    return chosen
+
+
+# ---- You can stop here on a first reading. Behind this line: the checks behind upcycle, other ----
+# ---- programs' names and configurations, model folders in and out, and the command line.      ----
 
 
 def expert_counts(n_layers: int, where: str, n_experts: str) -> list[int]:
@@ -188,177 +209,607 @@ def expert_counts(n_layers: int, where: str, n_experts: str) -> list[int]:
     if len(numbers) == 1:
         numbers = numbers * len(layers)
     if len(numbers) != len(layers):
-        raise ValueError(f"--n-experts {n_experts} has {len(numbers)} numbers, --moe-layers {where} "
-                         f"are {len(layers)} layers")
+        raise ValueError(f"--n-experts {n_experts} has {len(numbers)} numbers, --moe-layers "
+                         f"{where} are {len(layers)} layers")
+
+    # spread them over the decoder
     counts = [0] * n_layers
     for layer, number in zip(layers, numbers):
         counts[layer] = number
     return counts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. What other programs call the same tensors. One table serves loading, saving and the listing that `python upcycle.py` prints
+def ffn_owners(model, part):
+    """The modules of a part that have an FFN each: its layers, or the connector itself."""
+    module = getattr(model, part)
+    if module is None:
+        return []
+    if part == "connector":
+        return [module]
+    return list(module.layers)
+
+
+def open_sources(model, experts, average):
+    """For each model to be put together, a stream of (our name, None, tensor).
+
+    All of them are compared with the model before the first tensor is read.
+    """
+    on_meta = next(model.parameters()).is_meta
+    if not experts or on_meta or any(model.config.text.n_experts):
+        raise ValueError("experts: name one model at least, and put them into a dense decoder "
+                         "that has its weights")
+    streams = []
+    for i, source in enumerate(experts):
+        if isinstance(source, CuMo):
+            where = f"expert {i}"
+            state = merge_state(source.state_dict(), source)
+            if source is model and average:
+                # averaging changes the model while the others still stream in
+                state = {name: tensor.clone() for name, tensor in state.items()}
+            streams.append((name, None, tensor) for name, tensor in state.items())
+        else:
+            where = os.fspath(source)
+            source, _ = load(source, later=streams)
+
+        # what cannot become an expert of this model
+        if not isinstance(source, CuMo):
+            raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
+        if any(source.config.text.n_experts):
+            raise ValueError(f"{where}: has experts in its decoder; only dense models can become "
+                             "experts")
+        check_same_sizes(where, source.config, model.config, average)
+    return streams
+
+
+# -------------------------------------------------------------------------------------------------
+# 2. What other programs call the same tensors
 #
-# Left, the published CuMo names; Hugging Face's CLIP, LLaMA, Mistral, Mixtral, Qwen2 and LLaVA differ from them by prefixes (RENAMES).
-# {i} is a layer, {e} an expert: ours are stacked, so w_in[{e}] is a slice. {p} stands for weight and bias.
+# The names in CuMo's own checkpoints are called the published names here. Those of CLIP, LLaMA,
+# Mistral, Mixtral, Qwen2, LLaVA and MoE-LLaVA differ from them by prefixes and a few words, and
+# RENAMES turns all of them into published names. TABLE says what we call each of these. It serves
+# loading, saving and the listing that `python upcycle.py` prints.
+#
+# {i} is a layer, {p} stands for weight and bias, {e} is an expert. Their experts have a tensor
+# each; ours are stacked, so w_in[{e}] is one slice of a tensor (E, F, D).
 
-TOWER, PROJECTOR = "model.vision_tower.vision_model.", "model.mm_projector."
-NAMES = {}
-for theirs, ours in {
-    TOWER + "embeddings.class_embedding": "vision.cls",
-    TOWER + "embeddings.patch_embedding.weight": "vision.patch.weight",
-    TOWER + "embeddings.position_embedding.weight": "vision.pos",
-    TOWER + "pre_layrnorm.{p}": "vision.pre_norm.{p}",                             # the typo is CLIP's
-    **{TOWER + "encoder.layers.{i}." + a: "vision.layers.{i}." + b for a, b in {
-        "layer_norm1.{p}": "norm1.{p}", "layer_norm2.{p}": "norm2.{p}",
-        "self_attn.q_proj.{p}": "q.{p}", "self_attn.k_proj.{p}": "k.{p}", "self_attn.v_proj.{p}": "v.{p}", "self_attn.out_proj.{p}": "o.{p}",
-        "mlp.fc1.weight": "ffn.w_in", "mlp.fc1.bias": "ffn.b_in", "mlp.fc2.weight": "ffn.w_out", "mlp.fc2.bias": "ffn.b_out",
-        "gate.weight": "ffn.router",
-        "experts.{e}.fc1.weight": "ffn.w_in[{e}]", "experts.{e}.fc1.bias": "ffn.b_in[{e}]",
-        "experts.{e}.fc2.weight": "ffn.w_out[{e}]", "experts.{e}.fc2.bias": "ffn.b_out[{e}]"}.items()},
-    **{"audio_tower.encoder." + a: "audio." + b for a, b in {                       # Whisper
-        "conv1.{p}": "conv1.{p}", "conv2.{p}": "conv2.{p}", "embed_positions.weight": "pos", "layer_norm.{p}": "norm.{p}",
-        "layers.{i}.self_attn_layer_norm.{p}": "layers.{i}.norm1.{p}", "layers.{i}.final_layer_norm.{p}": "layers.{i}.norm2.{p}",
-        "layers.{i}.self_attn.q_proj.{p}": "layers.{i}.q.{p}", "layers.{i}.self_attn.k_proj.weight": "layers.{i}.k.weight",
-        "layers.{i}.self_attn.v_proj.{p}": "layers.{i}.v.{p}", "layers.{i}.self_attn.out_proj.{p}": "layers.{i}.o.{p}",
-        "layers.{i}.fc1.weight": "layers.{i}.ffn.w_in", "layers.{i}.fc1.bias": "layers.{i}.ffn.b_in",
-        "layers.{i}.fc2.weight": "layers.{i}.ffn.w_out", "layers.{i}.fc2.bias": "layers.{i}.ffn.b_out"}.items()},
-    PROJECTOR + "0.weight": "connector.ffn.w_in", PROJECTOR + "0.bias": "connector.ffn.b_in",
-    PROJECTOR + "2.weight": "connector.ffn.w_out", PROJECTOR + "2.bias": "connector.ffn.b_out",
-    PROJECTOR + "gate.weight": "connector.ffn.router",
-    PROJECTOR + "experts.{e}.0.weight": "connector.ffn.w_in[{e}]", PROJECTOR + "experts.{e}.0.bias": "connector.ffn.b_in[{e}]",
-    PROJECTOR + "experts.{e}.2.weight": "connector.ffn.w_out[{e}]", PROJECTOR + "experts.{e}.2.bias": "connector.ffn.b_out[{e}]",
-    "model.embed_tokens.weight": "text.embed.weight", "model.norm.weight": "text.norm.weight", "lm_head.weight": "text.head.weight",
-    **{"model.layers.{i}." + a: "text.layers.{i}." + b for a, b in {
-        "input_layernorm.weight": "norm1.weight", "post_attention_layernorm.weight": "norm2.weight",
-        "self_attn.q_proj.{p}": "q.{p}", "self_attn.k_proj.{p}": "k.{p}", "self_attn.v_proj.{p}": "v.{p}", "self_attn.o_proj.weight": "o.weight",
-        "mlp.gate_proj.weight": "ffn.w_gate", "mlp.up_proj.weight": "ffn.w_in", "mlp.down_proj.weight": "ffn.w_out",
-        "block_sparse_moe.gate.weight": "ffn.router", "block_sparse_moe.experts.{e}.w1.weight": "ffn.w_gate[{e}]",
-        "block_sparse_moe.experts.{e}.w3.weight": "ffn.w_in[{e}]", "block_sparse_moe.experts.{e}.w2.weight": "ffn.w_out[{e}]"}.items()},
-}.items():
-    for p in ("weight", "bias") if "{p}" in theirs else ("",):
-        NAMES[theirs.replace("{p}", p)] = ours.replace("{p}", p)
-THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
+TOWER = "model.vision_tower.vision_model."
+PROJECTOR = "model.mm_projector."
+WHISPER = "audio_tower.encoder."
 
-RENAMES = [(re.compile(pattern), to) for pattern, to in (
-    (r"^(model\.)?(vision|image)_tower\.((vision|image)_tower\.)?(vision_model\.)?", TOWER),                    # LLaVA, MoE-LLaVA
-    (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", TOWER),      # CLIP, old and new; CuMo's clip.bin
+TABLE = [  # (published prefix, our prefix, rows of published name and our name)
+    (TOWER, "vision.", """
+        embeddings.class_embedding             cls
+        embeddings.patch_embedding.weight      patch.weight
+        embeddings.position_embedding.weight   pos
+        pre_layrnorm.{p}                       pre_norm.{p}
+     """),  # the typo is CLIP's
+    (TOWER + "encoder.layers.{i}.", "vision.layers.{i}.", """
+        layer_norm1.{p}                        norm1.{p}
+        layer_norm2.{p}                        norm2.{p}
+        self_attn.q_proj.{p}                   q.{p}
+        self_attn.k_proj.{p}                   k.{p}
+        self_attn.v_proj.{p}                   v.{p}
+        self_attn.out_proj.{p}                 o.{p}
+        mlp.fc1.weight                         ffn.w_in
+        mlp.fc1.bias                           ffn.b_in
+        mlp.fc2.weight                         ffn.w_out
+        mlp.fc2.bias                           ffn.b_out
+        gate.weight                            ffn.router
+        experts.{e}.fc1.weight                 ffn.w_in[{e}]
+        experts.{e}.fc1.bias                   ffn.b_in[{e}]
+        experts.{e}.fc2.weight                 ffn.w_out[{e}]
+        experts.{e}.fc2.bias                   ffn.b_out[{e}]
+     """),
+    (PROJECTOR, "connector.", """
+        0.weight                               ffn.w_in
+        0.bias                                 ffn.b_in
+        2.weight                               ffn.w_out
+        2.bias                                 ffn.b_out
+        gate.weight                            ffn.router
+        experts.{e}.0.weight                   ffn.w_in[{e}]
+        experts.{e}.0.bias                     ffn.b_in[{e}]
+        experts.{e}.2.weight                   ffn.w_out[{e}]
+        experts.{e}.2.bias                     ffn.b_out[{e}]
+     """),
+    (WHISPER, "audio.", """
+        conv1.{p}                              conv1.{p}
+        conv2.{p}                              conv2.{p}
+        embed_positions.weight                 pos
+        layer_norm.{p}                         norm.{p}
+     """),
+    (WHISPER + "layers.{i}.", "audio.layers.{i}.", """
+        self_attn_layer_norm.{p}               norm1.{p}
+        final_layer_norm.{p}                   norm2.{p}
+        self_attn.q_proj.{p}                   q.{p}
+        self_attn.k_proj.weight                k.weight
+        self_attn.v_proj.{p}                   v.{p}
+        self_attn.out_proj.{p}                 o.{p}
+        fc1.weight                             ffn.w_in
+        fc1.bias                               ffn.b_in
+        fc2.weight                             ffn.w_out
+        fc2.bias                               ffn.b_out
+     """),
+    ("", "text.", """
+        model.embed_tokens.weight              embed.weight
+        model.norm.weight                      norm.weight
+        lm_head.weight                         head.weight
+     """),
+    ("model.layers.{i}.", "text.layers.{i}.", """
+        input_layernorm.weight                 norm1.weight
+        post_attention_layernorm.weight        norm2.weight
+        self_attn.q_proj.{p}                   q.{p}
+        self_attn.k_proj.{p}                   k.{p}
+        self_attn.v_proj.{p}                   v.{p}
+        self_attn.o_proj.weight                o.weight
+        mlp.gate_proj.weight                   ffn.w_gate
+        mlp.up_proj.weight                     ffn.w_in
+        mlp.down_proj.weight                   ffn.w_out
+        block_sparse_moe.gate.weight           ffn.router
+        block_sparse_moe.experts.{e}.w1.weight ffn.w_gate[{e}]
+        block_sparse_moe.experts.{e}.w3.weight ffn.w_in[{e}]
+        block_sparse_moe.experts.{e}.w2.weight ffn.w_out[{e}]
+     """),
+]
+PUBLISHED = {}  # our name -> the published one, with {i} and {e} in both
+for their_prefix, our_prefix, rows in TABLE:
+    for row in rows.strip().splitlines():
+        theirs, ours = row.split()
+        for kind in ("weight", "bias"):
+            our_name = (our_prefix + ours).replace("{p}", kind)
+            PUBLISHED[our_name] = (their_prefix + theirs).replace("{p}", kind)
+
+RENAMES = [  # applied one after the other
+    # the tower in LLaVA and MoE-LLaVA; in CLIP's folders, old and new, and in CuMo's clip.bin
+    (r"^(model\.)?(vision|image)_tower\.((vision|image)_tower\.)?(vision_model\.)?", TOWER),
+    (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", TOWER),
+    # the connector in LLaVA and MoE-LLaVA
     (r"^(model\.)?(mm_projector|multi_modal_projector)\.", PROJECTOR),
-    (r"^model\.mm_projector\.image_spatial_proj\.", PROJECTOR), (r"\.mlp\.deepspeed_moe\.gate\.wg\.", ".block_sparse_moe.gate."),  # MoE-LLaVA
-    *((rf"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.{name}_proj\.", rf".block_sparse_moe.experts.\1.{w}.")
-      for name, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))),
-    (r"^model\.mm_projector\.linear_1\.", PROJECTOR + "0."), (r"^model\.mm_projector\.linear_2\.", PROJECTOR + "2."),
-    (r"^(model\.)?language_model\.(?=lm_head)", ""), (r"^(model\.)?language_model\.(model\.)?", "model."))]
-IGNORED = [re.compile(pattern) for pattern in (                                    # what a checkpoint may hold and this model has no use for
-    r"\.post_layernorm\.",                                                         # behind CLIP's last layer, which LLaVA does not use
-    r"\.position_ids$", r"\.rotary_emb\.inv_freq$",                                # constants that old versions stored
-    r"^text_model\.", r"^(visual|text)_projection\.", r"^logit_scale$",            # CLIP's other half
-    r"^audio_tower\.(decoder|proj_out)\.")]                                        # Whisper's
+    (r"^model\.mm_projector\.image_spatial_proj\.", PROJECTOR),
+    (r"^model\.mm_projector\.linear_1\.", PROJECTOR + "0."),
+    (r"^model\.mm_projector\.linear_2\.", PROJECTOR + "2."),
+    # MoE-LLaVA's experts
+    (r"\.mlp\.deepspeed_moe\.gate\.wg\.", ".block_sparse_moe.gate."),
+    (r"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.", ".block_sparse_moe.experts."),
+    (r"(\.experts\.\d+\.)gate_proj\.", r"\1w1."),
+    (r"(\.experts\.\d+\.)up_proj\.", r"\1w3."),
+    (r"(\.experts\.\d+\.)down_proj\.", r"\1w2."),
+    # the decoder in LLaVA
+    (r"^(model\.)?language_model\.(?=lm_head)", ""),
+    (r"^(model\.)?language_model\.(model\.)?", "model."),
+]
+IGNORED = [  # what a checkpoint may hold and this model has no use for
+    # behind CLIP's last layer, which LLaVA does not use
+    r"\.post_layernorm\.",
+    # constants that old versions stored
+    r"\.position_ids$",
+    r"\.rotary_emb\.inv_freq$",
+    # CLIP's other half
+    r"^text_model\.",
+    r"^(visual|text)_projection\.",
+    r"^logit_scale$",
+    # Whisper's other half
+    r"^audio_tower\.(decoder|proj_out)\.",
+]
 
 
-def canonical(name: str) -> str:
-    """A tensor's name in any of the layouts -> its published CuMo name. (Whisper's collide with CLIP's: `whisper` goes first.)"""
-    for pattern, to in RENAMES:
-        name = pattern.sub(to, name)
+def published_name(name):
+    """A tensor's name in any of the layouts but Whisper's -> its published name."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
-def whisper(name: str) -> str:
+def published_whisper_name(name):
+    """Whisper's names collide with CLIP's, so they get a prefix of their own."""
     return "audio_tower." + name.removeprefix("model.")
 
 
-def translate(name: str):
-    """A tensor's name in any of the layouts -> (our name, expert or None); None for a tensor that is left out on purpose; our name is
-    None for one that is unknown."""
-    name = canonical(name)
-    if any(pattern.search(name) for pattern in IGNORED):
-        return None
-    layer, expert = re.search(r"(?<=layers\.)\d+", name), re.search(r"(?<=experts\.)\d+", name)
-    ours = NAMES.get(pattern_of(name))
-    if ours is not None and layer:
-        ours = ours.replace("{i}", layer[0])
-    return ours and ours.removesuffix("[{e}]"), int(expert[0]) if expert else None
+def pattern_of(name):
+    """model.layers.7.experts.2.x -> model.layers.{i}.experts.{e}.x, and w_in[2] -> w_in[{e}]"""
+    name = re.sub(r"(?<=layers\.)\d+", "{i}", name)
+    return re.sub(r"(?<=experts\.)\d+|(?<=\[)\d+(?=\])", "{e}", name)
 
 
-def pattern_of(name: str) -> str:
-    """model.layers.7.experts.2.x -> model.layers.{i}.experts.{e}.x"""
-    return re.sub(r"(?<=experts\.)\d+", "{e}", re.sub(r"(?<=layers\.)\d+", "{i}", name))
+def is_stacked(name, names):
+    """Does our tensor of this name hold all experts' weights? Then there is a router beside it."""
+    owner, _, kind = name.rpartition(".")
+    return kind != "router" and owner + ".router" in names
 
 
-def published(state: dict) -> dict:
-    """Our state dict -> the same tensors under the published CuMo names, experts one by one (views, no copies)."""
+def published_places(state):
+    """{published name: (our name, expert)} of all tensors of our state dict.
+
+    expert is None where the two tensors are the same, and else which slice of ours is theirs:
+    "text.layers.1.ffn.w_in" (4, F, D) gives four, the first of which is
+    "model.layers.1.block_sparse_moe.experts.0.w3.weight": ("text.layers.1.ffn.w_in", 0).
+    """
+    places = {}
+    for ours, tensor in state.items():
+        layer = re.search(r"(?<=layers\.)\d+", ours)
+        pattern = pattern_of(ours)
+        stacked = is_stacked(ours, state)
+        if stacked:
+            pattern += "[{e}]"
+
+        # the layer's number is the same on both sides
+        theirs = PUBLISHED[pattern]
+        if layer:
+            theirs = theirs.replace("{i}", layer[0])
+
+        # theirs keep one tensor for each expert
+        if not stacked:
+            places[theirs] = (ours, None)
+            continue
+        for expert in range(len(tensor)):
+            places[theirs.replace("{e}", str(expert))] = (ours, expert)
+    return places
+
+
+def published(state):
+    """Our state dict under the published names, experts one by one: views, no copies."""
     out = {}
-    for name, tensor in state.items():
-        theirs, layer = THEIRS.get(pattern_of(name)), re.search(r"(?<=layers\.)\d+", name)
-        stacked = THEIRS.get(pattern_of(name) + "[{e}]")
-        layer = layer[0] if layer else ""
-        if stacked and name.rsplit(".", 1)[0] + ".router" in state:
-            out |= {stacked.replace("{i}", layer).replace("{e}", str(e)): part for e, part in enumerate(tensor)}
-        else:
-            out[theirs.replace("{i}", layer)] = tensor
+    for theirs, (ours, expert) in published_places(state).items():
+        out[theirs] = state[ours]
+        if expert is not None:
+            out[theirs] = state[ours][expert]
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Sizes: other programs' config.json <-> ours. What it lacks is read off the tensors' shapes
-
-DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
-PUBLISHED = {"llava_mistral": "mistral", "llava_mixtral": "mixtral", "llava": "llama", "llava_llama": "llama", "moe_llava_mistral": "mistral",
-             "moe_llava_llama": "llama"}                                           # their decoders
-SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, CLIPVisionModel, CLIPModel, WhisperModel, the published CuMo (llava_mistral, "
-             "llava_mixtral), LLaVA-1.5 (llava, llava_llama) and MoE-LLaVA (moe_llava_mistral, moe_llava_llama)")
-
-
-def count(shapes: dict, pattern: str) -> int:
-    """How many layers or experts the tensor names that match `pattern` count."""
-    return 1 + max((int(m[1]) for m in (re.search(pattern, name) for name in shapes) if m), default=-1)
-
-
-def vision_config(cfg: dict, shapes: dict, **more) -> VisionConfig:
-    """From CLIP's config (it may be empty) and the published names' shapes."""
-    dim, _, patch, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]
-    n_positions = shapes[TOWER + "embeddings.position_embedding.weight"][0]
-    n_layers = count(shapes, re.escape(TOWER) + r"encoder\.layers\.(\d+)\.")
-    ffn_dim = next((s[0] for name, s in shapes.items() if re.search(re.escape(TOWER) + r"encoder\.layers\.0\..*fc1\.weight", name)), None)
-    return VisionConfig(
-        image_size=cfg.get("image_size", math.isqrt(n_positions - 1) * patch), patch_size=cfg.get("patch_size", patch),
-        dim=cfg.get("hidden_size", dim), n_layers=cfg.get("num_hidden_layers", n_layers), ffn_dim=cfg.get("intermediate_size", ffn_dim),
-        n_heads=cfg.get("num_attention_heads", 12 if cfg else max(1, dim // 64)),  # 12: CLIPVisionConfig's default; 64 wide: every CLIP's
-        act=cfg.get("hidden_act", "quick_gelu"), norm_eps=cfg.get("layer_norm_eps", 1e-5), **more)
+def moe_llava_name(name):
+    """A published CuMo name -> MoE-LLaVA's."""
+    for ours, theirs in (
+        (TOWER, "model.image_tower.image_tower.vision_model."),
+        (PROJECTOR, PROJECTOR + "image_spatial_proj."),
+        (".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg."),
+        (".block_sparse_moe.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts."),
+        (".w1.", ".gate_proj."),
+        (".w3.", ".up_proj."),
+        (".w2.", ".down_proj."),
+    ):
+        name = name.replace(ours, theirs)
+    return name
 
 
-def text_config(cfg: dict, shapes: dict, kind: str) -> TextConfig:
-    """From a Hugging Face decoder's config, in the older style (rope_theta, rope_scaling) or the current one (rope_parameters)."""
-    layer = "model.layers.0.self_attn."
-    vocab, dim = shapes["model.embed_tokens.weight"]
-    n_heads = cfg.get("num_attention_heads", 32)                                   # a part of a config leaves out its class's defaults
-    head_dim = cfg.get("head_dim") or shapes[layer + "q_proj.weight"][0] // n_heads
-    n_kv = cfg.get("num_key_value_heads") or shapes[layer + "k_proj.weight"][0] // head_dim
-    n_experts = cfg.get("num_local_experts", count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")) if kind == "mixtral" else 0
-    ffn_dim = next((s[0] for name, s in shapes.items() if re.search(r"model\.layers\.0\..*(up_proj|\.w3)\.weight", name)), None)
-    n_layers = cfg.get("num_hidden_layers", count(shapes, r"^model\.layers\.(\d+)\."))
-    rope = {**(cfg.get("rope_scaling") or {}), **(cfg.get("rope_parameters") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "llama3"):
-        raise ValueError(f"rotary scaling {rope_type!r} is not supported; known: default, llama3")
-    window = None if kind == "llama" else cfg.get("sliding_window", None if kind == "mixtral" else 4096)
-    first = cfg.get("max_window_layers", 28) if kind == "qwen2" else 0             # the layer that the window begins at
-    if kind == "qwen2" and not cfg.get("use_sliding_window") or first >= n_layers:
-        window = None
-    elif window and first > 0:
-        raise ValueError(f"max_window_layers = {first}: a sliding window in some layers only is not supported")
+# -------------------------------------------------------------------------------------------------
+# 3. Configurations in: other programs' config.json -> ours
+#
+# Each family has a reader. It takes what config.json says (`theirs`), {published name: shape} of
+# all tensors, and the folder's path. What a config leaves out is read off the tensors' shapes, or
+# it is the default of transformers' class.
+
+DECODERS = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+LLAVA_DECODERS = {  # model_type of a whole model -> its decoder's
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_mixtral": "mixtral",
+    "moe_llava_llama": "llama",
+    "moe_llava_mistral": "mistral",
+}
+SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, CLIPVisionModel, CLIPModel, "
+             "WhisperModel, the published CuMo (llava_mistral, llava_mixtral), LLaVA-1.5 (llava, "
+             "llava_llama) and MoE-LLaVA (moe_llava_mistral, moe_llava_llama)")
+
+PATCHES_ONLY = ("only patch features without CLS, no image start and end tokens, no video tower, "
+                "and connectors of type mlp2x_gelu and smoe_mlp are supported; the config asks "
+                "for others")
+
+# our field -> their key: read here, written in section 4
+CLIP_KEYS = dict(
+    image_size="image_size",
+    patch_size="patch_size",
+    dim="hidden_size",
+    n_layers="num_hidden_layers",
+    n_heads="num_attention_heads",
+    ffn_dim="intermediate_size",
+    act="hidden_act",
+    norm_eps="layer_norm_eps",
+)
+DECODER_KEYS = dict(
+    vocab_size="vocab_size",
+    dim="hidden_size",
+    n_layers="num_hidden_layers",
+    n_heads="num_attention_heads",
+    n_kv_heads="num_key_value_heads",
+    head_dim="head_dim",
+    ffn_dim="intermediate_size",
+    act="hidden_act",
+    norm_eps="rms_norm_eps",
+    tie_embeddings="tie_word_embeddings",
+)
+
+
+def read_keys(theirs, keys):
+    """{our field: its value in their config}; null there counts as left out."""
+    return {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
+
+
+def count(names, pattern):
+    """How many layers or experts there are, by the largest number in the names that match."""
+    found = [re.search(pattern, name) for name in names]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def first_dimension(shapes, pattern):
+    """The first dimension of the first tensor whose name matches: how wide its output is."""
+    for name, shape in shapes.items():
+        if re.search(pattern, name):
+            return shape[0]
+    return None
+
+
+def vision_config(theirs, shapes, **more):
+    """The tower's config, from CLIP's (which may be empty) and the shapes. more: other fields."""
+    dim, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]  # (D, 3, P, P)
+    n_positions, _ = shapes[TOWER + "embeddings.position_embedding.weight"]  # (1 + N, D)
+
+    # CLIPVisionConfig's default is 12 heads. Without any config: every CLIP's heads are 64 wide.
+    n_heads = 12
+    if not theirs:
+        n_heads = max(1, dim // 64)
+
+    # what the shapes say, and over it what the config says
+    fields = dict(
+        # a square of patches, and CLS
+        image_size=math.isqrt(n_positions - 1) * patch_size,
+        patch_size=patch_size,
+        dim=dim,
+        n_layers=count(shapes, TOWER + r"encoder\.layers\.(\d+)\."),
+        n_heads=n_heads,
+        ffn_dim=first_dimension(shapes, TOWER + r"encoder\.layers\.0\..*fc1\.weight"),
+    )
+    return VisionConfig(**fields | read_keys(theirs, CLIP_KEYS) | more)
+
+
+def text_config(theirs, shapes, kind):
+    """The decoder's config, from that of a Hugging Face decoder of this kind (see DECODERS)."""
+    vocab_size, dim = shapes["model.embed_tokens.weight"]
+    attention = "model.layers.0.self_attn."
+
+    # what the shapes and transformers' defaults say, and over it what the config says
+    fields = dict(
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layers=count(shapes, r"^model\.layers\.(\d+)\."),
+        n_heads=32,
+        ffn_dim=first_dimension(shapes, r"^model\.layers\.0\..*(up_proj|\.w3)\.weight"),
+        norm_eps=1e-6,
+        tie_embeddings="lm_head.weight" not in shapes,
+    )
+    if kind == "mixtral":
+        in_files = count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")
+        fields["norm_eps"] = 1e-5
+        fields["n_experts"] = theirs.get("num_local_experts", in_files)
+    fields |= read_keys(theirs, DECODER_KEYS)
+
+    # the projections' outputs are all heads side by side
+    if "head_dim" not in fields:
+        fields["head_dim"] = shapes[attention + "q_proj.weight"][0] // fields["n_heads"]
+    if "n_kv_heads" not in fields:
+        fields["n_kv_heads"] = shapes[attention + "k_proj.weight"][0] // fields["head_dim"]
+
     return TextConfig(
-        vocab_size=cfg.get("vocab_size", vocab), dim=cfg.get("hidden_size", dim), n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv,
-        head_dim=head_dim, ffn_dim=cfg.get("intermediate_size", ffn_dim), act=cfg.get("hidden_act", "silu"),
-        norm_eps=cfg.get("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6),
-        rope_theta=rope.get("rope_theta", cfg.get("rope_theta", 1e6 if kind == "mixtral" else 1e4)),
-        rope_scaling={k: rope[k] for k in ROPE_SCALING if k in rope} if rope_type == "llama3" else None,
-        sliding_window=window, qkv_bias=layer + "q_proj.bias" in shapes,
-        tie_embeddings=cfg.get("tie_word_embeddings", "lm_head.weight" not in shapes),
-        n_experts=n_experts, top_k=cfg.get("num_experts_per_tok", 2))
+        **fields,
+        **rotary_fields(theirs, kind),
+        sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
+        qkv_bias=attention + "q_proj.bias" in shapes,
+        top_k=theirs.get("num_experts_per_tok", 2),
+    )
+
+
+def rotary_fields(theirs, kind):
+    """rope_theta and rope_scaling, from the older style of config (rope_theta and rope_scaling
+    apart) or the current one (rope_parameters)."""
+    # the type had another key in early files
+    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling not in ("default", "llama3"):
+        raise ValueError(f"rotary scaling {scaling!r} is not supported; known: default, llama3")
+
+    theta = 1e6 if kind == "mixtral" else 1e4
+    fields = dict(rope_theta=rope.get("rope_theta", theirs.get("rope_theta", theta)))
+    if scaling == "llama3":
+        fields["rope_scaling"] = {key: rope[key] for key in ROPE_SCALING if key in rope}
+    return fields
+
+
+def sliding_window(theirs, kind, n_layers):
+    """How many tokens a token of the decoder attends to; None for all that came before it."""
+    if kind == "llama":
+        return None
+    if kind == "mixtral":
+        return theirs.get("sliding_window")
+    window = theirs.get("sliding_window", 4096)
+    if kind == "mistral":
+        return window
+
+    # Qwen2 switches it on by another key, and from some layer on
+    first = theirs.get("max_window_layers", 28)
+    if not theirs.get("use_sliding_window") or first >= n_layers:
+        return None
+    if window and first > 0:
+        raise ValueError(f"max_window_layers = {first}: a sliding window in some layers only is "
+                         "not supported")
+    return window
+
+
+def read_clip(theirs, shapes, path):
+    """CLIPVisionModel, or CLIPModel, which keeps the tower's config inside its own."""
+    if theirs["model_type"] == "clip":
+        theirs = theirs.get("vision_config") or {}
+    return vision_config(theirs, shapes)
+
+
+def read_whisper(theirs, shapes, path):
+    """WhisperModel's encoder."""
+    dim, n_mels, _ = shapes[WHISPER + "conv1.weight"]  # (D, mels, 3)
+    return AudioConfig(
+        n_mels=n_mels,
+        # the second convolution halves the frames
+        n_frames=2 * shapes[WHISPER + "embed_positions.weight"][0],
+        dim=dim,
+        n_layers=count(shapes, WHISPER + r"layers\.(\d+)\."),
+        n_heads=theirs.get("encoder_attention_heads", dim // 64),
+        ffn_dim=shapes[WHISPER + "layers.0.fc1.weight"][0],
+        act=theirs.get("activation_function", "gelu"),
+    )
+
+
+def read_decoder(theirs, shapes, path):
+    """A language model alone."""
+    kind = theirs["model_type"]
+    template = "mistral" if kind in ("mistral", "mixtral") else "vicuna"
+    return Config(vision=None, text=text_config(theirs, shapes, kind),
+                  template=theirs.get("template", template))
+
+
+def read_transformers_llava(theirs, shapes, path):
+    """LLaVA-1.5 as transformers writes it: the parts' configs inside one."""
+    text = dict(theirs["text_config"])
+    kind = text.get("model_type", "llama")
+    if kind not in DECODERS:
+        raise ValueError(f"a decoder of type {kind} is not supported; supported: "
+                         f"{', '.join(DECODERS.values())}")
+    if theirs.get("vision_feature_select_strategy", "default") != "default":
+        raise ValueError(PATCHES_ONLY)
+
+    # the whole model decides whether the head is tied, whatever the decoder's own config says
+    text["tie_word_embeddings"] = "lm_head.weight" not in shapes
+    vision = vision_config(theirs.get("vision_config") or {}, shapes,
+                           select_layer=theirs.get("vision_feature_layer", -2))
+    return Config(
+        vision=vision,
+        connector=ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu")),
+        text=text_config(text, shapes, kind),
+        template=theirs.get("template", "vicuna" if kind == "llama" else "mistral"),
+    )
+
+
+def read_llava(theirs, shapes, path):
+    """CuMo, MoE-LLaVA and the first LLaVA-1.5: one flat config with mm_... for the senses."""
+    if "text_config" in theirs:
+        return read_transformers_llava(theirs, shapes, path)
+
+    # refuse what this project has no code for
+    projector = theirs.get("image_projector_type") or theirs.get("mm_projector_type")
+    if (theirs.get("mm_vision_select_feature", "patch") != "patch"
+            or theirs.get("mm_use_im_start_end") or theirs.get("mm_video_tower")
+            or projector not in (None, "", "mlp2x_gelu", "smoe_mlp")):
+        raise ValueError(PATCHES_ONLY)
+
+    # CuMo: one number of experts, and two switches for where they are
+    n_experts = theirs.get("num_experts") or 0
+    top_k = theirs.get("num_selected") or 2
+    vision = vision_config(
+        tower_json(theirs, path), shapes,
+        n_experts=n_experts if theirs.get("clip_smoe") else 0,
+        top_k=top_k,
+        **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")),
+    )
+    connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k)
+
+    # the decoder's own keys stand in the same file
+    kind = LLAVA_DECODERS.get(theirs["model_type"], theirs["model_type"])
+    config = Config(
+        vision=vision,
+        connector=connector,
+        text=text_config(theirs, shapes, kind),
+        template="vicuna" if kind == "llama" else "mistral",
+        **read_keys(theirs, dict(balance_coef="balance_loss_coef", z_coef="router_z_loss_coef")),
+    )
+    if theirs.get("moe"):
+        config = with_moe_llava_experts(config, theirs["moe"])
+    return dataclasses.replace(config, template=theirs.get("template", config.template))
+
+
+def with_moe_llava_experts(config, moe):
+    """A config with the decoder's experts of MoE-LLaVA, whose config.json keeps them in `moe`."""
+    if moe.get("use_residual"):
+        raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
+
+    # every other layer by default; one number of experts, or one for each of these layers
+    layers = moe.get("moe_layers_idx")
+    if layers is None:
+        layers = range(0, config.text.n_layers, 2)
+    numbers = moe["num_experts"]
+    if len(numbers) == 1:
+        numbers = numbers * len(layers)
+    number_of = dict(zip(layers, numbers, strict=True))
+
+    text = dataclasses.replace(
+        config.text,
+        n_experts=[number_of.get(layer, 0) for layer in range(config.text.n_layers)],
+        top_k=moe["top_k_experts"],
+        capacity_factor=moe["capacity_factor"],
+        eval_capacity_factor=moe["eval_capacity_factor"],
+        min_capacity=moe["min_capacity"],
+        aux="sum",
+    )
+    # its Mistral is OpenChat
+    template = "vicuna" if config.template == "vicuna" else "openchat"
+    return dataclasses.replace(config, text=text, balance_coef=moe["router_aux_loss_coef"],
+                               z_coef=0.0, template=template)
+
+
+def tower_json(theirs, path):
+    """The config of a LLaVA's tower, from the folder that it names or from clip_config.json beside
+    its own config.json; {} where neither is there."""
+    tower = tower_folder(theirs)
+    for file in (os.path.join(tower, "config.json"), os.path.join(path, "clip_config.json")):
+        if os.path.dirname(file) and os.path.isfile(file):
+            found = read_json(file)
+            return found.get("vision_config", found)
+    return {}
+
+
+def tower_folder(theirs):
+    """The folder or hub name that a LLaVA's config gives for its tower, "" for none."""
+    return theirs.get("mm_vision_tower") or theirs.get("mm_image_tower") or ""
+
+
+def is_multimodal(theirs):
+    """Does this config have LLaVA's keys for a tower and a connector?"""
+    keys = {"mm_vision_tower", "mm_image_tower", "mm_projector_type", "mm_hidden_size"}
+    return bool(keys & theirs.keys())
+
+
+READERS = {
+    "clip": read_clip,
+    "clip_vision_model": read_clip,
+    "whisper": read_whisper,
+    **dict.fromkeys(DECODERS, read_decoder),
+    **dict.fromkeys(LLAVA_DECODERS, read_llava),
+}
+
+
+def is_own(theirs):
+    """Is this the config.json of this project's own layout? All others name an architecture."""
+    return not {"model_type", "architectures"} & theirs.keys()
+
+
+def read_config(theirs, shapes, path):
+    """The configuration of the model in a folder. Its kind says which class it belongs to."""
+    if is_own(theirs):
+        return Config.from_dict(theirs)
+
+    kind = theirs.get("model_type", "")
+    reader = READERS.get(kind)
+    if kind in DECODERS and is_multimodal(theirs):
+        reader = read_llava
+    if reader is None:
+        architecture = (theirs.get("architectures") or [""])[0]
+        raise ValueError(f"architecture {architecture or kind or '(none named)'} is not "
+                         f"supported; supported: {SUPPORTED}")
+    return reader(theirs, shapes, path)
 
 
 def read_json(file: str) -> dict:
+    """A JSON file that holds an object; ValueError for anything else."""
     with open(file, encoding="utf-8") as f:
         try:
             value = json.load(f)
@@ -369,137 +820,301 @@ def read_json(file: str) -> dict:
     return value
 
 
-def config_of(path: str, cfg: dict, shapes: dict) -> Config | VisionConfig | AudioConfig:
-    """The model of a folder with this config.json and tensors of these shapes (under published names)."""
-    kind, architecture = cfg.get("model_type", ""), (cfg.get("architectures") or [""])[0]
-    if not kind and not architecture:
-        return Config.from_dict(cfg)
-    if kind in ("clip", "clip_vision_model"):                                      # CLIPModel nests what CLIPVisionModel spreads out
-        return vision_config(cfg.get("vision_config") or {} if kind == "clip" else cfg, shapes)
-    if kind == "whisper":
-        shape = lambda name: shapes[f"audio_tower.encoder.{name}"]
-        return AudioConfig(n_mels=shape("conv1.weight")[1], n_frames=2 * shape("embed_positions.weight")[0], dim=shape("conv1.weight")[0],
-                           n_layers=count(shapes, r"^audio_tower\.encoder\.layers\.(\d+)\."), ffn_dim=shape("layers.0.fc1.weight")[0],
-                           n_heads=cfg.get("encoder_attention_heads", shape("conv1.weight")[0] // 64),
-                           act=cfg.get("activation_function", "gelu"))
-    if kind in DECODERS and not kind_is_multimodal(cfg):
-        return Config(vision=None, text=text_config(cfg, shapes, kind),
-                      template=cfg.get("template", "mistral" if kind.startswith("mi") else "vicuna"))
-    text_kind = PUBLISHED.get(kind, kind)
-    if text_kind not in DECODERS:
-        raise ValueError(f"architecture {architecture or kind or '(none named)'} is not supported; supported: {SUPPORTED}")
-    if "text_config" in cfg:                                                       # LLaVA as Hugging Face writes it
-        text_cfg, vision_cfg, text_kind = cfg["text_config"], cfg.get("vision_config") or {}, cfg["text_config"].get("model_type", "llama")
-        if text_kind not in DECODERS:
-            raise ValueError(f"a decoder of type {text_kind} is not supported; supported: {', '.join(DECODERS.values())}")
-        text_cfg = {**text_cfg, "tie_word_embeddings": "lm_head.weight" not in shapes}       # the decoder's own flag has no say
-        select, act = cfg.get("vision_feature_layer", -2), cfg.get("projector_hidden_act", "gelu")
-        chosen = cfg.get("vision_feature_select_strategy", "default") == "default"
-    else:
-        text_cfg, vision_cfg = cfg, {}
-        tower = cfg.get("mm_vision_tower") or cfg.get("mm_image_tower") or ""
-        for file in (os.path.join(tower, "config.json"), os.path.join(path, "clip_config.json")):
-            if not vision_cfg and os.path.dirname(file) and os.path.isfile(file):
-                vision_cfg = read_json(file)
-                vision_cfg = vision_cfg.get("vision_config", vision_cfg)
-        select, act, chosen = cfg.get("mm_vision_select_layer", -2), "gelu", cfg.get("mm_vision_select_feature", "patch") == "patch"
-    if not chosen or cfg.get("mm_use_im_start_end") or cfg.get("mm_video_tower") or \
-            (cfg.get("image_projector_type") or cfg.get("mm_projector_type") or "mlp2x_gelu") not in ("mlp2x_gelu", "smoe_mlp"):
-        raise ValueError("only patch features without CLS, no image start and end tokens, no video tower, and connectors of type "
-                         "mlp2x_gelu and smoe_mlp are supported; the config asks for others")
-    n_experts, top_k = cfg.get("num_experts") or 0, cfg.get("num_selected") or 2
-    vision = vision_config(vision_cfg, shapes, select_layer=select, scales=cfg.get("scales") or [1], top_k=top_k,
-                           n_experts=n_experts if cfg.get("clip_smoe") else 0)
-    text, moe = text_config(text_cfg, shapes, text_kind), cfg.get("moe")
-    if moe:                                                                        # MoE-LLaVA's own part of the config
-        if moe.get("use_residual"):
-            raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
-        places = moe.get("moe_layers_idx") if moe.get("moe_layers_idx") is not None else range(0, text.n_layers, 2)
-        numbers = moe["num_experts"] if len(moe["num_experts"]) > 1 else moe["num_experts"] * len(places)
-        text = dataclasses.replace(text, top_k=moe["top_k_experts"], capacity_factor=moe["capacity_factor"], aux="sum",
-                                   eval_capacity_factor=moe["eval_capacity_factor"], min_capacity=moe["min_capacity"],
-                                   n_experts=[dict(zip(places, numbers, strict=True)).get(i, 0) for i in range(text.n_layers)])
-    template = "vicuna" if text_kind == "llama" else "openchat" if moe else "mistral"      # MoE-LLaVA's Mistral is OpenChat
-    return Config(vision=vision, connector=ConnectorConfig(act=act, n_experts=n_experts if cfg.get("mlp_smoe") else 0, top_k=top_k), text=text,
-                  balance_coef=moe["router_aux_loss_coef"] if moe else cfg.get("balance_loss_coef", 0.1),
-                  z_coef=0.0 if moe else cfg.get("router_z_loss_coef", 0.01), template=cfg.get("template", template))
+# -------------------------------------------------------------------------------------------------
+# 4. Configurations out, and saving
+
+# the tower that VisionConfig's defaults describe
+CLIP_L = "openai/clip-vit-large-patch14-336"
 
 
-def kind_is_multimodal(cfg: dict) -> bool:
-    return any(key in cfg for key in ("mm_vision_tower", "mm_image_tower", "mm_projector_type", "mm_hidden_size"))
+def clip_json(vision):
+    """config.json of a CLIPVisionModel."""
+    sizes = {theirs: getattr(vision, ours) for ours, theirs in CLIP_KEYS.items()}
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **sizes,
+            "num_channels": 3}
 
 
-CLIP_L = "openai/clip-vit-large-patch14-336"                                         # VisionConfig's defaults are its sizes
-
-
-def clip_config_json(v: VisionConfig) -> dict:
-    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": v.dim, "intermediate_size": v.ffn_dim,
-            "num_hidden_layers": v.n_layers, "num_attention_heads": v.n_heads, "image_size": v.image_size, "patch_size": v.patch_size,
-            "hidden_act": v.act, "layer_norm_eps": v.norm_eps, "num_channels": 3}
-
-
-def text_config_json(t: TextConfig, tokenizer, template: str) -> dict:
-    experts = set(t.n_experts)
-    if len(experts) > 1:
+def decoder_json(text, tokenizer, template):
+    """config.json of a Hugging Face decoder. Raises ValueError where none has such a shape."""
+    # what no Hugging Face decoder has
+    n_experts = max(text.n_experts)
+    factor = text.capacity_factor or text.eval_capacity_factor
+    if min(text.n_experts) != n_experts:
         raise ValueError("text: experts in some layers only; no Hugging Face decoder has that")
-    if experts != {0} and t.qkv_bias:
-        raise ValueError("text: experts and QKV bias together; no supported Hugging Face decoder has both")
-    if experts != {0} and (factor := t.capacity_factor or t.eval_capacity_factor):
-        raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts drop tokens")
-    kind = "mixtral" if experts != {0} else "qwen2" if t.qkv_bias else "mistral" if t.sliding_window or template == "mistral" else "llama"
-    out = {"architectures": [DECODERS[kind]], "model_type": kind, "vocab_size": t.vocab_size, "hidden_size": t.dim, "hidden_act": t.act,
-           "intermediate_size": t.ffn_dim, "num_hidden_layers": t.n_layers, "num_attention_heads": t.n_heads, "head_dim": t.head_dim,
-           "num_key_value_heads": t.n_kv_heads, "rms_norm_eps": t.norm_eps, "rope_theta": t.rope_theta, "sliding_window": t.sliding_window,
-           "tie_word_embeddings": t.tie_embeddings, "max_position_embeddings": 32768,
-           "template": template,                                                   # ours; others pass over it
-           **{f"{name}_token_id": tokenizer.token_to_id(token) if tokenizer else None for name, token in (("bos", "<s>"), ("eos", "</s>"))}}
-    if t.rope_scaling:
-        out |= {"rope_scaling": {"rope_type": "llama3", **t.rope_scaling}, "max_position_embeddings":
-                int(t.rope_scaling["original_max_position_embeddings"] * t.rope_scaling["factor"])}
-    if kind == "mixtral":
-        out |= {"num_local_experts": max(experts), "num_experts_per_tok": t.top_k}
+    if n_experts and text.qkv_bias:
+        raise ValueError("text: experts and QKV bias together; no supported Hugging Face decoder "
+                         "has both")
+    if n_experts and factor:
+        raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
+                         "drop tokens")
+
+    # the family of decoders that this one belongs to
+    more = {}
+    if n_experts:
+        kind = "mixtral"
+        more = {"num_local_experts": n_experts, "num_experts_per_tok": text.top_k}
+    elif text.qkv_bias:
+        kind = "qwen2"
+        # the layers from this one on have the window
+        first = 0 if text.sliding_window else text.n_layers
+        more = {"use_sliding_window": bool(text.sliding_window), "max_window_layers": first}
+    elif text.sliding_window or template == "mistral":
+        kind = "mistral"
+    else:
+        kind = "llama"
+
+    sizes = {theirs: getattr(text, ours) for ours, theirs in DECODER_KEYS.items()}
+    described = {
+        "architectures": [DECODERS[kind]],
+        "model_type": kind,
+        **sizes,
+        **more,
+        "rope_theta": text.rope_theta,
+        "sliding_window": text.sliding_window,
+        "max_position_embeddings": 32768,
+        # ours; other programs pass over it
+        "template": template,
+    }
+    # the stretched rotary embedding of Llama 3.1
+    if text.rope_scaling:
+        described["rope_scaling"] = {"rope_type": "llama3", **text.rope_scaling}
+        stretched = text.rope_scaling["original_max_position_embeddings"]
+        stretched *= text.rope_scaling["factor"]
+        described["max_position_embeddings"] = int(stretched)
+
+    for key, token in (("bos_token_id", "<s>"), ("eos_token_id", "</s>")):
+        described[key] = tokenizer.token_to_id(token) if tokenizer else None
+    return described
+
+
+def senses_json(vision, tower_key):
+    """What the published layouts say about the tower and the connector."""
+    known = clip_json(vision) == clip_json(VisionConfig())
+    return {
+        tower_key: CLIP_L if known else "",
+        "mm_hidden_size": vision.dim,
+        "mm_vision_select_layer": vision.select_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": "pad",
+    }
+
+
+# Each layout has a writer. It takes our config, our state dict and the tokenizer (or None), and
+# gives {file: its JSON} and {name: tensor}. It raises ValueError where its layout cannot hold this
+# model. config.json is the last file, so that a folder that has one is complete.
+
+
+def write_own(config, state, tokenizer):
+    """This project's layout."""
+    return {"config.json": config.to_dict()}, state
+
+
+def with_tower(described, vision):
+    """The JSON files of the two published layouts. Their codes load the tower from the hub by its
+    name, so its sizes are kept in a file of our own."""
+    return {"clip_config.json": clip_json(vision), "config.json": described}
+
+
+def write_cumo(config, state, tokenizer):
+    """CuMo's published layout: a decoder's config.json, with the senses and where experts are."""
+    check_senses(config, "cumo")
+    vision = config.vision
+    connector = config.connector
+
+    # one number of experts and one top-k say it all there
+    tower_has_experts = any(vision.n_experts)
+    top_k = vision.top_k if tower_has_experts else connector.top_k
+    counts = {n for n in (*vision.n_experts, connector.n_experts) if n}
+    if (len(counts) > 1 or len(set(vision.n_experts)) > 1
+            or (connector.n_experts and connector.top_k != top_k)):
+        raise ValueError("the published layout has one number of experts and one top-k, for all "
+                         "layers of the tower and the connector")
+    if connector.act != "gelu":
+        raise ValueError("the published layout's connector has activation gelu, not "
+                         f"{connector.act}")
+
+    # a decoder of LLaMA's shape is written as Mistral, which is what CuMo's code knows, unless its
+    # rotary embedding is stretched
+    described = decoder_json(config.text, tokenizer, config.template)
+    kind = described["model_type"]
     if kind == "qwen2":
-        out |= {"use_sliding_window": bool(t.sliding_window), "max_window_layers": 0 if t.sliding_window else t.n_layers}
-    return out
+        raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; "
+                         "this one has QKV bias")
+    if kind == "llama" and not config.text.rope_scaling:
+        kind = "mistral"
+
+    described |= senses_json(vision, "mm_vision_tower") | {
+        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
+        "model_type": f"llava_{kind}",
+        "mm_projector_type": "smoe_mlp" if connector.n_experts else "mlp2x_gelu",
+        "scales": vision.scales,
+        "num_experts": max(counts, default=4),
+        "num_selected": top_k,
+        "clip_smoe": tower_has_experts,
+        "mlp_smoe": connector.n_experts > 0,
+        "balance_loss_coef": config.balance_coef,
+        "router_z_loss_coef": config.z_coef,
+        # these have no meaning here, but the released code reads them
+        "num_layers": 3,
+        "dropout": False,
+        "training": False,
+        "local_rank": 0,
+    }
+    return with_tower(described, vision), published(state)
 
 
-def moe_llava_json(config: Config, tokenizer) -> dict:
-    """MoE-LLaVA's config.json: a dense LLaVA, and `moe` says where the decoder's experts are."""
-    v, t = config.vision, config.text
-    if any(v.n_experts) or config.connector.n_experts or config.connector.act != "gelu" or v.scales != [1] or t.qkv_bias or config.z_coef:
-        raise ValueError("MoE-LLaVA's layout has a dense tower of one scale, a dense connector with gelu, a LLaMA or Mistral decoder and "
-                         "no z loss")
-    if t.aux != "sum" or not (t.capacity_factor and t.eval_capacity_factor):
-        raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses over the layers (text.aux sum); this "
-                         "model not")
-    dense = dataclasses.replace(t, n_experts=0, capacity_factor=None, eval_capacity_factor=None)
-    dense.n_experts = [0] * t.n_layers
-    described = text_config_json(dense, tokenizer, config.template)
-    places = [i for i, n in enumerate(t.n_experts) if n]
-    kind = "llama" if described["model_type"] == "llama" else "mistral"
-    return described | {
-        "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"], "model_type": f"moe_llava_{kind}", "mm_image_tower":
-        CLIP_L if clip_config_json(v) == clip_config_json(VisionConfig()) else "", "image_projector_type": "mlp2x_gelu",
-        "mm_hidden_size": v.dim, "mm_vision_select_layer": v.select_layer, "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad", "moe": {
-            "moe_enable": True, "moe_mode": "custom", "moe_layers_idx": places, "num_experts": [t.n_experts[i] for i in places], "ep_size": 1,
-            "top_k_experts": t.top_k, "capacity_factor": t.capacity_factor, "eval_capacity_factor": t.eval_capacity_factor,
-            "min_capacity": t.min_capacity, "use_residual": False, "router_aux_loss_coef": config.balance_coef,
-            "train_modules": ["up_proj", "down_proj", "gate_proj", "wg"]}}
+def write_moe_llava(config, state, tokenizer):
+    """MoE-LLaVA's published layout: a dense LLaVA's config.json, and `moe` in it says where the
+    decoder's experts are."""
+    check_senses(config, "moe-llava")
+    vision = config.vision
+    text = config.text
+    connector = config.connector
+    if (any(vision.n_experts) or vision.scales != [1] or connector.n_experts
+            or connector.act != "gelu" or text.qkv_bias or config.z_coef):
+        raise ValueError("MoE-LLaVA's layout has a dense tower of one scale, a dense connector "
+                         "with gelu, a LLaMA or Mistral decoder and no z loss")
+    if text.aux != "sum" or not (text.capacity_factor and text.eval_capacity_factor):
+        raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses "
+                         "over the layers (text.aux sum); this model does not")
+
+    # the dense LLaVA around the experts
+    dense = dataclasses.replace(text, n_experts=[0] * text.n_layers, capacity_factor=None,
+                                eval_capacity_factor=None)
+    described = decoder_json(dense, tokenizer, config.template)
+    kind = described["model_type"]
+
+    # the experts
+    layers = [layer for layer, n_experts in enumerate(text.n_experts) if n_experts]
+    described |= senses_json(vision, "mm_image_tower") | {
+        "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"],
+        "model_type": f"moe_llava_{kind}",
+        "image_projector_type": "mlp2x_gelu",
+        "moe": {
+            "moe_enable": True,
+            "moe_mode": "custom",
+            "moe_layers_idx": layers,
+            "num_experts": [text.n_experts[layer] for layer in layers],
+            "top_k_experts": text.top_k,
+            "capacity_factor": text.capacity_factor,
+            "eval_capacity_factor": text.eval_capacity_factor,
+            "min_capacity": text.min_capacity,
+            "router_aux_loss_coef": config.balance_coef,
+            "ep_size": 1,
+            "use_residual": False,
+            "train_modules": ["up_proj", "down_proj", "gate_proj", "wg"],
+        },
+    }
+    tensors = {moe_llava_name(name): tensor for name, tensor in published(state).items()}
+    return with_tower(described, vision), tensors
 
 
-def moe_llava_name(name: str) -> str:
-    """A published CuMo name -> MoE-LLaVA's."""
-    name = name.replace(TOWER, "model.image_tower.image_tower.vision_model.").replace(PROJECTOR, PROJECTOR + "image_spatial_proj.")
-    name = name.replace(".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg.")
-    name = name.replace(".block_sparse_moe.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts.")
-    for w, proj in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
-        name = name.replace(f".{w}.", f".{proj}_proj.")
-    return name
+def write_hf_decoder(config, state, tokenizer):
+    """The decoder alone, as transformers writes it."""
+    described = decoder_json(config.text, tokenizer, config.template)
+    return {"config.json": described}, published(starting_with("text.", state))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Folders: save and load
+def write_hf_tower(config, state, tokenizer):
+    """The tower alone, as transformers writes it, but without CLIP's post_layernorm, which nothing
+    here uses: transformers will say that it made a new one."""
+    if config.vision is None:
+        raise ValueError(NO_TOWER.format("hf-clip"))
+    if any(config.vision.n_experts):
+        raise ValueError("hf-clip holds a dense tower, this one has experts; write it with --to "
+                         "cumo")
+    tensors = published(starting_with("vision.", state))
+    tensors = {name.removeprefix("model.vision_tower."): w for name, w in tensors.items()}
+    return {"config.json": clip_json(config.vision)}, tensors
+
+
+def starting_with(prefix, state):
+    """The part of a state dict whose names start with a prefix, or with one of several."""
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+LAYOUTS = {
+    "own": write_own,
+    "cumo": write_cumo,
+    "moe-llava": write_moe_llava,
+    "hf-llm": write_hf_decoder,
+    "hf-clip": write_hf_tower,
+}
+
+
+def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "own"):
+    """Write a model folder, with the tokenizer if there is one, and with LoRA adapters merged.
+
+    state: replaces model.state_dict() where the weights are gathered elsewhere (FSDP).
+    layout: "own"; "cumo" and "moe-llava", which the released codes load; "hf-llm" and "hf-clip",
+    the decoder or the (dense) tower alone for transformers. A VisionTransformer can be given as
+    model for "hf-clip". Raises ValueError, before anything is written, where a layout cannot hold
+    this model.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+
+    # adapters are added to the weights that they stand beside
+    if state is None:
+        state = model.state_dict()
+    state = merge_state(state, model)
+    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+    # a tower alone: give its tensors the names that they have in a model
+    config = model.config
+    if isinstance(model, VisionTransformer):
+        if layout != "hf-clip":
+            raise ValueError("a vision tower alone can be written as hf-clip only, not as "
+                             f"{layout}")
+        config = Config(vision=model.config)
+        state = {f"vision.{name}": tensor for name, tensor in state.items()}
+    files, tensors = LAYOUTS[layout](config, state, tokenizer)
+
+    # a layout that cannot hold the model has raised its error by now
+    os.makedirs(folder, exist_ok=True)
+    save_tensors(folder, tensors)
+    if tokenizer is not None and layout != "hf-clip":
+        write_atomically(os.path.join(folder, "tokenizer.json"), tokenizer.save)
+    for file, described in files.items():
+        write_json(os.path.join(folder, file), described)
+
+
+SHARD_BYTES = 5 * 10**9
+
+
+def save_tensors(folder, tensors):
+    """Write model.safetensors; above SHARD_BYTES, several shards and an index of what is where."""
+    # a shard is full when the next tensor would make it larger than that
+    shards = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+
+    # the files
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_atomically(os.path.join(folder, file),
+                         lambda temporary: save_file(shard, temporary, metadata={"format": "pt"}))
+        weight_map |= dict.fromkeys(shard, file)
+
+    # which file holds a tensor
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    elif os.path.exists(index):
+        # it belongs to an older, larger model, and loading would follow it
+        os.remove(index)
 
 
 def write_atomically(path: str, write):
@@ -507,9 +1122,11 @@ def write_atomically(path: str, write):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         write(temporary)
+        # the content must be on the disk before the name points to it
         with open(temporary, "rb") as f:
-            os.fsync(f.fileno())                                                   # on the disk before the name points to it
-        os.chmod(temporary, 0o644)                                                 # safetensors writes files that others cannot read
+            os.fsync(f.fileno())
+        # safetensors writes files that others cannot read
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -517,457 +1134,714 @@ def write_atomically(path: str, write):
 
 
 def write_json(path: str, value):
-    def write(name):
-        with open(name, "w", encoding="utf-8") as f:
+    """Write a value as JSON, atomically."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as f:
             json.dump(value, f, indent=1, ensure_ascii=False)
     write_atomically(path, write)
 
 
-LAYOUTS = ("own", "cumo", "moe-llava", "hf-llm", "hf-clip")
+# -------------------------------------------------------------------------------------------------
+# 5. Loading
 
 
-def save(model: CuMo, folder: str, tokenizer: Tokenizer | None = None, state: dict | None = None, layout: str = "own"):
-    """Write a model folder. `state` replaces model.state_dict() where the weights are gathered elsewhere (FSDP).
+def load(path: str, device="cpu", dtype=None, listing=None, later=None):
+    """A model folder, or a model's name on the Hugging Face hub -> (model, tokenizer or None).
 
-    layout: "own"; "cumo" and "moe-llava", the published ones, which the released codes load; "hf-llm" and "hf-clip", the decoder or the
-    (dense) tower alone as transformers writes them. CLIP's post_layernorm, which nothing here uses, is not written: transformers will say
-    that it made a new one. Raises ValueError where a layout cannot hold this model."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    state = {k: v.detach().contiguous() for k, v in merge_state(model.state_dict() if state is None else state, model).items()}
-    if isinstance(model, VisionTransformer):
-        state, config = {f"vision.{name}": tensor for name, tensor in state.items()}, Config(vision=model.config)
-        if layout != "hf-clip":
-            raise ValueError(f"a vision tower alone can be written as hf-clip only, not as {layout}")
-    else:
-        config = model.config
-    v, c, t, extra = config.vision, config.connector, config.text, {}
-    if layout in ("cumo", "moe-llava") and config.audio:
-        raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; write it as own (hf-llm: the decoder alone)")
-    if layout != "hf-llm" and layout != "own" and v is None:
-        raise ValueError(f"a language model alone has no tower to write as {layout}; --to hf-llm writes the decoder")
-    if layout == "own":
-        described = config.to_dict()
-    elif layout == "hf-llm":
-        described = text_config_json(t, tokenizer, config.template)
-        state = published({name: tensor for name, tensor in state.items() if name.startswith("text.")})
-    elif layout == "hf-clip":
-        if any(v.n_experts):
-            raise ValueError("hf-clip holds a dense tower, this one has experts; write it with --to cumo")
-        described, tokenizer = clip_config_json(v), None
-        state = {name.removeprefix("model.vision_tower."): tensor for name, tensor in
-                 published({name: tensor for name, tensor in state.items() if name.startswith("vision.")}).items()}
-    elif layout == "moe-llava":
-        described, state = moe_llava_json(config, tokenizer), published(state)
-        state = {moe_llava_name(name): tensor for name, tensor in state.items()}
-        extra["clip_config.json"] = clip_config_json(v)
-    else:
-        counts = {n for n in (*v.n_experts, c.n_experts) if n}
-        if len(counts) > 1 or len(set(v.n_experts)) > 1 or (any(v.n_experts) and c.n_experts and v.top_k != c.top_k):
-            raise ValueError("the published layout has one number of experts and one top-k, for all layers of the tower and the connector")
-        if c.act != "gelu":
-            raise ValueError(f"the published layout's connector has activation gelu, not {c.act}")
-        described = text_config_json(t, tokenizer, config.template)
-        kind = {"mixtral": "Mixtral", "mistral": "Mistral", "llama": "Llama" if t.rope_scaling else "Mistral"}.get(described["model_type"])
-        if kind is None:
-            raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; this one has QKV bias")
-        described |= {"architectures": [f"Llava{kind}ForCausalLM"], "model_type": f"llava_{kind.lower()}",
-                      "mm_vision_tower": CLIP_L if clip_config_json(v) == clip_config_json(VisionConfig()) else "",
-                      "mm_hidden_size": v.dim, "mm_vision_select_layer": v.select_layer, "mm_vision_select_feature": "patch",
-                      "mm_projector_type": "smoe_mlp" if c.n_experts else "mlp2x_gelu",
-                      "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True, "image_aspect_ratio": "pad",
-                      "scales": v.scales, "num_experts": max(counts, default=4), "num_selected": v.top_k if any(v.n_experts) else c.top_k,
-                      "num_layers": 3, "dropout": False, "clip_smoe": any(v.n_experts), "mlp_smoe": c.n_experts > 0, "training": False,
-                      "balance_loss_coef": config.balance_coef, "router_z_loss_coef": config.z_coef, "local_rank": 0}
-        extra["clip_config.json"] = clip_config_json(v)                            # the published layout names a hub model instead
-        state = published(state)
-    os.makedirs(folder, exist_ok=True)
-    shards, size = [{}], 0
-    for name, tensor in state.items():
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else \
-        [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(names, shards):
-        write_atomically(os.path.join(folder, file), lambda name: save_file(shard, name, metadata={"format": "pt"}))
-    if len(shards) > 1:
-        extra["model.safetensors.index.json"] = {"metadata": {"total_size": sum(t.nbytes for t in state.values())},
-                                                 "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
-    elif os.path.exists(index := os.path.join(folder, "model.safetensors.index.json")):
-        os.remove(index)                                                           # of an older, larger model: load would follow it
-    for file, value in extra.items():
-        write_json(os.path.join(folder, file), value)
-    if tokenizer is not None:
-        write_atomically(os.path.join(folder, "tokenizer.json"), lambda name: tokenizer.save(name))
-    write_json(os.path.join(folder, "config.json"), described)                     # last: a folder with a config is complete
+    Understands the layouts in SUPPORTED; config.json says which it is, never the folder's name. The
+    model is a CuMo (without senses if the folder holds a decoder: model(tokens) works), of CLIP a
+    VisionTransformer, of Whisper an AudioTransformer; in eval mode.
 
+    Weights stream one by one into their final place, in the dtype that they are stored in unless
+    one is given, so memory peaks little above the model's size.
+    listing: collects (their name, our name, shape, dtype) of each tensor.
+    later: the model stays on meta, and the stream of its weights is appended to this list, for
+    `copy_into_shard`. So a process that shards the model first never holds the whole.
 
-def load(path: str, device="cpu", dtype: torch.dtype | None = None, listing: list | None = None, later: list | None = None):
-    """A model folder, or a model's name on the Hugging Face hub -> (model in eval mode, tokenizer or None).
-
-    Understands our own layout, the published CuMo checkpoints, LLaVA-1.5, and Hugging Face's LLaMA, Mistral, Mixtral and Qwen2 decoders
-    (a CuMo without senses: model(tokens) works), CLIP (a VisionTransformer) and Whisper's encoder (an AudioTransformer). config.json says
-    which it is, never the folder's name.
-    Weights stream tensor by tensor into their final place, in the dtype they are stored in unless one is given, so memory peaks little
-    above the model's size. `listing` collects (their name, our name, shape, dtype) of each tensor. `later`: the model stays on meta, and
-    the stream of its weights is appended to this list, for `put`: who shards the model first never holds the whole. Raises ValueError
-    naming the file, key or tensor that is missing, left over, of the wrong shape, or not readable."""
+    Raises ValueError naming the file, key or tensor that is missing, left over, of the wrong shape
+    or not readable.
+    """
     path = local_folder(os.fspath(path))
-    cfg = read_json(os.path.join(path, "config.json"))
-    own = not {"model_type", "architectures"} & cfg.keys()
-    files, rename = weight_files(path, cfg, own), whisper if cfg.get("model_type") == "whisper" else str
-    shapes = Shapes() if own else shapes_in(files, rename)
+    config_file = os.path.join(path, "config.json")
+    theirs = read_json(config_file)
+    files = weight_files(path, theirs)
+
+    # how their names become the published ones, unless they are ours
+    rename = None
+    shapes = {}
+    if not is_own(theirs):
+        rename = published_name
+        if theirs.get("model_type") == "whisper":
+            rename = published_whisper_name
+        shapes = shapes_in(files, rename)
+
+    # the model without weights; values of a wrong kind lead to errors of many kinds
     try:
-        config = config_of(path, cfg, shapes)
-        with torch.device("meta"):
-            model = CuMo(config) if isinstance(config, Config) else AudioTransformer(config) if isinstance(config, AudioConfig) else \
-                VisionTransformer(Config(vision=config).vision)
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as e:     # values of a wrong kind
-        raise ValueError(f"{os.path.join(path, 'config.json')}: {e}") from None
-    found = (item for file in files for item in tensors_in(file, rename=rename))
-    names, prefix = None if own else translate, {CuMo: "", VisionTransformer: "vision.", AudioTransformer: "audio."}[type(model)]
+        model, named = build_on_meta(read_config(theirs, shapes, path))
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
+            RuntimeError) as e:
+        raise ValueError(f"{config_file}: {e}") from None
+
+    # the weights
+    stream = match_tensors(tensors_in(files), named.state_dict(), path, rename, listing)
     if later is not None:
-        later.append(matched(model.state_dict(), found, path, names, listing, prefix))
+        later.append(stream)
     else:
-        fill(model, found, path, names, device, dtype, listing, prefix)
+        fill_from(stream, named, dtype, device)
     if isinstance(model, CuMo) and model.vision:
-        model.connector.to(model.vision.patch.weight.dtype)                        # stored apart, they may differ
-    file = os.path.join(path, "tokenizer.json")
-    return model.eval(), read_tokenizer(file) if os.path.exists(file) else None
+        # files stored apart may differ in dtype
+        model.connector.to(model.vision.patch.weight.dtype)
+
+    tokenizer = None
+    tokenizer_file = os.path.join(path, "tokenizer.json")
+    if os.path.exists(tokenizer_file):
+        tokenizer = read_tokenizer(tokenizer_file)
+    return model.eval(), tokenizer
 
 
-def local_folder(path: str) -> str:
-    """The folder itself; a hub name ("shi-labs/CuMo-mistral-7b") is downloaded by huggingface_hub and cached."""
+def build_on_meta(config):
+    """(the model of this config, the same under the names that it has as a part of a CuMo), without
+    memory for the weights."""
+    with torch.device("meta"):
+        if isinstance(config, VisionConfig):
+            # through Config, which checks the fields
+            model = VisionTransformer(Config(vision=config).vision)
+            return model, torch.nn.ModuleDict({"vision": model})
+        if isinstance(config, AudioConfig):
+            model = AudioTransformer(config)
+            return model, torch.nn.ModuleDict({"audio": model})
+        model = CuMo(config)
+        return model, model
+
+
+def fill_from(stream, model, dtype=None, device="cpu"):
+    """Give a model on meta its weights from a stream of (our name, expert or None, tensor)."""
+    wanted = model.state_dict()
+    state = {}
+    for name, expert, tensor in stream:
+        if name not in state:
+            state[name] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype,
+                                      device=device)
+        copy_into_shard(state[name], expert, tensor)
+        # free it before the next one is read
+        del tensor
+    # what is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
+    model.load_state_dict(state, strict=False, assign=True)
+    model.requires_grad_(True)
+
+
+def match_tensors(tensors, wanted, where, rename=None, listing=None):
+    """Yield (our name, expert or None, tensor) for (their name, tensor) pairs.
+
+    wanted: our state dict (on meta). where: their folder or file, for messages. rename: gives their
+    names' published form; None where they are ours already. Every tensor is used or ignored on
+    purpose, and every parameter filled; else a ValueError names it.
+    """
+    # where each of their tensors goes
+    if rename is None:
+        places = {name: (name, None) for name in wanted}
+    else:
+        places = published_places(wanted)
+    missing = dict.fromkeys(places)
+
+    for theirs, tensor in tqdm(tensors, desc=f"loading {os.path.basename(where)}", unit=" tensors",
+                               delay=2, leave=False, mininterval=0.5):
+        # what is left out on purpose
+        published_as = theirs
+        if rename is not None:
+            published_as = rename(theirs)
+            if any(re.search(pattern, published_as) for pattern in IGNORED):
+                continue
+        if published_as not in places:
+            if published_as in ("lm_head.weight", "text.head.weight"):
+                # a head that is tied to the embedding is stored there
+                continue
+            raise ValueError(f"{where}: tensor {theirs} has no place in this model")
+
+        # the place must have its shape
+        name, expert = places[published_as]
+        ours = name
+        target = wanted[name]
+        if expert is not None:
+            ours = f"{name}[{expert}]"
+            target = target[expert]  # (E, F, D) -> (F, D)
+        shape = tuple(target.shape)
+        if tensor.shape != target.shape:
+            raise ValueError(f"{where}: tensor {theirs} has shape {tuple(tensor.shape)}, the "
+                             f"config asks for {shape}")
+
+        missing.pop(published_as, None)
+        if listing is not None:
+            listing.append((theirs, ours, shape, tensor.dtype))
+        yield name, expert, tensor
+        # free it before the next one is read
+        del tensor
+
+    # naming the first one is enough
+    for name in missing:
+        raise ValueError(f"{where}: tensor {name} is missing")
+
+
+@torch.no_grad()
+def copy_into_shard(param: Tensor, expert: int | None, tensor: Tensor):
+    """Copy a tensor into a parameter, or as much of it as this process's FSDP shard holds.
+
+    expert: copy into that slice of stacked experts; None: into the whole parameter. Without it, a
+    dense FFN's tensor that meets stacked experts goes into all of them, which is upcycling.
+    """
+    source = tensor.expand(param.shape)  # a view: nothing is copied yet
+    here = param
+    first_expert = 0
+
+    # FSDP cuts as torch.chunk does. Of 10 rows on 4 processes, chunks of 3, 3, 3 and 1.
+    if isinstance(param, DTensor):
+        here = param.to_local()
+        dim = param.placements[0].dim
+        mesh = param.device_mesh
+        n_rows = param.shape[dim]
+        chunk = -(-n_rows // mesh.size())
+        start = min(n_rows, chunk * mesh.get_local_rank())
+        source = source.narrow(dim, start, here.shape[dim])
+        if dim == 0:
+            first_expert = start
+
+    # a process whose shard has no part of this expert copies nothing
+    if expert is None:
+        here.copy_(source)
+        return
+    i = expert - first_expert
+    if 0 <= i < len(here):
+        here[i].copy_(source[i])
+
+
+def local_folder(path):
+    """The folder itself, or where huggingface_hub keeps a model that it has downloaded for a name
+    on the hub ("shi-labs/CuMo-mistral-7b")."""
     if os.path.isfile(os.path.join(path, "config.json")):
         return path
     if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python train.py`, or check the path")
-    from huggingface_hub import snapshot_download                                  # comes with tokenizers; needed here only
+        raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
+                         "train.py`, or check the path")
+
+    # it comes with tokenizers, and is needed here only
+    from huggingface_hub import snapshot_download
     try:
         folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
         if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
             folder = snapshot_download(path, allow_patterns=["*.json", "*.bin"])
         return folder
-    except Exception as e:                                                         # no network, no such repository, no permission
-        raise ValueError(f"{path}: no such folder here, and downloading it from the Hugging Face hub failed: "
-                         f"{str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from None
+    except Exception as e:
+        # no network, no such repository, no permission...
+        raise ValueError(f"{path}: no such folder here, and downloading it from the Hugging Face "
+                         f"hub failed: {first_line(e)}") from None
 
 
-def weight_files(path: str, cfg: dict, own: bool) -> list[str]:
-    """The files that hold a folder's tensors: shards by the index, or one file; and, for CuMo's stage outputs and for LLaVA, which may keep
-    the tower and the connector apart, those too."""
-    files = []
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        single, index = os.path.join(path, name), os.path.join(path, name + ".index.json")
-        if os.path.exists(index):
-            try:
-                files = [os.path.join(path, file) for file in sorted(set(read_json(index)["weight_map"].values()))]
-            except (KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f"{index}: not an index of shards: {e!r}") from None
-            for file in files:
-                if not os.path.exists(file):
-                    raise ValueError(f"{file}: missing; the index names it. Copy or download it again")
-        elif os.path.exists(single):
-            files = [single]
-        if files:
-            break
-    if own or not kind_is_multimodal(cfg):
+def first_line(error):
+    """What an exception says, in one line; of a silent one, its type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]
+
+
+def weight_files(path, theirs):
+    """The files that hold a folder's tensors.
+
+    CuMo's stages leave the tower and the connector in files of their own (clip.bin,
+    mm_projector.bin), and LLaVA leaves the tower where its config says.
+    """
+    files = main_files(path)
+    if not is_multimodal(theirs):
         if not files:
             raise ValueError(f"{os.path.join(path, 'model.safetensors')}: missing")
         return files
+
+    # of a LLaVA, what the folder's main files lack
     names = shapes_in(files)
     if not any(name.startswith(TOWER) for name in names):
         tower = os.path.join(path, "clip.bin")
         if os.path.exists(tower):
             files.append(tower)
         else:
-            tower = local_folder(cfg.get("mm_vision_tower") or cfg.get("mm_image_tower") or "(no mm_vision_tower in the config)")
-            files += weight_files(tower, {}, False)
-    if not any(name.startswith(PROJECTOR) for name in names) and os.path.exists(os.path.join(path, "mm_projector.bin")):
-        files.append(os.path.join(path, "mm_projector.bin"))
+            tower = tower_folder(theirs) or "(no mm_vision_tower in the config)"
+            files += weight_files(local_folder(tower), {})
+    connector = os.path.join(path, "mm_projector.bin")
+    if not any(name.startswith(PROJECTOR) for name in names) and os.path.exists(connector):
+        files.append(connector)
     return files
 
 
-def tensors_in(file: str, shapes_only: bool = False, rename=str):
-    """Yield (name, tensor), or (name, shape), of a .safetensors or .bin file (a pickle: weights_only refuses one that runs code)."""
+def main_files(path):
+    """A folder's one file of weights, or the shards that its index names; [] without either."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        file = os.path.join(path, name)
+        index = file + ".index.json"
+        if os.path.exists(index):
+            return shards_of(path, index)
+        if os.path.exists(file):
+            return [file]
+    return []
+
+
+def shards_of(path, index):
+    """The files of a folder that an index of shards names."""
     try:
-        if file.endswith(".safetensors"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        files = [os.path.join(path, name) for name in names]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{index}: not an index of shards: {e!r}") from None
+    # say so now, not when the other shards have been read
+    for file in files:
+        if not os.path.exists(file):
+            raise ValueError(f"{file}: missing; the index names it. Copy or download it again")
+    return files
+
+
+def tensors_in(files):
+    """Yield (name, tensor) of .safetensors and .bin files."""
+    for file in files:
+        with errors_that_name(file):
+            if not file.endswith(".safetensors"):
+                state = read_bin(file)
+                for name in list(state):
+                    yield name, state.pop(name)
+                continue
+
+            # The file is opened anew for each tensor: it is mapped into memory, and pages that
+            # were read count as memory as long as it is open
             with safe_open(file, framework="pt") as f:
                 names = list(f.keys())
-                if shapes_only:
-                    yield from ((rename(name), tuple(f.get_slice(name).get_shape())) for name in names)
-                    return
-            for name in names:                                                     # opened anew for each tensor: the file is mapped, and
-                with safe_open(file, framework="pt") as f:                         # pages that were read count as memory while it is open
+            for name in names:
+                with safe_open(file, framework="pt") as f:
                     tensor = f.get_tensor(name)
-                yield rename(name), tensor
+                yield name, tensor
                 del tensor
-        else:
-            state = torch.load(file, map_location="meta" if shapes_only else "cpu", weights_only=True,
-                               mmap=shapes_only and zipfile.is_zipfile(file))      # a mapped page counts as memory
-            if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
-                raise ValueError("must hold a dictionary of tensors")
-            for name in list(state):
-                tensor = state.pop(name)
-                yield rename(name), tuple(tensor.shape) if shapes_only else tensor
-                del tensor
-    except FileNotFoundError:
-        raise ValueError(f"{file}: missing") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{file}: damaged, or more than tensors, a pickle that would run code: refused. Convert it to safetensors where "
-                         "you trust it") from None
-    except Exception as e:                                                         # what damaged bytes lead to
-        raise ValueError(f"{file}: cannot be read, truncated perhaps: {(str(e) or type(e).__name__).splitlines()[0]}") from None
 
 
 class Shapes(dict):
-    """{published name: shape}."""
+    """{published name: shape}; a name that is not there is an error that says so."""
 
     def __missing__(self, name):
         raise ValueError(f"tensor {name} is missing")
 
 
-def shapes_in(files: list[str], rename=str) -> Shapes:
-    """Of the files' tensors, read off their headers."""
-    return Shapes({canonical(name): shape for file in files for name, shape in tensors_in(file, True, rename)})
+def shapes_in(files, rename=published_name):
+    """The shapes of all tensors in these files, read off their headers."""
+    shapes = Shapes()
+    for file in files:
+        with errors_that_name(file):
+            if file.endswith(".safetensors"):
+                with safe_open(file, framework="pt") as f:
+                    for name in f.keys():
+                        shapes[rename(name)] = tuple(f.get_slice(name).get_shape())
+            else:
+                for name, tensor in read_bin(file, "meta").items():
+                    shapes[rename(name)] = tuple(tensor.shape)
+    return shapes
+
+
+def read_bin(file, device="cpu"):
+    """The tensors of a .bin, which is a pickle. weights_only refuses one that would run code."""
+    # where shapes are enough, the file is mapped and its tensors are not read
+    mmap = device == "meta" and zipfile.is_zipfile(file)
+    state = torch.load(file, map_location=device, weights_only=True, mmap=mmap)
+    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+        raise ValueError("must hold a dictionary of tensors")
+    return state
+
+
+@contextlib.contextmanager
+def errors_that_name(file):
+    """Turn whatever goes wrong while a file is read into one line that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{file}: missing") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file}: damaged, or more than tensors, a pickle that would run code: "
+                         "refused. Convert it to safetensors where you trust it") from None
+    except Exception as e:
+        raise ValueError(f"{file}: cannot be read, truncated perhaps: {first_line(e)}") from None
 
 
 def read_tokenizer(file: str) -> Tokenizer:
+    """A tokenizer.json, without the truncation and padding that it may ask for: data.py pads and
+    cuts."""
     try:
         tokenizer = Tokenizer.from_file(file)
-    except Exception as e:                                                         # tokenizers raises bare Exceptions
+    except Exception as e:
+        # tokenizers raises bare Exceptions
         raise ValueError(f"{file}: cannot be read as a tokenizer: {e}") from None
-    tokenizer.no_truncation()                                                      # a file may say otherwise; data.py pads and cuts
+    tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def fill(model: torch.nn.Module, tensors, where: str, names=None, device="cpu", dtype=None, listing: list | None = None, prefix: str = ""):
-    """Put (name, tensor) pairs into the model: every parameter filled, every tensor used or ignored on purpose, or a ValueError that
-    names it. `names` translates names as `translate` does; None: they are ours. prefix: where in a CuMo the module `model` stands."""
-    wanted, state = model.state_dict(), {}
-    for name, expert, tensor in matched(wanted, tensors, where, names, listing, prefix):
-        name = name.removeprefix(prefix)
-        if name not in state:
-            state[name] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype, device=device)
-        (state[name] if expert is None else state[name][expert]).copy_(tensor)
-        del tensor                                                                 # before the next one is read
-    model.load_state_dict(state, assign=True)
-    model.requires_grad_(True)
+# -------------------------------------------------------------------------------------------------
+# 6. Models put together, and the tiny presets' backbones
 
 
-def matched(wanted: dict, tensors, where: str, names, listing: list | None, prefix: str):
-    """Yield (our name in a CuMo, expert or None, tensor) for (name, tensor) pairs; `fill` says what is checked."""
-    seen = set()
-    for theirs, tensor in tqdm(tensors, desc=f"loading {os.path.basename(where)}", unit=" tensors", delay=2, leave=False, mininterval=0.5):
-        to = (theirs, None) if names is None else names(theirs)
-        if to is None or (to[0] == "text.head.weight" and to[0] not in wanted):    # left out on purpose; or tied to the embedding
-            continue
-        name, expert = (to[0] or "?").removeprefix(prefix), to[1]
-        stacked = name.rsplit(".", 1)[0] + ".router" in wanted and not name.endswith(".router")
-        if name not in wanted or (names and (expert is not None) != stacked) or (expert or 0) >= max(1, len(wanted[name])):
-            raise ValueError(f"{where}: tensor {theirs} has no place in this model")
-        shape = wanted[name].shape if expert is None else wanted[name].shape[1:]
-        if tensor.shape != shape:
-            raise ValueError(f"{where}: tensor {theirs} has shape {tuple(tensor.shape)}, the config asks for {tuple(shape)}")
-        seen.add(theirs if names is None else canonical(theirs))
-        if listing is not None:
-            listing.append((theirs, prefix + name + ("" if expert is None else f"[{expert}]"), tuple(shape), tensor.dtype))
-        yield prefix + name, expert, tensor
-        del tensor                                                                 # before the next one is read
-    expected = wanted if names is None else published({prefix + name: tensor for name, tensor in wanted.items()})
-    for name in expected:
-        if name not in seen:
-            raise ValueError(f"{where}: tensor {name} is missing")
+def assemble(vision: str, llm: str, connector=None, scales=(1,), template=None, seed: int = 0,
+             dtype=None, listing=None, later=None, audio=None):
+    """A model that stage 1 can start from -> (CuMo in eval mode, the decoder's tokenizer or None).
 
-
-@torch.no_grad()
-def put(param: torch.Tensor, expert: int | None, tensor: torch.Tensor):
-    """Write a tensor into a parameter, or as much of it as this rank's shard holds (FSDP cuts as torch.chunk does). With `expert`, into
-    that slice of stacked experts; a dense FFN's tensor that meets stacked experts, into all of them: upcycling."""
-    source, here, first = tensor.expand(param.shape), param, 0                     # a view: nothing is copied yet
-    if isinstance(param, DTensor):
-        here, dim, mesh = param.to_local(), param.placements[0].dim, param.device_mesh
-        start = min(param.shape[dim], -(-param.shape[dim] // mesh.size()) * mesh.get_local_rank())
-        source, first = source.narrow(dim, start, here.shape[dim]), start if dim == 0 else 0
-    if expert is None:
-        here.copy_(source)
-    elif first <= expert < first + len(here):
-        here[expert - first].copy_(source[expert - first])
-
-
-def assemble(vision: str, llm: str, connector: str | None = None, scales=(1,), template: str | None = None, seed: int = 0,
-             dtype: torch.dtype | None = None, listing: list | None = None, later: list | None = None, audio: str | None = None):
-    """A model that stage 1 can start from: the tower of one folder (or CuMo's clip.bin), the decoder of another, and a new connector, or
-    the one in `connector` (CuMo's and LLaVA's mm_projector.bin); with `audio`, a folder of Whisper, also an ear and a new resampler.
-    -> (CuMo in eval mode, the decoder's tokenizer or None)."""
-    def part(source, name):                                                        # of what a folder holds, this part alone is wanted
-        streams = None if later is None else []
-        model, tokenizer = load(source, dtype=dtype, listing=listing, later=streams)
-        if streams:
-            later.append(item for item in streams[0] if item[0].startswith(name))
-        return model, tokenizer
-    if os.path.isfile(vision):
-        config = Config(vision=vision_config({}, shapes_in([vision]))).vision
-        with torch.device("meta"):
-            tower = VisionTransformer(config)
-        fill(tower, tensors_in(vision), vision, translate, dtype=dtype, listing=listing, prefix="vision.")
-    else:
-        tower = part(vision, "vision.")[0]
-        tower = tower if isinstance(tower, VisionTransformer) else tower.vision
-    if tower is None:
-        raise ValueError(f"{vision}: has no vision tower; --vision wants a CLIP folder")
-    decoder, tokenizer = part(llm, "text.")
+    vision: the tower of this folder, or CuMo's clip.bin. llm: the decoder of this folder.
+    connector: an mm_projector.bin of CuMo or LLaVA; without it, a new one. audio: a folder of
+    Whisper, for an ear and a new resampler. dtype, listing, later: as for `load`.
+    """
+    # sizes first: the parts are on meta, and their weights are streams
+    streams = []
+    tower = open_tower(vision, listing, streams)
+    decoder, tokenizer = open_part(llm, "text.", listing, streams)
     if not isinstance(decoder, CuMo):
         raise ValueError(f"{llm}: has no decoder; --llm wants a language model's folder")
     shapes = shapes_in([connector]) if connector else {}
+    config = Config(
+        vision=dataclasses.replace(tower.config, scales=list(scales)),
+        connector=ConnectorConfig(n_experts=count(shapes, r"mm_projector\.experts\.(\d+)\.")),
+        text=decoder.config.text,
+        template=template or decoder.config.template,
+    )
     with torch.device("meta"):
-        model = CuMo(Config(vision=dataclasses.replace(tower.config, scales=list(scales)), text=decoder.config.text,
-                            connector=ConnectorConfig(n_experts=count(shapes, r"mm_projector\.experts\.(\d+)\.")),
-                            template=template or decoder.config.template))
-    model.vision, model.text = tower, decoder.text
-    tower.config, decoder.text.config = model.config.vision, model.config.text
+        model = CuMo(config)
+
+    # the connector
     if connector:
+        named = torch.nn.ModuleDict({"connector": model.connector})
+        tensors = tensors_in([connector])
         try:
-            fill(model.connector, tensors_in(connector), connector, translate, dtype=dtype or tower.patch.weight.dtype, listing=listing,
-                 prefix="connector.")
+            fill_from(match_tensors(tensors, named.state_dict(), connector, published_name,
+                                    listing), named, dtype or torch.float32)
         except ValueError as e:
-            raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} scale{'s' * (len(scales) > 1)}, the decoder "
-                             f"{decoder.config.text.dim}") from None
+            plural = "" if len(scales) == 1 else "s"
+            raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} "
+                             f"scale{plural}, the decoder {config.text.dim}") from None
     else:
-        model.connector.to_empty(device="cpu").to(tower.patch.weight.dtype)
+        model.connector.to_empty(device="cpu")
         torch.manual_seed(seed)
         model.init_weights(parts=("connector",))
+
+    # the ear, and a new resampler
     if audio:
-        ear = part(audio, "audio.")[0]
+        ear, _ = open_part(audio, "audio.", listing, streams)
         if not isinstance(ear, AudioTransformer):
             raise ValueError(f"{audio}: is no ear; --audio wants a Whisper folder")
         add_audio(model, ear, seed)
+
+    # the weights, now or later; a bridge has the dtype of the sense before it
+    if later is not None:
+        later.extend(streams)
+        return model.eval(), tokenizer
+    fill_from(itertools.chain(*streams), model, dtype)
+    model.connector.to(model.vision.patch.weight.dtype)
+    if audio:
+        model.resampler.to(model.audio.conv1.weight.dtype)
     return model.eval(), tokenizer
 
 
+def open_part(folder, prefix, listing, streams):
+    """`load` on meta. Of the folder's weights, only those with this prefix join the streams."""
+    found = []
+    model, tokenizer = load(folder, listing=listing, later=found)
+    streams.append(item for item in found[0] if item[0].startswith(prefix))
+    return model, tokenizer
+
+
+def open_tower(source, listing, streams):
+    """The tower of a folder, or the one in CuMo's clip.bin, likewise."""
+    if os.path.isfile(source):
+        tower, named = build_on_meta(vision_config({}, shapes_in([source])))
+        streams.append(match_tensors(tensors_in([source]), named.state_dict(), source,
+                                     published_name, listing))
+        return tower
+
+    model, _ = open_part(source, "vision.", listing, streams)
+    if isinstance(model, VisionTransformer):
+        return model
+    if not isinstance(model, CuMo) or model.vision is None:
+        raise ValueError(f"{source}: has no vision tower; --vision wants a CLIP folder")
+    return model.vision
+
+
 def add_audio(model: CuMo, audio: AudioTransformer, seed: int = 0) -> CuMo:
-    """Give a model an ear, in place: this encoder (config.audio becomes its config), and a new resampler behind it."""
+    """Give a model an ear, in place: this encoder, and a new resampler behind it."""
     if model.config.audio:
         raise ValueError("this model hears already")
-    like = next(audio.parameters())
-    config = dataclasses.replace(model.config, audio=dataclasses.replace(audio.config))            # checked as any other
-    model.config.audio = audio.config = config.audio
-    with torch.device("cpu" if like.is_meta else like.device):                     # an ear on meta gets its weights later, this has them
-        resampler = Resampler(config.audio, config.text.dim).to(like.dtype)
+
+    # through Config, which checks the fields; the ear's config and the model's are then one
+    config = dataclasses.replace(model.config, audio=dataclasses.replace(audio.config))
+    audio.config = config.audio
+    model.config.audio = config.audio
+
+    # an ear on meta gets its weights later; the resampler is new and has them now
+    weight = next(audio.parameters())
+    device = "cpu" if weight.is_meta else weight.device
+    with torch.device(device):
+        resampler = Resampler(config.audio, config.text.dim).to(weight.dtype)
+
+    # the decoder comes last, as in a model that was born with ears
     text = model.text
-    del model.text                                                                 # comes last, as in a model that was born with ears
-    model.audio, model.resampler, model.text = audio, resampler, text
+    del model.text
+    model.audio = audio
+    model.resampler = resampler
+    model.text = text
     torch.manual_seed(seed)
     model.init_weights(parts=("resampler",))
     return model.train(model.training)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. The tiny preset's pre-trained backbones: what CLIP, Mistral and Whisper are to the real presets. One file, the tokenizer in its
-# header
+# What CLIP, Mistral and Whisper are to the real presets, a shipped file of pre-trained backbones is
+# to the tiny ones. The bridges between them are not in it: these begin as new.
+BACKBONES = "vision.", "audio.", "text."
+BRIDGES = "connector.", "resampler."
 
 
 def save_backbones(model: CuMo, file: str, tokenizer: Tokenizer):
-    state = {k: v.detach().contiguous() for k, v in model.state_dict().items() if not k.startswith(("connector.", "resampler."))}
+    """Write tower, ear and decoder into one file, with config and tokenizer in its header."""
+    state = starting_with(BACKBONES, model.state_dict())
+    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    header = {"format": "pt", "tokenizer": tokenizer.to_str(),
+              "config": json.dumps(model.config.to_dict())}
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    write_atomically(file, lambda name: save_file(state, name, metadata={
-        "format": "pt", "tokenizer": tokenizer.to_str(), "config": json.dumps(model.config.to_dict())}))
+    write_atomically(file, lambda temporary: save_file(state, temporary, metadata=header))
 
 
 def load_backbones(file: str):
-    """-> (CuMo with pre-trained tower and decoder and a new connector, tokenizer)."""
+    """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer)."""
+    again = "make it again with `python assets/backbones.py`"
     try:
         with safe_open(file, framework="pt") as f:
-            tensors, meta = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            header = f.metadata() or {}
     except (FileNotFoundError, SafetensorError) as e:
-        raise ValueError(f"{file}: cannot be read ({e}); make it again with `python assets/backbones.py`") from None
-    if not meta or not {"config", "tokenizer"} <= meta.keys():
-        raise ValueError(f"{file}: has no config and tokenizer in its header; make it again with `python assets/backbones.py`")
-    model = CuMo(Config.from_dict(json.loads(meta["config"])))
-    fill(model, ({k: v for k, v in model.state_dict().items() if k.startswith(("connector.", "resampler."))} | tensors).items(), file)
-    return model, Tokenizer.from_str(meta["tokenizer"])
+        raise ValueError(f"{file}: cannot be read ({e}); {again}") from None
+    if not {"config", "tokenizer"} <= header.keys():
+        raise ValueError(f"{file}: has no config and tokenizer in its header; {again}")
+
+    # a CuMo is born with new weights; the bridges keep theirs
+    model = CuMo(Config.from_dict(json.loads(header["config"])))
+    bridges = starting_with(BRIDGES, model.state_dict())
+    tensors = (bridges | tensors).items()
+    fill_from(match_tensors(tensors, model.state_dict(), file), model)
+    return model, Tokenizer.from_str(header["tokenizer"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. `python upcycle.py`: put a model together, convert one, and see where each tensor goes
+# -------------------------------------------------------------------------------------------------
+# 7. Checks of what upcycle and save are asked for
 
 
-def print_listing(listing: list):
-    """(their name, our name, shape, dtype) of each tensor, one line for all layers and experts that are alike."""
-    groups = {}
-    for theirs, ours, shape, dtype in listing:
-        key = (pattern_of(theirs), re.sub(r"\[\d+\]", "[{e}]", pattern_of(ours)), shape, str(dtype).removeprefix("torch."))
-        groups[key] = groups.get(key, 0) + 1
-    width = max((len(theirs) for theirs, *_ in groups), default=0)
-    for (theirs, ours, shape, dtype), n in groups.items():
-        print(f"{theirs:{width}}  ->  {ours:36} {' x '.join(map(str, shape)):18} {dtype}" + (f"  ({n} of them)" if n > 1 else ""))
+def layer_counts(model, wanted, top_k, sources):
+    """{part: the number of experts of each of its layers}, or a ValueError that says what is wrong.
+
+    wanted: {part: one number or a list}. sources: what is to be put together in the decoder.
+    """
+    if adapted(model):
+        raise ValueError("this model has LoRA adapters; merge them first (drop_lora)")
+
+    counts = {}
+    for part, given in wanted.items():
+        # one number for each layer
+        owners = ffn_owners(model, part)
+        numbers = [given] if isinstance(given, int) else list(given)
+        if any(numbers) and not owners:
+            raise ValueError(f"{part}: this model has no such part to upcycle")
+        if isinstance(given, int):
+            numbers = numbers * len(owners)
+        if len(numbers) != len(owners):
+            raise ValueError(f"{part}: {len(numbers)} expert counts for {len(owners)} layers")
+        counts[part] = numbers
+
+        # what a layer cannot become, or is already
+        config = getattr(model.config, part)
+        has_experts = any(isinstance(owner.ffn, MoE) for owner in owners)
+        for layer, (owner, n_experts) in enumerate(zip(owners, numbers)):
+            if n_experts == 0:
+                continue
+            if not 1 <= top_k <= n_experts:
+                raise ValueError(f"{part}: top_k = {top_k} of {n_experts} experts; need "
+                                 "1 <= top_k <= experts")
+            if isinstance(owner.ffn, MoE):
+                raise ValueError(f"{part} layer {layer} already has {len(owner.ffn.router)} "
+                                 "experts")
+            if has_experts and config.top_k != top_k:
+                raise ValueError(f"{part} already has experts with top_k = {config.top_k}; all "
+                                 f"its layers share one, got {top_k}")
+            if sources and part == "text" and n_experts != len(sources):
+                raise ValueError(f"text: {n_experts} experts asked for, {len(sources)} given to "
+                                 "put together")
+    return counts
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="""Weights in and out.
+# fields in which a source's decoder may differ from the model that it goes into
+ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
+                 "noisy", "aux"}
 
-  python upcycle.py --vision CLIP_DIR --llm LLM_DIR --scales 1,3 --out DIR      tower + decoder + new connector: where stage 1 starts
-  ... --vision CLIP_DIR --llm LLM_DIR --audio WHISPER_DIR --out DIR             ... + ear + new resampler: where Uni-MoE's starts
-  python upcycle.py --experts DIR_A,DIR_B,DIR_C,DIR_D --out DIR                 decoders trained apart -> the experts of one
-  python upcycle.py --from CUMO_DIR --out DIR                                   any layout that is understood -> this project's
-  python upcycle.py --from DIR --to cumo --out DIR                              -> the published CuMo layout
-  python upcycle.py --from DIR --to hf-llm --out DIR                            the decoder alone, for transformers (hf-clip: the tower)
 
-A name on the Hugging Face hub can stand in a folder's place. Every tensor's two names are printed; one that is missing, left over or of
-the wrong shape is an error.""", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
-    parser.add_argument("--vision", metavar="DIR", help="take the tower from this folder (CLIP), or from CuMo's clip.bin")
-    parser.add_argument("--llm", metavar="DIR", help="take the decoder and the tokenizer from this folder")
-    parser.add_argument("--audio", metavar="DIR", help="take an ear from this folder (Whisper)")
-    parser.add_argument("--experts", metavar="DIRS", help="models, with commas: their decoders' FFNs become experts; the rest: the first's")
-    parser.add_argument("--average", action="store_true", help="of --experts: all else is the mean over them")
-    parser.add_argument("--every-other", action="store_true", help="of --experts: in layers 0, 2, 4... only; the others stay dense")
-    parser.add_argument("--connector", metavar="FILE", help="take the connector from this mm_projector.bin; default: a new one")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not hold a model yet")
-    parser.add_argument("--to", choices=LAYOUTS, default="own", help="layout to write (default: own)")
-    parser.add_argument("--scales", default="1", help="S2 scales of a model put together, for example 1,3 (CuMo; default: 1)")
-    parser.add_argument("--template", help="chat template: mistral, vicuna, openchat, plain or tiny; default: by the decoder's architecture")
-    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, for folders that have only the older tokenizer.model")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="store weights so; default: as they are")
-    parser.add_argument("--seed", type=int, default=0, help="of a new connector, resampler or routers (default: 0)")
+def check_same_sizes(where, theirs, ours, average):
+    """Raise ValueError unless a source's parts have the sizes of the model that they go into."""
+    theirs = dataclasses.asdict(theirs)
+    ours = dataclasses.asdict(ours)
+    # field by field; a part that is not there has none
+    for part in ("text", "vision", "connector", "audio"):
+        our_part = ours[part] or {}
+        their_part = theirs[part] or {}
+
+        # where only FFNs are taken, a decoder without senses will do
+        if part != "text" and not average and not (our_part and their_part):
+            continue
+        for key in our_part | their_part:
+            if part == "text" and key in ABOUT_EXPERTS:
+                continue
+            if our_part.get(key) != their_part.get(key):
+                raise ValueError(f"{where}: {part}.{key} = {their_part.get(key)}, the model "
+                                 f"that it goes into has {our_part.get(key)}")
+
+
+NO_TOWER = "a language model alone has no tower to write as {}; --to hf-llm writes the decoder"
+
+
+def check_senses(config, layout):
+    """Raise ValueError unless the model sees and does not hear."""
+    if config.audio:
+        raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; "
+                         "write it as own (hf-llm: the decoder alone)")
+    if config.vision is None:
+        raise ValueError(NO_TOWER.format(layout))
+
+
+# -------------------------------------------------------------------------------------------------
+# 8. `python upcycle.py`: put a model together or convert one, and see where each tensor goes
+
+ABOUT = """Weights in and out.
+
+  python upcycle.py --vision CLIP_DIR --llm LLM_DIR --scales 1,3 --out DIR
+      tower + decoder + new connector: where stage 1 starts
+  python upcycle.py --vision CLIP_DIR --llm LLM_DIR --audio WHISPER_DIR --out DIR
+      the same + ear + new resampler: where Uni-MoE's stage 1 starts
+  python upcycle.py --experts DIR_A,DIR_B,DIR_C,DIR_D --out DIR
+      decoders trained apart -> the experts of one
+  python upcycle.py --from CUMO_DIR --out DIR
+      any layout that is understood -> this project's
+  python upcycle.py --from DIR --to cumo --out DIR
+      -> the published CuMo layout
+  python upcycle.py --from DIR --to hf-llm --out DIR
+      the decoder alone, for transformers (hf-clip: the tower)
+
+A name on the Hugging Face hub can stand in a folder's place. Every tensor's two names are printed;
+one that is missing, left over or of the wrong shape is an error."""
+
+
+def parse(argv=None):
+    """The command's flags; ValueError where they do not go together."""
+    parser = argparse.ArgumentParser(description=ABOUT,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, metavar, what in (
+        ("--vision", "DIR", "take the tower from this folder (CLIP), or from CuMo's clip.bin"),
+        ("--llm", "DIR", "take the decoder and the tokenizer from this folder"),
+        ("--audio", "DIR", "take an ear from this folder (Whisper)"),
+        ("--connector", "FILE", "take the connector from this mm_projector.bin; default: a new "
+         "one"),
+        ("--experts", "DIRS", "models, with commas: their decoders' FFNs become experts, all else "
+         "is the first's"),
+        ("--template", None, "chat template: mistral, vicuna, openchat, plain or tiny; default: by "
+         "the decoder's architecture"),
+        ("--tokenizer", "FILE", "a tokenizer.json, for folders that have only the older "
+         "tokenizer.model"),
+    ):
+        parser.add_argument(flag, metavar=metavar, help=what)
+    add = parser.add_argument
+    add("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
+    add("--average", action="store_true", help="with --experts: all else is the mean over them")
+    add("--every-other", action="store_true",
+        help="with --experts: in layers 0, 2, 4... only; the others stay dense")
+    add("--out", required=True, metavar="DIR", help="folder to write; must not hold a model yet")
+    add("--to", choices=LAYOUTS, default="own", help="layout to write (default: own)")
+    add("--scales", default="1",
+        help="S2 scales of a model put together, for example 1,3 (CuMo; default: 1)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="store weights so; default: as they are")
+    add("--seed", type=int, default=0,
+        help="of a new connector, resampler or routers (default: 0)")
     args = parser.parse_args(argv)
-    if bool(args.source) + bool(args.vision and args.llm) + bool(args.experts) != 1:
+
+    # which flags go together
+    ways = [args.source, args.vision and args.llm, args.experts]
+    if len([way for way in ways if way]) != 1:
         raise ValueError("give either --from DIR, or --vision DIR and --llm DIR, or --experts DIRS")
-    if (args.audio and not args.vision) or ((args.average or args.every_other) and not args.experts):
-        raise ValueError("--audio goes with --vision and --llm; --average and --every-other go with --experts")
+    if (args.audio and not args.vision) or (
+            (args.average or args.every_other) and not args.experts):
+        raise ValueError("--audio goes with --vision and --llm; --average and --every-other go "
+                         "with --experts")
     if os.path.exists(os.path.join(args.out, "config.json")):
         raise ValueError(f"{args.out} holds a model already: choose another --out")
     try:
-        scales = [int(s) for s in args.scales.split(",")]
+        args.scales = [int(scale) for scale in args.scales.split(",")]
     except ValueError:
-        raise ValueError(f"--scales {args.scales}: whole numbers with commas, for example 1,3") from None
-    listing, dtype = [], getattr(torch, args.dtype) if args.dtype else None
-    if args.source or args.experts:
-        folders = args.experts.split(",") if args.experts else [args.source]
-        model, tokenizer = load(folders[0], dtype=dtype, listing=listing)
-        if args.experts:
-            if not isinstance(model, CuMo):
-                raise ValueError(f"{folders[0]}: an encoder alone; experts come from models with a decoder")
-            where = "every_other" if args.every_other else "all"
-            counts = expert_counts(model.config.text.n_layers, where, str(len(folders)))
-            upcycle(model, text=counts, seed=args.seed, experts=folders, average=args.average)
-        if args.template:
-            model.config.template = args.template
+        raise ValueError(f"--scales {args.scales}: whole numbers with commas, for example "
+                         "1,3") from None
+    if args.dtype:
+        args.dtype = getattr(torch, args.dtype)
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    listing = []
+    if args.source:
+        model, tokenizer = load(args.source, dtype=args.dtype, listing=listing)
+    elif args.experts:
+        model, tokenizer = put_together(args, listing)
     else:
-        model, tokenizer = assemble(args.vision, args.llm, args.connector, scales, args.template, args.seed, dtype, listing,
+        model, tokenizer = assemble(args.vision, args.llm, args.connector, args.scales,
+                                    args.template, args.seed, args.dtype, listing,
                                     audio=args.audio)
     print_listing(listing)
+
+    # our own layout holds no encoder alone; of the others, one holds a tower
+    is_tower = isinstance(model, VisionTransformer)
+    if isinstance(model, AudioTransformer) or (is_tower and args.to == "own"):
+        raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: "
+                         "--vision DIR --llm DIR")
+
+    # flags override what the folders say
+    if args.template and not is_tower:
+        model.config.template = args.template
     if args.tokenizer:
         tokenizer = read_tokenizer(args.tokenizer)
-    if isinstance(model, AudioTransformer) or (isinstance(model, VisionTransformer) and args.to == "own"):
-        raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: --vision DIR --llm DIR")
     save(model, args.out, tokenizer, layout=args.to)
-    print(f"wrote {args.out} ({args.to}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M parameters)" + (
-        "" if tokenizer or args.to == "hf-clip" else ". No tokenizer.json was found: give one with --tokenizer, or nothing can be trained or asked"))
+
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"wrote {args.out} ({args.to}, {n_params / 1e6:,.1f}M parameters)")
+    if tokenizer is None and args.to != "hf-clip":
+        print("No tokenizer.json was found: give one with --tokenizer, or nothing can be trained "
+              "or asked")
+
+
+def put_together(args, listing):
+    """--experts: the first folder's model, with the FFNs of all folders as experts."""
+    folders = args.experts.split(",")
+    model, tokenizer = load(folders[0], dtype=args.dtype, listing=listing)
+    if not isinstance(model, CuMo):
+        raise ValueError(f"{folders[0]}: an encoder alone; experts come from models with a decoder")
+
+    where = "every_other" if args.every_other else "all"
+    counts = expert_counts(model.config.text.n_layers, where, str(len(folders)))
+    upcycle(model, text=counts, seed=args.seed, experts=folders, average=args.average)
+    return model, tokenizer
+
+
+def print_listing(listing):
+    """(their name, our name, shape, dtype) of each tensor, a line for all layers and experts that
+    are alike."""
+    # numbers of layers and experts become {i} and {e}
+    groups = Counter()
+    for theirs, ours, shape, dtype in listing:
+        sizes = " x ".join(str(size) for size in shape)
+        groups[pattern_of(theirs), pattern_of(ours), sizes, str(dtype)] += 1
+
+    width = max((len(theirs) for theirs, *_ in groups), default=0)
+    for (theirs, ours, sizes, dtype), n in groups.items():
+        alike = "" if n == 1 else f"  ({n} of them)"
+        dtype = dtype.removeprefix("torch.")
+        print(f"{theirs:{width}}  ->  {ours:36} {sizes:18} {dtype}{alike}")
 
 
 if __name__ == "__main__":
