@@ -64,56 +64,36 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # in the text, "<image>", "<audio>" or "<video>", which says where the model meets it.
 
 
-def device_of(model):
-    return model.text.embed.weight.device
+def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embeds=None,
+           audio_embeds=None, max_new_tokens: int = 64, **options) -> list[str]:
+    """Samples whose conversations end with the human's turn -> the model's next turns, stripped.
 
+    options: temperature, top_p, generator, compile (CuMo.generate). stream: called with each new
+    piece of text of the first sample. image_embeds, audio_embeds: features of what the samples
+    hold, where it was encoded before; then a sample with sounds says their "slots" itself, and
+    marks a video as an image."""
+    # What is said, and what there is to see and to hear
+    if image_embeds is None and audio_embeds is None:
+        texts, senses = sense(model, samples)
+    else:
+        texts = [(sample["conversations"], sample.get("slots", 0)) for sample in samples]
+        senses = {"image_embeds": image_embeds, "audio_embeds": audio_embeds}
 
-def load_images(model: CuMo, images: list) -> torch.Tensor:
-    """Paths, PIL images or tensors of data.load_image -> (n, 3, S, S) on the model's device."""
-    tensors = []
-    for image in images:
-        if not isinstance(image, torch.Tensor):
-            image = data.load_image(image, model.config.vision.image_size)
-        tensors.append(image)
-    return torch.stack(tensors).to(device_of(model))
+    # The model goes on where the text ends, until it says the end mark
+    tokens = tokens_of(model, tokenizer, texts)  # (B, T)
+    eos = eos_id(tokenizer, model.config.template)
+    on_token = None
+    if stream is not None:
+        on_token = streamer(tokenizer, stream)
+    out = model.generate(tokens, eos=eos, on_token=on_token, max_new_tokens=max_new_tokens,
+                         **senses, **options)  # (B, up to max_new_tokens)
 
-
-def sense(model: CuMo, samples: list[dict]) -> tuple[list[tuple], dict]:
-    """Samples -> (texts, senses): what is said, and what the model sees and hears.
-
-    texts: for each sample (conversations, slots), as data.load_senses gives them: a "<video>" is
-    now as many "<image>" as it fills, and slots says how many tokens each sound takes.
-    senses: arguments of CuMo.forward and CuMo.generate, each only if there is any, on the model's
-    device: "images" (n, 3, S, S), "audio" (chunks, n_mels, n_frames), "frames" (n_marks,) int64."""
-    config = model.config
-    image_size = config.vision.image_size if config.vision else 1
-    seconds = config.audio.n_frames / 100 if config.n_audio_tokens else 0.0
-
-    texts = []
-    pictures = []
-    chunks = []
-    frames = []
-    has_video = False
-    for sample in samples:
-        conversations, images, audio, frames_here, slots = data.load_senses(
-            sample, image_size, config.n_audio_tokens, seconds, average=not config.frames_apart)
-        texts.append((conversations, slots))
-        pictures.extend(images)
-        if audio is not None:
-            chunks.extend(audio)
-
-        # As soon as one sample of the batch has a video, every image counts as a video of one frame
-        has_video = has_video or frames_here is not None
-        frames.extend(frames_here or [1] * len(images))
-
-    senses = {}
-    if pictures:
-        senses["images"] = load_images(model, pictures)
-    if has_video:
-        senses["frames"] = torch.tensor(frames, device=device_of(model))
-    if chunks:
-        senses["audio"] = torch.stack(chunks).to(device_of(model))
-    return texts, senses
+    # A row that ended before the longest one is filled up with the end mark
+    replies = []
+    for row in out.tolist():
+        said = [token for token in row if token != eos]
+        replies.append(tokenizer.decode(said).strip())
+    return replies
 
 
 def tokens_of(model: CuMo, tokenizer, texts: list[tuple]) -> torch.Tensor:
@@ -130,36 +110,6 @@ def tokens_of(model: CuMo, tokenizer, texts: list[tuple]) -> torch.Tensor:
 def eos_id(tokenizer, template: str) -> int:
     """The token that ends an answer in this template."""
     return tokenizer.encode(data.EOS[template], add_special_tokens=False).ids[-1]
-
-
-def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embeds=None,
-           audio_embeds=None, max_new_tokens: int = 64, **options) -> list[str]:
-    """Samples whose conversations end with the human's turn -> the model's next turns, stripped.
-
-    options: temperature, top_p, generator, compile (CuMo.generate). stream: called with each new
-    piece of text of the first sample. image_embeds, audio_embeds: features of what the samples
-    hold, where it was encoded before; then a sample with sounds says their "slots" itself, and
-    marks a video as an image."""
-    if image_embeds is None and audio_embeds is None:
-        texts, senses = sense(model, samples)
-    else:
-        texts = [(sample["conversations"], sample.get("slots", 0)) for sample in samples]
-        senses = {"image_embeds": image_embeds, "audio_embeds": audio_embeds}
-
-    tokens = tokens_of(model, tokenizer, texts)  # (B, T)
-    eos = eos_id(tokenizer, model.config.template)
-    on_token = None
-    if stream is not None:
-        on_token = streamer(tokenizer, stream)
-    out = model.generate(tokens, eos=eos, on_token=on_token, max_new_tokens=max_new_tokens,
-                         **senses, **options)  # (B, up to max_new_tokens)
-
-    # A row that ended before the longest one is filled up with the end mark
-    replies = []
-    for row in out.tolist():
-        said = [token for token in row if token != eos]
-        replies.append(tokenizer.decode(said).strip())
-    return replies
 
 
 def streamer(tokenizer, write):
@@ -182,27 +132,6 @@ def streamer(tokenizer, write):
         written = text
 
     return on_token
-
-
-def add_marks(text: str, files: dict) -> str:
-    """Put a "<image>\\n" in front for each image that the text does not mark itself; so for videos
-    and sounds. files: {"image": list, "video": list, "audio": list}."""
-    head = ""
-    for kind in ("image", "video", "audio"):
-        n_missing = len(files[kind]) - text.count(f"<{kind}>")
-        head += f"<{kind}>\n" * n_missing
-    return head + text
-
-
-def typed_lines():
-    """What the user types, line by line, until Ctrl-D."""
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            print()
-            return
-        yield line
 
 
 def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), video=(),
@@ -234,6 +163,79 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
     return conversation
 
 
+def typed_lines():
+    """What the user types, line by line, until Ctrl-D."""
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        yield line
+
+
+# -------------------------------------------------------------------------------------------------
+# You can stop here on a first reading. Behind this line: measuring a model on the drawn world,
+# answering and scoring files of questions, pictures of what the experts do, the command line.
+# But first, what `answer` and `chat` left out: how a sample's files become tensors.
+# -------------------------------------------------------------------------------------------------
+# 2. What the model sees and hears
+
+
+def device_of(model):
+    return model.text.embed.weight.device
+
+
+def load_images(model: CuMo, images: list) -> torch.Tensor:
+    """Paths, PIL images or tensors of data.load_image -> (n, 3, S, S) on the model's device."""
+    tensors = []
+    for image in images:
+        if not isinstance(image, torch.Tensor):
+            image = data.load_image(image, model.config.vision.image_size)
+        tensors.append(image)
+    return torch.stack(tensors).to(device_of(model))
+
+
+def sense(model: CuMo, samples: list[dict]) -> tuple[list[tuple], dict]:
+    """Samples -> (texts, senses): what is said, and what the model sees and hears.
+
+    texts: for each sample (conversations, slots), as data.load_senses gives them: a "<video>" is
+    now as many "<image>" as it fills, and slots says how many tokens each sound takes.
+    senses: arguments of CuMo.forward and CuMo.generate, each only if there is any, on the model's
+    device: "images" (n, 3, S, S), "audio" (chunks, n_mels, n_frames), "frames" (n_marks,) int64."""
+    # A model without eyes or ears needs no sizes; load_senses complains if there are files for it
+    config = model.config
+    image_size = config.vision.image_size if config.vision else 1
+    seconds = config.audio.n_frames / 100 if config.n_audio_tokens else 0.0
+
+    texts = []
+    pictures = []
+    chunks = []
+    frames = []
+    has_video = False
+    for sample in samples:
+        conversations, images, audio, frames_here, slots = data.load_senses(
+            sample, image_size, config.n_audio_tokens, seconds, average=not config.frames_apart)
+        texts.append((conversations, slots))
+        pictures.extend(images)
+        if audio is not None:
+            chunks.extend(audio)
+
+        # As soon as one sample of the batch has a video, every image counts as a video of one frame
+        has_video = has_video or frames_here is not None
+        frames.extend(frames_here or [1] * len(images))
+
+    # What there is none of is left out: a language model alone is given tokens and nothing else
+    senses = {}
+    if pictures:
+        senses["images"] = load_images(model, pictures)
+    if has_video:
+        senses["frames"] = torch.tensor(frames, device=device_of(model))
+    if chunks:
+        senses["audio"] = torch.stack(chunks).to(device_of(model))
+    return texts, senses
+
+
 @torch.no_grad()
 def encode_senses(model, sample):
     """-> (conversations, slots, embeds): as `sense`, but seen and heard already.
@@ -251,11 +253,18 @@ def encode_senses(model, sample):
     return conversations, slots, embeds
 
 
+def add_marks(text: str, files: dict) -> str:
+    """Put a "<image>\\n" in front for each image that the text does not mark itself; so for videos
+    and sounds. files: {"image": list, "video": list, "audio": list}."""
+    head = ""
+    for kind in ("image", "video", "audio"):
+        n_missing = len(files[kind]) - text.count(f"<{kind}>")
+        head += f"<{kind}>\n" * n_missing
+    return head + text
+
+
 # -------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Behind this line: measuring a model on the drawn world,
-# answering and scoring files of questions, pictures of what the experts do, the command line.
-# -------------------------------------------------------------------------------------------------
-# 2. Measuring on the drawn world
+# 3. Measuring on the drawn world
 
 # A world is what a question is about: a scene, a sound, or both together
 TYPES = {"image": data.TYPES, "sound": data.SOUND_TYPES, "both": data.BOTH_TYPES}
@@ -308,6 +317,8 @@ def drawn_sample(what, question, in_words=False):
     has_sound = "sound" in what
     images = []
     audio = []
+
+    # In words, the decoder alone is measured: it need not see or hear
     if in_words:
         words = []
         if has_scene:
@@ -334,8 +345,8 @@ def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = 
     gets each (sample, reply)."""
     was_training = model.training
     model.eval()
-    questions = drawn_questions(n, world=world)
     scores = {}
+    questions = drawn_questions(n, world=world)
     for start in tqdm(range(0, n, batch), desc="evaluating", leave=False, mininterval=1):
         group = questions[start:start + batch]
         samples = [drawn_sample(what, question, in_words) for what, _, question, _ in group]
@@ -370,7 +381,7 @@ def print_table(scores: dict, title: str):
 
 
 # -------------------------------------------------------------------------------------------------
-# 3. Question files, LLaVA's: JSON lines in, JSON lines out
+# 4. Question files, LLaVA's: JSON lines in, JSON lines out
 #
 # A run of hours is interrupted sooner or later. So answers go to disk batch by batch, every process
 # appends to a part of its own, OUT.part-RANK-of-WORLD, and the last step merges the parts. A run
@@ -439,6 +450,7 @@ def read_questions(file: str, folder: str = "") -> dict[str, dict]:
 
 def question_files(row, kind, folder, where):
     """A question's "image" or "audio" -> its files; "video" -> for each the files of its frames."""
+    # A question may have one file, several, or none
     files = row.get(kind) or []
     if not isinstance(files, (str, list)):
         raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
@@ -484,6 +496,7 @@ def answered(files: list[str], questions: dict, model_id: str) -> dict[str, dict
             if row is None:
                 continue
 
+            # Is this an answer to one of the questions, as it is asked now, by this model?
             key = str(row.get("question_id")) if isinstance(row, dict) else None
             if key not in questions or row.get("model_id") != model_id or (
                     row.get("prompt") != questions[key]["row"]["text"]):
@@ -590,7 +603,7 @@ def check_senses(model, questions, model_id):
 
 
 # -------------------------------------------------------------------------------------------------
-# 4. Scores
+# 5. Scores
 #
 # A scorer takes annotations {id: row} and replies {id: text} to the same questions, and gives
 # {name: [points, possible]}.
@@ -672,6 +685,7 @@ def normalise(text: str) -> str:
     # A period stays before a digit only
     out = re.sub(r"\.(?!\d)", "", out).lower()
 
+    # Numbers become digits, articles go, and forgotten apostrophes come back
     words = []
     for word in out.split():
         word = DIGITS.get(word, word)
@@ -696,6 +710,7 @@ def score_vqa(annotations: dict, replies: dict, form=normalise, always: bool = F
             raise ValueError(f"question {key!r}: 'answers' must be texts of ten humans, "
                              f"not {str(row['answers'])[:200]}")
 
+        # Where all ten say the same, the reply must be just that, unless `always`
         reply = on_one_line(replies[key])
         humans = [on_one_line(human) for human in humans]
         if always or len(set(humans)) > 1:
@@ -745,6 +760,7 @@ def score_pope(annotations: dict, replies: dict) -> dict:
         is_yes = row["label"].strip().lower() != "no"
         count[said_yes, is_yes] += 1
 
+    # True and false positives, true and false negatives
     n = len(annotations)
     tp = count[True, True]
     fp = count[True, False]
@@ -797,6 +813,7 @@ def score_choice(annotations: dict, replies: dict) -> dict:
     points = {}
     unparsed = 0
     for key, row in annotations.items():
+        # The right option, as an index
         right = row.get("answer")
         if isinstance(right, str) and len(right) == 1:
             right = ord(right) - ord("A")
@@ -898,7 +915,7 @@ def annotations_of(kind, right, rng):
 
 
 # -------------------------------------------------------------------------------------------------
-# 5. Pictures: what all of them are drawn with
+# 6. Pictures: what all of them are drawn with
 
 EXPERT_COLORS = ((230, 80, 60), (60, 140, 230), (250, 190, 40), (80, 180, 90),
                  (150, 90, 200), (60, 200, 200), (240, 120, 180), (150, 150, 150))
@@ -913,7 +930,7 @@ def expert_colors(n: int) -> list[tuple]:
 
 def blank_page(width: int, height: int) -> tuple:
     """-> (the page, the pen that draws on it). Coordinates are pixels from the top left corner."""
-    page = Image.new("RGB", (int(width), int(height)), "white")
+    page = Image.new("RGB", (width, height), "white")
     return page, ImageDraw.Draw(page)
 
 
@@ -941,12 +958,15 @@ def bars(draw, box, columns, colors, lines=(), feet=()):
     feet: for each bar a color to be shown below it."""
     left, top, right, bottom = box
     height = bottom - top
+
+    # A bar takes four fifths of its place, so that the lines can be seen between the bars
     pitch = (right - left) / len(columns)
     half = min(0.4 * pitch, 75)
     for share in lines:
         y = bottom - height * share
         draw.line((left, y, right, y), "#aaaaaa")
 
+    # Each share stands on the one before, from `low` up to `high` (y grows downwards)
     for i, column in enumerate(columns):
         middle = left + (i + 0.5) * pitch
         low = bottom
@@ -968,7 +988,7 @@ def even_shares(n):
 
 
 # -------------------------------------------------------------------------------------------------
-# 6. What the experts see: patches of images (CuMo)
+# 7. What the experts see: patches of images (CuMo)
 
 
 def seeing_layers(model: CuMo) -> list[int]:
@@ -1009,6 +1029,7 @@ def routing_of(model: CuMo, images: list) -> dict[str, torch.Tensor]:
 
 def expert_load(model, images, n_experts, batch=16):
     """{"layer 0": each expert's share of the first choices, (E,), ..., "connector": the same}."""
+    # In batches: there may be many images
     counts = {}
     for start in range(0, len(images), batch):
         for name, experts in routing_of(model, images[start:start + batch]).items():
@@ -1026,9 +1047,12 @@ LOAD = 110  # height of the bars below the panels
 
 def draw_routing(model: CuMo, images: list, png: str, population: list | None = None,
                  n_layers: int = 5):
-    """Each image with its patches in the color of their first-choice expert, for at most n_layers
-    layers, spread over the depth; below, the expert load per layer (CuMo, Figure 4) over
-    `population`, by default the images shown. Raises ValueError for a model without experts."""
+    """Each image as the tower gets it, and with its patches in the color of their first-choice
+    expert, for at most n_layers layers, spread over the depth; below, the expert load per layer
+    (CuMo, Figure 4) over `population`, by default the images shown.
+
+    Raises ValueError for a model without experts."""
+    # What is shown of whom
     routing = routing_of(model, images)
     if not routing:
         raise ValueError("this model is dense: there is no routing to draw")
@@ -1079,19 +1103,20 @@ def spread_over_depth(names, n_layers):
     """At most n_layers of the layers, from the first to the last one; the connector always."""
     layers = [name for name in names if name != "connector"]
     n_layers = min(n_layers, len(layers))
-    chosen = []
-    for i in range(n_layers):
-        chosen.append(layers[round(i * (len(layers) - 1) / max(1, n_layers - 1))])
-    return chosen + names[len(layers):]
+    step = (len(layers) - 1) / max(1, n_layers - 1)
+    return [layers[round(i * step)] for i in range(n_layers)] + names[len(layers):]
 
 
 def as_seen(tensor):
     """data.load_image's (3, S, S) -> a panel. These are the very pixels that the tower gets; a
     small image is enlarged without smoothing, so that one can see how little that is."""
+    # Undo the normalisation
     mean = torch.tensor(data.CLIP_MEAN).view(3, 1, 1)
     std = torch.tensor(data.CLIP_STD).view(3, 1, 1)
     pixels = (tensor.float() * std + mean).clamp(0, 1) * 255  # (3, S, S)
     pixels = pixels.round().byte().permute(1, 2, 0)  # (S, S, 3)
+
+    # A tower that reads more pixels than a panel has loses some in the picture, smoothly
     smooth = len(pixels) > PANEL
     resampling = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     return Image.fromarray(pixels.numpy()).resize((PANEL, PANEL), resampling)
@@ -1099,6 +1124,7 @@ def as_seen(tensor):
 
 def paint_patches(seen, experts, colors):
     """A panel in grey, each of its N patches tinted in the color of its expert. experts: (N,)."""
+    # A pixel a patch, enlarged; the grey image shines through
     side = math.isqrt(len(experts))
     paint = torch.tensor(colors, dtype=torch.uint8)[experts].view(side, side, 3)
     paint = Image.fromarray(paint.numpy()).resize((PANEL, PANEL), Image.Resampling.NEAREST)
@@ -1107,7 +1133,7 @@ def paint_patches(seen, experts, colors):
 
 
 # -------------------------------------------------------------------------------------------------
-# 7. What the decoder's experts read: words and pictures (and sounds) side by side
+# 8. What the decoder's experts read: words and pictures (and sounds) side by side
 #
 # Who takes what? MoE-LLaVA (arXiv 2401.15947) asks it with three figures, 4 to 6, counted here over
 # whole conversations: how even is the load, does an expert prefer a modality, and which pathways,
@@ -1180,6 +1206,8 @@ def decoder_routing(model: CuMo, tokenizer, samples: list[dict], replies: list[s
     does."""
     if stats is None:
         stats = DecoderRouting(model.config.text)
+
+    # The whole conversations, as if the replies were given
     whole = []
     for sample, reply in zip(samples, replies, strict=True):
         turns = [*sample["conversations"], {"from": "gpt", "value": reply}]
@@ -1187,10 +1215,12 @@ def decoder_routing(model: CuMo, tokenizer, samples: list[dict], replies: list[s
     texts, senses = sense(model, whole)
     tokens = tokens_of(model, tokenizer, texts)  # (B, T)
 
+    # One forward pass tells every layer's choices
     was_training = model.training
     routing = model.eval()(tokens, **senses).routing["text"]  # one for each layer with experts
     model.train(was_training)
 
+    # Whose choices are these? A token is a word, or a slot of an image or of a sound; PAD is none
     tokens = tokens.flatten()  # (B * T,)
     of_modality = (tokens >= 0, tokens == data.IMAGE, tokens == data.AUDIO)
     for m, mine in enumerate(of_modality):
@@ -1223,11 +1253,18 @@ def layer_span(stats, i):
 
 
 def draw_decoder_routing(stats: DecoderRouting, png: str):
-    """Four panels: expert load, modalities in an expert, experts of a modality, pathways."""
+    """Four panels: expert load, modalities in an expert, experts of a modality, pathways.
+
+    Raises ValueError if nothing was counted."""
     if not stats.layers or not sum(stats.tokens):
         raise ValueError("there is no routing to draw: no layer of the decoder has experts, "
                          "or no token was counted")
-    heard = [m for m, n in enumerate(stats.tokens) if n]
+
+    # The modalities that there are: (index, name, color)
+    heard = []
+    for m, (name, color) in enumerate(MODALITIES.items()):
+        if stats.tokens[m]:
+            heard.append((m, name, color))
     paths = paths_to_show(stats, heard)
     pathways_top = 598 + 92 * len(heard)
     page, draw = blank_page(1300, pathways_top + 20 * len(paths) + 44)
@@ -1241,12 +1278,12 @@ def draw_decoder_routing(stats: DecoderRouting, png: str):
 
 
 def write_summary(draw, stats, heard):
-    names = list(MODALITIES)
-    counts = ", ".join(f"{names[m]} {stats.tokens[m]:,}" for m in heard)
+    counts = ", ".join(f"{name} {stats.tokens[m]:,}" for m, name, _ in heard)
     prompts = "1 prompt" if stats.prompts == 1 else f"{stats.prompts:,} prompts"
     draw.text((16, 12), f"The decoder's experts: {sum(stats.tokens):,} tokens ({counts}) of "
               f"{prompts} with the model's replies", "black", FONT)
 
+    # Only a capacity factor makes an expert turn tokens away
     dropped = int(stats.dropped.sum())
     share = dropped / (dropped + int(stats.kept.sum()))
     draw.text((16, 38), f"Each token chooses {stats.top_k} experts a layer; {share:.1%} of the "
@@ -1271,6 +1308,7 @@ def draw_expert_load(draw, stats, top):
     texts = [f"expert {e}" for e in range(max(stats.n_experts))]
     legend(draw, RIGHT + 24, top, colors, texts, dy=20)
 
+    # Layers may have different numbers of experts, and so different lines
     load = stats.share("load").tolist()  # [L][E]
     for i, n in enumerate(stats.n_experts):
         left, right = layer_span(stats, i)
@@ -1281,14 +1319,13 @@ def draw_what_experts_serve(draw, stats, top, heard):
     bottom = top + 110
     title = "What each expert serves: its choices by modality (lines: an expert without preference)"
     draw_heading(draw, stats, top, bottom + 12, title)
-    names = [list(MODALITIES)[m] for m in heard]
-    colors = [MODALITIES[name] for name in names]
+    which, names, colors = zip(*heard)
     legend(draw, RIGHT + 24, top, colors[::-1], names[::-1], dy=20)
 
-    shares = stats.share("modalities")[:, :, heard].tolist()  # [L][E][M]
+    shares = stats.share("modalities")[:, :, list(which)].tolist()  # [L][E][M]
     for i, n in enumerate(stats.n_experts):
         # An expert without preference serves the modalities in the proportion that its layer does
-        mixture = stats.kept[i].sum(0)[heard]  # (M,)
+        mixture = stats.kept[i].sum(0)[list(which)]  # (M,)
         lines = mixture.cumsum(0)[:-1] / mixture.sum().clamp(min=1)  # (M - 1,)
 
         left, right = layer_span(stats, i)
@@ -1301,9 +1338,8 @@ def draw_where_modalities_go(draw, stats, top, heard):
     title = "Where each modality goes: its choices by expert"
     draw_heading(draw, stats, top, top + 92 * len(heard) - 12, title)
     shares = stats.share("experts")  # (L, E, M)
-    for m in heard:
-        name = list(MODALITIES)[m]
-        draw.text((16, top + 40), name, MODALITIES[name], FONT, anchor="lm")
+    for m, name, color in heard:
+        draw.text((16, top + 40), name, color, FONT, anchor="lm")
         columns = shares[:, :, m].tolist()  # [L][E]
         bars(draw, (LEFT, top, RIGHT, top + 80), columns, expert_colors(len(columns[0])))
         top += 92
@@ -1313,10 +1349,11 @@ def paths_to_show(stats, heard):
     """At most ten (path, share, of what, its color): the two most used of each modality, and then
     the most used of all tokens that are not among these."""
     rows = []
-    for m in heard:
-        name = list(MODALITIES)[m]
+    for m, name, color in heard:
         for path, share in stats.top(2, m):
-            rows.append((path, share, name, MODALITIES[name]))
+            rows.append((path, share, name, color))
+
+    # These are often the most used of all, too; do not show one twice
     shown = [path for path, *_ in rows]
     for path, share in stats.top(20):
         if path not in shown and len(rows) < 10:
@@ -1332,16 +1369,20 @@ def draw_pathways(draw, stats, top, paths):
              f"tokens ({used:,} of {possible:,.6g} possible ones were taken)")
     draw_heading(draw, stats, top, top + 20 * len(paths), title)
 
+    # A cell is the expert that a token chose first in this layer
     colors = expert_colors(max(stats.n_experts))
-    for row, (path, *_) in enumerate(paths):
+    for row, (path, _, _, _) in enumerate(paths):
         y = top + 20 * row
         for i, expert in enumerate(path):
             left, right = layer_span(stats, i)
             draw.rectangle((left + 1, y, right - 1, y + 17), colors[expert])
             place = ((left + right) / 2, y + 9)
             draw.text(place, str(expert), "black", SMALL, anchor="mm")
+
+    # Beside each row, how many take this path, and of whom
     texts = [f"{share:.1%} of {name}" for _, share, name, _ in paths]
-    legend(draw, RIGHT + 24, top + 2, [color for *_, color in paths], texts, dy=20)
+    swatches = [color for _, _, _, color in paths]
+    legend(draw, RIGHT + 24, top + 2, swatches, texts, dy=20)
 
 
 def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str], png: str,
@@ -1392,7 +1433,7 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
 
 
 # -------------------------------------------------------------------------------------------------
-# 8. The loss of a training run
+# 9. The loss of a training run
 
 
 def draw_curves(log_file: str, png: str):
@@ -1442,6 +1483,7 @@ def draw_curve(draw, box, losses, smooth):
         y = bottom - (bottom - top) * min(loss, high) / high
         return x, y
 
+    # The grid and its numbers, then the curves
     for k in range(5):
         level = high * k / 4
         _, y = place(0, level)
@@ -1453,7 +1495,7 @@ def draw_curve(draw, box, losses, smooth):
 
 
 # -------------------------------------------------------------------------------------------------
-# 9. The command line
+# 10. The command line
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -1492,8 +1534,22 @@ def parse(argv=None) -> argparse.Namespace:
     add("--eval-drawn", type=int, metavar="N",
         help="ask N questions about held-out drawn scenes; a model that hears, N also about sounds "
              "and about both")
+    add_file_flags(parser)
 
-    # Files of questions and answers
+    # A prompt of blanks is no prompt; and a video is from now on the list of its frames
+    args = parser.parse_args(argv)
+    if args.prompt is not None:
+        args.prompt = args.prompt.strip()
+    videos = []
+    for files in args.video:
+        videos += data.video_files(files, "", "--video")
+    args.video = videos
+    return args
+
+
+def add_file_flags(parser):
+    """What concerns files of questions and answers."""
+    add = parser.add_argument
     command = parser.add_mutually_exclusive_group()
     command.add_argument(
         "--eval", metavar="FILE",
@@ -1517,10 +1573,6 @@ def parse(argv=None) -> argparse.Namespace:
     add("--answers", metavar="FILE", help="of --score: what --eval wrote to --out")
     add("--annotations", metavar="FILE",
         help="of --score: the right answers, JSON or JSON lines, by question_id")
-    args = parser.parse_args(argv)
-    if args.prompt is not None:
-        args.prompt = args.prompt.strip()
-    return args
 
 
 def main(argv=None):
@@ -1543,28 +1595,23 @@ def main(argv=None):
     model_id = os.path.basename(os.path.abspath(args.model))
     if args.eval:
         questions = read_questions(args.eval, args.images)
-        done = answered([args.out], questions, model_id)
-        if len(done) == len(questions) and not args.routing:
-            if RANK == 0:
-                print(f"{args.out} already holds all {len(questions)} answers")
+        if not args.routing and is_complete(args.out, questions, model_id):
             return
         if WORLD > 1:
             join_processes(args)
 
     # 3. The model, and what it is to see and hear
     model, tokenizer = load(args.model, args.device)
-    video = [frames for files in args.video for frames in data.video_files(files, "", "--video")]
-    check_model(args, model, tokenizer, video)
-    given = {"images": args.image, "audio": args.audio, "video": video}
+    check_model(args, model, tokenizer)
     generator = torch.Generator(args.device).manual_seed(args.seed + RANK)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                "top_p": args.top_p, "compile": args.compile, "generator": generator}
 
-    # 4. Ask, and keep (sample, reply) of what --routing is to draw
+    # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw
     asked = []
     talk = args.prompt is not None or not (args.routing or args.eval_drawn or args.eval)
     if args.routing and not args.eval and not args.eval_drawn:
-        sample, reply = conversation_to_draw(args, model, tokenizer, given, options)
+        sample, reply = conversation_to_draw(args, model, tokenizer, options)
         asked.append((sample, reply))
         talk = talk and reply is None
     if args.eval_drawn:
@@ -1587,11 +1634,20 @@ def main(argv=None):
 
     # 6. Talk
     if talk:
-        chat(model, tokenizer, args.image, args.prompt, args.audio, video, **options)
+        chat(model, tokenizer, args.image, args.prompt, args.audio, args.video, **options)
+
+
+def is_complete(out, questions, model_id):
+    """Whether an earlier run has answered all questions; then say so."""
+    if len(answered([out], questions, model_id)) < len(questions):
+        return False
+    if RANK == 0:
+        print(f"{out} already holds all {len(questions)} answers")
+    return True
 
 
 def join_processes(args):
-    """Make the process group, and give each process its own GPU."""
+    """Give each process its own GPU, and let the processes know each other."""
     if args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
@@ -1600,13 +1656,15 @@ def join_processes(args):
     dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
-def conversation_to_draw(args, model, tokenizer, given, options):
+def conversation_to_draw(args, model, tokenizer, options):
     """-> (sample, reply) for --routing without an evaluation.
 
     Experts in the decoder route words, too, so there the prompt is answered (or a usual one); where
     experts only see, the reply is None."""
+    sample = {"images": args.image, "audio": args.audio, "video": args.video}
     if not any(model.config.text.n_experts):
-        return given, None
+        return sample, None
+
     prompt = args.prompt
     if not prompt:
         thing = "sound"
@@ -1617,9 +1675,8 @@ def conversation_to_draw(args, model, tokenizer, given, options):
         prompt = f"Describe the {thing}."
         print(f"> {prompt}")
 
-    *conversations, last = chat(model, tokenizer, given["images"], prompt, given["audio"],
-                                given["video"], **options)
-    return {**given, "conversations": conversations}, last["value"]
+    *turns, last = chat(model, tokenizer, args.image, prompt, args.audio, args.video, **options)
+    return {**sample, "conversations": turns}, last["value"]
 
 
 def evaluate_and_print(args, model, tokenizer):
@@ -1674,15 +1731,15 @@ def folder_and_number(words: list[str]) -> tuple[str, int]:
     return folder, int(number)
 
 
-def check_model(args, model, tokenizer, video):
+def check_model(args, model, tokenizer):
     """Raises ValueError if the model cannot do what the flags ask, or a file is missing."""
     if tokenizer is None:
         raise ValueError(
             f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
-    for file in args.image + args.audio + sum(video, []):
+    for file in args.image + args.audio + sum(args.video, []):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file")
-    if (args.image or video) and model.vision is None:
+    if (args.image or args.video) and model.vision is None:
         raise ValueError(
             f"{args.model} is a language model alone; it cannot see --image or --video")
     if args.audio and model.audio is None:
@@ -1692,7 +1749,7 @@ def check_model(args, model, tokenizer, video):
         decides = any(model.config.text.n_experts)
         if not decides and not sees_by_experts(model):
             raise ValueError(f"{args.model}: this model is dense: there is no routing to draw")
-        something = args.image or args.audio or video or args.eval or args.eval_drawn
+        something = args.image or args.audio or args.video or args.eval or args.eval_drawn
         if not something and not (decides and args.prompt):
             raise ValueError("--routing needs at least one --image (or --audio, --video or "
                              "--prompt where the decoder has experts), --eval or --eval-drawn")
