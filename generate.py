@@ -333,8 +333,8 @@ def drawn_sample(what, question, in_words=False):
             audio.append(data.draw_sound(what["sound"]))
         text = add_marks(question, {"image": images, "video": [], "audio": audio})
 
-    conversations = [{"from": "human", "value": text}]
-    return {"images": images, "audio": audio, "conversations": conversations}
+    turns = [{"from": "human", "value": text}]
+    return {"images": images, "audio": audio, "conversations": turns}
 
 
 def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False,
@@ -409,12 +409,14 @@ def read_rows(file: str, needs: str, kind) -> dict[str, dict]:
 
 def list_rows(file: str) -> list:
     """The rows of a file in any of read_rows' layouts, unchecked."""
+    # JSON lines are no JSON, unless there is but one
     try:
         with open(file, encoding="utf-8") as f:
             content = json.load(f)
     except (OSError, ValueError):
         content = None
 
+    # An object is VQA's, TextVQA's or ScienceQA's
     if isinstance(content, dict):
         for name in ("annotations", "data"):
             if isinstance(content.get(name), list):
@@ -422,7 +424,7 @@ def list_rows(file: str) -> list:
         if all(isinstance(row, dict) for row in content.values()):
             return [{"question_id": key, **row} for key, row in content.items()]
 
-    # A list, JSON lines (a single line looks like an object, too), or an error that LlavaJson tells
+    # A list, JSON lines, or a file that cannot be read: LlavaJson says what is wrong with it
     return data.LlavaJson(file).samples
 
 
@@ -441,10 +443,9 @@ def read_questions(file: str, folder: str = "") -> dict[str, dict]:
         for kind in ("image", "video", "audio"):
             files[kind] = question_files(row, kind, folder, where)
             check_files(row["text"], kind, files[kind], key, where)
-        text = add_marks(row["text"], files)
+        turns = [{"from": "human", "value": add_marks(row["text"], files)}]
         samples[key] = {"row": row, "images": files["image"], "video": files["video"],
-                        "audio": files["audio"],
-                        "conversations": [{"from": "human", "value": text}]}
+                        "audio": files["audio"], "conversations": turns}
     return samples
 
 
@@ -484,27 +485,38 @@ def answered(files: list[str], questions: dict, model_id: str) -> dict[str, dict
     Raises ValueError for anything but answers to these questions by this model: it would be mixed
     in, or overwritten."""
     done = {}
-    for file in files:
-        if not os.path.exists(file):
-            continue
+    for file in filter(os.path.exists, files):
         for line in Path(file).read_bytes().splitlines():
-            try:
-                row = json.loads(line or b"null")
-            except ValueError:
-                # A kill may cut off the last line of a part; that question is asked again
-                row = None if ".part-" in file else line
+            row = parse_answer(line, may_be_cut_off=".part-" in file)
             if row is None:
                 continue
-
-            # Is this an answer to one of the questions, as it is asked now, by this model?
-            key = str(row.get("question_id")) if isinstance(row, dict) else None
-            if key not in questions or row.get("model_id") != model_id or (
-                    row.get("prompt") != questions[key]["row"]["text"]):
+            if not is_answer_to(questions, row, model_id):
                 raise ValueError(
                     f"{file} holds something else than answers of {model_id} to these questions; "
                     f"choose another --out: {str(row)[:200]}")
-            done[key] = row
+            done[str(row["question_id"])] = row
     return done
+
+
+def parse_answer(line, may_be_cut_off):
+    """A line -> the row in it; None if it is empty, or if a kill has cut it off, so that the
+    question is asked again. Of a line that is no JSON otherwise -> the line."""
+    if not line:
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None if may_be_cut_off else line
+
+
+def is_answer_to(questions, row, model_id):
+    """Whether the row answers one of the questions, as it is asked now, by this model."""
+    if not isinstance(row, dict):
+        return False
+    question = questions.get(str(row.get("question_id")))
+    if question is None:
+        return False
+    return row.get("prompt") == question["row"]["text"] and row.get("model_id") == model_id
 
 
 def parts_of(out: str) -> list[str]:
@@ -1600,7 +1612,7 @@ def main(argv=None):
         if WORLD > 1:
             join_processes(args)
 
-    # 3. The model, and what it is to see and hear
+    # 3. The model, and how it is to answer
     model, tokenizer = load(args.model, args.device)
     check_model(args, model, tokenizer)
     generator = torch.Generator(args.device).manual_seed(args.seed + RANK)
