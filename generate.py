@@ -1054,7 +1054,7 @@ def expert_load(model, images, n_experts, batch=16):
 PANEL = 192  # pixels a side, of an image in draw_routing's picture
 GAP = 16  # between two panels
 TOP = 64  # above the first row of panels: the title, and the panels' names
-LOAD = 110  # height of the bars below the panels
+LOAD = 150  # height of the bars below the panels: a share of 8% has room for its number
 
 
 def draw_routing(model: CuMo, images: list, png: str, population: list | None = None,
