@@ -1,17 +1,29 @@
 """generate.py: talk with a model about pictures, measure it, and see what its experts do.
 
-    python generate.py --model out/tiny --image X.png --prompt "What color is the circle?"       one answer
-    python generate.py --model out/tiny --image X.png                                            a chat (Ctrl-D ends it)
-    python generate.py --model out/uni --image X.png --audio Y.wav --video FRAMES_DIR            a chat about all of them
-    python generate.py --model out/tiny --image X.png --routing routing.png                      which expert took which patch (or token)
-    python generate.py --model out/tiny --eval-drawn 1200                                        accuracy on held-out drawn scenes
-    python generate.py --model out/tiny --eval questions.jsonl --images DIR --out answers.jsonl  answer a file; goes on where it stopped
-    torchrun --nproc_per_node 8 generate.py --model M --eval questions.jsonl --images DIR --out answers.jsonl      the same on 8 GPUs
-    python generate.py --score vqa --answers answers.jsonl --annotations FILE                    points: exact, vqa, textvqa, pope, choice
-    python generate.py --write-drawn DIR 500                                                     drawn questions as such files, to try it
+    python generate.py --model out/tiny --image X.png --prompt "What color is the circle?"
+        one answer
+    python generate.py --model out/tiny --image X.png
+        a chat (Ctrl-D ends it)
+    python generate.py --model out/uni --image X.png --audio Y.wav --video FRAMES_DIR
+        a chat about all of them
+    python generate.py --model out/tiny --image X.png --routing routing.png
+        a picture: which expert took which patch (or token)
+    python generate.py --model out/tiny --eval-drawn 1200
+        accuracy on held-out drawn scenes
+    python generate.py --model out/tiny --eval questions.jsonl --images DIR --out answers.jsonl
+        answer a file; goes on where it stopped. The same on 8 GPUs:
+    torchrun --nproc_per_node 8 generate.py --model M --eval questions.jsonl --images DIR --out FILE
+    python generate.py --score vqa --answers answers.jsonl --annotations FILE
+        points: exact, vqa, textvqa, pope, choice
+    python generate.py --write-drawn DIR 500
+        drawn questions as such files, to try it
 
-The default model was taught the questions of data.ask, among them: What color is the star? What shape is at the top left? Where is
-the red circle? How many rings are there? Is the red circle above the blue square? What does the sign say? Describe the scene.
+The default model was taught the questions of data.ask, among them: What color is the star? What
+shape is at the top left? Where is the red circle? How many rings are there? Is the red circle above
+the blue square? What does the sign say? Describe the scene.
+
+How the model comes to an answer is model.py's business (CuMo.generate). Here are the two ends of
+it: a question and its files become tensors, and tokens become text again.
 """
 import argparse
 import glob
@@ -23,858 +35,1736 @@ import re
 import sys
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import data as d
-from model import CuMo, MoE
+import data
+from kernels import MoE
+from model import CuMo
 from upcycle import load, write_atomically
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun; --eval alone uses them
+# Set by torchrun, where several processes share the questions of --eval
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 1. Answers
+#
+# A sample is what is asked, and what it is about:
+#
+#     {"images": ["X.png"],
+#      "conversations": [{"from": "human", "value": "<image>\nWhat color is the circle?"}]}
+#
+# and perhaps "audio": ["Y.wav"] and "video": [["frame1.png", "frame2.png"]]. Each file has its mark
+# in the text, "<image>", "<audio>" or "<video>", which says where the model meets it.
 
 
-def load_images(model: CuMo, images: list) -> torch.Tensor:
-    """Paths, PIL images or tensors of load_image -> (n, 3, S, S) on the model's device."""
-    images = [i if isinstance(i, torch.Tensor) else d.load_image(i, model.config.vision.image_size) for i in images]
-    return torch.stack(images).to(model.text.embed.weight.device)
+def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embeds=None,
+           audio_embeds=None, max_new_tokens: int = 64, **options) -> list[str]:
+    """Samples whose conversations end with the human's turn -> the model's next turns, stripped.
 
+    options: temperature, top_p, generator, compile (CuMo.generate). stream: called with each new
+    piece of text of the first sample. image_embeds, audio_embeds: features of what the samples
+    hold, where it was encoded before; then a sample with sounds says their "slots" itself, and
+    marks a video as an image."""
+    # What is said, and what there is to see and to hear
+    if image_embeds is None and audio_embeds is None:
+        texts, senses = sense(model, samples)
+    else:
+        texts = [(sample["conversations"], sample.get("slots", 0)) for sample in samples]
+        senses = {"image_embeds": image_embeds, "audio_embeds": audio_embeds}
 
-def sense(model: CuMo, samples: list[dict]) -> tuple[list[tuple], dict]:
-    """Samples with "images" and perhaps "audio" and "video" (data.load_senses) -> [(conversations, AUDIO slots of each sound), ...], and
-    what the model sees and hears, in order: {"images", "audio", "frames"}, each only if there is any, on the model's device."""
-    c, device = model.config, model.text.embed.weight.device
-    size, seconds = c.vision.image_size if c.vision else 1, c.audio.n_frames / 100 if c.n_audio_tokens else 0.
-    turns, images, audio, frames, slots = zip(*(
-        d.load_senses(s, size, c.n_audio_tokens, seconds, average=not c.frames_apart) for s in samples))
-    pictures, senses = [image for group in images for image in group], {}
-    if pictures:
-        senses["images"] = load_images(model, pictures)
-    if any(f is not None for f in frames):                                         # beside a video every image is one of a single frame
-        senses["frames"] = torch.tensor([n for group, f in zip(images, frames) for n in (f or [1] * len(group))], device=device)
-    if any(a is not None and len(a) for a in audio):
-        senses["audio"] = torch.cat(audio).to(device)
-    return list(zip(turns, slots)), senses
+    # The model goes on where the text ends, until it says the end mark
+    tokens = tokens_of(model, tokenizer, texts)  # (B, T)
+    eos = eos_id(tokenizer, model.config.template)
+    on_token = None
+    if stream is not None:
+        on_token = streamer(tokenizer, stream)
+    out = model.generate(tokens, eos=eos, on_token=on_token, max_new_tokens=max_new_tokens,
+                         **senses, **options)  # (B, up to max_new_tokens)
+
+    # A row that ended before the longest one is filled up with the end mark
+    replies = []
+    for row in out.tolist():
+        said = [token for token in row if token != eos]
+        replies.append(tokenizer.decode(said).strip())
+    return replies
 
 
 def tokens_of(model: CuMo, tokenizer, texts: list[tuple]) -> torch.Tensor:
-    """`sense`'s conversations and slots -> tokens (B, T)."""
-    c = model.config
-    rows = [d.encode_chat(turns, tokenizer, c.template, c.n_image_tokens, slots)[0] for turns, slots in texts]
-    return d.pad_rows(rows, d.PAD).to(model.text.embed.weight.device)
+    """`sense`'s texts -> tokens (B, T) int64, padded with PAD on the right."""
+    config = model.config
+    rows = []
+    for conversations, slots in texts:
+        ids, _ = data.encode_chat(
+            conversations, tokenizer, config.template, config.n_image_tokens, slots)
+        rows.append(ids)
+    return data.pad_rows(rows, data.PAD).to(device_of(model))
 
 
 def eos_id(tokenizer, template: str) -> int:
     """The token that ends an answer in this template."""
-    return tokenizer.encode(d.EOS[template], add_special_tokens=False).ids[-1]
+    return tokenizer.encode(data.EOS[template], add_special_tokens=False).ids[-1]
 
 
-def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embeds=None, audio_embeds=None, **options) -> list[str]:
-    """Samples whose conversations end with the human's turn -> the model's next turns, stripped of white space.
+def streamer(tokenizer, write):
+    """A function for CuMo.generate's on_token, which writes each new piece of the first row's text.
 
-    options: max_new_tokens, temperature, top_p, generator (CuMo.generate). stream: called with each new piece of text of the first
-    sample. image_embeds, audio_embeds: features of what the samples hold, where it was encoded before (then a sample with sounds says
-    their "slots", and marks a video as an image)."""
-    c = model.config
-    if image_embeds is None and audio_embeds is None:
-        texts, senses = sense(model, samples)
-    else:
-        texts = [(s["conversations"], s.get("slots", 0)) for s in samples]
-        senses = dict(image_embeds=image_embeds, audio_embeds=audio_embeds)
-    eos, said, shown = eos_id(tokenizer, c.template), [], [""]
+    All tokens so far are decoded anew each time: a token alone does not know whether a blank
+    belongs before it, and a character may take several tokens."""
+    tokens = []
+    written = ""
 
-    def on_token(token):
-        said.append(int(token[0]))
-        text = tokenizer.decode(said).lstrip()
-        if not text.endswith("\ufffd"):                                            # a character may take several tokens
-            stream(text[len(shown[0]):])
-            shown[0] = text
-    options.setdefault("max_new_tokens", 64)
-    out = model.generate(tokens_of(model, tokenizer, texts), eos=eos, on_token=on_token if stream else None, **senses, **options)
-    return [tokenizer.decode([t for t in row if t != eos]).strip() for row in out.tolist()]
+    def on_token(token):  # (B,)
+        nonlocal written
+        tokens.append(int(token[0]))
+        text = tokenizer.decode(tokens).lstrip()
+
+        # This is how a character looks whose last token is still missing: wait for it
+        if text.endswith("\ufffd"):
+            return
+        write(text[len(written):])
+        written = text
+
+    return on_token
 
 
-def chat(model, tokenizer, images: list, prompt: str | None, audio=(), video=(), **options) -> list[dict]:
-    """One answer to `prompt`, or without one a loop that reads questions. What it sees and hears is encoded once and kept. Returns the
-    conversation."""
-    sample, embeds = {"images": images, "audio": list(audio), "video": list(video), "conversations": []}, {}
-    conversation, write = sample["conversations"], lambda text: print(text, end="", flush=True)
+def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), video=(),
+         **options) -> list[dict]:
+    """Answer `prompt`, or without one whatever the user types, and print it word by word.
+
+    The pictures and sounds are encoded once and kept. Returns the conversation."""
+    show = partial(print, end="", flush=True)
+    questions = typed_lines() if prompt is None else [prompt]
+    conversation = []
+    for question in questions:
+        question = question.strip()
+        if not question:
+            continue
+
+        # The first question brings the files along. `opening` is that turn, with "<video>" replaced
+        if not conversation:
+            question = add_marks(question, {"image": images, "video": video, "audio": audio})
+            sample = {"images": images, "audio": list(audio), "video": list(video),
+                      "conversations": [{"from": "human", "value": question}]}
+            opening, slots, embeds = encode_senses(model, sample)
+        conversation.append({"from": "human", "value": question})
+
+        # The model reads the whole conversation again, but it does not look at the pictures again
+        asked = {"images": [], "conversations": opening + conversation[1:], "slots": slots}
+        reply = answer(model, tokenizer, [asked], stream=show, **embeds, **options)[0]
+        print()
+        conversation.append({"from": "gpt", "value": reply})
+    return conversation
+
+
+def typed_lines():
+    """What the user types, line by line, until Ctrl-D."""
     while True:
         try:
-            text = (prompt if prompt is not None else input("> ")).strip()
+            line = input("> ")
         except EOFError:
             print()
-            return conversation
-        if text and not conversation:
-            head = "".join(f"<{kind}>\n" * (len(files) - text.count(f"<{kind}>"))
-                           for kind, files in (("image", images), ("video", video), ("audio", audio)))
-            conversation.append({"from": "human", "value": head + text})
-            with torch.no_grad():
-                ((turns, slots),), senses = sense(model, [sample])                 # turns: each "<video>" is an "<image>" now
-                if "images" in senses:
-                    embeds["image_embeds"] = model.encode_images(senses["images"], None, senses.get("frames"))
-                if "audio" in senses:
-                    embeds["audio_embeds"] = model.encode_audio(senses["audio"])
-        elif text:
-            conversation.append({"from": "human", "value": text})
-        if text:
-            asked = {"images": [], "conversations": turns + conversation[1:], "slots": slots}
-            reply = answer(model, tokenizer, [asked], stream=write, **embeds, **options)[0]
-            print()
-            conversation.append({"from": "gpt", "value": reply})
-        if prompt is not None:
-            return conversation
+            return
+        yield line
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Measuring on the drawn world
+# -------------------------------------------------------------------------------------------------
+# You can stop here on a first reading. Behind this line: measuring a model on the drawn world,
+# answering and scoring files of questions, pictures of what the experts do, the command line.
+# But first, what `answer` and `chat` left out: how a sample's files become tensors.
+# -------------------------------------------------------------------------------------------------
+# 2. What the model sees and hears
+
+
+def device_of(model):
+    return model.text.embed.weight.device
+
+
+def load_images(model: CuMo, images: list) -> torch.Tensor:
+    """Paths, PIL images or tensors of data.load_image -> (n, 3, S, S) on the model's device."""
+    tensors = []
+    for image in images:
+        if not isinstance(image, torch.Tensor):
+            image = data.load_image(image, model.config.vision.image_size)
+        tensors.append(image)
+    return torch.stack(tensors).to(device_of(model))
+
+
+def sense(model: CuMo, samples: list[dict]) -> tuple[list[tuple], dict]:
+    """Samples -> (texts, senses): what is said, and what the model sees and hears.
+
+    texts: for each sample (conversations, slots), as data.load_senses gives them: a "<video>" is
+    now as many "<image>" as it fills, and slots says how many tokens each sound takes.
+    senses: arguments of CuMo.forward and CuMo.generate, each only if there is any, on the model's
+    device: "images" (n, 3, S, S), "audio" (chunks, n_mels, n_frames), "frames" (n_marks,) int64."""
+    # A model without eyes or ears needs no sizes; load_senses complains if there are files for it
+    config = model.config
+    image_size = config.vision.image_size if config.vision else 1
+    seconds = config.audio.n_frames / 100 if config.n_audio_tokens else 0.0
+
+    texts = []
+    pictures = []
+    chunks = []
+    frames = []
+    has_video = False
+    for sample in samples:
+        conversations, images, audio, frames_here, slots = data.load_senses(
+            sample, image_size, config.n_audio_tokens, seconds, average=not config.frames_apart)
+        texts.append((conversations, slots))
+        pictures.extend(images)
+        if audio is not None:
+            chunks.extend(audio)
+
+        # As soon as one sample of the batch has a video, every image counts as a video of one frame
+        has_video = has_video or frames_here is not None
+        frames.extend(frames_here or [1] * len(images))
+
+    # What there is none of is left out: a language model alone is given tokens and nothing else
+    senses = {}
+    if pictures:
+        senses["images"] = load_images(model, pictures)
+    if has_video:
+        senses["frames"] = torch.tensor(frames, device=device_of(model))
+    if chunks:
+        senses["audio"] = torch.stack(chunks).to(device_of(model))
+    return texts, senses
+
+
+@torch.no_grad()
+def encode_senses(model, sample):
+    """-> (conversations, slots, embeds): as `sense`, but seen and heard already.
+
+    embeds: "image_embeds" (n, N, D) and "audio_embeds" (chunks, Q, D), each only if there is any.
+    """
+    texts, senses = sense(model, [sample])
+    conversations, slots = texts[0]
+    embeds = {}
+    if "images" in senses:
+        frames = senses.get("frames")
+        embeds["image_embeds"] = model.encode_images(senses["images"], None, frames)
+    if "audio" in senses:
+        embeds["audio_embeds"] = model.encode_audio(senses["audio"])
+    return conversations, slots, embeds
+
+
+def add_marks(text: str, files: dict) -> str:
+    """Put a "<image>\\n" in front for each image that the text does not mark itself; so for videos
+    and sounds. files: {"image": list, "video": list, "audio": list}."""
+    head = ""
+    for kind in ("image", "video", "audio"):
+        n_missing = len(files[kind]) - text.count(f"<{kind}>")
+        head += f"<{kind}>\n" * n_missing
+    return head + text
+
+
+# -------------------------------------------------------------------------------------------------
+# 3. Measuring on the drawn world
+
+# A world is what a question is about: a scene, a sound, or both together
+TYPES = {"image": data.TYPES, "sound": data.SOUND_TYPES, "both": data.BOTH_TYPES}
 
 
 def drawn_questions(n: int, seed: int = 0, world: str = "image") -> list[tuple]:
-    """n (what, type, question, answer), one a held-out scene, sound, or both, the types in turn. what: a scene; a world with sounds,
-    "sound" or "both", puts {"sound": ...} into it."""
-    out, i, types = [], 0, {"image": d.TYPES, "sound": d.SOUND_TYPES, "both": d.BOTH_TYPES}[world]
-    while len(out) < n:
+    """n (what, type, question, answer), each about another held-out scene, sound, or both.
+
+    The types come in turn. what: the scene; in a world with sounds it has a "sound", too, and in
+    the world "sound" nothing else."""
+    questions = []
+    i = 0
+    while len(questions) < n:
         number = 900_000_000 + seed * 10_000_019 + i
-        what = {} if world == "sound" else d.make_scene(number, held_out=True)
-        i, kind = i + 1, types[len(out) % len(types)]
-        if world != "image":
-            what = what | {"sound": d.make_sound(number, True, *[("beeps", "glide")] * (world == "both"))}
-        if kind == "sign" and not what["sign"] and i % 4:                          # mostly signs that are there
+        i += 1
+        kind = TYPES[world][len(questions) % len(TYPES[world])]
+
+        if world == "image":
+            what = data.make_scene(number, held_out=True)
+        elif world == "sound":
+            what = {"sound": data.make_sound(number, held_out=True)}
+        else:
+            sound = data.make_sound(number, held_out=True, kinds=("beeps", "glide"))
+            what = data.make_scene(number, held_out=True) | {"sound": sound}
+
+        # Ask mostly for signs that are there
+        if kind == "sign" and not what["sign"] and i % 4 != 0:
             continue
-        senses = {"image": [what], "sound": [what.get("sound")], "both": [what, what.get("sound")]}[world]
-        if qa := {"image": d.ask, "sound": d.ask_sound, "both": d.ask_both}[world](*senses, kind, random.Random(i)):
-            out.append((what, kind, *qa))
-    return out
+
+        # Not every scene allows every type of question; then the next scene is tried
+        pair = ask(what, world, kind, random.Random(i))
+        if pair:
+            question, right = pair
+            questions.append((what, kind, question, right))
+    return questions
 
 
-def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False, world: str = "image",
-             asked: list | None = None) -> dict:
-    """{type: [right, asked]} by exact match. in_words: scene and sound are given as text. world: "image", "sound" or
-    "both", see drawn_questions. asked: a list that gets each (sample, reply)."""
-    scores, questions, was_training = {}, drawn_questions(n, world=world), model.training
+def ask(what, world, kind, rng):
+    """-> (question, answer), or None where this cannot be asked."""
+    if world == "image":
+        return data.ask(what, kind, rng)
+    if world == "sound":
+        return data.ask_sound(what["sound"], kind, rng)
+    return data.ask_both(what, what["sound"], kind, rng)
+
+
+def drawn_sample(what, question, in_words=False):
+    """A sample for `answer`: scene and sound as pixels and waves, or in_words as descriptions."""
+    has_scene = "objects" in what
+    has_sound = "sound" in what
+    images = []
+    audio = []
+
+    # In words, the decoder alone is measured: it need not see or hear
+    if in_words:
+        words = []
+        if has_scene:
+            words.append(data.describe(what))
+        if has_sound:
+            words.append(data.describe_sound(what["sound"]))
+        text = " ".join(words) + "\n" + question
+    else:
+        if has_scene:
+            images.append(data.draw_scene(what))
+        if has_sound:
+            audio.append(data.draw_sound(what["sound"]))
+        text = add_marks(question, {"image": images, "video": [], "audio": audio})
+
+    turns = [{"from": "human", "value": text}]
+    return {"images": images, "audio": audio, "conversations": turns}
+
+
+def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False,
+             world: str = "image", asked: list | None = None) -> dict:
+    """n drawn questions -> {type: [right, asked]} by exact match.
+
+    in_words: scene and sound are given as text. world: see drawn_questions. asked: a list that
+    gets each (sample, reply)."""
+    was_training = model.training
     model.eval()
-    for i in tqdm(range(0, n, batch), desc="evaluating", leave=False, mininterval=1):
-        part, samples = questions[i:i + batch], []
-        for what, _, question, _ in part:
-            images = [d.draw_scene(what)] if "objects" in what and not in_words else []
-            audio = [d.draw_sound(what["sound"])] if "sound" in what and not in_words else []
-            words = [d.describe(what)] if "objects" in what else []
-            words += [d.describe_sound(what["sound"])] if "sound" in what else []
-            head = " ".join(words) + "\n" if in_words else "<image>\n" * len(images) + "<audio>\n" * len(audio)
-            samples.append({"images": images, "audio": audio, "conversations": [{"from": "human", "value": head + question}]})
+    scores = {}
+    questions = drawn_questions(n, world=world)
+    for start in tqdm(range(0, n, batch), desc="evaluating", leave=False, mininterval=1):
+        group = questions[start:start + batch]
+        samples = [drawn_sample(what, question, in_words) for what, _, question, _ in group]
         replies = answer(model, tokenizer, samples, max_new_tokens=16)
-        for (_, kind, _, right), reply in zip(part, replies):
+
+        for (_, kind, _, right), reply in zip(group, replies):
             score = scores.setdefault(kind, [0, 0])
-            score[0] += reply == right
+            if reply == right:
+                score[0] += 1
             score[1] += 1
         if asked is not None:
-            asked += zip(samples, replies)
+            asked.extend(zip(samples, replies))
     model.train(was_training)
     return scores
 
 
 def print_table(scores: dict, title: str):
-    """{name: [points, possible]} as lines, and their sum unless there is an "accuracy" among them."""
+    """{name: [points, possible]} as lines, and their sum unless there is an "accuracy"."""
+    scores = dict(scores)
+    if "accuracy" not in scores:
+        points = sum(score[0] for score in scores.values())
+        possible = sum(score[1] for score in scores.values())
+        scores["all"] = [points, possible]
+
+    # Through tqdm, so that a progress bar which is still running does not end up in the table
     tqdm.write(title, file=sys.stdout)
-    total = {} if "accuracy" in scores else {"all": [sum(v[i] for v in scores.values()) for i in (0, 1)]}
-    for kind, (right, asked) in (scores | total).items():
-        tqdm.write(f"  {kind:10} {round(right, 1):7} of {asked:5}  {100 * right / max(asked, 1):5.1f}%", file=sys.stdout)
+    for name, (points, possible) in scores.items():
+        percent = 100 * points / max(possible, 1)
+        line = f"  {name:10} {round(points, 1):7} of {possible:5}  {percent:5.1f}%"
+        tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Question files, LLaVA's: JSON lines in, JSON lines out
+# -------------------------------------------------------------------------------------------------
+# 4. Question files, LLaVA's: JSON lines in, JSON lines out
 #
-# A run of hours is interrupted sooner or later. So answers go to disk batch by batch, every process appends to a part of its own,
-# OUT.part-RANK-of-WORLD, and the last step merges the parts. A run that finds parts goes on from them, with any number of processes.
+# A run of hours is interrupted sooner or later. So answers go to disk batch by batch, every process
+# appends to a part of its own, OUT.part-RANK-of-WORLD, and the last step merges the parts. A run
+# that finds parts goes on from them, with any number of processes.
 
 
 def read_rows(file: str, needs: str, kind) -> dict[str, dict]:
-    """{question_id as text: row} of JSONL, a JSON list, VQA's {"annotations": [...]}, TextVQA's {"data": [...]}, or ScienceQA's
-    {id: {...}}. Raises ValueError naming file and place: malformed JSON, a row without question_id or without `needs` (a `kind`: str,
-    list, ...), an id that comes twice."""
-    try:
-        with open(file, encoding="utf-8") as f:
-            rows = json.load(f)
-        rows = rows.get("annotations") or rows.get("data") or [{"question_id": key, **row} for key, row in rows.items()]
-    except (OSError, ValueError, AttributeError, TypeError):                       # a list, JSONL, or an error: LlavaJson says which
-        rows = d.LlavaJson(file).samples
-    out = {}
-    for i, row in enumerate(rows, 1):
+    """A file of questions, answers or annotations -> {question_id as text: row}.
+
+    It may be JSON lines, a JSON list, VQA's {"annotations": [...]}, TextVQA's {"data": [...]}, or
+    ScienceQA's {id: {...}}. Raises ValueError naming file and place: malformed JSON, a row without
+    question_id or without `needs` (a `kind`: str, list, ...), an id that comes twice."""
+    rows = {}
+    for number, row in enumerate(list_rows(file), 1):
         key = row.get("question_id") if isinstance(row, dict) else None
         if not isinstance(key, (int, str)) or not isinstance(row.get(needs), kind):
-            raise ValueError(f"{file}: row {i} must be an object with question_id and {needs}, not {str(row)[:200]}")
-        if str(key) in out:
-            raise ValueError(f"{file}: question_id {key!r} comes twice; give each question its own")
-        out[str(key)] = row
-    return out
+            raise ValueError(f"{file}: row {number} must be an object with question_id and "
+                             f"{needs}, not {str(row)[:200]}")
+        if str(key) in rows:
+            raise ValueError(
+                f"{file}: question_id {key!r} comes twice; give each question its own")
+        rows[str(key)] = row
+    return rows
+
+
+def list_rows(file: str) -> list:
+    """The rows of a file in any of read_rows' layouts, unchecked."""
+    # JSON lines are no JSON, unless there is but one
+    try:
+        with open(file, encoding="utf-8") as f:
+            content = json.load(f)
+    except (OSError, ValueError):
+        content = None
+
+    # An object is VQA's, TextVQA's or ScienceQA's
+    if isinstance(content, dict):
+        for name in ("annotations", "data"):
+            if isinstance(content.get(name), list):
+                return content[name]
+        if all(isinstance(row, dict) for row in content.values()):
+            return [{"question_id": key, **row} for key, row in content.items()]
+
+    # A list, JSON lines, or a file that cannot be read: LlavaJson says what is wrong with it
+    return data.LlavaJson(file).samples
 
 
 def read_questions(file: str, folder: str = "") -> dict[str, dict]:
-    """{"question_id", "image": a file below `folder`, a list of them, or absent, "audio", "video" (as in LlavaJson), "text"} ->
-    {id: sample for `answer`, with the row}.
+    """LLaVA's questions -> {id: sample for `answer`, with the question's own "row"}.
 
-    The human's turn is LLaVA's: "<image>\\n" for every image (so for videos, sounds), then the text; or the text alone where it has its own
-    marks. Raises ValueError as read_rows, for a missing file, and for marks and files that differ in number."""
+    A question is {"question_id", "text"} and perhaps "image": a file below `folder` or a list of
+    them, "audio": the same, "video": as in data.LlavaJson. The human's turn is LLaVA's:
+    "<image>\\n" for every image (so for videos, sounds), then the text; or the text alone where it
+    has its own marks. Raises ValueError as read_rows, for a missing file, and for marks and files
+    that differ in number."""
     samples = {}
     for key, row in read_rows(file, "text", str).items():
-        where, sample, head = f"{file}: question {key!r}", {"row": row}, ""
-        for kind, name in (("image", "images"), ("video", "video"), ("audio", "audio")):
-            files = row.get(kind) or []
-            files = [files] if isinstance(files, str) and kind != "video" else files
-            if not isinstance(files, (str, list)):
-                raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
-            files = d.video_files(files, folder, where) if kind == "video" else [os.path.join(folder, str(f)) for f in files]
-            n_marks = row["text"].count(f"<{kind}>") * (kind != "audio" or len(files) > 0)     # without sounds "<audio>" is but text
-            if n_marks not in (0, len(files)):
-                raise ValueError(f"{where}: the text has {n_marks} <{kind}>, the question has {len(files)} {kind}s")
-            for f in sum(files, []) if kind == "video" else files:                 # now, and not after an hour of answers
-                if not os.path.isfile(f):
-                    raise ValueError(f"{f}: no such file (question {key!r}); check --images")
-            sample[name], head = files, head + f"<{kind}>\n" * (len(files) - n_marks)
-        samples[key] = sample | {"conversations": [{"from": "human", "value": head + row["text"]}]}
+        where = f"{file}: question {key!r}"
+        files = {}
+        for kind in ("image", "video", "audio"):
+            files[kind] = question_files(row, kind, folder, where)
+            check_files(row["text"], kind, files[kind], key, where)
+        turns = [{"from": "human", "value": add_marks(row["text"], files)}]
+        samples[key] = {"row": row, "images": files["image"], "video": files["video"],
+                        "audio": files["audio"], "conversations": turns}
     return samples
 
 
+def question_files(row, kind, folder, where):
+    """A question's "image" or "audio" -> its files; "video" -> for each the files of its frames."""
+    # A question may have one file, several, or none
+    files = row.get(kind) or []
+    if not isinstance(files, (str, list)):
+        raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
+    if kind == "video":
+        return data.video_files(files, folder, where)
+    if isinstance(files, str):
+        files = [files]
+    return [os.path.join(folder, str(name)) for name in files]
+
+
+def check_files(text, kind, files, key, where):
+    """Find out now, and not after an hour of answers, that a file is missing or a mark too many."""
+    # Without sounds "<audio>" may be an HTML tag; whether it is depends on the model (answer_file)
+    n_marks = text.count(f"<{kind}>")
+    if kind == "audio" and not files:
+        n_marks = 0
+    if n_marks not in (0, len(files)):
+        raise ValueError(f"{where}: the text has {n_marks} <{kind}>, "
+                         f"the question has {len(files)} {kind}s")
+
+    if kind == "video":
+        files = sum(files, [])
+    for name in files:
+        if not os.path.isfile(name):
+            raise ValueError(f"{name}: no such file (question {key!r}); check --images")
+
+
 def answered(files: list[str], questions: dict, model_id: str) -> dict[str, dict]:
-    """{id: answer's row} of these files, as far as they exist. Raises ValueError for anything but answers to these questions by this
-    model: it would be mixed in, or overwritten. A line that a kill cut off (only in a part) does not count; it is asked again."""
+    """{id: answer's row} of these files, as far as they exist.
+
+    Raises ValueError for anything but answers to these questions by this model: it would be mixed
+    in, or overwritten."""
     done = {}
     for file in filter(os.path.exists, files):
         for line in Path(file).read_bytes().splitlines():
-            try:
-                row = json.loads(line or b"null")
-            except ValueError:
-                row = None if ".part-" in file else line
+            row = parse_answer(line, may_be_cut_off=".part-" in file)
             if row is None:
                 continue
-            key = str(row.get("question_id")) if isinstance(row, dict) else None
-            if key not in questions or (row.get("prompt"), row.get("model_id")) != (questions[key]["row"]["text"], model_id):
-                raise ValueError(f"{file} holds something else than answers of {model_id} to these questions; choose another --out: "
-                                 f"{str(row)[:200]}")
-            done[key] = row
+            if not is_answer_to(questions, row, model_id):
+                raise ValueError(
+                    f"{file} holds something else than answers of {model_id} to these questions; "
+                    f"choose another --out: {str(row)[:200]}")
+            done[str(row["question_id"])] = row
     return done
 
 
+def parse_answer(line, may_be_cut_off):
+    """A line -> the row in it; None if it is empty, or if a kill has cut it off, so that the
+    question is asked again. Of a line that is no JSON otherwise -> the line."""
+    if not line:
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None if may_be_cut_off else line
+
+
+def is_answer_to(questions, row, model_id):
+    """Whether the row answers one of the questions, as it is asked now, by this model."""
+    if not isinstance(row, dict):
+        return False
+    question = questions.get(str(row.get("question_id")))
+    if question is None:
+        return False
+    return row.get("prompt") == question["row"]["text"] and row.get("model_id") == model_id
+
+
 def parts_of(out: str) -> list[str]:
+    """The files into which the processes of this and of earlier runs wrote their answers."""
     return sorted(glob.glob(glob.escape(out) + ".part-*-of-*"))
 
 
-def answer_file(model: CuMo, tokenizer, questions: dict, out: str, model_id: str, batch: int, **options):
-    """read_questions' samples -> `out`: a line {"question_id", "prompt", "text", "model_id"} for each, in their order.
+def answer_file(model: CuMo, tokenizer, questions: dict, out: str, model_id: str, batch: int,
+                **options):
+    """read_questions' samples -> `out`: for each a line {"question_id", "prompt", "text",
+    "model_id"}, in their order.
 
-    options: as for `answer`. Under torchrun each process answers every WORLD-th question; the process group must be there."""
-    if model.vision is None and any(q["images"] or q["video"] for q in questions.values()):
-        raise ValueError(f"{model_id} is a language model alone; it cannot see the questions' images")
-    if model.audio is None and any(q["audio"] for q in questions.values()):
-        raise ValueError(f"{model_id} has no ears; it cannot hear the questions' sounds")
-    for key, q in questions.items():                                               # to a model with ears "<audio>" is no HTML tag
-        if model.audio is not None and (n := q["conversations"][0]["value"].count("<audio>")) != len(q["audio"]):
-            raise ValueError(f"question {key!r}: the text has {n} <audio>, the question has {len(q['audio'])} audios")
+    options: as for `answer`. Under torchrun each process answers every WORLD-th question; the
+    process group must be there."""
+    check_senses(model, questions, model_id)
+
+    # 1. This process's share of the questions, without those that an earlier run has answered.
+    # (Other processes may be writing already, but only answers to their own share)
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    part, line = f"{out}.part-{RANK}-of-{WORLD}", lambda row: json.dumps(row) + "\n"
-    done = answered([out, *parts_of(out)], questions, model_id)    # others may be writing already: answers to their own share only
-    todo = [q for key, q in list(questions.items())[RANK::WORLD] if key not in done]
-    # Like with like, so that there is little padding; the longest first, so that a batch too large for the memory fails at once
-    todo.sort(key=lambda q: (len(q["images"]) + len(q["video"]), len(q["audio"]), len(q["row"]["text"])), reverse=True)
+    done = answered([out, *parts_of(out)], questions, model_id)
+    share = list(questions)[RANK::WORLD]
+    todo = [questions[key] for key in share if key not in done]
+
+    # 2. Like with like, so that there is little padding; and the longest first, so that a batch too
+    # large for the memory fails at once
+    todo.sort(key=size_of_question, reverse=True)
+
+    # 3. Answer them, into this process's part
+    part = f"{out}.part-{RANK}-of-{WORLD}"
     try:
-        with open(part, "a", encoding="utf-8") as f, tqdm(total=len(todo), desc="answering", disable=RANK > 0, mininterval=1) as bar:
-            if f.tell():
-                f.write("\n")                                                      # behind a line that was cut off
-            for i in range(0, len(todo), batch):
-                group = todo[i:i + batch]                                          # its images are read now, and forgotten after
-                for row, reply in zip([q["row"] for q in group], answer(model, tokenizer, group, **options)):
-                    f.write(line({"question_id": row["question_id"], "prompt": row["text"], "text": reply, "model_id": model_id}))
-                f.flush()
-                bar.update(len(group))
+        append_answers(model, tokenizer, todo, part, model_id, batch, **options)
     except KeyboardInterrupt:
-        print(f"\nstopped; the answers so far are in {part}, and the same command goes on from there", file=sys.stderr)
+        print(f"\nstopped; the answers so far are in {part}, "
+              f"and the same command goes on from there", file=sys.stderr)
         raise
+
+    # 4. When all parts are complete, process 0 merges them
     if WORLD > 1:
-        dist.barrier()                                                             # all parts are complete
+        dist.barrier()
     if RANK == 0:
-        done = answered([out, *parts_of(out)], questions, model_id)
-        write_atomically(out, lambda name: Path(name).write_text("".join(line(done[key]) for key in questions), encoding="utf-8"))
-        for file in parts_of(out):
-            os.remove(file)
-        print(f"wrote {len(questions)} answers to {out}")
+        merge_parts(questions, out, model_id)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Scores: annotations {id: row} and replies {id: text} of the same questions -> {name: [points, possible]}
+def size_of_question(sample):
+    n_pictures = len(sample["images"]) + len(sample["video"])
+    return n_pictures, len(sample["audio"]), len(sample["row"]["text"])
 
 
-def by_type(annotations: dict, points: dict) -> dict:
-    """{id: 0..1} summed up: "accuracy" over all, and over each "type" (VQA v2: "answer_type") where the annotations have one."""
-    groups = {"accuracy": list(annotations)}
+def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
+    """Answer the samples `todo` in batches, and append each batch to the file `part` at once."""
+    bar = tqdm(total=len(todo), desc="answering", disable=RANK > 0, mininterval=1)
+    with open(part, "a", encoding="utf-8") as f, bar:
+        # The file may end with a line that was cut off
+        if f.tell() > 0:
+            f.write("\n")
+        for start in range(0, len(todo), batch):
+            # The images of a group are read now, and forgotten afterwards
+            group = todo[start:start + batch]
+            replies = answer(model, tokenizer, group, **options)
+            for sample, reply in zip(group, replies):
+                row = {"question_id": sample["row"]["question_id"], "prompt": sample["row"]["text"],
+                       "text": reply, "model_id": model_id}
+                f.write(json.dumps(row) + "\n")
+            f.flush()
+            bar.update(len(group))
+
+
+def merge_parts(questions, out, model_id):
+    """All answers, in the order of the questions, into one file; then the parts can go."""
+    done = answered([out, *parts_of(out)], questions, model_id)
+    lines = "".join(json.dumps(done[key]) + "\n" for key in questions)
+
+    def write(name):
+        Path(name).write_text(lines, encoding="utf-8")
+
+    write_atomically(out, write)
+    for file in parts_of(out):
+        os.remove(file)
+    print(f"wrote {len(questions)} answers to {out}")
+
+
+def check_senses(model, questions, model_id):
+    """Raises ValueError if the questions need a sense that the model does not have."""
+    for key, sample in questions.items():
+        if model.vision is None and (sample["images"] or sample["video"]):
+            raise ValueError(
+                f"{model_id} is a language model alone; it cannot see the questions' images")
+        if model.audio is None and sample["audio"]:
+            raise ValueError(f"{model_id} has no ears; it cannot hear the questions' sounds")
+
+        # To a model with ears "<audio>" is no HTML tag
+        n_marks = sample["conversations"][0]["value"].count("<audio>")
+        if model.audio is not None and n_marks != len(sample["audio"]):
+            raise ValueError(f"question {key!r}: the text has {n_marks} <audio>, "
+                             f"the question has {len(sample['audio'])} audios")
+
+
+# -------------------------------------------------------------------------------------------------
+# 5. Scores
+#
+# A scorer takes annotations {id: row} and replies {id: text} to the same questions, and gives
+# {name: [points, possible]}.
+
+
+def by_type(annotations, points):
+    """points {id: 0..1} -> their sums: "accuracy" over all, and over each "type" (VQA v2:
+    "answer_type") where the annotations have one."""
+    sums = {"accuracy": [0, 0]}
     for key, row in annotations.items():
-        if kind := row.get("type") or row.get("answer_type"):
-            groups.setdefault(str(kind), []).append(key)
-    return {kind: [sum(points[key] for key in keys), len(keys)] for kind, keys in groups.items()}
+        names = ["accuracy"]
+        kind = row.get("type") or row.get("answer_type")
+        if kind:
+            names.append(str(kind))
+        for name in names:
+            score = sums.setdefault(name, [0, 0])
+            score[0] += points[key]
+            score[1] += 1
+    return sums
 
 
 def score_exact(annotations: dict, replies: dict) -> dict:
-    """row: {"answer": text, or a list of texts any of which is right, "type": optional}. The same text, but for outer blanks."""
-    right = lambda row: [str(a).strip() for a in (row["answer"] if isinstance(row["answer"], list) else [row["answer"]])]
-    return by_type(annotations, {key: replies[key].strip() in right(row) for key, row in annotations.items()})
+    """row: {"answer": text, or a list of texts any of which is right, "type": optional}.
 
-
-CONTRACTIONS = {w[:i] + w[i + 1:]: w for w in """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
-    hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
-    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll
-    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
-    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've
-    y'all'll you'd you'd've you'll you're you've""".split() for i, c in enumerate(w) if c == "'"}      # any one apostrophe forgotten
-DIGITS = {"none": "0", **{word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}}
-
-
-def normalise(text: str) -> str:
-    """VQA v2's normal form of an answer: "The two  dogs." and "2 dogs" are the same, and "dont" is "don't".
-
-    Punctuation goes away where that sign stands beside a blank, and everywhere if a comma stands between digits ("1,000"); else it
-    becomes a blank ("left-hand" is two words). A period stays before a digit only; apostrophes and colons always stay."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    out, thousands = text, re.search(r"\d,\d", text)
-    for sign in ';/[]"{}()=+\\_-><@`,?!':
-        out = out.replace(sign, "" if thousands or sign + " " in text or " " + sign in text else " ")
-    words = [DIGITS.get(w, w) for w in re.sub(r"\.(?!\d)", "", out).lower().split()]
-    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
-
-
-def score_vqa(annotations: dict, replies: dict, form=normalise, always: bool = False) -> dict:
-    """row: {"answers": ten of {"answer": text} or text, "answer_type": optional}. VQA accuracy (arXiv 1505.00468).
-
-    What three humans say is right. Each of the ten is left out in turn (so that humans can be scored likewise) and the mean taken:
-    0, 0.3, 0.6, 0.9, 1 points if 0, 1, 2, 3, 4 or more agree. Raises ValueError where there are not ten."""
+    A reply must be the same text, but for white space around it."""
     points = {}
     for key, row in annotations.items():
-        humans = [h.get("answer") if isinstance(h, dict) else h for h in row["answers"]]
-        if len(humans) != 10 or not all(isinstance(h, str) for h in humans):
-            raise ValueError(f"question {key!r}: 'answers' must be texts of ten humans, not {str(row['answers'])[:200]}")
-        reply, *humans = (text.replace("\n", " ").replace("\t", " ").strip() for text in (replies[key], *humans))
-        # This follows the official code (GT-Vision-Lab/VQA), which normalises only where the humans differ: else "Yes." is no "yes".
-        # LLaVA never sees that, as it hands in answers in m4c's normal form, below
-        if always or len(set(humans)) > 1:
-            reply, *humans = map(form, (reply, *humans))
-        agree = humans.count(reply)
-        points[key] = sum(min(1, (agree - (h == reply)) / 3) for h in humans) / 10
+        answers = row["answer"]
+        if not isinstance(answers, list):
+            answers = [answers]
+        points[key] = replies[key].strip() in [str(text).strip() for text in answers]
     return by_type(annotations, points)
 
 
+def with_one_apostrophe_forgotten(words):
+    """"can't couldn't've" -> {"cant": "can't", "couldnt've": "couldn't've", "couldn'tve": ...}."""
+    forms = {}
+    for word in words.split():
+        for i, character in enumerate(word):
+            if character == "'":
+                forms[word[:i] + word[i + 1:]] = word
+    return forms
+
+
+CONTRACTIONS = with_one_apostrophe_forgotten("""
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
+    mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+    why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll
+    you're you've""")
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+DIGITS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBERS)}
+
+
+def on_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def normalise(text: str) -> str:
+    """VQA v2's normal form of an answer: "The two  dogs." and "2 dogs" are the same, and "dont" is
+    "don't"."""
+    text = on_one_line(text)
+
+    # A punctuation mark goes away where that mark stands beside a blank, and everywhere if a comma
+    # stands between digits ("1,000"); else it becomes a blank ("left-hand" is two words).
+    # Apostrophes and colons always stay
+    has_thousands = re.search(r"\d,\d", text)
+    out = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        if has_thousands or mark + " " in text or " " + mark in text:
+            out = out.replace(mark, "")
+        else:
+            out = out.replace(mark, " ")
+
+    # A period stays before a digit only
+    out = re.sub(r"\.(?!\d)", "", out).lower()
+
+    # Numbers become digits, articles go, and forgotten apostrophes come back
+    words = []
+    for word in out.split():
+        word = DIGITS.get(word, word)
+        if word not in ("a", "an", "the"):
+            words.append(CONTRACTIONS.get(word, word))
+    return " ".join(words)
+
+
+def score_vqa(annotations: dict, replies: dict, form=normalise, always: bool = False) -> dict:
+    """row: {"answers": ten of {"answer": text} or text, "answer_type": optional}. VQA accuracy
+    (arXiv 1505.00468).
+
+    form: what normalises an answer. This follows the official code (GT-Vision-Lab/VQA), which
+    normalises only where the humans differ: else "Yes." is no "yes". LLaVA never sees that, as it
+    hands in answers in m4c's normal form, below. Raises ValueError where there are not ten."""
+    points = {}
+    for key, row in annotations.items():
+        humans = []
+        for human in row["answers"]:
+            humans.append(human.get("answer") if isinstance(human, dict) else human)
+        if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
+            raise ValueError(f"question {key!r}: 'answers' must be texts of ten humans, "
+                             f"not {str(row['answers'])[:200]}")
+
+        # Where all ten say the same, the reply must be just that, unless `always`
+        reply = on_one_line(replies[key])
+        humans = [on_one_line(human) for human in humans]
+        if always or len(set(humans)) > 1:
+            reply = form(reply)
+            humans = [form(human) for human in humans]
+
+        # What three humans say is right. Each of the ten is left out in turn (so that a human can
+        # be scored likewise) and the mean is taken: 0, 0.3, 0.6, 0.9, 1 points if 0 to 4 agree
+        total = 0
+        for left_out in humans:
+            agree = humans.count(reply)
+            if left_out == reply:
+                agree -= 1
+            total += min(1, agree / 3)
+        points[key] = total / 10
+    return by_type(annotations, points)
+
+
+def m4c_form(text: str) -> str:
+    """normalise, but commas and question marks are dropped before, and "'s" is a word by itself."""
+    text = text.lower().replace(",", "").replace("?", "")
+    return normalise(text.replace("'s", " 's"))
+
+
 def score_textvqa(annotations: dict, replies: dict) -> dict:
-    """row: {"answers": ten}. TextVQA as m4c and LLaVA evaluate it: VQA accuracy, but always normalised, and before that commas and
-    question marks are dropped and "'s" becomes a word of its own."""
-    form = lambda text: normalise(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
-    return score_vqa(annotations, replies, form, always=True)
+    """row: {"answers": ten}. TextVQA as m4c and LLaVA evaluate it: VQA accuracy, but every answer
+    is normalised, in m4c's form."""
+    return score_vqa(annotations, replies, m4c_form, always=True)
+
+
+def says_no(reply: str) -> bool:
+    """As LLaVA reads it: there is a "no", "No" or "not" in the first sentence."""
+    first_sentence = reply.split(".")[0].replace(",", "")
+    words = first_sentence.split(" ")
+    return any(word in words for word in ("No", "not", "no"))
 
 
 def score_pope(annotations: dict, replies: dict) -> dict:
-    """row: {"label": "yes" | "no"}. POPE (arXiv 2305.10355): does the model see what is not there? Positive is "yes".
+    """row: {"label": "yes" | "no"}. POPE (arXiv 2305.10355): does the model see what is not there?
 
-    As LLaVA reads it, a reply with "no", "No" or "not" in its first sentence is a no, and all else a yes, whatever it says. LLaVA
-    pairs replies and labels by their order, here by question_id; and where nobody says yes it divides by zero, here precision is 0."""
-    said_no = lambda text: bool({"No", "not", "no"} & set(text.split(".")[0].replace(",", "").split(" ")))
-    count = Counter((not said_no(replies[key]), row["label"].strip().lower() != "no") for key, row in annotations.items())
-    tp, fp, tn, fn, n = count[True, True], count[True, False], count[False, False], count[False, True], len(annotations)
-    return {"accuracy": [tp + tn, n], "precision": [tp, tp + fp], "recall": [tp, tp + fn], "F1": [2 * tp, 2 * tp + fp + fn],
-            "yes ratio": [tp + fp, n], "TP": [tp, n], "FP": [fp, n], "TN": [tn, n], "FN": [fn, n]}
+    Positive is "yes", and so is any reply that does not say no. LLaVA pairs replies and labels by
+    their order, here it is by question_id; and where the model never says yes LLaVA divides by
+    zero, here precision is 0."""
+    count = Counter()
+    for key, row in annotations.items():
+        said_yes = not says_no(replies[key])
+        is_yes = row["label"].strip().lower() != "no"
+        count[said_yes, is_yes] += 1
+
+    # True and false positives, true and false negatives
+    n = len(annotations)
+    tp = count[True, True]
+    fp = count[True, False]
+    tn = count[False, False]
+    fn = count[False, True]
+    return {
+        "accuracy": [tp + tn, n],
+        "precision": [tp, tp + fp],
+        "recall": [tp, tp + fn],
+        "F1": [2 * tp, 2 * tp + fp + fn],
+        "yes ratio": [tp + fp, n],
+        "TP": [tp, n],
+        "FP": [fp, n],
+        "TN": [tn, n],
+        "FN": [fn, n],
+    }
 
 
 def choice_of(reply: str, choices: list) -> int | None:
-    """Which option a reply means: "B", "B.", "(B)", "B. a cat", "... The answer is B.", or the text of exactly one option; else None.
+    """Which option a reply means: "B", "B.", "(B)", "B. a cat", "... The answer is B.", or the text
+    of exactly one option; else None.
 
-    LLaVA's script for ScienceQA knows no brackets and no texts, and its "The answer is A" also finds "The answer is Apples"."""
-    reply, plain = reply.strip(), lambda text: str(text).strip().rstrip(".").lower()
-    head = re.match(r"\(([A-Z])\)(?:[.\s]|$)|([A-Z])(?:\.\s|\.?$)", reply)
-    letters = [head[1] or head[2]] if head else re.findall(r"[Tt]he answer is \(?([A-Z])\b", reply)
-    if len(letters) == 1 and ord(letters[0]) - ord("A") < len(choices):
-        return ord(letters[0]) - ord("A")
+    LLaVA's script for ScienceQA knows no brackets and no texts, and its "The answer is A" also
+    finds "The answer is Apples"."""
+    # A letter at the start, or else in "The answer is ..."
+    reply = reply.strip()
+    start = re.match(r"\(([A-Z])\)(?:[.\s]|$)|([A-Z])(?:\.\s|\.?$)", reply)
+    if start:
+        letters = [start[1] or start[2]]
+    else:
+        letters = re.findall(r"[Tt]he answer is \(?([A-Z])\b", reply)
+    if len(letters) == 1:
+        index = ord(letters[0]) - ord("A")
+        if index < len(choices):
+            return index
+
+    # Or an option word by word
     same = [i for i, text in enumerate(choices) if plain(text) == plain(reply)]
     return same[0] if len(same) == 1 else None
 
 
+def plain(text) -> str:
+    return str(text).strip().rstrip(".").lower()
+
+
 def score_choice(annotations: dict, replies: dict) -> dict:
-    """row: {"answer": letter or index from 0, "choices": [text, ...]}. A reply that names no option is wrong; "unparsed" counts them."""
-    points, unparsed = {}, 0
+    """row: {"answer": letter or index from 0, "choices": [text, ...]}.
+
+    A reply that names no option is wrong; "unparsed" counts them."""
+    points = {}
+    unparsed = 0
     for key, row in annotations.items():
-        right, said = row.get("answer"), choice_of(replies[key], row["choices"])
-        right = ord(right) - ord("A") if isinstance(right, str) and len(right) == 1 else right
+        # The right option, as an index
+        right = row.get("answer")
+        if isinstance(right, str) and len(right) == 1:
+            right = ord(right) - ord("A")
         if right not in range(len(row["choices"])):
-            raise ValueError(f"question {key!r}: 'answer' must be the letter or the index of one of the 'choices', not {right!r}")
-        points[key], unparsed = said == right, unparsed + (said is None)
+            raise ValueError(f"question {key!r}: 'answer' must be the letter or the index of one "
+                             f"of the 'choices', not {right!r}")
+
+        said = choice_of(replies[key], row["choices"])
+        points[key] = said == right
+        if said is None:
+            unparsed += 1
     return by_type(annotations, points) | {"unparsed": [unparsed, len(points)]}
 
 
-SCORERS = {"exact": (score_exact, "answer", (str, int, float, list)), "vqa": (score_vqa, "answers", list),    # the key a row needs
-           "textvqa": (score_textvqa, "answers", list), "pope": (score_pope, "label", str), "choice": (score_choice, "choices", list)}
+# --score's name -> (scorer, the key that an annotation needs, its type)
+SCORERS = {
+    "exact": (score_exact, "answer", (str, int, float, list)),
+    "vqa": (score_vqa, "answers", list),
+    "textvqa": (score_textvqa, "answers", list),
+    "pope": (score_pope, "label", str),
+    "choice": (score_choice, "choices", list),
+}
 
 
 def score(kind: str, annotations: str, answers: str) -> tuple[dict, int]:
-    """Two files -> ({name: [points, possible]}, how many answers have no annotation; they are left out).
+    """Two files -> ({name: [points, possible]}, how many answers have no annotation and so do not
+    count).
 
-    Raises ValueError for annotated questions without an answer: half a benchmark is another benchmark."""
-    scorer, *needs = SCORERS[kind]
-    rows, replies = read_rows(annotations, *needs), {key: row["text"] for key, row in read_rows(answers, "text", str).items()}
-    splits = {row.get("split") for key, row in rows.items() if key in replies}     # problems.json holds the training questions, too
-    rows = {key: row for key, row in rows.items() if not splits or row.get("split") in splits}
-    if missing := [key for key in rows if key not in replies]:
-        raise ValueError(f"{answers}: {len(missing)} of {len(rows)} questions have no answer, first {missing[0]!r}")
+    Raises ValueError for annotated questions without an answer: half a benchmark is another
+    benchmark."""
+    scorer, key_needed, type_needed = SCORERS[kind]
+    rows = read_rows(annotations, key_needed, type_needed)
+    replies = {key: row["text"] for key, row in read_rows(answers, "text", str).items()}
+
+    # ScienceQA's problems.json holds the training questions, too: keep the splits that were asked
+    splits = {row.get("split") for key, row in rows.items() if key in replies}
+    if splits:
+        rows = {key: row for key, row in rows.items() if row.get("split") in splits}
+
+    missing = [key for key in rows if key not in replies]
+    if missing:
+        raise ValueError(f"{answers}: {len(missing)} of {len(rows)} questions have no answer, "
+                         f"first {missing[0]!r}")
     return scorer(rows, replies), len(replies.keys() - rows.keys())
 
 
-SYNONYMS = {"circle": "disc", "cross": "plus sign", "purple": "violet", "cyan": "light blue", "large": "big", "center": "in the middle"}
+# What some people say instead, in the files of write_drawn
+SYNONYMS = {"circle": "disc", "cross": "plus sign", "purple": "violet", "cyan": "light blue",
+            "large": "big", "center": "in the middle"}
 
 
 def write_drawn(folder: str, n: int):
-    """The n questions of --eval-drawn as files: questions.jsonl, images/, and {kind}.jsonl, the annotations for --score {kind}."""
+    """The n questions of --eval-drawn as files: questions.jsonl, images/, and for --score {kind}
+    the annotations {kind}.jsonl."""
     os.makedirs(os.path.join(folder, "images"), exist_ok=True)
     files = {name: [] for name in ("questions", *SCORERS)}
     for i, (scene, kind, question, right) in enumerate(drawn_questions(n)):
-        add = lambda name, **row: files[name].append(json.dumps({"question_id": i, **row}) + "\n")
-        d.draw_scene(scene).save(os.path.join(folder, "images", f"{i:05}.png"))
-        add("questions", image=f"{i:05}.png", text=question)
-        add("exact", answer=right, type=kind)
-        # Ten humans, made up: some are wordy, some know another word, and every third question leaves most of them unsure
-        rng = random.Random(i)
-        humans = rng.choices((right, f"The {right}.", SYNONYMS.get(right, right), "unsure"), (4, 1, 1, rng.choice((1, 1, 12))), k=10)
-        add("vqa", answers=[{"answer": human} for human in humans], answer_type=kind)
-        if kind == "sign":                                                         # to read is what TextVQA asks for
-            add("textvqa", answers=humans)
-        if right in ("yes", "no"):
-            add("pope", label=right)
-        if others := [w for words in (list(d.COLORS), d.SHAPES) if right in words for w in words if w != right]:
-            choices = rng.sample([right, *rng.sample(others, 3)], 4)
-            add("choice", answer="ABCD"[choices.index(right)], choices=choices)
-    for name, lines in files.items():
-        Path(folder, f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        image = f"{i:05}.png"
+        data.draw_scene(scene).save(os.path.join(folder, "images", image))
+        rows = annotations_of(kind, right, random.Random(i))
+        rows["questions"] = {"image": image, "text": question}
+        for name, row in rows.items():
+            files[name].append({"question_id": i, **row})
+
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        Path(folder, f"{name}.jsonl").write_text(lines, encoding="utf-8")
     print(f"wrote {n} questions. Answer and score them:\n"
-          f"  python generate.py --eval {folder}/questions.jsonl --images {folder}/images --out {folder}/answers.jsonl\n"
-          f"  python generate.py --score exact --answers {folder}/answers.jsonl --annotations {folder}/exact.jsonl")
+          f"  python generate.py --eval {folder}/questions.jsonl --images {folder}/images "
+          f"--out {folder}/answers.jsonl\n"
+          f"  python generate.py --score exact --answers {folder}/answers.jsonl "
+          f"--annotations {folder}/exact.jsonl")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Pictures of the routing
+def annotations_of(kind, right, rng):
+    """{scorer: annotation of a drawn question}, for those scorers that can judge it."""
+    rows = {"exact": {"answer": right, "type": kind}}
+
+    # Ten humans, made up: some are wordy, some know another word, and for every third question most
+    # of them are unsure
+    unsure = rng.choice((1, 1, 12))
+    voices = (right, f"The {right}.", SYNONYMS.get(right, right), "unsure")
+    humans = rng.choices(voices, (4, 1, 1, unsure), k=10)
+    rows["vqa"] = {"answers": [{"answer": human} for human in humans], "answer_type": kind}
+
+    # To read is what TextVQA asks for, and POPE for yes or no
+    if kind == "sign":
+        rows["textvqa"] = {"answers": humans}
+    if right in ("yes", "no"):
+        rows["pope"] = {"label": right}
+
+    # Colors and shapes have others of their kind to choose from
+    for words in (list(data.COLORS), data.SHAPES):
+        if right in words:
+            others = [word for word in words if word != right]
+            choices = rng.sample([right, *rng.sample(others, 3)], 4)
+            rows["choice"] = {"answer": "ABCD"[choices.index(right)], "choices": choices}
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------
+# 6. Pictures: what all of them are drawn with
 
 EXPERT_COLORS = ((230, 80, 60), (60, 140, 230), (250, 190, 40), (80, 180, 90),
                  (150, 90, 200), (60, 200, 200), (240, 120, 180), (150, 150, 150))
+FONT = ImageFont.load_default(16)
+SMALL = ImageFont.load_default(13)
+
+
+def expert_colors(n: int) -> list[tuple]:
+    """From the ninth expert on they repeat."""
+    return [EXPERT_COLORS[e % len(EXPERT_COLORS)] for e in range(n)]
+
+
+def blank_page(width: int, height: int) -> tuple:
+    """-> (the page, the pen that draws on it). Coordinates are pixels from the top left corner."""
+    page = Image.new("RGB", (width, height), "white")
+    return page, ImageDraw.Draw(page)
+
+
+def save_png(page: Image.Image, png: str):
+    def write(name):
+        page.save(name, "PNG")
+
+    write_atomically(png, write)
+
+
+def legend(draw, x, y, colors, texts, dx=0, dy=0):
+    """Squares of color with a text beside each; (dx, dy) is the way from one to the next."""
+    for color, text in zip(colors, texts):
+        draw.rectangle((x, y, x + 14, y + 14), color)
+        draw.text((x + 22, y + 7), text, "black", SMALL, anchor="lm")
+        x += dx
+        y += dy
+
+
+def bars(draw, box, columns, colors, lines=(), feet=()):
+    """Bars side by side in box (left, top, right, bottom). A share of 1 is as high as the box.
+
+    columns: for each bar the shares that it consists of, from the bottom up, in these colors, each
+    with its percentage where that fits. lines: behind the bars a line goes across at these shares.
+    feet: for each bar a color to be shown below it."""
+    left, top, right, bottom = box
+    height = bottom - top
+
+    # A bar takes four fifths of its place, so that the lines can be seen between the bars
+    pitch = (right - left) / len(columns)
+    half = min(0.4 * pitch, 75)
+    for share in lines:
+        y = bottom - height * share
+        draw.line((left, y, right, y), "#aaaaaa")
+
+    # Each share stands on the one before, from `low` up to `high` (y grows downwards)
+    for i, column in enumerate(columns):
+        middle = left + (i + 0.5) * pitch
+        low = bottom
+        for share, color in zip(column, colors):
+            high = low - height * share
+            if share > 0:
+                draw.rectangle((middle - half, high, middle + half, low), color)
+            if low - high >= 12 and half >= 14:
+                ink = "white" if sum(color) < 300 else "black"
+                draw.text((middle, (low + high) / 2), f"{share:.0%}", ink, SMALL, anchor="mm")
+            low = high
+        if feet:
+            draw.rectangle((middle - half, bottom + 3, middle + half, bottom + 8), feet[i])
+
+
+def even_shares(n):
+    """Where the borders between n equal shares lie: 0, 1/n, ..., 1."""
+    return [k / n for k in range(n + 1)]
+
+
+# -------------------------------------------------------------------------------------------------
+# 7. What the experts see: patches of images (CuMo)
+
+
+def seeing_layers(model: CuMo) -> list[int]:
+    """The vision layers with experts on the way to the features.
+
+    The last layer is left out: with select_layer -2 the features are its input. Its router is
+    trained by the auxiliary losses (as in the released CuMo), but its experts' output goes nowhere.
+    """
+    if model.vision is None:
+        return []
+    used = list(model.vision.layers)[:model.config.vision.n_used_layers]
+    return [i for i, layer in enumerate(used) if isinstance(layer.ffn, MoE)]
+
+
+def sees_by_experts(model: CuMo) -> bool:
+    if seeing_layers(model):
+        return True
+    return model.connector is not None and isinstance(model.connector.ffn, MoE)
 
 
 @torch.no_grad()
 def routing_of(model: CuMo, images: list) -> dict[str, torch.Tensor]:
-    """{"layer 0": (n, N, K) experts of each patch, best first, ..., "connector": the same}: dense layers are left out, CLS too."""
+    """{"layer 0": (n, N, K) experts of each patch, best first, ..., "connector": the same}.
+
+    Dense layers are left out, layers whose output is not used (see seeing_layers), and CLS."""
     aux = {"vision": [], "connector": []}
     model.eval().encode_images(load_images(model, images), aux)
-    layers = [i for i, layer in enumerate(model.vision.layers) if isinstance(layer.ffn, MoE)]
-    out = {f"layer {i}": r.experts[:, 1:].cpu() for i, r in zip(layers, aux["vision"])}       # the base scale comes first
-    return out | {"connector": r.experts.cpu() for r in aux["connector"]}
+
+    # With several scales, aux["vision"] has every layer once a scale. The base scale comes first,
+    # and zip stops at the end of its layers
+    routing = {}
+    for i, r in zip(seeing_layers(model), aux["vision"]):
+        routing[f"layer {i}"] = r.experts[:, 1:].cpu()  # (n, N, K)
+    for r in aux["connector"]:
+        routing["connector"] = r.experts.cpu()  # (n, N, K)
+    return routing
 
 
-def draw_routing(model: CuMo, images: list, png: str, population: list | None = None, n_layers: int = 5):
-    """Each image with its patches in the colour of their first-choice expert, layer by layer; below, the expert load per layer
-    (CuMo, Figure 4) over `population`, by default the images shown. Raises ValueError for a model without experts."""
-    shown = routing_of(model, images)
-    if not shown:
+def expert_load(model, images, n_experts, batch=16):
+    """{"layer 0": each expert's share of the first choices, (E,), ..., "connector": the same}."""
+    # In batches: there may be many images
+    counts = {}
+    for start in range(0, len(images), batch):
+        for name, experts in routing_of(model, images[start:start + batch]).items():
+            first = experts[..., 0].flatten()  # (n * N,)
+            new = torch.bincount(first, minlength=n_experts)  # (E,)
+            counts[name] = counts.get(name, 0) + new
+    return {name: count / count.sum() for name, count in counts.items()}
+
+
+PANEL = 192  # pixels a side, of an image in draw_routing's picture
+GAP = 16  # between two panels
+TOP = 64  # above the first row of panels: the title, and the panels' names
+LOAD = 150  # height of the bars below the panels: a share of 8% has room for its number
+
+
+def draw_routing(model: CuMo, images: list, png: str, population: list | None = None,
+                 n_layers: int = 5):
+    """Each image as the tower gets it, and with its patches in the color of their first-choice
+    expert, for at most n_layers layers, spread over the depth; below, the expert load per layer
+    (CuMo, Figure 4) over `population`, by default the images shown.
+
+    Raises ValueError for a model without experts."""
+    # What is shown of whom
+    routing = routing_of(model, images)
+    if not routing:
         raise ValueError("this model is dense: there is no routing to draw")
-    load, population = Counter(), population or images
-    for i in range(0, len(population), 16):                                        # in batches: the population may be large
-        for name, experts in routing_of(model, population[i:i + 16]).items():
-            load.update((name, e) for e in experts[..., 0].flatten().tolist())
-    names = [n for n in shown if n != "connector"]
-    n_layers = min(n_layers, len(names))                                           # spread over the depth
-    names = [names[round(i * (len(names) - 1) / max(1, n_layers - 1))] for i in range(n_layers)] + ["connector"] * ("connector" in shown)
+    population = population or images
+    names = spread_over_depth(list(routing), n_layers)
     n_experts = max([*model.config.vision.n_experts, model.config.connector.n_experts])
-    panel, gap, top, bars = 192, 16, 64, 110
-    width = max(640, (len(names) + 1) * (panel + gap) + gap)
-    height = top + len(images) * (panel + gap) + bars + 76
-    img = d.Image.new("RGB", (width, height), "white")
-    draw, font, small = d.ImageDraw.Draw(img), ImageFont.load_default(16), ImageFont.load_default(13)
-    color = lambda e: EXPERT_COLORS[e % len(EXPERT_COLORS)]
-    draw.text((gap, 12), "First-choice expert of each patch", "black", font)
-    for e in range(n_experts):
-        x = 300 + e * 95
-        draw.rectangle((x, 12, x + 16, 28), color(e))
-        draw.text((x + 22, 12), f"expert {e}", "black", small)
-    for column, name in enumerate(["image", *names]):
-        draw.text((gap + column * (panel + gap) + panel / 2, top - 14), name, "black", font, anchor="mm")
-    for row, image in enumerate(images):
-        if not isinstance(image, d.Image.Image):
-            image = d.Image.open(image)
-        square = d.pad_to_square(image.convert("RGB"))                             # as the model sees it
-        square = square.resize((panel, panel), d.Image.Resampling.NEAREST if square.width < panel else d.Image.Resampling.BICUBIC)
-        y = top + row * (panel + gap)
-        img.paste(square, (gap, y))
+    colors = expert_colors(n_experts)
+    load = expert_load(model, population, n_experts)
+
+    # 1. An empty page with names above the columns: the images first, then a column a layer
+    width = max(640, panel_left(len(names) + 1))
+    height = TOP + len(images) * (PANEL + GAP) + LOAD + 76
+    page, draw = blank_page(width, height)
+    draw.text((GAP, 12), "First-choice expert of each patch", "black", FONT)
+    legend(draw, 300, 13, colors, [f"expert {e}" for e in range(n_experts)], dx=95)
+    size = model.config.vision.image_size
+    for column, name in enumerate([f"image, {size} x {size}", *names]):
+        middle = panel_left(column) + PANEL / 2
+        draw.text((middle, TOP - 14), name, "black", FONT, anchor="mm")
+
+    # 2. The images, one a row
+    for row, tensor in enumerate(load_images(model, images).cpu()):
+        y = TOP + row * (PANEL + GAP)
+        seen = as_seen(tensor)
+        page.paste(seen, (GAP, y))
         for column, name in enumerate(names, 1):
-            first = shown[name][row, :, 0]                                         # (N,)
-            grid = math.isqrt(len(first))
-            paint = torch.tensor([color(int(e)) for e in first], dtype=torch.uint8).view(grid, grid, 3).numpy()
-            paint = d.Image.fromarray(paint).resize((panel, panel), d.Image.Resampling.NEAREST)
-            img.paste(d.Image.blend(square.convert("L").convert("RGB"), paint, 0.55), (gap + column * (panel + gap), y))
-    base = height - 44
-    n_images = len(population)
-    draw.text((gap, base - bars - 26), f"Expert load: share of first choices, {n_images} image{'s' * (n_images > 1)}; the line is an even load",
-              "black", font)
-    shares = {name: torch.tensor([load[name, e] for e in range(n_experts)], dtype=torch.float) for name in names}
-    shares = {name: counts / counts.sum() for name, counts in shares.items()}
-    high = max(2 / n_experts, *(float(s.max()) for s in shares.values()))
+            first = routing[name][row, :, 0]  # (N,)
+            page.paste(paint_patches(seen, first, colors), (panel_left(column), y))
+
+    # 3. The load, a bar below each layer
+    bottom = height - 30
+    counted = "1 image" if len(population) == 1 else f"{len(population)} images"
+    draw.text((GAP, bottom - LOAD - 26), f"Expert load: share of first choices, {counted}; "
+              "the lines are an even load", "black", FONT)
     for column, name in enumerate(names, 1):
-        x, w = gap + column * (panel + gap), panel / n_experts
-        for e, v in enumerate(shares[name].tolist()):
-            draw.rectangle((x + e * w + 3, base - v / high * bars, x + (e + 1) * w - 3, base), color(e))
-            draw.text((x + (e + 0.5) * w, base - 10), f"{100 * v:.0f}%", "black", small, anchor="mm")
-        even = base - bars / n_experts / high
-        draw.line((x, even, x + panel, even), "#444444")
-        draw.text((x + panel / 2, base + 16), name, "black", font, anchor="mm")
-    write_atomically(png, lambda name: img.save(name, "PNG"))
+        left = panel_left(column)
+        box = (left, bottom - LOAD, left + PANEL, bottom)
+        bars(draw, box, [load[name].tolist()], colors, even_shares(n_experts))
+        draw.text((left + PANEL / 2, bottom + 14), name, "black", FONT, anchor="mm")
+    save_png(page, png)
 
 
-# The decoder's experts see words and pictures (and sounds) side by side. Who takes what? MoE-LLaVA (arXiv 2401.15947) asks it with three
-# figures, 4 to 6, counted here over whole conversations: how even is the load, does an expert prefer a modality, and which pathways,
+def panel_left(column: int) -> int:
+    return GAP + column * (PANEL + GAP)
+
+
+def spread_over_depth(names, n_layers):
+    """At most n_layers of the layers, from the first to the last one; the connector always."""
+    layers = [name for name in names if name != "connector"]
+    n_layers = min(n_layers, len(layers))
+    step = (len(layers) - 1) / max(1, n_layers - 1)
+    return [layers[round(i * step)] for i in range(n_layers)] + names[len(layers):]
+
+
+def as_seen(tensor):
+    """data.load_image's (3, S, S) -> a panel. These are the very pixels that the tower gets; a
+    small image is enlarged without smoothing, so that one can see how little that is."""
+    # Undo the normalisation
+    mean = torch.tensor(data.CLIP_MEAN).view(3, 1, 1)
+    std = torch.tensor(data.CLIP_STD).view(3, 1, 1)
+    pixels = (tensor.float() * std + mean).clamp(0, 1) * 255  # (3, S, S)
+    pixels = pixels.round().byte().permute(1, 2, 0)  # (S, S, 3)
+
+    # A tower that reads more pixels than a panel has loses some in the picture, smoothly
+    smooth = len(pixels) > PANEL
+    resampling = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    return Image.fromarray(pixels.numpy()).resize((PANEL, PANEL), resampling)
+
+
+def paint_patches(seen, experts, colors):
+    """A panel in grey, each of its N patches tinted in the color of its expert. experts: (N,)."""
+    # A pixel a patch, enlarged; the grey image shines through
+    side = math.isqrt(len(experts))
+    paint = torch.tensor(colors, dtype=torch.uint8)[experts].view(side, side, 3)
+    paint = Image.fromarray(paint.numpy()).resize((PANEL, PANEL), Image.Resampling.NEAREST)
+    grey = seen.convert("L").convert("RGB")
+    return Image.blend(grey, paint, 0.55)
+
+
+# -------------------------------------------------------------------------------------------------
+# 8. What the decoder's experts read: words and pictures (and sounds) side by side
+#
+# Who takes what? MoE-LLaVA (arXiv 2401.15947) asks it with three figures, 4 to 6, counted here over
+# whole conversations: how even is the load, does an expert prefer a modality, and which pathways,
 # expert after expert through the layers, do tokens take?
 
-MODALITIES = {"text": (125, 30, 85), "image": (0, 150, 136), "audio": (205, 110, 30)}           # and their colours
+MODALITIES = {"text": (125, 30, 85), "image": (0, 150, 136), "audio": (205, 110, 30)}  # and colors
 
 
 class DecoderRouting:
-    """Counts of the decoder's routing, for L layers with experts, at most E in a layer, and M modalities (text, image, audio)."""
+    """Counts of the decoder's routing, for L layers with experts, at most E experts in a layer, and
+    M modalities (text, image, audio).
 
-    def __init__(self, c):
-        self.layers = [i for i, n in enumerate(c.n_experts) if n]
-        self.n_experts, self.top_k = [n for n in c.n_experts if n], c.top_k
-        self.kept = torch.zeros(len(self.layers), max(self.n_experts, default=0), len(MODALITIES), dtype=torch.long)   # choices served
-        self.dropped = torch.zeros(len(self.layers), len(MODALITIES), dtype=torch.long)        # choices over an expert's capacity
-        self.pathways = [Counter() for _ in MODALITIES]                            # {(first choice in each layer, ...): tokens}
+    layers: which layers these are; n_experts: how many each has, [L]
+    kept (L, E, M): choices served; dropped (L, M): choices over an expert's capacity
+    pathways: for each modality {(first choice in each layer, ...): tokens}"""
+
+    def __init__(self, text):
+        self.layers = [i for i, n in enumerate(text.n_experts) if n]
+        self.n_experts = [n for n in text.n_experts if n]
+        self.top_k = text.top_k
+        n_layers = len(self.layers)
+        most = max(self.n_experts, default=0)
+        self.kept = torch.zeros(n_layers, most, len(MODALITIES), dtype=torch.long)
+        self.dropped = torch.zeros(n_layers, len(MODALITIES), dtype=torch.long)
+        self.pathways = [Counter() for _ in MODALITIES]
         self.prompts = 0
 
     def add(self, other: "DecoderRouting"):
-        self.kept, self.dropped, self.prompts = self.kept + other.kept, self.dropped + other.dropped, self.prompts + other.prompts
+        self.kept = self.kept + other.kept
+        self.dropped = self.dropped + other.dropped
+        self.prompts += other.prompts
         for mine, theirs in zip(self.pathways, other.pathways):
             mine.update(theirs)
 
     @property
     def tokens(self) -> list[int]:
-        """Of each modality; PAD is none."""
+        """How many there were of each modality; PAD is none."""
         return [paths.total() for paths in self.pathways]
 
     def share(self, among: str) -> torch.Tensor:
-        """(L, E, M) shares of `kept`, adding up to 1 over the "experts" (which of them serve a modality) or over the "modalities" (what an
-        expert serves), and 0 where there is nothing; "load": (L, E), of all choices that a layer served."""
-        counts, dim = (self.kept.sum(2), 1) if among == "load" else (self.kept, {"experts": 1, "modalities": 2}[among])
+        """`kept` as shares, and 0 where there is nothing to share.
+
+        "load": (L, E), of all choices that a layer served, those that each expert served;
+        "experts": (L, E, M), of a modality's choices, the same: adds up to 1 over E;
+        "modalities": (L, E, M), what an expert serves: adds up to 1 over M."""
+        counts = self.kept  # (L, E, M)
+        if among == "load":
+            counts = counts.sum(2)  # (L, E)
+        dim = 2 if among == "modalities" else 1
         return counts / counts.sum(dim, keepdim=True).clamp(min=1)
 
     def top(self, n: int = 10, modality: int | None = None) -> list[tuple]:
-        """The n most used pathways of a modality or of all tokens: [((expert, ...), share of these tokens), ...]."""
-        paths = sum(self.pathways, Counter()) if modality is None else self.pathways[modality]
-        return [(path, count / paths.total()) for path, count in sorted(paths.items(), key=lambda item: (-item[1], item[0]))[:n]]
+        """The n most used pathways of a modality or of all tokens: [((expert, ...), share of these
+        tokens), ...]."""
+        paths = sum(self.pathways, Counter())
+        if modality is not None:
+            paths = self.pathways[modality]
+        most_used_first = sorted(paths.items(), key=lambda item: (-item[1], item[0]))
+        return [(path, count / paths.total()) for path, count in most_used_first[:n]]
 
 
 @torch.no_grad()
-def decoder_routing(model: CuMo, tokenizer, samples: list[dict], replies: list[str], stats: DecoderRouting | None = None) -> DecoderRouting:
-    """Adds a batch of samples and the replies to them up. It is one more forward pass, over prompt, reply and end mark: decoding with a
-    cache routes the reply token by token, and under a capacity factor a token alone is never dropped. So the drops counted are those
-    of this pass, and they depend on the batch; without a capacity factor, nothing does."""
-    stats, was_training = stats or DecoderRouting(model.config.text), model.training
-    texts, senses = sense(model, [{**s, "conversations": [*s["conversations"], {"from": "gpt", "value": reply}]}
-                                  for s, reply in zip(samples, replies, strict=True)])
-    tokens = tokens_of(model, tokenizer, texts)                                    # (B, T)
-    routing = model.eval()(tokens, **senses).routing["text"]
+def decoder_routing(model: CuMo, tokenizer, samples: list[dict], replies: list[str],
+                    stats: DecoderRouting | None = None) -> DecoderRouting:
+    """Count a batch of samples with the replies to them, and add it to `stats`.
+
+    It is one more forward pass, over prompt, reply and end mark: decoding with a cache routes the
+    reply token by token, and under a capacity factor a token alone is never dropped. So the drops
+    counted are those of this pass, and they depend on the batch; without a capacity factor, nothing
+    does."""
+    if stats is None:
+        stats = DecoderRouting(model.config.text)
+
+    # The whole conversations, as if the replies were given
+    whole = []
+    for sample, reply in zip(samples, replies, strict=True):
+        turns = [*sample["conversations"], {"from": "gpt", "value": reply}]
+        whole.append({**sample, "conversations": turns})
+    texts, senses = sense(model, whole)
+    tokens = tokens_of(model, tokenizer, texts)  # (B, T)
+
+    # One forward pass tells every layer's choices
+    was_training = model.training
+    routing = model.eval()(tokens, **senses).routing["text"]  # one for each layer with experts
     model.train(was_training)
-    tokens = tokens.flatten()
-    for m, mine in enumerate((tokens >= 0, tokens == d.IMAGE, tokens == d.AUDIO)):
+
+    # Whose choices are these? A token is a word, or a slot of an image or of a sound; PAD is none
+    tokens = tokens.flatten()  # (B * T,)
+    of_modality = (tokens >= 0, tokens == data.IMAGE, tokens == data.AUDIO)
+    for m, mine in enumerate(of_modality):
         for layer, r in enumerate(routing):
-            experts, served = r.experts[mine], r.weights[mine] > 0                 # (N of this modality, K) both
-            stats.kept[layer, :, m] += torch.bincount(experts[served], minlength=stats.kept.shape[1]).cpu()
+            experts = r.experts[mine]  # (N of this modality, K)
+            served = r.weights[mine] > 0
+            count = torch.bincount(experts[served], minlength=stats.kept.shape[1])  # (E,)
+            stats.kept[layer, :, m] += count.cpu()
             stats.dropped[layer, m] += int((~served).sum())
-        first = torch.stack([r.experts[mine, 0] for r in routing], 1)              # (N, L) the router's wish, served or not
+
+        # A pathway is what the routers wished first, served or not
+        first = torch.stack([r.experts[mine, 0] for r in routing], 1)  # (N, L)
         paths, counts = first.unique(dim=0, return_counts=True)
-        stats.pathways[m].update(dict(zip(map(tuple, paths.tolist()), counts.tolist())))
+        for path, count in zip(paths.tolist(), counts.tolist()):
+            stats.pathways[m][tuple(path)] += count
     stats.prompts += len(samples)
     return stats
 
 
+# The picture of these counts. The layers are columns, the same in all four panels, from x = LEFT to
+# RIGHT; the legends stand beside them
+LEFT = 96
+RIGHT = 960
+
+
+def layer_span(stats, i):
+    """Where the column of the i-th layer with experts begins and ends."""
+    width = (RIGHT - LEFT) / len(stats.layers)
+    return LEFT + i * width, LEFT + (i + 1) * width
+
+
 def draw_decoder_routing(stats: DecoderRouting, png: str):
-    """Four panels, layers from left to right in each: load, modalities in an expert, experts of a modality, pathways."""
+    """Four panels: expert load, modalities in an expert, experts of a modality, pathways.
+
+    Raises ValueError if nothing was counted."""
     if not stats.layers or not sum(stats.tokens):
-        raise ValueError("there is no routing to draw: no layer of the decoder has experts, or no token was counted")
-    names, colors, heard = list(MODALITIES), list(MODALITIES.values()), [m for m, n in enumerate(stats.tokens) if n]
-    n, most, left, right, row = len(stats.layers), max(stats.n_experts), 96, 960, 54       # row: height of a pathway's step
-    pitch = (right - left) / n
-    wide = min(0.74 * pitch, 150)                                                  # of a bar
-    tops = [116, 326, 530, 530 + 92 * len(heard) + 68]                             # of the panels
-    img = d.Image.new("RGB", (1300, tops[3] + max(most * row, 200) + 44), "white")
-    draw, font, small = d.ImageDraw.Draw(img), ImageFont.load_default(16), ImageFont.load_default(13)
-    middle, expert = lambda i: left + (i + 0.5) * pitch, lambda e: EXPERT_COLORS[e % len(EXPERT_COLORS)]
+        raise ValueError("there is no routing to draw: no layer of the decoder has experts, "
+                         "or no token was counted")
 
-    def stack(x, y, w, h, shares, paint, lines=()):
-        """A bar from y + h upwards, cut by shares; with percentages where they fit, beside the `lines` that will be drawn across."""
-        ends = [0, *torch.tensor(shares).cumsum(0).tolist()]
-        for a, b, color in zip(ends, ends[1:], paint):
-            low, high = y + h - round(a * h), y + h - round(b * h)
-            if low > high:
-                draw.rectangle((x, high, x + w - 1, low - 1), color)
-            if low - high >= 14 and w >= 30:
-                ink, at = "white" if sum(color) < 300 else "black", (low + high) / 2
-                for line in lines:
-                    if abs(at - line) < 9 and low - high > 30:
-                        at = line + (10 if at >= line else -10)
-                draw.text((x + w / 2, at), f"{100 * (b - a):.0f}%", ink, small, anchor="mm")
+    # The modalities that there are: (index, name, color)
+    heard = []
+    for m, (name, color) in enumerate(MODALITIES.items()):
+        if stats.tokens[m]:
+            heard.append((m, name, color))
+    paths = paths_to_show(stats, heard)
+    pathways_top = 598 + 92 * len(heard)
+    page, draw = blank_page(1300, pathways_top + 20 * len(paths) + 44)
 
-    def panel(top, title, bottom):
-        draw.text((16, top - 34), title, "black", font)
-        draw.text((16, bottom + 11), "layer" * (pitch <= 62), "black", small, anchor="lm")
-        for i, layer in enumerate(stats.layers):
-            draw.text((middle(i), bottom + 11), f"layer {layer}" if pitch > 62 else str(layer), "black", small, anchor="mm")
-
-    def legend(top, entries):
-        for i, (color, text) in enumerate(entries):
-            draw.rectangle((right + 24, top + i * 20, right + 38, top + 14 + i * 20), color)
-            draw.text((right + 46, top + 7 + i * 20), text, "black", small, anchor="lm")
-
-    count = ", ".join(f"{names[m]} {stats.tokens[m]:,}" for m in heard)
-    served, lost = int(stats.kept.sum()), int(stats.dropped.sum())
-    draw.text((16, 12), f"The decoder's experts: {sum(stats.tokens):,} tokens ({count}) of {stats.prompts:,} "
-              f"prompt{'s' * (stats.prompts != 1)} with the model's replies", "black", font)
-    draw.text((16, 38), f"Each token chooses {stats.top_k} experts a layer; " + (
-        f"{lost / (served + lost):.1%} of the choices came over an expert's capacity and were dropped" if lost else "no choice was dropped")
-        + ". Bars show choices that were served", "#555555", small)
-
-    load, inside, spread = (stats.share(among).tolist() for among in ("load", "modalities", "experts"))
-    panel(tops[0], "Expert load: who does the work in each layer (lines: an even load)", tops[0] + 130)
-    legend(tops[0], [(expert(e), f"expert {e}") for e in range(most)])
-    for i, e in enumerate(stats.n_experts):
-        for k in range(e + 1):
-            y = tops[0] + 130 - round(130 * k / e)
-            draw.line((left + i * pitch, y, left + (i + 1) * pitch, y), "#bbbbbb")
-        stack(middle(i) - wide / 2, tops[0], wide, 130, load[i][:e], map(expert, range(e)))
-
-    panel(tops[1], "What each expert serves: its choices by modality (white lines: an expert without preference)", tops[1] + 126)
-    legend(tops[1], [(colors[m], names[m]) for m in heard[::-1]])
-    for i, e in enumerate(stats.n_experts):
-        w, mix = min(0.86 * pitch / e, 60), stats.kept[i].sum(0) / stats.kept[i].sum().clamp(min=1)
-        mix = [tops[1] + 110 - round(110 * m) for m in mix[heard].cumsum(0).tolist()[:-1]]
-        for j in range(e):
-            x = middle(i) + (j - e / 2) * w
-            stack(x + 1, tops[1], int(w) - 1, 110, [inside[i][j][m] for m in heard], [colors[m] for m in heard], mix)
-            draw.rectangle((x + 1, tops[1] + 113, x + int(w) - 1, tops[1] + 118), expert(j))
-        for y in mix:
-            draw.line((middle(i) - e / 2 * w, y, middle(i) + e / 2 * w, y), "white", 2)
-
-    panel(tops[2], "Where each modality goes: its choices by expert", tops[2] + 92 * len(heard) - 12)
-    for k, m in enumerate(heard):
-        draw.text((16, tops[2] + 92 * k + 40), names[m], colors[m], font, anchor="lm")
-        for i, e in enumerate(stats.n_experts):
-            stack(middle(i) - wide / 2, tops[2] + 92 * k, wide, 80, [spread[i][j][m] for j in range(e)], map(expert, range(e)))
-
-    # Pathways. Each line keeps its place within the experts that it meets, so that lines run beside each other; drawn three times as large
-    used, possible = len(set().union(*stats.pathways)), math.prod(stats.n_experts)
-    panel(tops[3], f"Pathways of first choices: the two most used of each modality, and in grey the next of all tokens ({used:,} of "
-          f"{possible:{',' if possible < 1e15 else '.0e'}} possible ones were taken)", tops[3] + most * row)
-    lines = [(path, share, names[m], tuple(int(c + (255 - c) * 0.5 * i) for c in colors[m]))
-             for m in heard for i, (path, share) in enumerate(stats.top(2, m))]
-    lines += [(*line, "all", (200, 200, 200)) for line in stats.top(20) if line[0] not in [path for path, *_ in lines]][:10 - len(lines)]
-    widths, z = [1.5 + 20 * share / sum(line[1] for line in lines) for _, share, *_ in lines], 3
-    canvas = d.Image.new("RGB", (int(right - left) * z, most * row * z), "white")
-    pen, gap = d.ImageDraw.Draw(canvas), min(26, 0.3 * pitch) * z / 2                    # gap: half of an expert's width
-    node = lambda i, e: ((middle(i) - left) * z, (e + 0.5) * row * z)
-    for i, e in enumerate(stats.n_experts):
-        for x, y in (node(i, j) for j in range(e)):
-            pen.rounded_rectangle((x - gap, y - 21 * z, x + gap, y + 21 * z), 8 * z, "#eeeeee")
-    for k in reversed(range(len(lines))):                                          # grey first, colours above
-        path, color, at = lines[k][0], lines[k][3], (sum(widths[:k]) + widths[k] / 2 - sum(widths) / 2) * z
-        points = [(x + side, y + at) for x, y in (node(i, e) for i, e in enumerate(path)) for side in (-gap, gap)]
-        pen.line(points, color, max(1, round(widths[k] * z)), joint="curve")
-    img.paste(canvas.resize((int(right - left), most * row), d.Image.Resampling.LANCZOS), (left, tops[3]))
-    for e in range(most):
-        draw.text((16, tops[3] + (e + 0.5) * row), f"expert {e}", expert(e), font, anchor="lm")
-    legend(tops[3], [(color, f"{share:.1%} of {what}: {('-' if n < 9 else '').join(map(str, path[:16]))}{'...' * (n > 16)}")
-                     for path, share, what, color in lines])
-    write_atomically(png, lambda name: img.save(name, "PNG"))
+    write_summary(draw, stats, heard)
+    draw_expert_load(draw, stats, 116)
+    draw_what_experts_serve(draw, stats, 326, heard)
+    draw_where_modalities_go(draw, stats, 530, heard)
+    draw_pathways(draw, stats, pathways_top, paths)
+    save_png(page, png)
 
 
-def sees_by_experts(model: CuMo) -> bool:
-    return any(isinstance(m, MoE) for part in (model.vision, model.connector) if part is not None for m in part.modules())
+def write_summary(draw, stats, heard):
+    counts = ", ".join(f"{name} {stats.tokens[m]:,}" for m, name, _ in heard)
+    prompts = "1 prompt" if stats.prompts == 1 else f"{stats.prompts:,} prompts"
+    draw.text((16, 12), f"The decoder's experts: {sum(stats.tokens):,} tokens ({counts}) of "
+              f"{prompts} with the model's replies", "black", FONT)
+
+    # Only a capacity factor makes an expert turn tokens away
+    dropped = int(stats.dropped.sum())
+    share = dropped / (dropped + int(stats.kept.sum()))
+    draw.text((16, 38), f"Each token chooses {stats.top_k} experts a layer; {share:.1%} of the "
+              "choices came over an expert's capacity and were dropped. Bars show the choices that "
+              "were served", "#555555", SMALL)
 
 
-def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str], png: str, shown: list = (), batch: int = 16,
-                 alone: bool = False) -> list[str]:
-    """The pictures of samples and the replies to them -> the files written. Experts in the vision part: `png`, with the images `shown`
-    (default: the first three) and the load over all; in the decoder: `png`, or NAME-text.png beside the other. With a process group,
-    unless `alone`, samples are a process's share: the decoder's counts are added up, and process 0 draws (the vision part from all
-    images)."""
-    files, images = [], [image for s in samples for image in [*s["images"], *sum(s.get("video") or [], [])]]
+def draw_heading(draw, stats, top, bottom, title):
+    """A panel's title, and below the panel the numbers of the layers."""
+    draw.text((16, top - 34), title, "black", FONT)
+    draw.text((16, bottom + 14), "layer", "black", SMALL, anchor="lm")
+    for i, layer in enumerate(stats.layers):
+        left, right = layer_span(stats, i)
+        draw.text(((left + right) / 2, bottom + 14), str(layer), "black", SMALL, anchor="mm")
+
+
+def draw_expert_load(draw, stats, top):
+    bottom = top + 130
+    title = "Expert load: who does the work in each layer (lines: an even load)"
+    draw_heading(draw, stats, top, bottom, title)
+    colors = expert_colors(max(stats.n_experts))
+    texts = [f"expert {e}" for e in range(max(stats.n_experts))]
+    legend(draw, RIGHT + 24, top, colors, texts, dy=20)
+
+    # Layers may have different numbers of experts, and so different lines
+    load = stats.share("load").tolist()  # [L][E]
+    for i, n in enumerate(stats.n_experts):
+        left, right = layer_span(stats, i)
+        bars(draw, (left, top, right, bottom), [load[i]], colors, even_shares(n))
+
+
+def draw_what_experts_serve(draw, stats, top, heard):
+    bottom = top + 110
+    title = "What each expert serves: its choices by modality (lines: an expert without preference)"
+    draw_heading(draw, stats, top, bottom + 12, title)
+    which, names, colors = zip(*heard)
+    legend(draw, RIGHT + 24, top, colors[::-1], names[::-1], dy=20)
+
+    shares = stats.share("modalities")[:, :, list(which)].tolist()  # [L][E][M]
+    for i, n in enumerate(stats.n_experts):
+        # An expert without preference serves the modalities in the proportion that its layer does
+        mixture = stats.kept[i].sum(0)[list(which)]  # (M,)
+        lines = mixture.cumsum(0)[:-1] / mixture.sum().clamp(min=1)  # (M - 1,)
+
+        left, right = layer_span(stats, i)
+        margin = 0.07 * (right - left)
+        box = (left + margin, top, right - margin, bottom)
+        bars(draw, box, shares[i][:n], colors, lines.tolist(), feet=expert_colors(n))
+
+
+def draw_where_modalities_go(draw, stats, top, heard):
+    title = "Where each modality goes: its choices by expert"
+    draw_heading(draw, stats, top, top + 92 * len(heard) - 12, title)
+    shares = stats.share("experts")  # (L, E, M)
+    for m, name, color in heard:
+        draw.text((16, top + 40), name, color, FONT, anchor="lm")
+        columns = shares[:, :, m].tolist()  # [L][E]
+        bars(draw, (LEFT, top, RIGHT, top + 80), columns, expert_colors(len(columns[0])))
+        top += 92
+
+
+def paths_to_show(stats, heard):
+    """At most ten (path, share, of what, its color): the two most used of each modality, and then
+    the most used of all tokens that are not among these."""
+    rows = []
+    for m, name, color in heard:
+        for path, share in stats.top(2, m):
+            rows.append((path, share, name, color))
+
+    # These are often the most used of all, too; do not show one twice
+    shown = [path for path, *_ in rows]
+    for path, share in stats.top(20):
+        if path not in shown and len(rows) < 10:
+            rows.append((path, share, "all", (200, 200, 200)))
+    return rows
+
+
+def draw_pathways(draw, stats, top, paths):
+    """A table: a row is a pathway, which goes from left to right through the experts in it."""
+    used = len(set().union(*stats.pathways))
+    possible = math.prod(stats.n_experts)
+    title = ("Pathways of first choices: the two most used of each modality, and the next of all "
+             f"tokens ({used:,} of {possible:,.6g} possible ones were taken)")
+    draw_heading(draw, stats, top, top + 20 * len(paths), title)
+
+    # A cell is the expert that a token chose first in this layer
+    colors = expert_colors(max(stats.n_experts))
+    for row, (path, _, _, _) in enumerate(paths):
+        y = top + 20 * row
+        for i, expert in enumerate(path):
+            left, right = layer_span(stats, i)
+            draw.rectangle((left + 1, y, right - 1, y + 17), colors[expert])
+            place = ((left + right) / 2, y + 9)
+            draw.text(place, str(expert), "black", SMALL, anchor="mm")
+
+    # Beside each row, how many take this path, and of whom
+    texts = [f"{share:.1%} of {name}" for _, share, name, _ in paths]
+    swatches = [color for _, _, _, color in paths]
+    legend(draw, RIGHT + 24, top + 2, swatches, texts, dy=20)
+
+
+def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str], png: str,
+                 shown: list = (), batch: int = 16, alone: bool = False) -> list[str]:
+    """The pictures of samples and the replies to them -> the files written.
+
+    Experts in the vision part: `png`, with the images `shown` (default: the first three) and the
+    load over all; in the decoder: `png`, or NAME-text.png beside the other. With a process group,
+    unless `alone`, samples are a process's share: the decoder's counts are added up, and process 0
+    draws (the vision part from all images)."""
+    # 1. Count
+    images = []
+    for sample in samples:
+        images.extend(sample["images"])
+        for frames in sample.get("video") or []:
+            images.extend(frames)
     stats = DecoderRouting(model.config.text)
-    for i in tqdm(range(0, len(samples), batch), desc="counting", leave=False, disable=RANK > 0) if stats.layers else ():
-        decoder_routing(model, tokenizer, samples[i:i + batch], replies[i:i + batch], stats)
+    if stats.layers:
+        starts = range(0, len(samples), batch)
+        for i in tqdm(starts, desc="counting", leave=False, disable=RANK > 0):
+            decoder_routing(model, tokenizer, samples[i:i + batch], replies[i:i + batch], stats)
+
+    # 2. Add the processes up
     if dist.is_initialized() and not alone:
         parts = [None] * WORLD
         dist.all_gather_object(parts, (images, stats))
         if RANK > 0:
             return []
-        (images, stats), *others = parts
-        for more, part in others:
-            images += more
-            stats.add(part)
-    if has_eyes := sees_by_experts(model):
+        images, stats = parts[0]
+        for more_images, more_stats in parts[1:]:
+            images += more_images
+            stats.add(more_stats)
+
+    # 3. Draw
+    files = []
+    if sees_by_experts(model):
         if not images:
-            raise ValueError("--routing needs at least one --image (or an evaluation with images): this model's experts are where it sees")
+            raise ValueError("--routing needs at least one --image (or an evaluation with images): "
+                             "this model's experts are where it sees")
         draw_routing(model, list(shown) or images[:3], png, images)
         files.append(png)
     if stats.layers:
-        files.append(os.path.splitext(png)[0] + "-text" + os.path.splitext(png)[1] if has_eyes else png)
-        draw_decoder_routing(stats, files[-1])
+        name, ending = os.path.splitext(png)
+        file = f"{name}-text{ending}" if files else png
+        draw_decoder_routing(stats, file)
+        files.append(file)
     return files
 
 
+# -------------------------------------------------------------------------------------------------
+# 9. The loss of a training run
+
+
 def draw_curves(log_file: str, png: str):
-    """The language loss of each stage (grey: every step; blue: running mean), side by side."""
-    rows = {}
+    """train.py's log.jsonl -> the language loss of each stage, side by side."""
+    stages = {}
     with open(log_file) as f:
         for line in f:
             row = json.loads(line)
-            rows.setdefault(str(row["stage"]), []).append(row.get("lm", row["loss"]))
-    width, height, left, top = 330, 240, 46, 34
-    img = d.Image.new("RGB", (width * len(rows), height), "white")
-    draw = d.ImageDraw.Draw(img)
-    for panel, (stage, losses) in enumerate(rows.items()):
-        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 12, top, height - 30
-        losses = [l if math.isfinite(l) else 0. for l in losses]
-        high = max(losses[len(losses) // 50:] or losses) * 1.05 or 1.
-        at = lambda i, v: (x0 + (x1 - x0) * i / max(1, len(losses) - 1), y1 - (y1 - y0) * min(v, high) / high)
-        mean, smooth = 0., []
-        for i, v in enumerate(losses, 1):
-            mean = 0.9 * mean + 0.1 * v
-            smooth.append(mean / (1 - 0.9**i))                                    # as Adam corrects its mean
-        for k in range(5):                                                         # grid, and the axis' numbers
-            y = at(0, high * k / 4)[1]
-            draw.line((x0, y, x1, y), "#dddddd")
-            draw.text((x0 - 6, y), f"{high * k / 4:.2g}", "black", anchor="rm")
-        draw.line([at(i, v) for i, v in enumerate(losses)], "#bbbbbb")
-        draw.line([at(i, v) for i, v in enumerate(smooth)], "#1f5fbf", width=2)
-        draw.text(((x0 + x1) / 2, 16), f"stage {stage}: loss, at the end {smooth[-1]:.3f}", "black", anchor="mm")
-        draw.text(((x0 + x1) / 2, height - 14), f"{len(losses)} steps", "black", anchor="mm")
-    write_atomically(png, lambda name: img.save(name, "PNG"))
+            loss = row.get("lm", row["loss"])
+            # A step whose loss is not a number cannot be drawn, but it happened
+            stages.setdefault(str(row["stage"]), []).append(loss if math.isfinite(loss) else 0.0)
+
+    width = 330
+    height = 240
+    page, draw = blank_page(width * len(stages), height)
+    for column, (stage, losses) in enumerate(stages.items()):
+        left = column * width + 46
+        right = (column + 1) * width - 12
+        smooth = running_mean(losses)
+        draw_curve(draw, (left, 34, right, height - 30), losses, smooth)
+        middle = (left + right) / 2
+        title = f"stage {stage}: loss, at the end {smooth[-1]:.3f}"
+        draw.text((middle, 16), title, "black", SMALL, anchor="mm")
+        draw.text((middle, height - 14), f"{len(losses)} steps", "black", SMALL, anchor="mm")
+    save_png(page, png)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def running_mean(values):
+    """The exponential mean, corrected for its start at 0 as Adam corrects its means."""
+    mean = 0.0
+    means = []
+    for i, value in enumerate(values, 1):
+        mean = 0.9 * mean + 0.1 * value
+        means.append(mean / (1 - 0.9**i))
+    return means
+
+
+def draw_curve(draw, box, losses, smooth):
+    """Grey: every step; blue: the running mean; and a grid with numbers."""
+    left, top, right, bottom = box
+
+    # The first steps' losses may be so high that all others would lie on the ground: leave them out
+    high = 1.05 * max(losses[len(losses) // 50:]) or 1.0
+
+    def place(i, loss):
+        x = left + (right - left) * i / max(1, len(losses) - 1)
+        y = bottom - (bottom - top) * min(loss, high) / high
+        return x, y
+
+    # The grid and its numbers, then the curves
+    for k in range(5):
+        level = high * k / 4
+        _, y = place(0, level)
+        draw.line((left, y, right, y), "#dddddd")
+        draw.text((left - 6, y), f"{level:.2g}", "black", SMALL, anchor="rm")
+    for values, color, width in ((losses, "#bbbbbb", 1), (smooth, "#1f5fbf", 2)):
+        points = [place(i, value) for i, value in enumerate(values)]
+        draw.line(points, color, width)
+
+
+# -------------------------------------------------------------------------------------------------
+# 10. The command line
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    on_cuda = torch.cuda.is_available()
+    add("--model", default="out/tiny", help="model folder (default: out/tiny)")
+    add("--device", default="cuda" if on_cuda else "cpu", help="cuda or cpu")
+
+    # What the talk is about
+    add("--image", action="append", default=[],
+        help="picture to talk about; give it again for several")
+    add("--audio", action="append", default=[], metavar="WAV",
+        help="sound to talk about; also several times")
+    add("--video", action="append", nargs="+", default=[], metavar="DIR_OR_FRAME",
+        help="video to talk about: a folder of frames, or its frames; also several times")
+    add("--prompt", help="question; without it, a chat")
+
+    # How it is answered
+    add("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    add("--top-p", type=float, default=1.0,
+        help="sample from the likeliest tokens with this much probability (default: 1)")
+    add("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    add("--compile", action="store_true",
+        help="compile prefill and decoding; on CUDA as CUDA graphs. The first answers take a "
+             "minute longer, so it is for many or long ones")
+
+    # Pictures and measuring
+    add("--routing", metavar="FILE.png",
+        help="draw which experts took which patches of the images, or which tokens of prompt and "
+             "reply where the decoder has experts (both: also FILE-text.png); with --eval or "
+             "--eval-drawn averaged over it. --eval's answers are counted as they stand in --out, "
+             "also those of earlier runs")
+    add("--eval-drawn", type=int, metavar="N",
+        help="ask N questions about held-out drawn scenes; a model that hears, N also about sounds "
+             "and about both")
+    add_file_flags(parser)
+
+    # A prompt of blanks is no prompt; and a video is from now on the list of its frames
+    args = parser.parse_args(argv)
+    if args.prompt is not None:
+        args.prompt = args.prompt.strip()
+    videos = []
+    for files in args.video:
+        videos += data.video_files(files, "", "--video")
+    args.video = videos
+    return args
+
+
+def add_file_flags(parser):
+    """What concerns files of questions and answers."""
+    add = parser.add_argument
+    command = parser.add_mutually_exclusive_group()
+    command.add_argument(
+        "--eval", metavar="FILE",
+        help="answer a question file as LLaVA's: a JSON object with question_id, text and image (a "
+             "file, a list of files, or none), perhaps audio and video, a line. An interrupted run "
+             "goes on where it stopped; under torchrun every process answers its share")
+    command.add_argument(
+        "--score", choices=SCORERS,
+        help="score a file of answers: exact match, VQA accuracy (ten humans), TextVQA's (the "
+             "same, words cleaned otherwise), POPE (yes or no), multiple choice. Needs no model")
+    command.add_argument(
+        "--write-drawn", nargs="+", metavar=("DIR", "N"),
+        help="write N (default: 500) drawn questions into DIR: questions.jsonl and images/ for "
+             "--eval, and for --score one file of annotations a kind")
+    add("--images", default="", metavar="DIR",
+        help="of --eval: the folder below which its images lie")
+    add("--out", metavar="FILE",
+        help="of --eval: the answers, a JSON object a line, in the order of the questions")
+    add("--batch", type=int, default=16,
+        help="of --eval: questions answered together (default: 16)")
+    add("--answers", metavar="FILE", help="of --score: what --eval wrote to --out")
+    add("--annotations", metavar="FILE",
+        help="of --score: the right answers, JSON or JSON lines, by question_id")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="out/tiny", help="model folder (default: out/tiny)")
-    parser.add_argument("--image", action="append", default=[], help="picture to talk about; give it again for several")
-    parser.add_argument("--audio", action="append", default=[], metavar="WAV", help="sound to talk about; also several times")
-    parser.add_argument("--video", action="append", nargs="+", default=[], metavar="DIR_OR_FRAME", help="video to talk about: a folder of "
-                        "frames, or its frames; also several times")
-    parser.add_argument("--prompt", help="question; without it, a chat")
-    parser.add_argument("--routing", metavar="FILE.png", help="draw which experts took which patches of the images, or which tokens of "
-                        "prompt and reply where the decoder has experts (both: also FILE-text.png); with --eval or --eval-drawn averaged "
-                        "over it. --eval's answers are counted as they stand in --out, also those of earlier runs")
-    parser.add_argument("--eval-drawn", type=int, metavar="N", help="ask N questions about held-out drawn scenes; a model that hears, N "
-                        "also about sounds and about both")
-    command = parser.add_mutually_exclusive_group()
-    command.add_argument("--eval", metavar="FILE", help="answer a question file as LLaVA's: a JSON object with question_id, text and "
-                         "image (a file, a list of files, or none), perhaps audio and video, a line. An interrupted run goes on where it "
-                         "stopped; under torchrun every process answers its share")
-    command.add_argument("--score", choices=SCORERS, help="score a file of answers: exact match, VQA accuracy (ten humans), TextVQA's "
-                         "(the same, words cleaned otherwise), POPE (yes or no), multiple choice. Needs no model")
-    command.add_argument("--write-drawn", nargs="+", metavar=("DIR", "N"), help="write N (default: 500) drawn questions into DIR: "
-                         "questions.jsonl and images/ for --eval, and for --score one file of annotations a kind")
-    parser.add_argument("--images", default="", metavar="DIR", help="of --eval: the folder below which its images lie")
-    parser.add_argument("--out", metavar="FILE", help="of --eval: the answers, a JSON object a line, in the order of the questions")
-    parser.add_argument("--batch", type=int, default=16, help="of --eval: questions answered together (default: 16)")
-    parser.add_argument("--answers", metavar="FILE", help="of --score: what --eval wrote to --out")
-    parser.add_argument("--annotations", metavar="FILE", help="of --score: the right answers, JSON or JSON lines, by question_id")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this much probability (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument("--compile", action="store_true", help="compile prefill and decoding; on CUDA as CUDA graphs. The first answers "
-                        "take a minute longer, so it is for many or long ones")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    args = parser.parse_args(argv)
+    args = parse(argv)
+    check_flags(args)
+
+    # 1. What needs no model
     if args.score:
-        if not args.answers or not args.annotations:
-            raise ValueError("--score needs --answers and --annotations")
-        scores, extra = score(args.score, args.annotations, args.answers)
-        note = f"; {extra} answers have no annotation and do not count" if extra else ""
-        return print_table(scores, f"{args.answers}: {args.score}{note}")
+        scores, n_extra = score(args.score, args.annotations, args.answers)
+        extra = f"; {n_extra} answers have no annotation and do not count" if n_extra else ""
+        print_table(scores, f"{args.answers}: {args.score}{extra}")
+        return
     if args.write_drawn:
-        folder, n, *more = args.write_drawn + ["500"] * (len(args.write_drawn) == 1)
-        if more or not n.isdecimal() or int(n) < 1:
-            raise ValueError(f"--write-drawn takes a folder and a number of questions, not {' '.join(args.write_drawn)}")
-        return write_drawn(folder, int(n))
+        folder, n = folder_and_number(args.write_drawn)
+        write_drawn(folder, n)
+        return
+
+    # 2. A file of questions is read before the model is loaded: an error in it comes at once
+    questions = {}
+    model_id = os.path.basename(os.path.abspath(args.model))
     if args.eval:
-        if not args.out or args.batch < 1:
-            raise ValueError("--eval needs --out, a file for the answers, and a --batch of at least 1")
-        if args.routing and args.eval_drawn:
-            raise ValueError("--routing averages over --eval or over --eval-drawn; ask for one of them at a time")
-        questions, name = read_questions(args.eval, args.images), os.path.basename(os.path.abspath(args.model))
-        if len(answered([args.out], questions, name)) == len(questions) and not args.routing:
-            return print(f"{args.out} already holds all {len(questions)} answers") if RANK == 0 else None
+        questions = read_questions(args.eval, args.images)
+        if not args.routing and is_complete(args.out, questions, model_id):
+            return
         if WORLD > 1:
-            if args.device == "cuda":
-                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(args.device)
-            # Whoever is done first waits for the last: longer, perhaps, than the usual ten minutes
-            dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(days=1))
+            join_processes(args)
+
+    # 3. The model, and how it is to answer
     model, tokenizer = load(args.model, args.device)
-    if tokenizer is None:
-        raise ValueError(f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
-    video = [frames for files in args.video for frames in d.video_files(files, "", "--video")]
-    for file in sum(video, args.image + args.audio):
-        if not os.path.isfile(file):
-            raise ValueError(f"{file}: no such file")
-    if (args.image or video) and model.vision is None:
-        raise ValueError(f"{args.model} is a language model alone; it cannot see --image or --video")
-    if args.audio and model.audio is None:
-        raise ValueError(f"{args.model} has no ears; it cannot hear --audio")
-    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, compile=args.compile,
-                   generator=torch.Generator(args.device).manual_seed(args.seed + RANK))
-    given, decides, prompt = {"images": args.image, "audio": args.audio, "video": video}, any(model.config.text.n_experts), args.prompt
-    talk, asked = prompt is not None or not (args.routing or args.eval_drawn or args.eval), []
-    if args.routing and not decides and not sees_by_experts(model):
-        raise ValueError(f"{args.model}: this model is dense: there is no routing to draw")
-    if args.routing and not args.eval and not args.eval_drawn:                     # the conversation at hand
-        if not any(given.values()) and not (prompt and prompt.strip() and decides):
-            raise ValueError("--routing needs at least one --image (or --audio, --video or --prompt where the decoder has experts), --eval "
-                             "or --eval-drawn")
-        reply = None
-        if decides:
-            thing = ("scene" if model.config.template == "tiny" else "image") if args.image else "video" if video else "sound"
-            if not (prompt and prompt.strip()):
-                print("> " + (prompt := f"Describe the {thing}."))
-            talk = False
-            *conversation, reply = chat(model, tokenizer, args.image, prompt, args.audio, video, **options)
-            given["conversations"], reply = conversation, reply["value"]
-        asked = [(given, reply)]
+    check_model(args, model, tokenizer)
+    generator = torch.Generator(args.device).manual_seed(args.seed + RANK)
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
+               "top_p": args.top_p, "compile": args.compile, "generator": generator}
+
+    # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw
+    asked = []
+    talk = args.prompt is not None or not (args.routing or args.eval_drawn or args.eval)
+    if args.routing and not args.eval and not args.eval_drawn:
+        sample, reply = conversation_to_draw(args, model, tokenizer, options)
+        asked.append((sample, reply))
+        talk = talk and reply is None
     if args.eval_drawn:
-        worlds = ["image"] * (model.vision is not None or model.audio is None) + ["sound"] * (model.audio is not None)
-        for world in worlds + ["both"] * (len(worlds) == 2):
-            about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}[world]
-            scores = evaluate(model, tokenizer, args.eval_drawn, world=world, asked=asked if args.routing else None)
-            print_table(scores, f"{args.model}: {args.eval_drawn} questions about held-out {about}, exact match")
+        asked += evaluate_and_print(args, model, tokenizer)
     if args.eval:
-        answer_file(model, tokenizer, questions, args.out, name, args.batch, **options)
+        answer_file(model, tokenizer, questions, args.out, model_id, args.batch, **options)
         if args.routing:
-            if WORLD > 1:
-                dist.barrier()                                                     # process 0 has written the answers
-            replies = answered([args.out], questions, name)
-            asked = [(question, replies[key]["text"]) for key, question in list(questions.items())[RANK::WORLD]]
+            asked = share_of_answers(questions, args.out, model_id)
+
+    # 5. Draw what the experts did
     if args.routing:
-        samples, replies = ([pair[i] for pair in asked] for i in (0, 1))
-        for file in draw_experts(model, tokenizer, samples, replies, args.routing, args.image, args.batch):
+        samples = [sample for sample, _ in asked]
+        replies = [reply for _, reply in asked]
+        files = draw_experts(model, tokenizer, samples, replies, args.routing, shown=args.image,
+                             batch=args.batch)
+        for file in files:
             print(f"wrote {file}")
     if args.eval and WORLD > 1:
         dist.destroy_process_group()
+
+    # 6. Talk
     if talk:
-        chat(model, tokenizer, args.image, prompt, args.audio, video, **options)
+        chat(model, tokenizer, args.image, args.prompt, args.audio, args.video, **options)
+
+
+def is_complete(out, questions, model_id):
+    """Whether an earlier run has answered all questions; then say so."""
+    if len(answered([out], questions, model_id)) < len(questions):
+        return False
+    if RANK == 0:
+        print(f"{out} already holds all {len(questions)} answers")
+    return True
+
+
+def join_processes(args):
+    """Give each process its own GPU, and let the processes know each other."""
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    backend = "gloo" if args.device == "cpu" else "nccl"
+    # Whoever is done first waits for the last: longer, perhaps, than the usual ten minutes
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+
+
+def conversation_to_draw(args, model, tokenizer, options):
+    """-> (sample, reply) for --routing without an evaluation.
+
+    Experts in the decoder route words, too, so there the prompt is answered (or a usual one); where
+    experts only see, the reply is None."""
+    sample = {"images": args.image, "audio": args.audio, "video": args.video}
+    if not any(model.config.text.n_experts):
+        return sample, None
+
+    prompt = args.prompt
+    if not prompt:
+        thing = "sound"
+        if args.image:
+            thing = "scene" if model.config.template == "tiny" else "image"
+        elif args.video:
+            thing = "video"
+        prompt = f"Describe the {thing}."
+        print(f"> {prompt}")
+
+    *turns, last = chat(model, tokenizer, args.image, prompt, args.audio, args.video, **options)
+    return {**sample, "conversations": turns}, last["value"]
+
+
+def evaluate_and_print(args, model, tokenizer):
+    """--eval-drawn: print a table for each world that the model has the senses for.
+
+    -> [(sample, reply), ...]"""
+    about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
+    worlds = ["image"]
+    if model.audio is not None:
+        worlds = ["sound"]
+        if model.vision is not None:
+            worlds = ["image", "sound", "both"]
+
+    asked = []
+    for world in worlds:
+        scores = evaluate(model, tokenizer, args.eval_drawn, world=world, asked=asked)
+        print_table(scores, f"{args.model}: {args.eval_drawn} questions about held-out "
+                            f"{about[world]}, exact match")
+    return asked
+
+
+def share_of_answers(questions, out, model_id):
+    """This process's share of all questions and of the answers in --out -> [(sample, reply)]."""
+    # Process 0 writes the file after all others have answered
+    if WORLD > 1:
+        dist.barrier()
+    rows = answered([out], questions, model_id)
+    keys = list(questions)[RANK::WORLD]
+    return [(questions[key], rows[key]["text"]) for key in keys]
+
+
+def check_flags(args):
+    """Raises ValueError for flags that do not go together."""
+    if args.score and (not args.answers or not args.annotations):
+        raise ValueError("--score needs --answers and --annotations")
+    if args.write_drawn:
+        folder_and_number(args.write_drawn)
+    if args.eval and (not args.out or args.batch < 1):
+        raise ValueError("--eval needs --out, a file for the answers, and a --batch of at least 1")
+    if args.eval and args.routing and args.eval_drawn:
+        raise ValueError("--routing averages over --eval or over --eval-drawn; "
+                         "ask for one of them at a time")
+
+
+def folder_and_number(words: list[str]) -> tuple[str, int]:
+    """--write-drawn's DIR and N, which is 500 if it is not given."""
+    folder, *numbers = words
+    number = numbers[0] if numbers else "500"
+    if len(numbers) > 1 or not number.isdecimal() or int(number) < 1:
+        raise ValueError("--write-drawn takes a folder and a number of questions, "
+                         f"not {' '.join(words)}")
+    return folder, int(number)
+
+
+def check_model(args, model, tokenizer):
+    """Raises ValueError if the model cannot do what the flags ask, or a file is missing."""
+    if tokenizer is None:
+        raise ValueError(
+            f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
+    for file in args.image + args.audio + sum(args.video, []):
+        if not os.path.isfile(file):
+            raise ValueError(f"{file}: no such file")
+    if (args.image or args.video) and model.vision is None:
+        raise ValueError(
+            f"{args.model} is a language model alone; it cannot see --image or --video")
+    if args.audio and model.audio is None:
+        raise ValueError(f"{args.model} has no ears; it cannot hear --audio")
+
+    if args.routing:
+        decides = any(model.config.text.n_experts)
+        if not decides and not sees_by_experts(model):
+            raise ValueError(f"{args.model}: this model is dense: there is no routing to draw")
+        something = args.image or args.audio or args.video or args.eval or args.eval_drawn
+        if not something and not (decides and args.prompt):
+            raise ValueError("--routing needs at least one --image (or --audio, --video or "
+                             "--prompt where the decoder has experts), --eval or --eval-drawn")
 
 
 if __name__ == "__main__":

@@ -216,9 +216,15 @@ def test_an_untrained_model_can_be_measured_and_printed(model, tokenizer, capsys
 # Pictures of the routing
 
 
+@pytest.fixture
+def seer():
+    """A model with experts in three vision layers. The features are the input of the last one, so that two are shown."""
+    return build(300, n_layers=3)
+
+
 @pytest.mark.parametrize("scales", [(1,), (1, 2)])
 def test_routing_is_each_patchs_top_k_of_the_routers(scales):
-    model, images, inputs = build(300, scales=scales), [picture(i) for i in range(3)], {}
+    model, images, inputs = build(300, n_layers=3, scales=scales), [picture(i) for i in range(3)], {}
     moes = {"layer 0": model.vision.layers[0].ffn, "layer 1": model.vision.layers[1].ffn, "connector": model.connector.ffn}
 
     def record(moe, args):
@@ -234,8 +240,12 @@ def test_routing_is_each_patchs_top_k_of_the_routers(scales):
         assert counts.sum() == 3 * 36 * 2 and torch.bincount(experts[..., 0].flatten(), minlength=4).sum() == 3 * 36
 
 
-def test_dense_layers_have_no_routing():
-    assert list(generate.routing_of(build(300, n_experts=[0, 4], connector=0), [picture(0)])) == ["layer 1"]
+def test_dense_layers_and_those_behind_the_features_have_no_routing():
+    assert list(generate.routing_of(build(300, n_experts=[0, 4, 4], connector=0, n_layers=3), [picture(0)])) == ["layer 1"]
+    assert not generate.sees_by_experts(build(300, n_experts=[0, 0, 4], connector=0, n_layers=3))
+    whole = build(300, n_layers=3)
+    whole.config.vision.select_layer = -1                                           # the features are the last layer's output
+    assert list(generate.routing_of(whole, [picture(0)])) == ["layer 0", "layer 1", "layer 2", "connector"]
     assert list(generate.routing_of(build(300, n_experts=0, connector=2), [picture(0)])) == ["connector"]
 
 
@@ -257,8 +267,8 @@ def panels(texts):
 
 @pytest.mark.parametrize("images", [[picture(0)],
                                     [picture(0), picture(1).resize((90, 40)), picture(2).resize((300, 400)).convert("L")]])
-def test_routing_picture_shows_every_image_and_layer(images, model, tmp_path, written):
-    generate.draw_routing(model, images, str(tmp_path / "r.png"))
+def test_routing_picture_shows_every_image_and_layer(images, seer, tmp_path, written):
+    generate.draw_routing(seer, images, str(tmp_path / "r.png"))
     assert [p.name for p in tmp_path.iterdir()] == ["r.png"]                         # no temporary left behind
     names = panels(written)
     assert sorted(set(names)) == ["connector", "layer 0", "layer 1"]
@@ -272,16 +282,27 @@ def test_routing_picture_shows_every_image_and_layer(images, model, tmp_path, wr
             assert len(np.unique(pixels[y:y + 192, x:x + 192].reshape(-1, 3), axis=0)) > 20
 
 
-def test_routing_picture_reads_image_files(model, tmp_path):
+def test_routing_picture_reads_image_files(seer, tmp_path):
     picture(0).save(tmp_path / "a.png")
-    draw = lambda image, name: generate.draw_routing(model, [image], str(tmp_path / name)) or (tmp_path / name).read_bytes()
+    draw = lambda image, name: generate.draw_routing(seer, [image], str(tmp_path / name)) or (tmp_path / name).read_bytes()
     assert draw(str(tmp_path / "a.png"), "1.png") == draw(tmp_path / "a.png", "2.png") == draw(picture(0), "3.png")
 
 
-def test_patches_are_painted_in_the_color_of_their_first_choice(model, tmp_path):
+@pytest.mark.parametrize("image", [picture(0), picture(1).resize((90, 40)), picture(2).resize((300, 400)).convert("L")])
+def test_the_image_is_shown_as_the_tower_gets_it(image, seer, tmp_path, written):
+    generate.draw_routing(seer, [image], str(tmp_path / "r.png"))
+    pixels = np.asarray(Image.open(tmp_path / "r.png").convert("RGB"))[64:64 + 192, 16:16 + 192]
+    assert "image, 48 x 48" in written
+    assert np.array_equal(pixels, np.repeat(np.repeat(pixels[::4, ::4], 4, 0), 4, 1))       # 48 x 48 squares of 4 x 4
+    seen = torch.from_numpy(pixels[::4, ::4].copy()).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (d.CLIP_MEAN, d.CLIP_STD))
+    torch.testing.assert_close((seen - mean) / std, d.load_image(image, 48), atol=0.5 / 255 / 0.26 + 1e-4, rtol=0)
+
+
+def test_patches_are_painted_in_the_color_of_their_first_choice(seer, tmp_path):
     black = Image.new("RGB", (48, 48))
-    generate.draw_routing(model, [black], str(tmp_path / "r.png"))
-    pixels, first = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).astype(int), generate.routing_of(model, [black])
+    generate.draw_routing(seer, [black], str(tmp_path / "r.png"))
+    pixels, first = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).astype(int), generate.routing_of(seer, [black])
     for column, name in enumerate(["layer 0", "layer 1", "connector"], 1):
         for patch, expert in enumerate(first[name][0, :, 0].tolist()):
             y, x = 64 + patch // 6 * 32 + 16, 16 + column * 208 + patch % 6 * 32 + 16
@@ -294,19 +315,26 @@ def test_patches_are_painted_in_the_color_of_their_first_choice(model, tmp_path)
 def test_a_deep_model_shows_at_most_n_layers_spread_over_its_depth(n_layers, most, tmp_path, written):
     generate.draw_routing(build(300, n_layers=n_layers), [picture(0)], str(tmp_path / "r.png"), n_layers=most)
     shown = [int(name[6:]) for name in dict.fromkeys(panels(written)) if name != "connector"]
-    assert len(shown) == min(most, n_layers) and len(panels(written)) == 2 * (len(shown) + 1)      # once above, once below
-    assert shown == sorted(shown) and shown[0] == 0 and (most == 1 or shown[-1] == n_layers - 1)
+    assert len(shown) == min(most, n_layers - 1) and len(panels(written)) == 2 * (len(shown) + 1)      # once above, once below
+    assert shown == sorted(shown) and shown[0] == 0 and (most == 1 or shown[-1] == n_layers - 2)
     assert Image.open(tmp_path / "r.png").width < (most + 3) * 208
 
 
-def test_expert_load_is_the_share_of_first_choices_over_the_population(model, tmp_path, written):
+def test_expert_load_is_the_share_of_first_choices_over_the_population(seer, tmp_path, written):
     population = [picture(i) for i in range(6)]
-    generate.draw_routing(model, [picture(0)], str(tmp_path / "r.png"), population)
+    generate.draw_routing(seer, [picture(0)], str(tmp_path / "r.png"), population)
     shown = [int(t[:-1]) for t in written if re.fullmatch(r"\d+%", t)]
-    routing = generate.routing_of(model, population).values()
-    expected = [100 * (r[..., 0] == e).float().mean().item() for r in routing for e in range(4)]
-    assert len(shown) == 3 * 4 and all(abs(a - b) <= 0.51 for a, b in zip(shown, expected))
-    assert all(98 <= sum(shown[i:i + 4]) <= 102 for i in (0, 4, 8))
+    routing = generate.routing_of(seer, population).values()
+    expected = torch.stack([torch.stack([(r[..., 0] == e).float().mean() for e in range(4)]) for r in routing])        # (3, 4)
+    numbers = [100 * share for share in expected.flatten().tolist() if share * generate.LOAD >= 12]       # where there is room for them
+    assert len(shown) == len(numbers) >= 4 and all(abs(a - b) <= 0.51 for a, b in zip(shown, numbers))
+    pixels = torch.from_numpy(np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).copy())
+    bottom = len(pixels) - 30
+    for column, shares in enumerate(expected, 1):
+        line = pixels[bottom - generate.LOAD:bottom, generate.panel_left(column) + 30]     # from the bar's top to its foot
+        for share, color in zip(shares, generate.EXPERT_COLORS):
+            height = (line == torch.tensor(color)).all(1).sum()
+            assert abs(height - share * generate.LOAD) < 2.1
     assert any("6 images" in t for t in written)
 
 
