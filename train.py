@@ -71,8 +71,8 @@ import generate
 from data import TEMPLATES
 from model import (IGNORE, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable,
                    count_parameters, merge_state, plain_name, total_loss)
-from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json, save, upcycle,
-                     write_atomically, write_json)
+from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json,
+                     save, upcycle, write_atomically, write_json)
 
 # Set by torchrun. One process that torchrun started is a group of processes too.
 RANK = int(os.environ.get("RANK", 0))
