@@ -35,14 +35,15 @@ from upcycle import load_backbones
 # What several of the commands need
 
 
-def median_seconds(runs: dict, device: str, repeat: int) -> dict:
+def median_seconds(runs: dict, device: str, repeat: int, calls: int | None = None) -> dict:
     """{name: a callable} -> {name: median seconds of `repeat` calls}.
 
     The callables take turns, so that a slow moment of the machine hits all of them. A GPU gets
-    several calls in a row, as it does in training, where the next kernels are in the queue before
-    the last ones are done.
+    five calls in a row (or `calls`), as it does in training, where the next kernels are in the
+    queue before the last ones are done.
     """
-    calls = 5 if device == "cuda" else 1
+    if calls is None:
+        calls = 5 if device == "cuda" else 1
     times = {name: [] for name in runs}
     for turn in range(repeat + 1):
         for name, run in runs.items():
@@ -336,10 +337,12 @@ def step_runs(name: str, config: Config, stage: train.Stage, args, batch: dict, 
     optimizer = torch.optim.AdamW(params, lr=1e-5, fused=on_cuda)
     model = train.distribute(args, model, device)
 
+    slots = CuMo.count_slots(batch["tokens"])
+
     def step():
         for _ in range(n_micro):
             with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
-                loss = model(**batch).loss
+                loss = model(**batch, slots=slots).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
         optimizer.step()
@@ -368,7 +371,7 @@ def time_steps(runs: dict, device, repeat: int) -> tuple[dict, dict]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            seconds |= median_seconds({name: run}, "cuda", repeat)
+            seconds |= median_seconds({name: run}, "cuda", repeat, calls=1)
             peaks[name] = torch.cuda.max_memory_allocated() / 1e9
         except torch.OutOfMemoryError:
             print(f"{name}: more memory than this GPU has")
@@ -411,7 +414,7 @@ def bench_step(args):
 
     rows = stage.micro_batch * n_micro
     speed = matmul_speed(device.type, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    print(f"{name_of(device.type)}, {args.preset}, {n_micro} x {s['micro_batch']} samples of "
+    print(f"{name_of(device.type)}, {args.preset}, {n_micro} x {stage.micro_batch} samples of "
           f"{n_tokens} tokens; matrix products reach {speed / 1e12:.3f} TFLOP/s")
     for name, peak in peaks.items():
         print(f"{name}: {peak:.2f} GB of GPU memory at the most")
