@@ -20,8 +20,9 @@ The features are written over the slots of all rows at once. So there is no loop
 and the shapes do not depend on what is in the batch.
 
 Letters for shapes, in all of this file: B batch, T tokens in a sequence, V vocabulary, n images,
-S side of an image in pixels, N tokens of an image or states of a sound, m chunks of sound, Q slots
-of a chunk, D width, H heads, d width of a head, E experts, K experts a token.
+S side of an image in pixels, N patches of an image or states of a sound, m chunks of sound, Q slots
+of a chunk, D width, H heads (H_kv of keys and values), d width of a head, E experts, K experts a
+token.
 
 `python model.py` prints the number of parameters of every preset.
 """
@@ -52,24 +53,29 @@ IGNORE = -100  # the label of a token that is not learnt
 #    presets stand near the end of this file, and so do the checks of these numbers.
 
 
-def size(default: int):
+def positive(default):
     """A field that must be a whole number above 0."""
-    return field(default=default, metadata={"at_least": 1})
+    return field(default=default, metadata={"positive": True})
+
+
+def one_of(choices, default):
+    """A field that must be one of these."""
+    return field(default=default, metadata={"choices": choices})
 
 
 @dataclass
 class VisionConfig:
     """CLIP's vision tower."""
-    image_size: int = size(336)  # in pixels
-    patch_size: int = size(14)
-    dim: int = size(1024)
-    n_layers: int = size(24)
-    n_heads: int = size(16)
-    ffn_dim: int = size(4096)
-    act: str = "quick_gelu"
+    image_size: int = positive(336)  # in pixels
+    patch_size: int = positive(14)
+    dim: int = positive(1024)
+    n_layers: int = positive(24)
+    n_heads: int = positive(16)
+    ffn_dim: int = positive(4096)
+    act: str = one_of(ACTIVATIONS, "quick_gelu")
     norm_eps: float = 1e-5
-    # Which hidden state are the features? -1 is the output of the last layer, -2 its input. LLaVA
-    # takes -2, as CLIP trained the last layer for the CLS token.
+    # Which hidden state are the features? -1 is the output of the last layer; -2, LLaVA's choice,
+    # its input.
     select_layer: int = -2
     # S2 (arXiv 2403.13043): [1, 3] reads the image also three times enlarged, in 9 crops.
     scales: list = field(default_factory=lambda: [1])
@@ -90,7 +96,7 @@ class VisionConfig:
 
 @dataclass
 class ConnectorConfig:
-    act: str = "gelu"
+    act: str = one_of(ACTIVATIONS, "gelu")
     n_experts: int = 0
     top_k: int = 2
 
@@ -98,15 +104,15 @@ class ConnectorConfig:
 @dataclass
 class TextConfig:
     """The decoder."""
-    vocab_size: int = size(32000)
-    dim: int = size(4096)
-    n_layers: int = size(32)
-    n_heads: int = size(32)
+    vocab_size: int = positive(32000)
+    dim: int = positive(4096)
+    n_layers: int = positive(32)
+    n_heads: int = positive(32)
     # Grouped-query attention: several query heads share a head of keys and values.
-    n_kv_heads: int = size(8)
+    n_kv_heads: int = positive(8)
     head_dim: int | None = None  # None: dim / n_heads
-    ffn_dim: int = size(14336)
-    act: str = "silu"
+    ffn_dim: int = positive(14336)
+    act: str = one_of(ACTIVATIONS, "silu")
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
     rope_scaling: dict | None = None  # Llama 3.1's, see rope_table
@@ -123,7 +129,7 @@ class TextConfig:
     noisy: bool = False  # in training, choose the second expert with DeepSpeed's Gumbel noise
     # The auxiliary losses of the decoder's layers: their "mean" (CuMo-Mixtral), or their "sum"
     # (MoE-LLaVA).
-    aux: str = "mean"
+    aux: str = one_of(("mean", "sum"), "mean")
 
     @property
     def expert_limits(self) -> dict:
@@ -137,67 +143,27 @@ class TextConfig:
 
 
 @dataclass
-class AudioConfig:
-    """Whisper's encoder, in the sizes of large-v2, and the resampler behind it."""
-    n_mels: int = size(80)
-    n_frames: int = size(3000)  # of a chunk of 30 s, 10 ms each
-    dim: int = size(1280)
-    n_layers: int = size(32)
-    n_heads: int = size(20)
-    ffn_dim: int = size(5120)
-    act: str = "gelu"
-    norm_eps: float = 1e-5
-    # The ear is dense. These two stand here since config.json has them for every sense.
-    n_experts: list | int = 0
-    top_k: int = 2
-    n_queries: int = size(50)  # AUDIO slots of a chunk
-    n_query_layers: int = size(2)
-
-
-PARTS = {
-    "vision": VisionConfig,
-    "connector": ConnectorConfig,
-    "text": TextConfig,
-    "audio": AudioConfig,
-}
-
-
-@dataclass
 class Config:
     vision: VisionConfig | None = field(default_factory=VisionConfig)  # None: a language model
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    audio: AudioConfig | None = None  # None: the model hears nothing
+    audio: "AudioConfig | None" = None  # None: it hears nothing (section 7)
     template: str = "mistral"  # of conversations, see data.py
-    # A video's frames fill the slots of so many images. False: those of one, with the mean of
-    # their features (Uni-MoE).
+    # True: each frame of a video fills the slots of an image. False: the whole video fills those
+    # of one image, with the mean of its frames' features (Uni-MoE).
     frames_apart: bool = False
-    # Weights of the auxiliary losses, see total_loss. CuMo's, from section 4.1 of the paper.
+    # What the auxiliary losses weigh (total_loss). These are CuMo's, section 4.1 of the paper.
     balance_coef: float = 0.1
     z_coef: float = 0.01
 
     def __post_init__(self):
-        # config.json and the presets give the parts as plain dictionaries.
-        for name, kind in PARTS.items():
-            part = getattr(self, name)
-            if isinstance(part, dict):
-                setattr(self, name, from_dict(kind, part, name + "."))
-        check_sizes(self)
-
-        # Fill in what may be left out.
-        for part in (self.vision, self.text):
-            if part is not None and isinstance(part.n_experts, int):
-                part.n_experts = [part.n_experts] * part.n_layers
-        if self.audio is not None:
-            self.audio.n_experts = [0] * self.audio.n_layers
-        if not self.text.head_dim:
-            self.text.head_dim = self.text.dim // self.text.n_heads
+        fill_in(self)
         validate(self)
 
     @classmethod
     def from_dict(cls, d: dict) -> "Config":
         """From config.json. A ValueError names a key that is unknown."""
-        return from_dict(cls, d)
+        return part_from_dict(cls, d)
 
     @classmethod
     def from_preset(cls, name: str) -> "Config":
@@ -223,24 +189,16 @@ class Config:
         return self.audio.n_queries
 
 
-def from_dict(kind, d: dict, where: str = ""):
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in d:
-        if key not in known:
-            raise ValueError(f"unknown config key {where + key!r}; known: {', '.join(known)}")
-    return kind(**d)
-
-
 # ------------------------------------------------------------------------------------------------
 # 2. Seeing: the block of all senses, CLIP's vision tower, and the connector
 
 
-def split_heads(x: Tensor, n_heads: int) -> Tensor:
+def split_heads(x, n_heads: int):
     """x (B, T, H * d) -> (B, H, T, d)."""
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
-def merge_heads(x: Tensor) -> Tensor:
+def merge_heads(x):
     """x (B, H, T, d) -> (B, T, H * d)."""
     return x.transpose(1, 2).flatten(2)
 
@@ -254,10 +212,10 @@ def run_block(block: nn.Module, checkpointing: bool, *args):
 
 
 class SenseBlock(nn.Module):
-    """A transformer block of a sense: LayerNorm first, attention in both directions, an FFN or MoE.
+    """A transformer block for what is there all at once, so each token looks at all others.
 
-    CLIP has biases everywhere, Whisper everywhere but in the keys. `config` is a VisionConfig or
-    an AudioConfig.
+    Used by the vision tower, the ear and the resampler. `config` is a VisionConfig or an
+    AudioConfig. CLIP has biases everywhere, Whisper everywhere but in the keys.
     """
 
     def __init__(self, config, n_experts: int = 0, k_bias: bool = True):
@@ -272,14 +230,14 @@ class SenseBlock(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.ffn = feed_forward(dim, config.ffn_dim, config.act, n_experts, config.top_k, bias=True)
 
-    def attention(self, x: Tensor, seen: Tensor) -> Tensor:
+    def attention(self, x, seen):
         """Each of x (n, N, D) looks at all of seen (n, M, D) -> (n, N, D)."""
         q = split_heads(self.q(x), self.n_heads)  # (n, H, N, d)
         k = split_heads(self.k(seen), self.n_heads)  # (n, H, M, d)
         v = split_heads(self.v(seen), self.n_heads)  # (n, H, M, d)
         return self.o(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
-    def forward(self, x: Tensor):
+    def forward(self, x):
         """x (n, N, D) -> the same shape, and the Routing (None where the FFN is dense)."""
         h = self.norm1(x)
         x = x + self.attention(h, h)
@@ -301,12 +259,13 @@ class VisionTransformer(nn.Module):
         self.layers = nn.ModuleList(SenseBlock(config, n) for n in config.n_experts)
         self.checkpointing = False
 
-    def forward(self, images: Tensor, aux: list | None = None) -> Tensor:
+    def forward(self, images, aux=None):
         """images (n, 3, S, S) float, normalised (data.load_image) -> (n, N, D * scales).
 
         `aux` collects the Routing of every MoE layer, scale by scale.
         """
-        check_images(images, self.config)
+        size = self.config.image_size
+        check_shape("images are", images, (3, size, size))
         images = images.to(self.patch.weight.dtype)
         features = []
         for scale in self.config.scales:
@@ -317,7 +276,7 @@ class VisionTransformer(nn.Module):
                 features.append(encode_enlarged(self, images, scale, aux))  # (n, N, D)
         return torch.cat(features, -1)
 
-    def encode(self, images: Tensor, aux: list | None = None, both: bool = False):
+    def encode(self, images, aux=None, both: bool = False):
         """images (n, 3, S, S) -> the hidden state of the select layer (n, 1 + N, D), CLS first.
 
         both=True gives (the last hidden state, that of the select layer), for contrastive training.
@@ -328,16 +287,18 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls, x], 1) + self.pos.to(x.dtype)  # (n, 1 + N, D)
         x = self.pre_norm(x)
 
-        # The features need no layer behind the select layer. But the released CuMo counts the
-        # routers there in the auxiliary losses, so such layers run when somebody collects.
+        # The features do not need the layers behind the select layer. But the released CuMo counts
+        # the routers there in the auxiliary losses, so they run when somebody collects these.
         n_used = self.config.n_used_layers
         n_run = n_used
-        if both or (aux is not None and any(self.config.n_experts[n_used:])):
+        has_router = any(isinstance(layer.ffn, MoE) for layer in self.layers[n_used:])
+        if both or (aux is not None and has_router):
             n_run = self.config.n_layers
 
+        checkpointing = self.checkpointing and self.training
         selected = x
         for i in range(n_run):
-            x, routing = run_block(self.layers[i], self.checkpointing and self.training, x)
+            x, routing = run_block(self.layers[i], checkpointing, x)
             if aux is not None and routing is not None:
                 aux.append(routing)
             if i + 1 == n_used:
@@ -359,8 +320,8 @@ class Connector(nn.Module):
         self.ffn = feed_forward(dim_in, dim_out, config.act, config.n_experts, config.top_k,
                                 dim_out=dim_out, bias=True)
 
-    def forward(self, x: Tensor, aux: list | None = None) -> Tensor:
-        y, routing = self.ffn(x)
+    def forward(self, x, aux=None):
+        y, routing = self.ffn(x)  # (n, N, D)
         if aux is not None and routing is not None:
             aux.append(routing)
         return y
@@ -370,8 +331,7 @@ class Connector(nn.Module):
 # 3. Speaking: the decoder, a LLaMA, Mistral, Qwen2 or Mixtral
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float,
-               scaling: dict | None = None) -> tuple[Tensor, Tensor]:
+def rope_table(positions, head_dim: int, theta: float, scaling: dict | None = None):
     """positions (B or 1, T) -> cos and sin (B or 1, T, d) float32 for rotary embeddings.
 
     In the layout of Hugging Face's LLaMA: numbers i and i + d/2 of a head are a pair.
@@ -379,23 +339,15 @@ def rope_table(positions: Tensor, head_dim: int, theta: float,
     # Pair i turns by theta^(-2i/d) at every step: the first fast, the last hardly at all.
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     freq = theta ** (-exponent / head_dim)  # (d / 2,)
-
-    # Llama 3.1's way to longer contexts. Pairs that turn often within the old context tell
-    # neighbours apart, and stay as they are. Those that turn less than about once there are slowed
-    # down by `factor`. What lies in between is a mixture.
     if scaling is not None:
-        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
-        low = scaling["low_freq_factor"]
-        high = scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = freq * (keep + (1 - keep) / scaling["factor"])
+        freq = slow_down(freq, scaling)
 
     angle = positions.float().unsqueeze(-1) * freq  # (B, T, d / 2)
     angle = torch.cat([angle, angle], -1)  # (B, T, d)
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x, cos, sin):
     """x (B, H, T, d): turns each pair by the angle of its position.
 
     Both q and k are turned, so their product depends on how far apart they stand, not on where.
@@ -403,10 +355,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos = cos.unsqueeze(1).to(x.dtype)  # (B, 1, T, d)
     sin = sin.unsqueeze(1).to(x.dtype)
     a, b = x.chunk(2, -1)  # (B, H, T, d / 2)
+
+    # (a, b) turned by an angle is (a cos - b sin, b cos + a sin).
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def visible_keys(positions: Tensor, n_keys: int, window: int | None) -> Tensor:
+def visible_keys(positions, n_keys: int, window: int | None):
     """positions (B or 1, T) of the queries -> (B or 1, 1, T, n_keys) bool: what each may look at.
 
     That is the past and itself, and with a sliding window only the nearest `window` of these.
@@ -426,18 +380,17 @@ class Cache:
     """
 
     def __init__(self, config: TextConfig, batch: int, length: int, device, dtype):
+        self.length = length
+        self.key = (batch, length, device, dtype)  # compiled generation asks whether it fits again
         shape = (batch, config.n_kv_heads, length, config.head_dim)
         layers = range(config.n_layers)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
 
-    @property
-    def length(self) -> int:
-        return self.k[0].shape[2]
-
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, n_keys: int):
+    def write(self, layer: int, positions, k, v, n_keys: int):
         """Writes k and v (B, H_kv, T, d) to positions (B or 1, T) of each row; returns the first
         n_keys keys and values of that layer."""
+        # Row b's token t goes to k[layer][b, :, positions[b, t]].
         rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)  # (B, 1)
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
@@ -445,6 +398,8 @@ class Cache:
 
 
 class DecoderBlock(nn.Module):
+    """A block as LLaMA's: RMSNorm, causal attention with rotary positions, a gated FFN or a MoE."""
+
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         dim = config.dim
@@ -512,6 +467,8 @@ class Decoder(nn.Module):
         """
         config = self.config
         window = config.sliding_window
+
+        # Where does each token stand, and which keys may it look at?
         attend = None
         if positions is None:
             n_keys = x.shape[1]
@@ -530,6 +487,7 @@ class Decoder(nn.Module):
             if aux is not None and routing is not None:
                 aux.append(routing)
 
+        # Small models save the head: a word's logit is the product with the word's embedding.
         head = self.embed if self.head is None else self.head
         return F.linear(self.norm(x), head.weight)  # (B, T, V)
 
@@ -542,10 +500,10 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. What is trained
+# 4. What is minimised
 
 
-def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def lm_loss(logits, labels):
     """logits (B, T, V), labels (B, T) -> the mean loss of the labels that are learnt, float32."""
     # The logits at t speak of the token at t + 1. The labels are shifted and not the logits: to
     # slice these would copy the largest tensor of all.
@@ -555,22 +513,23 @@ def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (target != IGNORE).sum().clamp(min=1)
 
 
-def total_loss(parts: dict, balance_coef: float, z_coef: float, share: dict | None = None):
-    """The number that is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
+def total_loss(parts: dict, balance_coef: float, z_coef: float, share=None):
+    """What is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
 
-    parts: name -> scalar; what is neither ".../balance" nor ".../z" counts once. CuMo.forward and
-    train.py both call this, so nothing else is ever trained.
+    parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1. CuMo.forward
+    and train.py both call this, so there is one answer to what is trained.
 
-    A step whose batch does not fit into memory is cut into micro-batches, and their gradients add
-    up. `share` (name -> weight) says how much of the whole batch's mean a micro-batch brings: for
-    "lm" its part of all labels, for vision and connector its part of all images. Then the cut
-    changes neither these losses nor their gradients.
+    train.py cuts a batch that is too large for the memory into micro-batches, and adds up their
+    gradients. `share` (name -> number) says what each part of a micro-batch counts in the mean
+    over the whole batch: for "lm" its share of all labels, for vision and connector its share of
+    all images. With these, the cut changes neither the loss nor its gradient.
 
-    The decoder's routing losses do depend on the cut, whatever the shares are: balance is a
-    product of two means over the tokens of a batch, and the mean of products is not the product
-    of means. With MoE-LLaVA's recipe the same batch gave 2.00437, 2.00474 and 2.00569 in
-    micro-batches of 8, 4 and 2.
+    The decoder's routing losses do depend on the cut. They are means over the tokens of a
+    micro-batch, each micro-batch counts the same, and balance is even a product of two means: a
+    mean of products is not the product of the means. With MoE-LLaVA the same batch gave 2.00437,
+    2.00474 and 2.00569 in micro-batches of 8, 4 and 2.
     """
+    # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
     routing = 0.0
     for name, value in parts.items():
@@ -621,13 +580,11 @@ class CuMo(nn.Module):
         self.text = Decoder(config.text)
 
         self.lm_loss = lm_loss  # train.py puts a compiled one here
-        self.cache = None  # compiled generation keeps its Cache here
+        self.cache = None  # compiled generation keeps its Cache here, see section 9
         self.init_weights()
 
-    def forward(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None,
-                labels: Tensor | None = None, image_embeds: Tensor | None = None,
-                audio_embeds: Tensor | None = None, frames: Tensor | None = None,
-                slots: list | None = None) -> Output:
+    def forward(self, tokens, images=None, audio=None, labels=None, image_embeds=None,
+                audio_embeds=None, frames=None, slots: list | None = None) -> Output:
         """tokens (B, T) int64; images (n, 3, S, S) and audio (m, n_mels, n_frames) float, in order
         of appearance, blank ones last; labels (B, T) int64, IGNORE where nothing is learnt.
 
@@ -636,21 +593,20 @@ class CuMo(nn.Module):
         slots: what count_slots gives for these tokens; with it, nothing here waits for the device.
         ValueError where the slots and the features do not match.
         """
-        # 1. How many slots are there? To ask is to wait for the device, so this happens once, and
-        #    first, when there is nothing to wait for. Better still, the caller knows.
+        # 1. How many slots are there? Counting on a GPU means waiting for it. So a caller that has
+        #    the tokens on the CPU counts them there; otherwise it happens once, and first, when
+        #    the GPU has no work to finish yet.
         may_wait = slots is None
         if slots is None:
             slots = self.count_slots(tokens)
 
-        # 2. In training, blank images and sounds stand in where a sample has none.
-        n_images = 0  # those that were given
-        if images is not None:
-            n_images = len(images) if frames is None else len(frames)
+        # 2. In training, blank images and sounds stand in where there are none.
+        n_images = count_images(images, frames)  # those that were given
         if labels is not None and slots is not None:
             if image_embeds is None:
-                images, frames = self.add_blank_images(tokens, images, frames, n_images, slots)
+                images, frames = add_blank_images(self, tokens, images, frames, slots)
             if audio_embeds is None:
-                audio = self.add_blank_sound(tokens, audio, slots)
+                audio = add_blank_sound(self, tokens, audio, slots)
 
         # 3. The senses. Each list collects the Routings of one part's layers.
         aux = {"vision": [], "connector": [], "text": []}
@@ -671,13 +627,13 @@ class CuMo(nn.Module):
             parts["lm"] = self.lm_loss(logits, labels)
             loss = total_loss(parts, self.config.balance_coef, self.config.z_coef)
 
-        # Blank images are nobody else's business.
+        # Hand out the features of real images only.
         if images is not None:
             image_embeds = image_embeds[:n_images] if n_images else None
         return Output(logits, loss, parts, image_embeds, aux)
 
     @staticmethod
-    def count_slots(tokens: Tensor) -> list[int] | None:
+    def count_slots(tokens) -> list[int] | None:
         """tokens (B, T) -> [IMAGE slots, rows without any, AUDIO slots].
 
         It is None on meta, where tokens have no values, and while torch.compile traces.
@@ -690,38 +646,7 @@ class CuMo(nn.Module):
         n_audio_slots = (tokens == AUDIO).sum()
         return torch.stack([n_image_slots, n_rows_without, n_audio_slots]).tolist()
 
-    def add_blank_images(self, tokens, images, frames, n_images: int, slots: list):
-        """A blank image for each row that has none, behind the others -> (images, frames).
-
-        It fills no slot. The released code does so, and counts the blanks in the auxiliary losses.
-        It also makes every process run every module: otherwise DDP and FSDP would wait for each
-        other for ever. data.collate appends them; this is for a caller that did not.
-        """
-        n_slots, n_rows_without, _ = slots
-        appended = n_images * self.config.n_image_tokens != n_slots
-        if self.vision is None or n_rows_without == 0 or appended:
-            return images, frames
-
-        side = self.config.vision.image_size
-        blanks = torch.zeros(n_rows_without, 3, side, side, device=tokens.device)
-        if n_images == 0:
-            return blanks, frames
-        images = torch.cat([images, blanks.to(images)])
-        if frames is not None:
-            frames = F.pad(frames, (0, n_rows_without), value=1)
-        return images, frames
-
-    def add_blank_sound(self, tokens, audio, slots: list):
-        """The same for a batch without any sound. One chunk is enough, as the ear has no auxiliary
-        loss that would count it."""
-        has_sound = audio is not None and len(audio) > 0
-        if self.audio is None or slots[2] > 0 or has_sound:
-            return audio
-        n_mels = self.config.audio.n_mels
-        return torch.zeros(1, n_mels, self.config.audio.n_frames, device=tokens.device)
-
-    def encode_images(self, images: Tensor, aux: dict | None = None, frames: Tensor | None = None,
-                      may_wait: bool = True) -> Tensor:
+    def encode_images(self, images, aux=None, frames=None, may_wait: bool = True):
         """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D).
 
         frames (videos,) int64 makes them (videos, N, D): the next frames[i] images are one video,
@@ -740,15 +665,14 @@ class CuMo(nn.Module):
             check_frames(frames, len(images))
         return average_frames(embeds, frames)
 
-    def encode_audio(self, mel: Tensor) -> Tensor:
+    def encode_audio(self, mel):
         """mel (m, n_mels, n_frames), chunks of sound (data.log_mel) -> embeddings for the AUDIO
         slots (m, Q, D)."""
         if self.audio is None:
             raise ValueError("this model hears nothing; it was given audio")
         return self.resampler(self.audio(mel))
 
-    def embed(self, tokens: Tensor, image_embeds: Tensor | None = None,
-              audio_embeds: Tensor | None = None, slots: list | None = None) -> Tensor:
+    def embed(self, tokens, image_embeds=None, audio_embeds=None, slots: list | None = None):
         """tokens (B, T), image_embeds (n, N, D), audio_embeds (m, Q, D) -> (B, T, D).
 
         Text gets the embeddings of its words, slots get features. Features that are left over must
@@ -781,17 +705,16 @@ class CuMo(nn.Module):
         return losses
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, images: Tensor | None = None, audio: Tensor | None = None,
-                 max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
-                 eos: int | None = None, image_embeds: Tensor | None = None, on_token=None,
-                 generator: torch.Generator | None = None, compile: bool | str = False,
-                 audio_embeds: Tensor | None = None, frames: Tensor | None = None) -> Tensor:
+    def generate(self, tokens, images=None, audio=None, max_new_tokens: int = 64,
+                 temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None,
+                 image_embeds=None, on_token=None, generator=None, compile: bool | str = False,
+                 audio_embeds=None, frames=None) -> Tensor:
         """Continues tokens (B, T), padded with PAD on the right -> (B, <= max_new_tokens) int64.
 
         temperature 0 takes the most probable token. top_p < 1 draws from the smallest set of
         tokens that has this much probability. Behind an eos a row holds eos. `on_token` is called
         with the (B,) tokens of each step, to show them at once. compile: True, or the name of a
-        backend of torch.compile; see section 10.
+        backend of torch.compile; see section 9.
 
         Rows may differ in length. Each row's next token is written at the row's own position,
         over its padding, so nothing is ever shifted or computed twice.
@@ -852,35 +775,16 @@ class CuMo(nn.Module):
                 part.checkpointing = on
 
     @torch.no_grad()
-    def init_weights(self, parts=("vision", "connector", "audio", "resampler", "text"),
-                     gain: float = 0.64):
-        """Matrices from Normal(0, gain / sqrt(inputs)), norms 1, biases 0.
-
-        At a width of 1024 that is GPT-2's 0.02, and at every other width it gives the same size
-        of outputs. (With 0.02, a width of 128 begins with attention that is nearly uniform, and
-        learns late.)
-        """
+    def init_weights(self, parts=("vision", "connector", "audio", "resampler", "text")):
+        """New weights for these parts."""
         for name, p in self.named_parameters():
             part = name.split(".")[0]
-            if part not in parts:
-                continue
-            if name.split(".")[-1].startswith("b"):
-                # A bias. (This comes first: a MoE's are stacked, and look like matrices.)
-                nn.init.zeros_(p)
-            elif name == "audio.pos":
-                p.copy_(sinusoids(*p.shape, device=p.device))
-            elif p.dim() > 1 or name == "vision.cls":
-                is_convolution = p.dim() == 4 or ".conv" in name
-                n_inputs = p[0].numel() if is_convolution else p.shape[-1]
-                std = gain * n_inputs ** -0.5
-                # The two products of a block that add to the residual stream are made smaller,
-                # the more blocks there are, as in GPT-2. Else the stream grows with depth.
-                if part != "connector" and name.endswith(("o.weight", "w_out")):
-                    std /= (2 * len(getattr(self, part).layers)) ** 0.5
-                nn.init.normal_(p, std=std)
+            if part in parts:
+                blocks = getattr(getattr(self, part), "layers", [])
+                init_weight(p, name, len(blocks))
 
 
-def fill_slots(x: Tensor, is_slot: Tensor, features: Tensor | None) -> Tensor:
+def fill_slots(x, is_slot, features):
     """x (B, T, D), is_slot (B, T) bool, features (n, N, D) -> x, with features in its slots.
 
     Each place fetches the feature of the slot that it is, or else the one of the last slot before
@@ -901,14 +805,14 @@ def fill_slots(x: Tensor, is_slot: Tensor, features: Tensor | None) -> Tensor:
     return torch.where(is_slot.unsqueeze(-1), fetched, x)
 
 
-def prefill(text: Decoder, x: Tensor, real: Tensor, last: Tensor, cache: Cache) -> Tensor:
+def prefill(text: Decoder, x, real, last, cache: Cache):
     """The prompt x (B, T, D), and last (B,), where each row's last token stands -> its logits
     (B, V)."""
     logits = text(x, real, cache=cache)  # (B, T, V)
     return logits[torch.arange(len(x), device=x.device), last]
 
 
-def decode(text: Decoder, token: Tensor, position: Tensor, cache: Cache, n_keys: int) -> Tensor:
+def decode(text: Decoder, token, position, cache: Cache, n_keys: int):
     """One step: token (B,) at position (B,) -> logits of the next one (B, V).
 
     Attention looks at the first n_keys of the cache. Nothing in here waits for the device.
@@ -919,7 +823,7 @@ def decode(text: Decoder, token: Tensor, position: Tensor, cache: Cache, n_keys:
     return logits[:, 0]
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
+def sample(logits, temperature: float, top_p: float, generator=None):
     """logits (B, V) -> token (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -936,7 +840,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator=None) -> 
     return ids.gather(-1, best).squeeze(-1)
 
 
-def cut_behind_eos(said: Tensor, eos: int) -> Tensor:
+def cut_behind_eos(said, eos: int):
     """said (B, steps) -> its columns up to the one in which the last row says its first eos."""
     goes_on = (said == eos).cumsum(1) == 0  # (B, steps) there was no eos yet
     n = int(goes_on.any(0).sum())  # steps after which some row still goes on
@@ -950,9 +854,8 @@ def cut_behind_eos(said: Tensor, eos: int) -> Tensor:
 # 6. S2: the image once more, enlarged
 
 
-def encode_enlarged(tower: VisionTransformer, images: Tensor, scale: int,
-                    aux: list | None) -> Tensor:
-    """images (n, 3, S, S) -> features (n, N, D) that were read off the image `scale` times enlarged.
+def encode_enlarged(tower: VisionTransformer, images, scale: int, aux: list | None):
+    """images (n, 3, S, S) -> features (n, N, D), read off the images enlarged `scale` times.
 
     The tower knows one size, S. So the enlarged image is cut into scale x scale crops of that
     size; each is encoded alone; their features are laid side by side again, and averaged down to
@@ -963,7 +866,7 @@ def encode_enlarged(tower: VisionTransformer, images: Tensor, scale: int,
     size = tower.config.image_size
     side = tower.config.side
 
-    # Enlarge. (In float32: bicubic weights are no numbers for bfloat16.)
+    # Enlarge, in float32, as the released code does.
     big = F.interpolate(images.float(), scale_factor=scale, mode="bicubic")
     big = big.to(images.dtype)  # (n, 3, scale * S, scale * S)
 
@@ -989,8 +892,26 @@ def encode_enlarged(tower: VisionTransformer, images: Tensor, scale: int,
 # 7. Hearing: Whisper's encoder, and a resampler that makes few tokens of its many states
 
 
-def sinusoids(length: int, dim: int, device=None) -> Tensor:
-    """Whisper's positions (length, dim): sines, then cosines, of wavelengths from 2 pi to 20000 pi."""
+@dataclass
+class AudioConfig:
+    """Whisper's encoder, in the sizes of large-v2, and the resampler behind it."""
+    n_mels: int = positive(80)
+    n_frames: int = positive(3000)  # of a chunk of 30 s, 10 ms each
+    dim: int = positive(1280)
+    n_layers: int = positive(32)
+    n_heads: int = positive(20)
+    ffn_dim: int = positive(5120)
+    act: str = one_of(ACTIVATIONS, "gelu")
+    norm_eps: float = 1e-5
+    # The ear is dense. These two stand here since config.json has them for every sense.
+    n_experts: list | int = 0
+    top_k: int = 2
+    n_queries: int = positive(50)  # AUDIO slots of a chunk
+    n_query_layers: int = positive(2)
+
+
+def sinusoids(length: int, dim: int, device=None):
+    """Whisper's positions (length, dim): sines, then cosines, wavelengths 2 pi to 20000 pi."""
     freq = 1e4 ** -torch.linspace(0, 1, dim // 2, device=device)  # (dim / 2,)
     angle = torch.arange(length, device=device).unsqueeze(1) * freq  # (length, dim / 2)
     return torch.cat([angle.sin(), angle.cos()], 1)
@@ -1012,8 +933,9 @@ class AudioTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.checkpointing = False
 
-    def forward(self, mel: Tensor) -> Tensor:
-        check_mel(mel, self.config)
+    def forward(self, mel):
+        """mel (m, n_mels, n_frames) -> (m, N, D), N = n_frames / 2."""
+        check_shape("mel is", mel, (self.config.n_mels, self.config.n_frames))
         x = F.gelu(self.conv1(mel.to(self.conv1.weight.dtype)))  # (m, D, n_frames)
         x = F.gelu(self.conv2(x))  # (m, D, n_frames / 2)
         x = x.transpose(1, 2) + self.pos  # (m, N, D)
@@ -1029,7 +951,7 @@ class ResamplerBlock(SenseBlock):
         super().__init__(config, k_bias=False)
         self.norm_heard = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, heard: Tensor) -> Tensor:
+    def forward(self, x, heard):
         """x (m, Q, D), heard (m, N, D) -> (m, Q, D)."""
         h = self.norm1(x)  # (m, Q, D)
         seen = torch.cat([self.norm_heard(heard), h], 1)  # (m, N + Q, D)
@@ -1041,8 +963,8 @@ class ResamplerBlock(SenseBlock):
 class Resampler(nn.Module):
     """States of a sound (m, N, D_audio) -> the decoder's width (m, Q, D).
 
-    30 s have 1500 states, which would fill the decoder's context. So Q = 50 learnt queries ask
-    about them, and their answers stand for the sound. Uni-MoE does this with Q-Formers (BLIP-2,
+    30 s have 1500 states, which would fill the decoder's context. So Q = 50 learnt queries look
+    at them, and what they find stands for the sound. Uni-MoE does this with Q-Formers (BLIP-2,
     arXiv 2301.12597): self-attention among the queries, then cross-attention, starting from the
     weights of BERT, or for speech from Whisper's decoder; then a linear layer. Here the two
     attentions are one, over states and queries together, as in Flamingo's Perceiver resampler
@@ -1056,7 +978,7 @@ class Resampler(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.out = nn.Linear(config.dim, dim_out)
 
-    def forward(self, heard: Tensor) -> Tensor:
+    def forward(self, heard):
         x = self.queries.to(heard.dtype).expand(len(heard), -1, -1)  # (m, Q, D_audio)
         for layer in self.layers:
             x = layer(x, heard)
@@ -1064,10 +986,71 @@ class Resampler(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Videos
+# 8. New weights, blank images and sounds, videos, long contexts
 
 
-def average_frames(embeds: Tensor, frames: Tensor) -> Tensor:
+def init_weight(p, name: str, n_blocks: int):
+    """A matrix from Normal(0, 0.64 / sqrt(inputs)), a norm 1, a bias 0.
+
+    At a width of 1024 that is GPT-2's 0.02, and at every other width it gives outputs of the same
+    size. (With 0.02, a width of 128 begins with attention that is nearly uniform, and learns late.)
+    """
+    if name.split(".")[-1].startswith("b"):
+        # A bias. (This comes first: a MoE's are stacked, and look like matrices.)
+        nn.init.zeros_(p)
+    elif name == "audio.pos":
+        p.copy_(sinusoids(*p.shape, device=p.device))
+    elif p.dim() > 1 or name == "vision.cls":
+        is_convolution = p.dim() == 4 or ".conv" in name
+        n_inputs = p[0].numel() if is_convolution else p.shape[-1]
+        std = 0.64 * n_inputs ** -0.5
+        # The two products of a block that add to the residual stream are made smaller, the more
+        # blocks there are, as in GPT-2. Otherwise the stream grows with depth.
+        if n_blocks > 0 and name.endswith(("o.weight", "w_out")):
+            std /= (2 * n_blocks) ** 0.5
+        nn.init.normal_(p, std=std)
+
+
+def add_blank_images(model: CuMo, tokens, images, frames, slots: list):
+    """A blank image for each row that has none, behind the others -> (images, frames).
+
+    It fills no slot. The released code does so, and counts the blanks in the auxiliary losses.
+    It also makes every process run every module: otherwise DDP and FSDP would wait for each
+    other for ever. data.collate appends them; this is for a caller that did not.
+    """
+    n_image_slots, n_rows_without, _ = slots
+    n_images = count_images(images, frames)
+    appended = n_images * model.config.n_image_tokens != n_image_slots
+    if model.vision is None or n_rows_without == 0 or appended:
+        return images, frames
+
+    side = model.config.vision.image_size
+    blanks = torch.zeros(n_rows_without, 3, side, side, device=tokens.device)
+    if frames is not None:
+        frames = F.pad(frames, (0, n_rows_without), value=1)
+    if n_images == 0:
+        return blanks, frames
+    return torch.cat([images, blanks.to(images)]), frames
+
+
+def add_blank_sound(model: CuMo, tokens, audio, slots: list):
+    """The same for a batch without any sound. One chunk is enough, as the ear has no auxiliary
+    loss that would count it."""
+    has_sound = slots[2] > 0 or (audio is not None and len(audio) > 0)
+    if model.audio is None or has_sound:
+        return audio
+    config = model.config.audio
+    return torch.zeros(1, config.n_mels, config.n_frames, device=tokens.device)
+
+
+def count_images(images, frames) -> int:
+    """Images that fill slots; a video counts as one."""
+    if images is None:
+        return 0
+    return len(images) if frames is None else len(frames)
+
+
+def average_frames(embeds, frames):
     """embeds (n, N, D) of images, frames (videos,): the next frames[i] of them are a video ->
     (videos, N, D), the mean over each video's frames.
 
@@ -1081,8 +1064,244 @@ def average_frames(embeds: Tensor, frames: Tensor) -> Tensor:
     return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
 
 
+def slow_down(freq, scaling: dict):
+    """Llama 3.1's way to longer contexts: freq (d / 2,), the turns of rope's pairs -> the same.
+
+    Pairs that turn often within the old context tell neighbours apart, and stay as they are. Those
+    that turn less than about once there are slowed down by `factor`. In between it is a mixture.
+    """
+    turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return freq * (keep + (1 - keep) / scaling["factor"])
+
+
 # ------------------------------------------------------------------------------------------------
-# 9. Which weights train
+# 9. Compiled generation
+#
+# A decoding step is a few hundred tiny kernels, and to launch them from Python takes longer than
+# they do. torch.compile fuses them, and on a GPU records all of them once as a CUDA graph, which
+# is launched in one go. A graph wants the same shapes and the same memory every time. So prompt
+# and cache are padded to a few lengths ("rungs"), a step attends to the whole cache, and the cache
+# is kept for the next call.
+
+
+def rung(n: int) -> int:
+    """The smallest of 64, 96, 128, 192, 256, 384, 512, ... that is at least n.
+
+    So there are few lengths, and from 64 on at most a third of one is padding.
+    """
+    power = 64
+    while power < n:
+        power *= 2
+    between = power * 3 // 4
+    if power > 64 and n <= between:
+        return between
+    return power
+
+
+def pad_to_rungs(tokens, n_cache: int) -> tuple[Tensor, int]:
+    """tokens (B, T) and the length of their cache -> both on a rung; the prompt fits the cache."""
+    n_cache = rung(n_cache)
+    n_prompt = min(rung(tokens.shape[1]), n_cache)
+    return F.pad(tokens, (0, n_prompt - tokens.shape[1]), value=PAD), n_cache
+
+
+def prepare_compiled(model: CuMo, x, n_cache: int, backend: bool | str):
+    """x (B, T, D) the prompt -> (compiled prefill, compiled decode, the model's Cache)."""
+    if backend is True:
+        backend = "inductor"
+    dtype = compute_dtype(x)
+
+    # The cache of the last call is used again if it fits. Nobody looks at what it still holds.
+    key = (len(x), n_cache, x.device, dtype)
+    cache = model.cache
+    if cache is None or cache.key != key:
+        cache = Cache(model.config.text, *key)
+        for tensor in cache.k + cache.v:
+            # So that a CUDA graph may write to it in place.
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        model.cache = cache
+
+    # A CUDA graph cannot wait for the host. In another type than bfloat16, experts go through
+    # kernels.moe_sorted, which reads the sizes of its slices there; so such a decoder is compiled
+    # without a CUDA graph.
+    has_experts = any(isinstance(layer.ffn, MoE) for layer in model.text.layers)
+    graphs = x.is_cuda and (not has_experts or dtype == torch.bfloat16)
+    run_prompt, run_token = compiled(backend, x.is_cuda, graphs)
+    return run_prompt, run_token, cache
+
+
+@functools.cache
+def compiled(backend: str, on_cuda: bool, cuda_graphs: bool):
+    """-> (prefill, decode), each compiled as one graph."""
+    # One graph for each batch size and rung: more than the eight that are allowed.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+    # Prefill is big enough to go without a CUDA graph. In decoding, all weights are read for one
+    # token a row, so the speed of the memory is the limit. A search for the best tiles of each
+    # product took the 7B decoder from 72% to 84% of an H100's bandwidth (batch 1).
+    options = None
+    if on_cuda and backend == "inductor":
+        options = {"coordinate_descent_tuning": True, "triton.cudagraphs": cuda_graphs}
+    run_prompt = torch.compile(prefill, fullgraph=True, dynamic=False, backend=backend)
+    run_token = torch.compile(decode, fullgraph=True, dynamic=False, backend=backend,
+                              options=options)
+    return run_prompt, run_token
+
+
+def compute_dtype(x) -> torch.dtype:
+    """The type that a product with x gives: autocast's where that is on, otherwise x's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. LoRA (arXiv 2106.09685): train a few numbers instead of the weights
+#
+# The weight W stays as it is. What is learnt is a product of two thin matrices: W + alpha / rank *
+# B A. B starts at zero, so nothing changes at first; and merged in the end, nothing is left of it.
+#
+# torch's parametrizations hide this from all other code: whoever reads `ffn.w_in` gets W + BA, be
+# it a linear layer's weight or E stacked experts, each with its own A and B. The price is that W +
+# BA is spelt out, where other code computes B (A x). In arithmetic that is next to nothing (`rank`
+# multiplications a weight, however many tokens follow). In memory it is a copy of each such weight
+# until the backward pass (with checkpointing, of one layer's weights), and W's gradient exists for
+# a moment, before it becomes the gradients of A and B.
+
+
+class LoRA(nn.Module):
+    """The adapter of one weight w (..., out, in)."""
+
+    def __init__(self, w, rank: int, alpha: float, generator: torch.Generator, device):
+        super().__init__()
+        *experts, n_out, n_in = w.shape
+        self.scale = alpha / rank
+        self.merged = False
+
+        # Drawn as in PEFT (Kaiming's uniform); the paper has a normal distribution.
+        a = torch.empty(*experts, rank, n_in, device="cpu")
+        a.uniform_(-n_in**-0.5, n_in**-0.5, generator=generator)
+        b = torch.zeros(*experts, n_out, rank, device=device, dtype=w.dtype)
+        self.a = nn.Parameter(a.to(device, w.dtype))  # (..., rank, in)
+        self.b = nn.Parameter(b)  # (..., out, rank)
+
+    def product(self, a, b):
+        """What is added to the weight (..., out, in)."""
+        return (self.scale * b) @ a
+
+    def forward(self, w):
+        """w (..., out, in) -> the same shape."""
+        if self.merged:
+            return w
+        return w + self.product(self.a, self.b)
+
+
+def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int = 0,
+             real: bool = False) -> CuMo:
+    """Adapters on the decoder's weights, in place: "ffn" those of the FFNs (which become experts),
+    "all" those of attention too. The weights under them are frozen; biases, norms and routers are
+    left alone.
+
+    real: a model on meta, whose weights come later, gets its adapters now. In a state dict,
+    "q.weight" becomes "q.parametrizations.weight.original", and A and B are
+    "q.parametrizations.weight.0.a" and "q.parametrizations.weight.0.b".
+    """
+    if not (isinstance(rank, int) and rank >= 1 and alpha > 0):
+        raise ValueError(f"LoRA: rank = {rank} must be a whole number above 0, alpha = {alpha} "
+                         "above 0")
+    if which not in ("ffn", "all"):
+        raise ValueError(f"LoRA on {which!r} matches nothing; known: ffn, all")
+    if adapted(model):
+        raise ValueError("this model has LoRA adapters already; merge them first (drop_lora)")
+
+    generator = torch.Generator().manual_seed(seed)  # the same adapters on every process
+    for block in model.text.layers:
+        weights = [(block.ffn, "w_in"), (block.ffn, "w_gate"), (block.ffn, "w_out")]
+        if which == "all":
+            weights += [(linear, "weight") for linear in (block.q, block.k, block.v, block.o)]
+        for module, name in weights:
+            w = getattr(module, name).requires_grad_(False)
+            device = "cpu" if w.is_meta and real else w.device
+            lora = LoRA(w, rank, alpha, generator, device)
+            # unsafe: without a trial run, which would read weights that are not there on meta.
+            parametrize.register_parametrization(module, name, lora, unsafe=True)
+    return model
+
+
+def adapted(model: nn.Module) -> list[tuple[nn.Module, str, LoRA]]:
+    """(module, the name of its weight, the adapter on it) of each adapter."""
+    found = []
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for name, adapters in module.parametrizations.items():
+                found.append((module, name, adapters[0]))
+    return found
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, on: bool = True):
+    """W += scale * B A, and the adapters rest. on=False takes that back, up to rounding."""
+    for module, name, lora in adapted(model):
+        if lora.merged == on:
+            continue
+        sign = 1 if on else -1
+        w = module.parametrizations[name].original
+        w += sign * lora.product(lora.a, lora.b)
+        lora.merged = on
+
+
+def drop_lora(model: nn.Module):
+    """Merge for good: plain weights with plain names, all of which want gradients again."""
+    merge_lora(model)
+    modules = {module: None for module, _, _ in adapted(model)}  # each once, in order
+    for module in modules:
+        # torch has given the module a class of its own, derived from its plain class. torch's
+        # remove_parametrizations would take the weight out of that class; but deep copies of the
+        # module share the class, and would lose theirs. So the module returns to its plain class.
+        weights = {name: w.original for name, w in module.parametrizations.items()}
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, w in weights.items():
+            module.register_parameter(name, w.requires_grad_(True))
+
+
+def plain_name(name: str) -> str | None:
+    """A name in the state dict of a model with adapters -> the name without them; None for A and B.
+
+    "text.layers.0.q.parametrizations.weight.original" -> "text.layers.0.q.weight".
+    """
+    path, adapter, kind = name.partition(".parametrizations.")
+    if not adapter:
+        return name
+    if kind.endswith(".original"):
+        return f"{path}.{kind.removesuffix('.original')}"
+    return None
+
+
+def merge_state(state: dict, model: nn.Module) -> dict:
+    """What drop_lora(model) would leave in its state dict, while the model stays as it is.
+
+    `state` is the model's state dict with whole tensors (gathered from all processes, say).
+    """
+    merged = {}
+    for name, tensor in state.items():
+        plain = plain_name(name)
+        if plain is None:
+            continue
+        if plain != name:
+            adapter = name.removesuffix("original") + "0"
+            lora = model.get_submodule(adapter)
+            if not lora.merged:
+                tensor = tensor + lora.product(state[adapter + ".a"], state[adapter + ".b"])
+        merged[plain] = tensor
+    return merged
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Which weights train
 
 
 def choose_trainable(model: CuMo, trains):
@@ -1133,330 +1352,125 @@ def freeze_unreached_layers(vision: VisionTransformer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Compiled generation
-#
-# A decoding step is a few hundred tiny kernels, and to launch them from Python takes longer than
-# they do. torch.compile fuses them, and on a GPU records all of them once as a CUDA graph, which
-# is launched in one go. A graph wants the same shapes and the same memory every time. So prompt
-# and cache are padded to a few lengths ("rungs"), a step attends to the whole cache, and the cache
-# is kept for the next call.
-
-
-def rung(n: int) -> int:
-    """The smallest of 64, 96, 128, 192, 256, 384, 512, ... that is at least n.
-
-    So there are few lengths, and from 64 on at most a third of one is padding.
-    """
-    power = 64
-    while power < n:
-        power *= 2
-    between = power * 3 // 4
-    if power > 64 and n <= between:
-        return between
-    return power
-
-
-def pad_to_rungs(tokens: Tensor, n_cache: int) -> tuple[Tensor, int]:
-    """tokens (B, T) and the length of their cache -> both on a rung; the prompt fits the cache."""
-    n_cache = rung(n_cache)
-    n_prompt = min(rung(tokens.shape[1]), n_cache)
-    return F.pad(tokens, (0, n_prompt - tokens.shape[1]), value=PAD), n_cache
-
-
-def prepare_compiled(model: CuMo, x: Tensor, n_cache: int, backend: bool | str):
-    """x (B, T, D) the prompt -> (compiled prefill, compiled decode, the model's Cache)."""
-    if backend is True:
-        backend = "inductor"
-    dtype = compute_dtype(x)
-
-    # The cache of the call before does again, if it has the same shape: what it holds is
-    # overwritten before it is seen.
-    cache = model.cache
-    if cache is not None:
-        old = cache.k[0]
-        same_shape = len(old) == len(x) and cache.length == n_cache
-        if not same_shape or old.dtype != dtype or old.device != x.device:
-            cache = None
-    if cache is None:
-        cache = Cache(model.config.text, len(x), n_cache, x.device, dtype)
-        for tensor in cache.k + cache.v:
-            # A CUDA graph may write to it in place.
-            torch._dynamo.mark_static_address(tensor, guard=False)
-        model.cache = cache
-
-    # A CUDA graph cannot hold experts that compute in another type than bfloat16: these go through
-    # kernels.moe_sorted, which reads the sizes of its slices on the host.
-    has_experts = any(isinstance(layer.ffn, MoE) for layer in model.text.layers)
-    graphs = x.is_cuda and (not has_experts or dtype == torch.bfloat16)
-    run_prompt, run_token = compiled(backend, x.is_cuda, graphs)
-    return run_prompt, run_token, cache
-
-
-@functools.cache
-def compiled(backend: str, on_cuda: bool, cuda_graphs: bool):
-    """-> (prefill, decode), each compiled as one graph."""
-    # One graph for each batch size and rung: more than the eight that are allowed.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-
-    # Prefill is big enough to go without a CUDA graph. In decoding, all weights are read for one
-    # token a row, so the memory is the limit. A search for the best tiles of each product takes
-    # the 7B decoder from 72% to 84% of an H100's bandwidth (batch 1).
-    options = None
-    if on_cuda and backend == "inductor":
-        options = {"coordinate_descent_tuning": True, "triton.cudagraphs": cuda_graphs}
-    run_prompt = torch.compile(prefill, fullgraph=True, dynamic=False, backend=backend)
-    run_token = torch.compile(decode, fullgraph=True, dynamic=False, backend=backend,
-                              options=options)
-    return run_prompt, run_token
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that a product with x gives: autocast's where that is on, otherwise x's own."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-# ------------------------------------------------------------------------------------------------
-# 11. LoRA (arXiv 2106.09685): train a few numbers instead of the weights
-#
-# The weight W stays as it is. What is learnt is a product of two thin matrices: W + alpha / rank *
-# B A. B starts at zero, so nothing changes at first; and merged in the end, nothing is left of it.
-#
-# torch's parametrizations hide this from all other code: to read `ffn.w_in` gives W + BA, be it a
-# linear layer's weight or E stacked experts, each with its own A and B. The price: W + BA is spelt
-# out, where the usual code computes B (A x). In arithmetic that is next to nothing (`rank`
-# multiplications a weight, however many tokens follow). In memory it is a copy of each such weight
-# until the backward pass, or with checkpointing those of one layer; and W's gradient exists for a
-# moment, before it becomes the gradients of A and B.
-
-
-class LoRA(nn.Module):
-    def __init__(self, w: Tensor, rank: int, alpha: float, generator: torch.Generator, device):
-        super().__init__()
-        *experts, n_out, n_in = w.shape
-        self.scale = alpha / rank
-        self.merged = False
-
-        # Drawn as in PEFT (Kaiming's uniform); the paper has a normal distribution.
-        a = torch.empty(*experts, rank, n_in, device="cpu")
-        a.uniform_(-n_in**-0.5, n_in**-0.5, generator=generator)
-        b = torch.zeros(*experts, n_out, rank, device=device, dtype=w.dtype)
-        self.a = nn.Parameter(a.to(device, w.dtype))  # (..., rank, in)
-        self.b = nn.Parameter(b)  # (..., out, rank)
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """What is added to the weight (..., out, in)."""
-        return (self.scale * b) @ a
-
-    def forward(self, w: Tensor) -> Tensor:
-        """w (..., out, in) -> the same shape."""
-        if self.merged:
-            return w
-        return w + self.product(self.a, self.b)
-
-
-def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int = 0,
-             real: bool = False) -> CuMo:
-    """Adapters on the decoder's weights, in place: "ffn" those of the FFNs (which become experts),
-    "all" those of attention too. The weights under them are frozen; biases, norms and routers are
-    left alone.
-
-    real: a model on meta, whose weights come later, gets its adapters now. In state dicts "q.weight"
-    becomes "q.parametrizations.weight.original", beside "q.parametrizations.weight.0.a" and "...b".
-    """
-    if not (isinstance(rank, int) and rank >= 1 and alpha > 0):
-        raise ValueError(f"LoRA: rank = {rank} must be a whole number above 0, alpha = {alpha} "
-                         "above 0")
-    if which not in ("ffn", "all"):
-        raise ValueError(f"LoRA on {which!r} matches nothing; known: ffn, all")
-    if adapted(model):
-        raise ValueError("this model has LoRA adapters already; merge them first (drop_lora)")
-
-    generator = torch.Generator().manual_seed(seed)  # the same adapters on every process
-    for block in model.text.layers:
-        weights = [(block.ffn, "w_in"), (block.ffn, "w_gate"), (block.ffn, "w_out")]
-        if which == "all":
-            weights += [(linear, "weight") for linear in (block.q, block.k, block.v, block.o)]
-        for module, name in weights:
-            w = getattr(module, name).requires_grad_(False)
-            device = "cpu" if w.is_meta and real else w.device
-            lora = LoRA(w, rank, alpha, generator, device)
-            # unsafe: without a trial run, which would read weights that are not there on meta.
-            parametrize.register_parametrization(module, name, lora, unsafe=True)
-    return model
-
-
-def adapted(model: nn.Module) -> list[tuple[nn.Module, str, LoRA]]:
-    """(module, the name of its weight, the adapter on it) of each adapter."""
-    found = []
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            for name, adapters in module.parametrizations.items():
-                found.append((module, name, adapters[0]))
-    return found
-
-
-@torch.no_grad()
-def merge_lora(model: nn.Module, on: bool = True):
-    """W += scale B A, and the adapters sleep. on=False takes it back, but for rounding."""
-    for module, name, lora in adapted(model):
-        if lora.merged == on:
-            continue
-        w = module.parametrizations[name].original
-        update = lora.product(lora.a, lora.b)
-        w += update if on else -update
-        lora.merged = on
-
-
-def drop_lora(model: nn.Module):
-    """Merge for good: plain weights with plain names, all of which want gradients again."""
-    merge_lora(model)
-    modules = {module: None for module, _, _ in adapted(model)}  # each once, in order
-    for module in modules:
-        # A parametrized module has a class of its own, made for it, above its plain class. torch's
-        # remove_parametrizations takes the weight out of that class; but deep copies of the module
-        # share it, and would lose theirs. So this module just returns to its plain class.
-        weights = {name: w.original for name, w in module.parametrizations.items()}
-        del module.parametrizations
-        module.__class__ = type(module).__bases__[0]
-        for name, w in weights.items():
-            module.register_parameter(name, w.requires_grad_(True))
-
-
-def plain_name(name: str) -> str | None:
-    """A name in the state dict of a model with adapters -> the name without them; None for A and B.
-
-    "text.layers.0.q.parametrizations.weight.original" -> "text.layers.0.q.weight".
-    """
-    path, adapter, kind = name.partition(".parametrizations.")
-    if not adapter:
-        return name
-    if kind.endswith(".original"):
-        return f"{path}.{kind.removesuffix('.original')}"
-    return None
-
-
-def merge_state(state: dict, model: nn.Module) -> dict:
-    """What drop_lora(model) would leave in its state dict, while the model stays as it is.
-
-    `state` is the model's state dict with whole tensors (gathered from all processes, say).
-    """
-    merged = {}
-    for name, tensor in state.items():
-        plain = plain_name(name)
-        if plain is None:
-            continue
-        if plain != name:
-            adapter = name.removesuffix("original") + "0"
-            lora = model.get_submodule(adapter)
-            if not lora.merged:
-                tensor = tensor + lora.product(state[adapter + ".a"], state[adapter + ".b"])
-        merged[plain] = tensor
-    return merged
-
-
-# ------------------------------------------------------------------------------------------------
 # 12. Checks: of a configuration, and of what a model is given
 
+PARTS = {
+    "vision": VisionConfig,
+    "connector": ConnectorConfig,
+    "text": TextConfig,
+    "audio": AudioConfig,
+}
+ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
-def check_sizes(config: Config):
-    """The parts are what they should be, and their sizes whole numbers above 0."""
+
+def part_from_dict(kind, d: dict, where: str = ""):
+    """kind(**d). `where` stands in front of the key that an error names."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in d:
+        if key not in known:
+            raise ValueError(f"unknown config key {where + key!r}; known: {', '.join(known)}")
+    return kind(**d)
+
+
+def fill_in(config: Config):
+    """Turn dictionaries into parts, and write out what a configuration may leave out."""
     for name, kind in PARTS.items():
         part = getattr(config, name)
-        if part is None and name in ("vision", "audio"):
-            continue
-        if not isinstance(part, kind):
-            raise ValueError(f"{name} must be an object with {kind.__name__}'s fields, not {part!r}")
-        for f in dataclasses.fields(kind):
-            value = getattr(part, f.name)
-            limit = f.metadata.get("at_least")
-            if limit is not None and not (isinstance(value, int) and value >= limit):
-                raise ValueError(f"{name}.{f.name} = {value!r} must be a whole number above 0")
+        if part is not None or name in ("connector", "text"):
+            setattr(config, name, make_part(name, kind, part))
+
+    # One number of experts holds for all layers. The ear is dense.
+    for part in (config.vision, config.text):
+        if part is not None and isinstance(part.n_experts, int):
+            part.n_experts = [part.n_experts] * part.n_layers
+    if config.audio is not None:
+        config.audio.n_experts = [0] * config.audio.n_layers
+    if not config.text.head_dim:
+        config.text.head_dim = config.text.dim // config.text.n_heads
+
+
+def make_part(name: str, kind, part):
+    """A part, from itself or from a dictionary; its fields are as positive() and one_of() say."""
+    if isinstance(part, dict):
+        part = part_from_dict(kind, part, name + ".")
+    if not isinstance(part, kind):
+        raise ValueError(f"{name} must be an object with {kind.__name__}'s fields, not {part!r}")
+    for f in dataclasses.fields(kind):
+        value = getattr(part, f.name)
+        if "positive" in f.metadata and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{name}.{f.name} = {value!r} must be a whole number above 0")
+        choices = f.metadata.get("choices", [value])
+        if value not in choices:
+            raise ValueError(f"{name}.{f.name} = {value!r}; known: {', '.join(choices)}")
+    return part
+
+
+def check_multiple(name: str, part, field: str, of: str):
+    value = getattr(part, field)
+    divisor = getattr(part, of)
+    if value % divisor:
+        raise ValueError(f"{name}.{field} = {value} is not a multiple of {name}.{of} = {divisor}")
 
 
 def validate(config: Config):
     """Whether the numbers of a configuration fit together. ValueError names the field."""
-    for name in PARTS:
+    for name in ("vision", "text", "audio"):
         part = getattr(config, name)
         if part is not None:
-            check_part(name, part)
-    if config.vision is not None:
-        check_vision(config.vision)
-    check_text(config.text)
-    if config.audio is not None:
-        for name in ("n_frames", "dim"):  # halved by a convolution; half sines, half cosines
-            value = getattr(config.audio, name)
-            if value % 2:
-                raise ValueError(f"audio.{name} = {value} must be even")
+            check_multiple(name, part, "dim", "n_heads")
+            check_experts(name, part, part.n_experts)
+            if len(part.n_experts) != part.n_layers:
+                raise ValueError(f"{name}.n_experts lists {len(part.n_experts)} layers, "
+                                 f"{name}.n_layers is {part.n_layers}")
+    check_experts("connector", config.connector, [config.connector.n_experts])
 
-
-def check_part(name: str, part):
-    """What holds for all parts: experts, activation, and in all but the connector, heads."""
-    counts = part.n_experts
-    if name == "connector":
-        counts = [counts]
-    else:
-        if len(counts) != part.n_layers:
-            raise ValueError(f"{name}.n_experts lists {len(counts)} layers, {name}.n_layers is "
-                             f"{part.n_layers}")
-        if part.dim % part.n_heads:
-            raise ValueError(f"{name}.dim = {part.dim} is not a multiple of {name}.n_heads = "
-                             f"{part.n_heads}")
-
-    for n_experts in counts:
-        if n_experts != 0 and not 1 <= part.top_k <= n_experts:
-            raise ValueError(f"{name}: top_k = {part.top_k} of n_experts = {n_experts}; need 1 <= "
-                             "top_k <= n_experts, or 0 experts")
-    if part.act not in ACTIVATIONS:
-        raise ValueError(f"{name}.act = {part.act!r}; known: {', '.join(ACTIVATIONS)}")
-
-
-def check_vision(vision: VisionConfig):
-    if vision.image_size % vision.patch_size:
-        raise ValueError(f"vision.image_size = {vision.image_size} is not a multiple of "
-                         f"vision.patch_size = {vision.patch_size}")
-    if not -vision.n_layers - 1 <= vision.select_layer <= -1:
-        raise ValueError(f"vision.select_layer = {vision.select_layer} must lie between "
-                         f"{-vision.n_layers - 1} and -1")
-    whole = all(isinstance(scale, int) and scale >= 1 for scale in vision.scales)
-    if not whole or not vision.scales or vision.scales[0] != 1:
-        raise ValueError(f"vision.scales = {vision.scales} must be whole numbers that begin with "
-                         "1, for example [1, 3]")
-
-
-ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-
-
-def check_text(text: TextConfig):
+    text = config.text
+    check_multiple("text", text, "n_heads", "n_kv_heads")
     for name in ("capacity_factor", "eval_capacity_factor"):
         factor = getattr(text, name)
         if factor is not None and not factor > 0:
             raise ValueError(f"text.{name} = {factor} must be positive, or null to drop nothing")
-    if text.n_heads % text.n_kv_heads:
-        raise ValueError(f"text.n_heads = {text.n_heads} is not a multiple of text.n_kv_heads = "
-                         f"{text.n_kv_heads}")
-    if text.aux not in ("mean", "sum"):
-        raise ValueError(f"text.aux = {text.aux!r}; known: mean, sum")
     if text.rope_scaling is not None:
         missing = ROPE_SCALING - text.rope_scaling.keys()
         if missing:
             raise ValueError(f"text.rope_scaling lacks {', '.join(sorted(missing))}")
 
-
-def check_images(images: Tensor, vision: VisionConfig):
-    size = vision.image_size
-    if images.shape[1:] != (3, size, size):
-        raise ValueError(f"images are {tuple(images.shape)}, the tower reads (n, 3, {size}, {size})")
-
-
-def check_mel(mel: Tensor, audio: AudioConfig):
-    if mel.shape[1:] != (audio.n_mels, audio.n_frames):
-        raise ValueError(f"mel is {tuple(mel.shape)}, the encoder hears (n, {audio.n_mels}, "
-                         f"{audio.n_frames})")
+    if config.vision is not None:
+        validate_vision(config.vision)
+    if config.audio is not None:
+        # A convolution halves the frames; the positions are half sines and half cosines.
+        for name in ("n_frames", "dim"):
+            value = getattr(config.audio, name)
+            if value % 2:
+                raise ValueError(f"audio.{name} = {value} must be even")
 
 
-def check_frames(frames: Tensor, n_images: int):
+def validate_vision(vision: VisionConfig):
+    check_multiple("vision", vision, "image_size", "patch_size")
+    lowest = -vision.n_layers - 1
+    if not lowest <= vision.select_layer <= -1:
+        raise ValueError(f"vision.select_layer = {vision.select_layer} must lie between {lowest} "
+                         "and -1")
+    whole = all(isinstance(scale, int) and scale >= 1 for scale in vision.scales)
+    if not whole or vision.scales[:1] != [1]:
+        raise ValueError(f"vision.scales = {vision.scales} must be whole numbers that begin with "
+                         "1, for example [1, 3]")
+
+
+def check_experts(name: str, part, counts: list):
+    for n_experts in counts:
+        if n_experts != 0 and not 1 <= part.top_k <= n_experts:
+            raise ValueError(f"{name}: top_k = {part.top_k} of n_experts = {n_experts}; need 1 <= "
+                             "top_k <= n_experts, or 0 experts")
+
+
+def check_shape(what: str, x, shape: tuple):
+    if x.shape[1:] != shape:
+        raise ValueError(f"{what} {tuple(x.shape)}, the model takes (n, "
+                         f"{', '.join(map(str, shape))})")
+
+
+def check_frames(frames, n_images: int):
     if torch.compiler.is_compiling() or frames.is_meta:
         return
     if int(frames.sum()) != n_images or (frames < 1).any():
@@ -1483,7 +1497,7 @@ def check_slots(config: Config, slots: list, image_embeds, audio_embeds):
                          f"features ({config.n_audio_tokens} a chunk)")
 
 
-def check_generation(tokens: Tensor, max_new_tokens: int, temperature: float, top_p: float):
+def check_generation(tokens, max_new_tokens: int, temperature: float, top_p: float):
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got "
                          f"{max_new_tokens}, {temperature}, {top_p}")

@@ -75,9 +75,8 @@ class NoMaskedScatter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("preset", m.PRESETS)
-def test_nothing_in_a_step_or_in_decoding_waits_for_the_device(preset, monkeypatch):
+def test_nothing_in_a_step_or_in_decoding_waits_for_the_device(preset):
     """Fake tensors have no values: who asks for one, or for a shape that depends on one (where a GPU would have to be waited for), fails."""
-    monkeypatch.setattr(CuMo, "count_slots", lambda self, tokens: [4, 1, 3 * bool(self.audio)])        # the one question, asked before
     with FakeTensorMode():
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -95,7 +94,8 @@ def test_nothing_in_a_step_or_in_decoding_waits_for_the_device(preset, monkeypat
                 question()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         with NoMaskedScatter():
-            model(tokens, images, torch.zeros(1, 5, 12) if model.audio else None, labels=tokens).loss.backward()
+            slots = [4, 1, 3 if model.audio else 0]                                # the one question; train.py asks it on the CPU
+            model(tokens, images, torch.zeros(1, 5, 12) if model.audio else None, labels=tokens, slots=slots).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         text, last, cache = model.eval().text, torch.ones(2, dtype=torch.long), Cache(model.config.text, 2, 32, "cpu", torch.bfloat16)
@@ -169,6 +169,28 @@ def test_a_decode_step_costs_what_it_attends_to_and_nothing_for_the_unused_cache
     assert keys[:n_layers] == [(30, 30, 30)] * n_layers and keys[n_layers:] == [(1, n, n) for n in range(31, 50) for _ in range(n_layers)]
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n)
     assert flops[1:] == [2 * 2 * matrices] * 19                                    # 2 rows, a multiplication and an addition a weight
+
+
+@pytest.mark.parametrize("text, dtype, graphs", [({}, torch.float32, True), ({}, torch.bfloat16, True),
+                                                 (dict(n_experts=4), torch.float32, False), (dict(n_experts=[4, 0]), torch.float16, False),
+                                                 (dict(n_experts=4), torch.bfloat16, True)])
+def test_experts_that_wait_for_the_host_are_decoded_without_cuda_graphs(tiny_config, monkeypatch, text, dtype, graphs):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: asked.append((f, kw)) or f)
+    monkeypatch.setattr(m, "Cache", lambda config, *key: type("Kept", (), dict(k=[], v=[], key=key)))
+    model = CuMo(tiny_config(vision=None, text=text))
+    m.compiled.cache_clear()
+    x = type("OnCuda", (), dict(device=torch.device("cuda", 0), dtype=dtype, is_cuda=True, __len__=lambda self: 2))()
+    run_prompt, run_token, cache = m.prepare_compiled(model, x, 64, True)
+    assert (run_prompt, run_token) == (m.prefill, m.decode) and model.cache is cache and cache.key == (2, 64, x.device, dtype)
+    (first, prompt), (second, token) = asked
+    assert (first, second) == (m.prefill, m.decode) and prompt.get("options") is None
+    assert token["options"] == {"coordinate_descent_tuning": True, "triton.cudagraphs": graphs} and token["backend"] == "inductor"
+    assert m.prepare_compiled(model, x, 64, True)[2] is cache and m.prepare_compiled(model, x, 96, True)[2] is not cache
+    asked.clear()
+    m.prepare_compiled(model, x, 64, "aot_eager")                                  # another backend knows none of inductor's options
+    assert [kw.get("options") for _, kw in asked] == [None, None]
+    m.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("n, want", [(1, 64), (64, 64), (65, 96), (96, 96), (97, 128), (129, 192), (193, 256), (1025, 1536), (2048, 2048)])

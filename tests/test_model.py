@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
-from model import AUDIO, IGNORE, IMAGE, PAD, Config, CuMo, MoE, choose_trainable, count_parameters, sample
+from model import AUDIO, IGNORE, IMAGE, PAD, Config, CuMo, MoE, choose_trainable, count_parameters, sample, total_loss
 
 EXPERTS = dict(vision=dict(n_experts=4), connector=dict(n_experts=4))        # CuMo in small
 TEXT_EXPERTS = dict(n_experts=[4, 0])                                        # MoE-LLaVA in small
@@ -453,6 +453,40 @@ def test_loss_is_cross_entropy_of_the_next_token_plus_weighted_router_losses(tin
     assert set(out.parts) == PARTS and all(v.shape == () for v in out.parts.values())
     extra = sum((0.3 if name.endswith("balance") else 0.07) * v.item() for name, v in out.parts.items() if name != "lm")
     assert out.loss.item() == pytest.approx(out.parts["lm"].item() + extra, rel=1e-5) and extra > 0.5
+
+
+def test_total_loss_is_the_outputs_and_shares_of_micro_batches_add_up_to_it(tiny_model):
+    model = tiny_model(balance_coef=0.3, z_coef=0.07, **EXPERTS)
+    tokens, images = tokens_of([7, "I", 3, 9, 11], ["I", 6, 2], ["I", 5], ["I", 8, 8, 1]), torch.randn(4, 3, 16, 16)
+    labels = labels_of(tokens)
+    whole = model(tokens, images, labels=labels)
+    assert torch.equal(total_loss(whole.parts, 0.3, 0.07), whole.loss)
+    assert torch.equal(total_loss(whole.parts, 0.0, 0.0), whole.parts["lm"])              # stages 1 and 2 train without the routers' losses
+    n_labels, summed = (labels[:, 1:] != IGNORE).sum(), 0
+    for rows in ([0], [1, 2, 3]):
+        parts = model(tokens[rows], images[rows], labels=labels[rows]).parts
+        share = {name: len(rows) / 4 for name in parts} | {"lm": (labels[rows, 1:] != IGNORE).sum() / n_labels}
+        summed = summed + total_loss(parts, 0.3, 0.07, share)
+    torch.testing.assert_close(summed, whole.loss)
+    assert total_loss({"clip": 2.0, "regions": 3.0, "x/balance": 5.0, "x/z": 7.0}, 0.5, 0.25) == 2 + 3 + 2.5 + 1.75
+
+
+def test_a_caller_that_counts_the_slots_saves_the_model_the_counting(tiny_model, monkeypatch):
+    model = tiny_model(**EXPERTS)
+    tokens, images = tokens_of([7, "I", 3], [5, 6], ["I"]), torch.randn(3, 3, 16, 16)
+    want, frames = {}, torch.tensor([2, 1])
+    for given in (None, frames):                                             # the second row gets a blank image in either case
+        want[given is None] = model(tokens, images[:2] if given is None else images, labels=labels_of(tokens), frames=given)
+    slots = CuMo.count_slots(tokens)
+    assert slots == model.count_slots(tokens) == [8, 1, 0]
+    monkeypatch.setattr(CuMo, "count_slots", None)
+    for given in (None, frames):
+        out = model(tokens, images[:2] if given is None else images, labels=labels_of(tokens), frames=given, slots=slots)
+        assert torch.equal(out.loss, want[given is None].loss) and len(out.image_embeds) == 2
+    with pytest.raises(ValueError, match="8 IMAGE slots.* 4 features"):      # and they are held against the features as ever
+        model(tokens, images[:1], slots=slots)
+    with pytest.raises(ValueError, match="number of images, 3; they give 4"):
+        model(tokens, images, frames=torch.tensor([2, 2]), slots=slots)
 
 
 def test_without_labels_there_is_no_loss_and_without_experts_no_router_loss(tiny_model):
