@@ -27,8 +27,8 @@ python3 -c "import torch; print('torch', torch.__version__, 'CUDA', torch.versio
 XDIST=$(python3 -c "import xdist" 2> /dev/null && echo "-n 6")
 part 120 tests python3 -m pytest -q -rfE --tb=short --durations=8 $XDIST tests/test_cuda.py &
 part 120 default python3 train.py --out "$OUT/tiny" --eval-questions 300 &
-part 100 layers-compile "${LAYERS[@]}" --repeat 1 &
-part 100 decode-compile "${DECODE[@]}" &
+part 120 layers-compile "${LAYERS[@]}" --repeat 1 &
+part 120 decode-compile "${DECODE[@]}" &
 wait
 rm -rf "$OUT"/tiny/stage* "$OUT"/tiny/*.safetensors "$OUT"/tiny/checkpoint*
 
