@@ -559,20 +559,19 @@ def read_wav(path, max_seconds=math.inf):
         channels, width, rate, n, _, _ = reader.getparams()
         if n == 0 or width > 4 or not RATES[0] <= rate <= RATES[1]:
             raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
-        too_long = n / rate > max_seconds
-        data = b"" if too_long else reader.readframes(n)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check the path, and --images") from None
     except (OSError, EOFError, ValueError, wave.Error) as e:  # ValueError: an empty file
         why = str(e) or "it ends too early"
         raise ValueError(f"{path}: cannot be read as PCM WAV: {why}; {remedy}") from None
+    check_seconds(n / rate, max_seconds, f"{path}: ")
 
-    if too_long:
-        raise ValueError(f"{path}: {n / rate:,.0f} s of sound, over the limit of "
-                         f"{max_seconds:,.0f} s; cut it into parts")
-    if len(data) < n * channels * width:
-        raise ValueError(f"{path}: truncated, {len(data) // (channels * width)} of {n} samples are "
-                         f"there; copy it again, or {remedy}")
+    # Now read the samples.
+    data = reader.readframes(n)
+    frame = channels * width  # bytes of one sample of all channels
+    if len(data) < n * frame:
+        raise ValueError(f"{path}: truncated, {len(data) // frame} of {n} samples are there; copy "
+                         f"it again, or {remedy}")
     samples = pcm_to_float(data, width).reshape(n, channels)
     return samples.mean(1), rate
 
@@ -1056,34 +1055,33 @@ def ask_exists(scene, rng):
     # Most questions with the answer "no" are near misses: both words are there, but not together.
     near = {(one[2], other[3]) for one in objects for other in objects} - there
     if rng.random() < 0.5:
-        color, shape = rng.choice(sorted(there))
+        pair = rng.choice(sorted(there))
     elif near and rng.random() < 0.7:
-        color, shape = rng.choice(sorted(near))
+        pair = rng.choice(sorted(near))
     else:
-        color = rng.choice(list(COLORS))
-        shape = rng.choice(SHAPES)
-    return f"Is there a {color} {shape}?", yes_or_no((color, shape) in there)
+        pair = (rng.choice(list(COLORS)), rng.choice(SHAPES))
+    color, shape = pair
+    return f"Is there a {color} {shape}?", yes_or_no(pair in there)
 
 
 def ask_relation(scene, rng):
     # Take two objects that "the red circle" tells from all others.
-    names = [f"{color} {shape}" for _, _, color, shape in scene["objects"]]
-    unique = [(thing[0], name) for thing, name in zip(scene["objects"], names)
-              if names.count(name) == 1]
+    named = [(f"{color} {shape}", cell) for cell, _, color, shape in scene["objects"]]
+    names = [name for name, _ in named]
+    unique = [pair for pair in named if names.count(pair[0]) == 1]
     if len(unique) < 2:
         return None
-    (cell, name), (other_cell, other_name) = rng.sample(unique, 2)
+    (one, cell), (other, other_cell) = rng.sample(unique, 2)
 
-    # Compare their columns (axis 0) or their rows (axis 1), whichever differ.
-    here = (cell % 3, cell // 3)
-    there = (other_cell % 3, other_cell // 3)
-    axis = rng.choice([axis for axis in (0, 1) if here[axis] != there[axis]])
-    before, behind = (("left of", "right of"), ("above", "below"))[axis]
+    # Compare their columns or their rows, whichever differ.
+    axes = [(cell % 3, other_cell % 3, "left of", "right of"),
+            (cell // 3, other_cell // 3, "above", "below")]
+    here, there, before, behind = rng.choice([axis for axis in axes if axis[0] != axis[1]])
 
     # A coin decides whether the question is true.
     yes = rng.random() < 0.5
-    relation = before if (here[axis] < there[axis]) == yes else behind
-    return f"Is the {name} {relation} the {other_name}?", yes_or_no(yes)
+    relation = before if (here < there) == yes else behind
+    return f"Is the {one} {relation} the {other}?", yes_or_no(yes)
 
 
 def ask_sign(scene, rng):
@@ -1110,7 +1108,14 @@ def ask(scene, kind, rng):
 # fast, and at which exact frequency is left to chance.
 
 SOUND_SECONDS = 1.5
-TIMBRES = ("whistle", "organ", "buzz")
+# How strong each harmonic is: a whistle is a tone alone, an organ adds two octaves, and a buzz has
+# them all.
+HARMONICS = {
+    "whistle": {1: 1},
+    "organ": {1: 1, 2: 1, 4: 1},
+    "buzz": {k: k ** -0.5 for k in range(1, 50)},
+}
+TIMBRES = tuple(HARMONICS)
 PITCHES = {"low": 200, "middle": 420, "high": 880}  # Hz, give or take a tenth
 LOUDNESS = {"loud": (0.1, 0.17), "soft": (0.008, 0.013)}  # root mean square: 18 dB lie between
 SOUND_KINDS = {"beeps": 4, "glide": 3, "pair": 3}  # and how often each is drawn
@@ -1190,9 +1195,8 @@ def draw_sound(sound):
 
     # Each part fades in and out over 128 samples, or it would click.
     m = round(length * RATE)
-    from_begin = np.arange(m)
-    from_end = from_begin[::-1]
-    fade = np.minimum(1, np.minimum(from_begin, from_end) / 128, dtype=np.float32)
+    ramp = np.arange(m) / 128
+    fade = np.minimum(1, np.minimum(ramp, ramp[::-1]), dtype=np.float32)
 
     # The two of a pair take turns; all beeps have one voice.
     for i in range(n):
@@ -1220,18 +1224,12 @@ def draw_tone(timbre, frequency, bend, m):
 
 @functools.lru_cache
 def wavetable(timbre, n_harmonics):
-    """One period of a tone in 4096 samples, of power one.
-
-    A whistle is a tone alone, an organ adds two octaves, and a buzz has all harmonics.
-    """
-    strengths = {1: 1}
-    if timbre == "organ":
-        strengths = {1: 1, 2: 1, 4: 1}
-    if timbre == "buzz":
-        strengths = {k: k ** -0.5 for k in range(1, n_harmonics + 1)}
-
+    """One period of a tone in 4096 samples, of power one, with harmonics up to n_harmonics."""
     period = np.linspace(0, 2 * np.pi, 4096, endpoint=False)
-    table = sum(strength * np.sin(k * period) for k, strength in strengths.items())
+    table = np.zeros(4096)
+    for k, strength in HARMONICS[timbre].items():
+        if k <= n_harmonics:
+            table += strength * np.sin(k * period)
     return (table / np.sqrt(np.mean(table ** 2))).astype(np.float32)
 
 
@@ -1611,13 +1609,18 @@ def check_frame_sizes(videos):
                                  "all must have one size")
 
 
+def check_seconds(seconds, limit, name=""):
+    """A sound is not too long."""
+    if seconds > limit:
+        raise ValueError(f"{name}{seconds:,.0f} s of sound, over the limit of {limit:,.0f} s; cut "
+                         "it into parts")
+
+
 def check_wave(wave, sample_rate, seconds):
     """A sound is one wave, neither empty nor too long, and each sample is a number."""
     if wave.ndim != 1 or len(wave) == 0:
         raise ValueError(f"a sound must be one mono wave, (n,) with n > 0, not {wave.shape}")
-    if len(wave) > MAX_CHUNKS * seconds * sample_rate:
-        raise ValueError(f"{len(wave) / sample_rate:,.0f} s of sound, over the limit of "
-                         f"{MAX_CHUNKS * seconds:,.0f} s; cut it into parts")
+    check_seconds(len(wave) / sample_rate, MAX_CHUNKS * seconds)
     # One NaN would silence its whole chunk.
     if not np.isfinite(wave).all():
         raise ValueError("the wave holds NaN or infinity: mend what made it")
