@@ -1377,17 +1377,14 @@ def ask_any(scene, sound, kind, rng):
 
 def offered_types(scene, sound):
     """The types of questions to choose from."""
-    kinds = []
-    if sound:
-        kinds += SOUND_TYPES
-    if scene and sound:
-        kinds += BOTH_TYPES
+    kinds = list(TYPES) if scene else []
 
     # A sound offers few of its types; the others must not be drawn in vain. A scene offers most.
     rng = random.Random(0)
-    kinds = [kind for kind in kinds if ask_any(scene, sound, kind, rng)]
-    if scene:
-        kinds = [*TYPES, *kinds]
+    if sound:
+        kinds += [kind for kind in SOUND_TYPES if ask_sound(sound, kind, rng)]
+    if scene and sound:
+        kinds += [kind for kind in BOTH_TYPES if ask_both(scene, sound, kind, rng)]
     return kinds
 
 
@@ -1398,8 +1395,7 @@ def ask_many(scene, n, rng, sound=None):
     weights = [WEIGHTS[kind] for kind in kinds]
 
     # Not every draw gives a question, and not every question is new: draw more than are needed.
-    asked = []
-    seen = set()
+    asked = {}
     for kind in rng.choices(kinds, weights, k=4 * n):
         if len(asked) == n:
             break
@@ -1414,10 +1410,8 @@ def ask_many(scene, n, rng, sound=None):
         # A scene can be asked for two colours; to a sound's type of question there is one answer.
         question, answer = pair
         what = kind if kind in SOUND_TYPES else question
-        if what not in seen:
-            seen.add(what)
-            asked.append((kind, question, answer))
-    return asked
+        asked.setdefault(what, (kind, question, answer))
+    return list(asked.values())
 
 
 def as_turns(pairs, head="<image>\n"):
@@ -1467,28 +1461,29 @@ class Drawn:
 
         # what is to be seen and heard
         sample = {"id": str(seed), "images": [], "audio": []}
+        scene = None
+        sound = None
         head = ""
         if not kind.startswith("sound"):
-            sample["scene"] = make_scene(seed, self.held_out)
-            sample["images"].append(draw_scene(sample["scene"]))
+            scene = make_scene(seed, self.held_out)
+            sample.update(scene=scene, images=[draw_scene(scene)])
             head += "<image>\n"
         if kind not in ("caption", "chat"):
             # No question is about a scene and a pair of sounds.
-            sounds = ("beeps", "glide") if kind == "both chat" else tuple(SOUND_KINDS)
-            sample["sound"] = make_sound(seed, self.held_out, sounds)
-            sample["audio"].append(draw_sound(sample["sound"]))
+            sounds = ("beeps", "glide") if scene else tuple(SOUND_KINDS)
+            sound = make_sound(seed, self.held_out, sounds)
+            sample.update(sound=sound, audio=[draw_sound(sound)])
             head += "<audio>\n"
 
         # what is asked about it
         if kind == "caption":
-            asked = [(kind, "Describe the scene.", describe(sample["scene"]))]
+            asked = [(kind, "Describe the scene.", describe(scene))]
         elif kind == "sound caption":
-            asked = [(kind, "Describe the sound.", describe_sound(sample["sound"]))]
+            asked = [(kind, "Describe the sound.", describe_sound(sound))]
         else:
             # A sound offers three questions. If two are asked, the hard one comes up more often.
-            n = math.ceil(self.n_questions / 3) if kind == "sound chat" else self.n_questions
-            rng = random.Random(seed)
-            asked = ask_many(sample.get("scene"), n, rng, sample.get("sound"))
+            n = self.n_questions if scene else math.ceil(self.n_questions / 3)
+            asked = ask_many(scene, n, random.Random(seed), sound)
 
         pairs = [(question, answer) for _, question, answer in asked]
         sample["conversations"] = as_turns(pairs, head)
@@ -1518,19 +1513,17 @@ def open_image(image):
     Raises ValueError, naming the file, if it is missing, truncated, no picture, smaller than 2
     pixels a side, or so large that it must be a decompression bomb.
     """
-    is_path = isinstance(image, (str, os.PathLike))
-    name = image if is_path else "the image"
+    name = "the image"
     try:
-        if is_path:
+        if isinstance(image, (str, os.PathLike)):
+            name = image
             image = Image.open(image)
         if min(image.size) < 2:
             raise ValueError(f"it is {image.width} x {image.height} pixels, too small to be a "
                              "picture")
         # Opening reads no more than the header. This decodes, and fails on a truncated file.
         image.load()
-        if image.mode == "RGB":
-            return image
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file; check the path, and --images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
