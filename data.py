@@ -104,7 +104,7 @@ class Template(NamedTuple):
 
 
 def render(conversations, template):
-    """Turns and the name of a template -> [(text, learnt?), ...]. The model reads the texts, joined.
+    """Turns and a template's name -> [(text, learnt?), ...]. The model reads the texts, joined.
 
     It learns to write the answers among them. (An empty answer is learnt, too, where LLaVA would
     take it for one that is still to come.) A conversation that ends with a turn of the human is a
@@ -189,7 +189,7 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
 
 
 def encode_text(text, tokenizer, start, learnt):
-    """-> [(id, label), ...] of a stretch of text, which begins at character `start` of the whole."""
+    """-> [(id, label), ...] of a stretch of text, which begins at character `start` of it all."""
     encoded = []
     tokens = tokenizer.encode(text, add_special_tokens=True)
     for token, (first, last), special in zip(tokens.ids, tokens.offsets,
@@ -307,8 +307,8 @@ def pad_rows(rows, fill, multiple=8):
 
 # ------------------------------------------------------------------------------------------------
 # You can stop here on a first reading. Behind this line: the order of the samples, the templates of
-# chat models, sounds, videos, LLaVA's files, the drawn world with its questions, and the checks of
-# what users bring.
+# chat models, sounds, videos, LLaVA's files, the drawn world with its questions, the checks of what
+# users bring, and what happens to broken samples.
 # ------------------------------------------------------------------------------------------------
 
 # ------------------------------------------------------------------------------------------------
@@ -378,28 +378,6 @@ class Batches:
                 step += 1
 
 
-def first_usable(encoded, i):
-    """Item i of `Encoded`, or the next that can be used, with messages about the others in "broken".
-
-    So a bad file does not end a run of days; the trainer prints and counts the messages.
-    """
-    broken = []
-    for j in range(i, i + 100):
-        # After the last sample comes the first.
-        j = j % len(encoded)
-        name = f"sample {j + 1}"
-        try:
-            sample = encoded.data[j]
-            name = sample["id"]
-            return {**encoded.encode(sample), "broken": broken}
-        except ValueError as e:
-            message = str(e) if name in str(e) else f"{name}: {e}"
-            if encoded.strict:
-                raise ValueError(message) from None
-            broken.append(message)
-    raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
-
-
 # ------------------------------------------------------------------------------------------------
 # 7. The templates of chat models
 
@@ -442,7 +420,8 @@ HOP = 160  # samples from one column of the picture to the next
 FFT = 400  # samples that make up one column
 N_MELS = 80
 MAX_CHUNKS = 20  # of one sound: ten minutes, in chunks of 30 s
-RATES = (1000, 1_000_000)  # the lowest and the highest sample rate that a sound may have
+LOWEST_RATE = 1000  # that a sound may have, in samples a second
+HIGHEST_RATE = 1_000_000
 
 
 def load_audio(audio, seconds=30.0):
@@ -491,8 +470,9 @@ def resample(wave, rate, to=RATE):
     to half of itself (Nyquist's); what lies above would come back as a wrong, low tone. The last
     twentieth below that limit fades out, because a sharp edge would ring for long.
     """
-    if not RATES[0] <= rate <= RATES[1]:
-        raise ValueError(f"a sample rate of {rate} Hz; it may be {RATES[0]:,} to {RATES[1]:,}")
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise ValueError(f"a sample rate of {rate} Hz; it may be {LOWEST_RATE:,} to "
+                         f"{HIGHEST_RATE:,}")
     wave = np.asarray(wave, np.float32)
     if rate == to:
         return wave
@@ -500,8 +480,9 @@ def resample(wave, rate, to=RATE):
     # The transform takes the wave for one turn of an endless circle. A tenth of a second of silence
     # keeps its end apart from its beginning. A turn must be a whole number of samples at both
     # rates: 441 samples at 44,100 Hz take as long as 160 at 16,000 Hz.
-    old_step = rate // math.gcd(rate, to)
-    new_step = to // math.gcd(rate, to)
+    common = math.gcd(rate, to)
+    old_step = rate // common
+    new_step = to // common
     steps = math.ceil((len(wave) + rate // 10) / old_step)
 
     # The transform is fast if the number of steps has small factors: round it up to at most 64
@@ -557,7 +538,7 @@ def read_wav(path, max_seconds=math.inf):
         call_plain_pcm(content)
         reader = wave.open(content)
         channels, width, rate, n, _, _ = reader.getparams()
-        if n == 0 or width > 4 or not RATES[0] <= rate <= RATES[1]:
+        if n == 0 or width > 4 or not LOWEST_RATE <= rate <= HIGHEST_RATE:
             raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check the path, and --images") from None
@@ -597,9 +578,8 @@ def pcm_to_float(data, width):
         samples = samples ^ 128
 
     # As the upper bytes of an int32, all widths reach equally far.
-    full = np.zeros((len(samples), 4), np.uint8)
-    full[:, 4 - width:] = samples
-    return full.view("<i4")[:, 0].astype(np.float32) / 2 ** 31
+    samples = np.pad(samples, ((0, 0), (4 - width, 0)))  # (n, 4)
+    return samples.view("<i4")[:, 0].astype(np.float32) / 2 ** 31
 
 
 # ------------------------------------------------------------------------------------------------
@@ -631,20 +611,27 @@ def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8
     text = text_of(sample)
     check_marks(text, pictures, videos, sounds, n_audio_tokens)
 
-    # Which pictures belong to each mark, in the order of the text?
-    rest = {"<image>": iter([[picture] for picture in pictures]), "<video>": iter(videos)}
-    groups = [next(rest[mark]) for mark in re.findall("<image>|<video>", text)]
-    images = [load_image(picture, image_size) for group in groups for picture in group]
+    # Load what belongs to each mark, in the order of the text: an image or a video's frames.
+    next_picture = iter(pictures)
+    next_video = iter(videos)
+    images = []
+    frames = []
+    for mark in re.findall("<image>|<video>", text):
+        group = next(next_video) if mark == "<video>" else [next(next_picture)]
+        images += [load_image(picture, image_size) for picture in group]
+        frames.append(len(group))
     check_frame_sizes(videos)
     none = torch.empty(0, 3, image_size, image_size)
     images = torch.stack(images) if images else none  # (k, 3, S, S)
 
     # From here on there are only images; `frames` remembers which of them belong together.
-    sizes = [1 if average else len(video) for video in videos]
+    sizes = [1] * len(videos)
+    if not average:
+        sizes = [len(video) for video in videos]
+        frames = [1] * len(images)
     conversations = videos_as_images(sample["conversations"], sizes)
-    frames = None
-    if videos:
-        frames = [len(group) for group in groups] if average else [1] * len(images)
+    if not videos:
+        frames = None
 
     # sounds
     if n_audio_tokens == 0:
@@ -999,8 +986,8 @@ def draw_sign(image, row, word, rng):
 # ------------------------------------------------------------------------------------------------
 # 12. Questions about a scene
 #
-# There is a function for each type of question. It returns (question, answer), or None if the scene
-# offers no such question. Each question has one right answer, which it does not give away.
+# Each type of question is asked by a function, which returns (question, answer), or None if the
+# scene offers no such question. Each question has one right answer, which it does not give away.
 
 
 def yes_or_no(yes):
@@ -1014,7 +1001,7 @@ def plural(word):
     return word + ("es" if word == "cross" else "s")
 
 
-# Questions about one object, and which of its properties is the answer
+# Questions about one object, and which of its properties is the answer.
 ONE_OBJECT = {
     "color": ("What color is the {shape}?", "color"),
     "color at": ("What color is the shape at the {place}?", "color"),
@@ -1108,6 +1095,7 @@ def ask(scene, kind, rng):
 # fast, and at which exact frequency is left to chance.
 
 SOUND_SECONDS = 1.5
+
 # How strong each harmonic is: a whistle is a tone alone, an organ adds two octaves, and a buzz has
 # them all.
 HARMONICS = {
@@ -1116,6 +1104,7 @@ HARMONICS = {
     "buzz": {k: k ** -0.5 for k in range(1, 50)},
 }
 TIMBRES = tuple(HARMONICS)
+
 PITCHES = {"low": 200, "middle": 420, "high": 880}  # Hz, give or take a tenth
 LOUDNESS = {"loud": (0.1, 0.17), "soft": (0.008, 0.013)}  # root mean square: 18 dB lie between
 SOUND_KINDS = {"beeps": 4, "glide": 3, "pair": 3}  # and how often each is drawn
@@ -1236,7 +1225,6 @@ def wavetable(timbre, n_harmonics):
 # ------------------------------------------------------------------------------------------------
 # 14. Questions about a sound, and about a scene and a sound together
 
-
 SOUND_QUESTIONS = {
     "beeps": "How many beeps are there?",
     "glide": "Does the sound rise or fall?",
@@ -1255,6 +1243,7 @@ def ask_sound(sound, kind, rng):
     last_pitch, last_timbre = sound["voices"][-1]
     is_pair = sound["kind"] == "pair"
     question = SOUND_QUESTIONS[kind]
+
     match kind:
         case "beeps" if sound["beeps"]:
             return question, NUMBERS[sound["beeps"]]
@@ -1273,12 +1262,12 @@ def ask_sound(sound, kind, rng):
 
 def count_words(scene):
     """How many objects have each of the colours and shapes in a scene: {"circle": 1, "red": 2}."""
-    words = [word for _, _, color, shape in scene["objects"] for word in (color, shape)]
+    words = [word for thing in scene["objects"] for word in thing[2:]]
     return {word: words.count(word) for word in sorted(set(words))}
 
 
 def two_counts(n_beeps, n_seen, verdict):
-    """The answer of one who counts first: "two and three: no"."""
+    """An answer that counts before it judges: "two and three: no"."""
     return f"{NUMBERS[n_beeps]} and {NUMBERS[n_seen]}: {verdict}"
 
 
@@ -1308,18 +1297,18 @@ def ask_more(scene, n_beeps, rng):
 
 
 def ask_if_rises(scene, way, rng):
-    objects = scene["objects"]
-    if len({color for _, _, color, _ in objects}) < 2:
+    spots = [(PLACES[cell], color) for cell, _, color, _ in scene["objects"]]
+    if len({color for _, color in spots}) < 2:
         return None
 
     # Take two places whose colours differ: only who hears the sound knows which one counts.
-    one = rng.choice(objects)
-    other = rng.choice([thing for thing in objects if thing[2] != one[2]])
+    one = rng.choice(spots)
+    other = rng.choice([spot for spot in spots if spot[1] != one[1]])
     risen, fallen = rng.sample((one, other), 2)
-    question = (f"What color is the shape at the {PLACES[risen[0]]} if the sound rises, "
-                f"at the {PLACES[fallen[0]]} if it falls?")
-    cell, _, color, _ = risen if way == "rises" else fallen
-    return question, f"{way}, {PLACES[cell]}: {color}"
+    question = (f"What color is the shape at the {risen[0]} if the sound rises, "
+                f"at the {fallen[0]} if it falls?")
+    place, color = risen if way == "rises" else fallen
+    return question, f"{way}, {place}: {color}"
 
 
 def ask_together(scene, n_beeps, rng):
@@ -1572,6 +1561,28 @@ def check_cut(ids, labels, max_length):
                              f"would lose {what}")
     if all(label == IGNORE for label in labels[:max_length]):
         raise ValueError(f"nothing to learn in the first {max_length} tokens; raise --max-length")
+
+
+def first_usable(encoded, i):
+    """Item i of `Encoded`, or the next that can be used. "broken" tells what is wrong with others.
+
+    So a bad file does not end a run of days. The trainer prints and counts these messages.
+    """
+    broken = []
+    for j in range(i, i + 100):
+        # After the last sample comes the first.
+        j = j % len(encoded)
+        name = f"sample {j + 1}"
+        try:
+            sample = encoded.data[j]
+            name = sample["id"]
+            return {**encoded.encode(sample), "broken": broken}
+        except ValueError as e:
+            message = str(e) if name in str(e) else f"{name}: {e}"
+            if encoded.strict:
+                raise ValueError(message) from None
+            broken.append(message)
+    raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
 
 
 def check_marks(text, pictures, videos, sounds, n_audio_tokens):
