@@ -45,6 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -334,145 +335,146 @@ HEARING = os.path.join(ASSETS, "uni-moe-tiny-backbones.safetensors")
 # 5. Flags
 
 PARTS = ("vision", "connector", "audio", "resampler", "text", "text.ffn", "text.moe", "text.router")
+# Groups of flags in --help. Each begins at the flag that is named here.
 GROUPS = {
-    "model": "what is trained, and from which weights",
-    "data": "what it learns from",
-    "optimisation": "how it learns; where no default is given, it is the stage's",
-    "experts": "which FFNs become experts, and how tokens are sent to them",
-    "running": "on what it runs; several processes are started by torchrun",
-    "planning": "what a run would cost, before it costs anything",
+    "preset": ("model", "what is trained, and from which weights"),
+    "data": ("data", "what it learns from"),
+    "trains": ("optimisation", "how it learns; where no default is given, it is the stage's"),
+    "dense": ("experts", "which FFNs become experts, and how tokens are sent to them"),
+    "device": ("running", "on what it runs; several processes are started by torchrun"),
+    "plan": ("planning", "what a run would cost, before it costs anything"),
 }
 
 
-def flag(group: str, default, help: str, at_least: int | None = None, choices: tuple | None = None):
-    """A field of Args: a flag with its group in --help, its lowest value and its known values."""
-    about = {"group": group, "help": help, "at_least": at_least, "choices": choices}
+def flag(default, help: str, at_least: int | None = None, choices: tuple | None = None):
+    """A field of Args: a flag, with its lowest value and its known values where it has such."""
+    about = {"help": help, "at_least": at_least, "choices": choices}
     return field(default=default, metadata=about)
 
 
 @dataclass
 class Args:
-    preset: str = flag("model", "tiny", "model sizes: " + ", ".join(PRESETS))
+    preset: str = flag("tiny", "model sizes: " + ", ".join(PRESETS))
     recipe: str | None = flag(
-        "model", None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: "
+        None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: "
         "in the decoder, trained apart, for images and sounds; default: the preset's",
         choices=tuple(RECIPES))
-    stage: int | None = flag("model", None, "run this stage only (1 to 3); default: 1, 2 and 3")
+    stage: int | None = flag(None, "run this stage only (1 to 3); default: 1, 2 and 3")
     vision: str | None = flag(
-        "model", None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
+        None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
     llm: str | None = flag(
-        "model", None, "stage 1 of a real model: folder or hub name of the language model")
+        None, "stage 1 of a real model: folder or hub name of the language model")
     audio: str | None = flag(
-        "model", None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing")
+        None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing")
     init: str | None = flag(
-        "model", None, "model folder to start from, of any layout; default: what the stage before "
+        None, "model folder to start from, of any layout; default: what the stage before "
         "left in --out")
     out: str | None = flag(
-        "model", None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
-    resume: bool = flag("model", False, "go on from the checkpoint in --out, exactly")
+        None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
+    resume: bool = flag(False, "go on from the checkpoint in --out, exactly")
 
     data: str | None = flag(
-        "data", None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
+        None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
     images: str = flag(
-        "data", "", "folder that the paths in --data (sounds and videos too) are relative to")
+        "", "folder that the paths in --data (sounds and videos too) are relative to")
     template: str | None = flag(
-        "data", None, "chat template: " + ", ".join(TEMPLATES) + "; default: the stage's")
+        None, "chat template: " + ", ".join(TEMPLATES) + "; default: the stage's")
     max_length: int | None = flag(
-        "data", None, "longest sample in tokens, image slots included; default: the stage's",
+        None, "longest sample in tokens, image slots included; default: the stage's",
         at_least=1)
     frames_apart: bool = flag(
-        "data", False, "take the frames of a video for images of their own, instead of one image "
+        False, "take the frames of a video for images of their own, instead of one image "
         "with their mean features")
     strict: bool = flag(
-        "data", False, "stop at the first broken sample instead of replacing it (over 1%% broken "
+        False, "stop at the first broken sample instead of replacing it (over 1%% broken "
         "stops in any case)")
-    workers: int = flag("data", 0, "processes that load data; 0 loads in a thread", at_least=0)
+    workers: int = flag(0, "processes that load data; 0 loads in a thread", at_least=0)
     eval_questions: int = flag(
-        "data", 1200, "held-out questions after the last stage (a quarter of them after the "
+        1200, "held-out questions after the last stage (a quarter of them after the "
         "others)", at_least=1)
 
     trains: str | None = flag(
-        "optimisation", None, "parts that train, with commas: " + ", ".join(PARTS) + " (the "
+        None, "parts that train, with commas: " + ", ".join(PARTS) + " (the "
         "decoder's FFNs; its layers with experts; its routers), or none (but adapters); in a run "
         "of all stages, this holds in those with experts")
     steps: int | None = flag(
-        "optimisation", None, "optimizer steps; default: the stage's, or one epoch of --data",
+        None, "optimizer steps; default: the stage's, or one epoch of --data",
         at_least=1)
     epochs: int = flag(
-        "optimisation", 1, "passes over --data, when --steps is not given", at_least=1)
+        1, "passes over --data, when --steps is not given", at_least=1)
     batch_size: int | None = flag(
-        "optimisation", None, "samples per step, over all processes", at_least=1)
+        None, "samples per step, over all processes", at_least=1)
     micro_batch: int | None = flag(
-        "optimisation", None, "samples per process in one forward pass; the rest of a batch is "
+        None, "samples per process in one forward pass; the rest of a batch is "
         "accumulated", at_least=1)
     lr: float | None = flag(
-        "optimisation", None, "peak learning rate, between a linear warm-up and a cosine to zero")
-    warmup: float = flag("optimisation", 0.03, "share of the steps that warms up")
-    weight_decay: float = flag("optimisation", 0.0, "weight decay of AdamW")
-    grad_clip: float = flag("optimisation", 1.0, "largest gradient norm")
-    seed: int = flag("optimisation", 0, "of new weights, data order and drawn scenes")
+        None, "peak learning rate, between a linear warm-up and a cosine to zero")
+    warmup: float = flag(0.03, "share of the steps that warms up")
+    weight_decay: float = flag(0.0, "weight decay of AdamW")
+    grad_clip: float = flag(1.0, "largest gradient norm")
+    seed: int = flag(0, "of new weights, data order and drawn scenes")
     lora_rank: int | None = flag(
-        "optimisation", None, "train adapters of this rank on the decoder instead of the weights "
+        None, "train adapters of this rank on the decoder instead of the weights "
         "themselves, and merge them at the end; 0: none; default: the stage's (uni-moe: 64, then 8)")
     lora_alpha: float | None = flag(
-        "optimisation", None, "adapters count alpha / rank (default: 16)")
+        None, "adapters count alpha / rank (default: 16)")
 
-    dense: bool = flag("experts", False, "make no experts in stage 3: the comparison")
-    upcycle_at: int = flag("experts", 3, "the stage that turns FFNs into experts")
+    dense: bool = flag(False, "make no experts in stage 3: the comparison")
+    upcycle_at: int = flag(3, "the stage that turns FFNs into experts")
     n_experts: str = flag(
-        "experts", "4", "experts in each FFN that is upcycled; in the decoder also one number for "
+        "4", "experts in each FFN that is upcycled; in the decoder also one number for "
         "each of --moe-layers: 4,2,4")
-    top_k: int = flag("experts", 2, "experts that each token is sent to")
+    top_k: int = flag(2, "experts that each token is sent to")
     moe_layers: str | None = flag(
-        "experts", None, "decoder layers that get experts: every_other (moe-llava's), all "
+        None, "decoder layers that get experts: every_other (moe-llava's), all "
         "(uni-moe's), first_half, second_half, or 0,3,5")
     balance_coef: float | None = flag(
-        "experts", None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
+        None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
     z_coef: float | None = flag(
-        "experts", None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)")
+        None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)")
     capacity_factor: float | None = flag(
-        "experts", 1.5, "moe-llava: expert slots in training, over an even share of the choices; "
+        1.5, "moe-llava: expert slots in training, over an even share of the choices; "
         "0: drop nothing")
     eval_capacity_factor: float | None = flag(
-        "experts", 2.0, "moe-llava: the same outside training")
+        2.0, "moe-llava: the same outside training")
     noisy_gate: bool = flag(
-        "experts", False, "moe-llava: choose the second expert with Gumbel noise while training, "
+        False, "moe-llava: choose the second expert with Gumbel noise while training, "
         "as DeepSpeed does")
     experts: str | None = flag(
-        "experts", None, "uni-moe's stage 3: model folders with commas; the FFNs of each become "
+        None, "uni-moe's stage 3: model folders with commas; the FFNs of each become "
         "one expert. A single one is copied. Default: the drawn stages' four")
     average: bool = flag(
-        "experts", False, "uni-moe's stage 3: take what is not FFN from the mean of --experts, not "
+        False, "uni-moe's stage 3: take what is not FFN from the mean of --experts, not "
         "from the first")
 
     device: str | None = flag(
-        "running", None, "cuda or cpu; default: cuda where there is one", choices=("cuda", "cpu"))
+        None, "cuda or cpu; default: cuda where there is one", choices=("cuda", "cpu"))
     matmul: str = flag(
-        "running", "highest", "float32 matrix products: highest, or medium: in bfloat16 where the "
+        "highest", "float32 matrix products: highest, or medium: in bfloat16 where the "
         "CPU can (AMX), a third faster", choices=("highest", "high", "medium"))
     compile: bool | None = flag(
-        "running", None, "torch.compile the blocks; default: on CUDA, but not for the tiny presets "
+        None, "torch.compile the blocks; default: on CUDA, but not for the tiny presets "
         "(a short run ends before it pays)")
     checkpointing: bool = flag(
-        "running", False, "activation checkpointing: less memory, a third more arithmetic")
+        False, "activation checkpointing: less memory, a third more arithmetic")
     fsdp: bool = flag(
-        "running", False, "with torchrun: shard weights, gradients and optimizer over the "
+        False, "with torchrun: shard weights, gradients and optimizer over the "
         "processes (FSDP2) instead of DDP")
     expert_parallel: int = flag(
-        "running", 1, "with torchrun: deal the experts out to groups of so many processes; tokens "
+        1, "with torchrun: deal the experts out to groups of so many processes; tokens "
         "travel to them", at_least=1)
-    save_every: int = flag("running", 200, "steps between checkpoints", at_least=1)
+    save_every: int = flag(200, "steps between checkpoints", at_least=1)
 
     plan: bool = flag(
-        "planning", False, "train nothing: print parameters, arithmetic, memory on each GPU and "
+        False, "train nothing: print parameters, arithmetic, memory on each GPU and "
         "GPU-hours of --stage (or of all)")
     gpus: int = flag(
-        "planning", 1, "plan for this number of GPUs (with --fsdp, --checkpointing or without, as "
+        1, "plan for this number of GPUs (with --fsdp, --checkpointing or without, as "
         "given)", at_least=1)
-    gpu_gb: int = flag("planning", 80, "memory of each GPU, in GB", at_least=1)
+    gpu_gb: int = flag(80, "memory of each GPU, in GB", at_least=1)
     peak_tflops: float = flag(
-        "planning", 989.0, "what a GPU could do at best (an H100's dense bfloat16)")
-    mfu: float = flag("planning", 0.4, "the share of it that training reaches")
+        989.0, "what a GPU could do at best (an H100's dense bfloat16)")
+    mfu: float = flag(0.4, "the share of it that training reaches")
 
 
 # A resumed run may change how it computes, not what. All flags but these, and all values of the
@@ -486,10 +488,11 @@ def parse(argv=None) -> Args:
     """Flags -> Args. There is a flag for each field."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     types = typing.get_type_hints(Args)
     for f in dataclasses.fields(Args):
-        add_flag(groups[f.metadata["group"]], f, types[f.name])
+        if f.name in GROUPS:
+            group = parser.add_argument_group(*GROUPS[f.name])
+        add_flag(group, f, types[f.name])
     args = Args(**vars(parser.parse_args(argv)))
 
     # Defaults that depend on other flags.
@@ -590,10 +593,10 @@ def choose_lora(args: Args, lora: list | None, is_meant: bool) -> list | None:
 # 6. What the loop calls
 
 
-def say(*words):
+def say(text: str):
     """Print on process 0, above the progress bar."""
     if RANK == 0:
-        tqdm.write(" ".join(str(w) for w in words), file=sys.stdout)
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -981,32 +984,28 @@ def print_stage(args: Args, stage: Stage, model: CuMo, source: str):
                          "text.moe needs experts, see --upcycle-at")
     if args.vision and stage.name == 1:
         source = f"{args.vision} and {args.llm}"
-    parts = list(stage.trains)
-    if stage.lora:
-        rank, alpha, which = stage.lora
-        parts.append(f"adapters (rank {rank}, alpha {alpha}, on {which})")
+    say(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} from {source}; training "
+        f"{trained / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({activated / 1e6:.2f}M activated)")
 
     balance, z = routing_coefs(stage, model)
-    say(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} from {source}; training "
-        f"{', '.join(parts)} ({trained / 1e6:.2f}M of {total / 1e6:.2f}M parameters, "
-        f"{activated / 1e6:.2f}M activated)")
-    say(f"    with lr {stage.lr:g} (warm-up {args.warmup:.0%}), micro-batches of "
-        f"{stage.micro_batch}, up to {stage.max_length} tokens, template {stage.template}, "
-        f"weight decay {args.weight_decay:g}, gradient norm up to {args.grad_clip:g}, balance "
-        f"{balance:g}, z {z:g}, seed {args.seed}")
+    values = {"trains": ", ".join(stage.trains) or "adapters", "lora": stage.lora, "lr": stage.lr,
+              "warmup": args.warmup, "weight_decay": args.weight_decay, "grad_clip": args.grad_clip,
+              "micro_batch": stage.micro_batch, "max_length": stage.max_length,
+              "template": stage.template, "balance_coef": balance, "z_coef": z, "seed": args.seed}
+    say("    " + "; ".join(f"{name} {value}" for name, value in values.items()))
+
+
+# What models are asked about after a stage: of Uni-MoE's, those that a stage has taught.
+WORLDS = {1: ("image", "sound"), 3: ("image", "sound", "both"), "2 image": ("image",),
+          "2 sound": ("sound",), "2 both": ("both",)}
+TITLES = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
 
 
 def measure(args: Args, stage: Stage, device, began: float):
     """Ask the model on the disk held-out questions -> scores.jsonl, and routing.png at the end."""
-    n = args.eval_questions
-    if stage.name != 3:
-        n = max(1, n // 4)
-    worlds = ["image"]
-    if args.recipe == "uni-moe":
-        of_stage = {1: ["image", "sound"], 3: ["image", "sound", "both"]}
-        worlds = of_stage.get(stage.name) or [str(stage.name).removeprefix("2 ")]
-    titles = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
-
+    is_last = stage.name == 3
+    n = args.eval_questions if is_last else max(1, args.eval_questions // 4)
+    worlds = WORLDS[stage.name] if args.recipe == "uni-moe" else ("image",)
     model, tokenizer = load(result_path(args, stage.name), device)
     scores = {}
     asked = []  # every (sample, reply)
@@ -1014,17 +1013,15 @@ def measure(args: Args, stage: Stage, device, began: float):
         points = generate.evaluate(model, tokenizer, n, world=world, asked=asked)
         scores |= points
         generate.print_table(points, f"after stage {stage.name}: {n} questions about held-out "
-                                     f"{titles[world]}, exact match")
+                                     f"{TITLES[world]}, exact match")
 
     row = {"stage": stage.name, "seed": args.seed, "dense": args.dense, "scores": scores,
            "seconds": time.time() - began}
     with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
         f.write(json.dumps(row) + "\n")
 
-    if stage.name == 3 and stage.has_experts:
-        some = asked[::max(1, len(asked) // 250)]
-        samples = [sample for sample, _ in some]
-        replies = [reply for _, reply in some]
+    if is_last and stage.has_experts:
+        samples, replies = zip(*asked[::max(1, len(asked) // 250)])
         png = os.path.join(args.out, "routing.png")
         generate.draw_experts(model, tokenizer, samples, replies, png, alone=True)
 
@@ -1176,28 +1173,21 @@ def checkpoints(out: str) -> list[str]:
 
 def newest_checkpoint(out: str):
     """-> (its path, {"identity", "step", "counts"}), or (None, None)."""
-    newest = None, None
-    for path in checkpoints(out):
-        file = os.path.join(path, "run.json")
-        if os.path.exists(file):
-            saved = read_json(file)
-            if newest[1] is None or saved["step"] > newest[1]["step"]:
-                newest = path, saved
-    return newest
+    complete = [path for path in checkpoints(out) if os.path.exists(os.path.join(path, "run.json"))]
+    if not complete:
+        return None, None
+    path = max(complete, key=lambda path: int(os.path.basename(path)))
+    return path, read_json(os.path.join(path, "run.json"))
 
 
 def drop_checkpoints(out: str, but: str | None = None):
     for path in checkpoints(out):
-        if path == but:
-            continue
-        # First run.json, or else what is left after a kill would be taken for a complete one.
-        file = os.path.join(path, "run.json")
-        if os.path.exists(file):
-            os.remove(file)
-        shutil.rmtree(path)
-    folder = os.path.join(out, "checkpoint")
-    if but is None and os.path.isdir(folder):
-        os.rmdir(folder)
+        if path != but:
+            # First run.json, or else what is left after a kill would be taken for a complete one.
+            Path(path, "run.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+    if but is None:
+        shutil.rmtree(os.path.join(out, "checkpoint"), ignore_errors=True)
 
 
 def tensors_of(state: tuple, experts: Experts) -> dict:
@@ -1665,15 +1655,15 @@ class Rehearsal(NamedTuple):
     backward: dict[str, int]  # the same; with checkpointing, including what is computed again
 
 
-def meta_batch(config: Config, rows: int, length: int) -> dict:
+def meta_batch(config: Config, rows: int, length: int, dtype: torch.dtype) -> dict:
     """`rows` samples of `length` tokens, each with an image, and a sound if the model hears."""
-    with torch.device("meta"):
-        tokens = torch.zeros(rows, length, dtype=torch.long)
-        batch = {"tokens": tokens, "labels": tokens}
-        size = config.vision.image_size
-        batch["images"] = torch.empty(rows, 3, size, size)
-        if config.audio is not None:
-            batch["audio"] = torch.empty(rows, config.audio.n_mels, config.audio.n_frames)
+    size = config.vision.image_size
+    tokens = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    images = torch.empty(rows, 3, size, size, dtype=dtype, device="meta")
+    batch = {"tokens": tokens, "labels": tokens, "images": images}
+    if config.audio is not None:
+        batch["audio"] = torch.empty(rows, config.audio.n_mels, config.audio.n_frames, dtype=dtype,
+                                     device="meta")
     return batch
 
 
@@ -1685,16 +1675,6 @@ def meta_model(config: Config, trains, lora) -> CuMo:
     if lora:
         add_lora(model, *lora)
     return model
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype):
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(usual)
 
 
 @functools.cache
@@ -1709,10 +1689,9 @@ def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, ch
         # Meta would choose the one with the T x T matrix.
         return FLASH(q, k, v, 0.0, is_causal)[0]
 
-    with default_dtype(dtype):
-        model = meta_model(Config.from_dict(json.loads(config)), trains, lora).train()
-        batch = meta_batch(model.config, rows, length)
+    model = meta_model(Config.from_dict(json.loads(config)), trains, lora).to(dtype).train()
     model.checkpointing(checkpointing)
+    batch = meta_batch(model.config, rows, length, dtype)
     known = list(model.parameters())
     for p in model.parameters():
         if grads and p.requires_grad:
@@ -1911,21 +1890,16 @@ def print_fit(args: Args, stage: Stage):
 
     if fits(args.gpus, args.fsdp, args.checkpointing):
         print(f"fits into {args.gpu_gb} GB")
-    else:
-        print(f"does NOT fit into {args.gpu_gb} GB; the smallest number (1, 2, 4, 8...) that does: "
-              f"{smallest_number(args, stage, fits)}")
-
-
-def smallest_number(args: Args, stage: Stage, fits) -> str:
-    """The fewest GPUs into which a stage fits, in words."""
-    for gpus in [2**i for i in range(12)]:
-        if stage.batch_size % gpus:
-            continue
-        if not args.checkpointing and fits(gpus, True, False):
-            return f"{gpus} GPUs with --fsdp"
-        if fits(gpus, True, True):
-            return f"{gpus} GPUs with --fsdp --checkpointing"
-    return "none. Try a smaller --micro-batch"
+        return
+    least = "none. Try a smaller --micro-batch"
+    for exponent in reversed(range(12)):
+        gpus = 2**exponent
+        if stage.batch_size % gpus == 0 and fits(gpus, True, True):
+            least = f"{gpus} GPUs with --fsdp --checkpointing"
+            if not args.checkpointing and fits(gpus, True, False):
+                least = f"{gpus} GPUs with --fsdp"
+    print(f"does NOT fit into {args.gpu_gb} GB; the smallest number (1, 2, 4, 8...) that does: "
+          f"{least}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1943,11 +1917,8 @@ def validate(args: Args):
         raise ValueError(f"--lora-rank {args.lora_rank} must be at least 1 (0: no adapters), "
                          f"--lora-alpha {args.lora_alpha} above 0")
 
-    if bool(args.vision) != bool(args.llm):
-        alone = True
-    else:
-        alone = bool(args.vision) and (args.init is not None or args.stage not in (None, 1))
-    if alone:
+    elsewhere = args.init is not None or args.stage not in (None, 1)
+    if bool(args.vision) != bool(args.llm) or (args.vision and elsewhere):
         raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room "
                          "for --init")
 
