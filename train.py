@@ -1,26 +1,29 @@
-"""train.py: train a CuMo, from pre-trained backbones to a model that answers questions about pictures.
+"""train.py: train a CuMo, from pre-trained backbones to answers about pictures.
 
-    python train.py                                     the default: preset tiny, drawn data, minutes on a CPU
-    python train.py --resume                            go on after Ctrl-C or a crash, exactly
-    python train.py --help                              all flags, in groups
+    python train.py              the default: preset tiny, drawn data, minutes on a CPU
+    python train.py --resume     go on after Ctrl-C or a crash, exactly
+    python train.py --help       all flags, in groups
 
-One stage on data of your own (in LLaVA's format), and real models:
+One stage on data of your own (in LLaVA's format), then one of a real model:
 
     python train.py --stage 3 --init DIR --data FILE.json --images DIR
     torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 \\
         --vision CLIP_DIR --llm MISTRAL_DIR --data FILE.json --images DIR
+
+What a stage would cost, without training anything:
+
     python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan
 
-The last one trains nothing: it prints what that stage would cost. Training has three stages, and each
-begins with the folder that the stage before it left:
+Training has three stages, and each begins with the folder that the stage before it left:
 
     stage 1   pre-training: the connector alone learns to make image patches read like words
     stage 2   pre-finetuning: everything trains, still dense, on captions
-    stage 3   instruction tuning: FFNs of tower and connector are copied into experts, and everything
-              trains on questions
+    stage 3   instruction tuning: FFNs of tower and connector are copied into experts, and
+              everything trains on questions
 
---recipe moe-llava and --recipe uni-moe have other rows for these stages (section 4). A run writes to
---out: checkpoint/, stage1/, stage2/, at last the model itself, and log.jsonl, loss.png, routing.png.
+--recipe moe-llava and --recipe uni-moe have other rows for these stages (section 4). A run writes
+to --out: checkpoint/, stage1/, stage2/, at last the model itself, and log.jsonl, loss.png and
+routing.png. `torchrun --max-restarts 3 ... train.py` goes on by itself after a process died.
 """
 from __future__ import annotations
 
@@ -88,8 +91,8 @@ LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 class Stage:
     """What trains, on what, and how. Presets and flags change these values (see `settings`)."""
     trains: tuple = ()            # parts of the model
-    kind: str = "caption"         # what is asked about drawn scenes: captions, or questions ("chat")
-    template: str | None = None   # how a conversation is written; None: the way that the model knows
+    kind: str = "caption"         # of drawn samples: captions, or questions ("chat")
+    template: str | None = None   # how a conversation is written; None: as the model knows
     lr: float = 1e-3              # the learning rate at its peak
     batch_size: int = 64          # samples a step, over all processes
     max_length: int = 2048        # tokens of a sample, those of images included
@@ -132,11 +135,11 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
     params = optimizer.param_groups[0]["params"]
     first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
-    batches = iter(loader(first))
     coefs = routing_coefs(stage, model)
     model.train()
 
     # A thread reads the next batches while the device computes.
+    batches = iter(loader(first))
     with (closing(Log(args.out, stage, first)) as log, catch_signals() as signals,
           ThreadPoolExecutor(1) as reader):
         ahead = reader.submit(take, batches, n_micro)
@@ -144,7 +147,7 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
             begin = time.perf_counter()
             lr = lr_at(step, stage.steps, stage.lr, args.warmup)
             optimizer.param_groups[0]["lr"] = lr
-            # Noise depends on the step alone, so that a resumed run draws the same.
+            # A step draws the same noise in a resumed run.
             torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
 
             # 1. Data. What does not fit into memory at once comes as several micro-batches.
@@ -181,8 +184,7 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
             optimizer.zero_grad(set_to_none=True)
 
             # 5. Log.
-            seconds = time.perf_counter() - begin
-            log.write(step, losses, lr, norm, totals.images, seconds, waited)
+            log.write(step, losses, lr, norm, totals.images, begin, waited)
 
             # 6. Save, now and then and at Ctrl-C. After the last step the model itself is saved.
             stop = totals.signals > 0
@@ -414,8 +416,8 @@ class Args:
     grad_clip: float = flag(1.0, "largest gradient norm")
     seed: int = flag(0, "of new weights, data order and drawn scenes")
     lora_rank: int | None = flag(
-        None, "train adapters of this rank on the decoder instead of the weights "
-        "themselves, and merge them at the end; 0: none; default: the stage's (uni-moe: 64, then 8)")
+        None, "train adapters of this rank on the decoder instead of the weights themselves, and "
+        "merge them at the end; 0: none; default: the stage's (uni-moe: 64, then 8)")
     lora_alpha: float | None = flag(
         None, "adapters count alpha / rank (default: 16)")
 
@@ -551,15 +553,15 @@ def settings(args: Args, name: int | str, world: int | None = None) -> Stage:
     world: the number of processes, if not those of this run.
     """
     number = stage_number(name)
-    of_preset = PRESET_VALUES.get((args.recipe, args.preset), {})
-    stage = dataclasses.replace(RECIPES[args.recipe][number], name=name, **of_preset.get(number, {}))
+    of_preset = PRESET_VALUES.get((args.recipe, args.preset), {}).get(number, {})
+    stage = dataclasses.replace(RECIPES[args.recipe][number], name=name, **of_preset)
     if name in SENSES:
         stage.kind = SENSES[name]
     for value in ("steps", "batch_size", "max_length", "lr", "template"):
         if getattr(args, value) is not None:
             setattr(stage, value, getattr(args, value))
 
-    # Uni-MoE's experts are trained apart before, so they come in stage 3 whatever --upcycle-at says.
+    # Uni-MoE's experts are trained apart in stage 2, so there they always come in stage 3.
     # Routers that a model brings along (a Mixtral's) are left alone until experts are made.
     begins_at = 3 if args.recipe == "uni-moe" else args.upcycle_at
     stage.has_experts = number >= begins_at and not args.dense
@@ -634,24 +636,18 @@ class Totals(NamedTuple):
 
 def count(micro_batches: list, n_signals: int, device) -> Totals:
     """Count what the losses are means over. Each micro-batch gets its "n_labels" and "n_images"."""
+    total = torch.tensor([0, 0, 0, 0, n_signals], dtype=torch.float64)
     for batch in micro_batches:
         batch["n_labels"] = int((batch["labels"][:, 1:] != IGNORE).sum())
         batch["n_images"] = len(batch["images"])
         for message in batch["broken"]:
             tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
-
-    numbers = [
-        sum(batch["n_labels"] for batch in micro_batches),
-        sum(batch["n_images"] for batch in micro_batches),
-        sum(len(batch["broken"]) for batch in micro_batches),
-        sum(batch["truncated"] for batch in micro_batches),
-        n_signals,
-    ]
+        total += torch.tensor([batch["n_labels"], batch["n_images"], len(batch["broken"]),
+                               batch["truncated"], 0])
     if LAUNCHED:
-        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        total = total.to(device)
         dist.all_reduce(total)
-        numbers = total.tolist()
-    return Totals(*numbers)
+    return Totals(*total.tolist())
 
 
 def add_to_counts(counts: dict, totals: Totals, batch_size: int):
@@ -770,7 +766,9 @@ class Log:
                         disable=RANK != 0, dynamic_ncols=True, mininterval=1)
 
     def write(self, step: int, losses: dict, lr: float, norm: float, n_images: float,
-              seconds: float, waited: float):
+              begin: float, waited: float):
+        """begin: when the step began. waited: the seconds until its data was there."""
+        seconds = time.perf_counter() - begin
         self.seconds += seconds
         self.waited += waited
         row = {"stage": self.stage.name, "step": step}
@@ -1150,11 +1148,9 @@ def resume(args: Args, stage: Stage, model: nn.Module, optimizer, experts: Exper
     if path is None or saved["identity"]["stage"] != stage.name:
         return new
 
-    differs = []
-    for name, value in identity(args, stage).items():
-        before = saved["identity"].get(name)
-        if before != value:
-            differs.append(f"{name} {before} (now {value})")
+    before = saved["identity"]
+    differs = [f"{name} {before.get(name)} (now {value})"
+               for name, value in identity(args, stage).items() if before.get(name) != value]
     if differs:
         raise ValueError(f"{path} was written with {', '.join(differs)}: give the same flags")
 
@@ -1337,8 +1333,10 @@ def shard_experts(args: Args, model: nn.Module, device) -> Experts:
 
 
 def as_whole(name: str, tensor: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """If it belongs to experts, a part (E / n, ...) as a DTensor (E, ...), which knows of what it is a
-    part. Then DCP writes, reads and gathers experts as if one process held them all.
+    """A tensor of experts, (E / n, ...), as a DTensor (E, ...), which knows of what it is a part.
+
+    So DCP writes, reads and gathers experts as if one process held them all. Other tensors stay as
+    they are.
     """
     # AdamW's count of steps has no dimensions, and is the same everywhere.
     if name not in experts.weights or tensor.dim() == 0:
@@ -1445,8 +1443,8 @@ def shard_weights(model: nn.Module, blocks: list, device, later):
 def shard_dimension(p: nn.Parameter) -> Shard | None:
     """Where FSDP cuts a weight: its first dimension that all processes can share evenly.
 
-    By default that would be dimension 0. But of 4 experts (E, F, D), 8 processes would get one each,
-    or nothing.
+    By default that would be dimension 0. But of 4 experts (E, F, D), 8 processes would get one
+    each, or nothing.
     """
     for i, n in enumerate(p.shape):
         if n % WORLD == 0:
@@ -1492,7 +1490,7 @@ def prepare_device(args: Args) -> torch.device:
     if name == "cpu":
         keep_pages()
     if args.compile is None:
-        # On a CPU, or with tiny models, the whole run is shorter than the compilation of its stages.
+        # On a CPU, or with tiny models, a whole run is shorter than the compilation of its stages.
         args.compile = name == "cuda" and args.preset not in DRAWN
     return torch.device(name)
 
@@ -1542,8 +1540,8 @@ N_SAMPLES = {
 }
 
 # FLOPs of operators for which torch has no formula, by the shapes of their inputs: two for every
-# multiply-add. (Going back, a product becomes two, the gradient of either factor. So a frozen weight
-# costs only one there, and what lies before the first weight that trains costs nothing.)
+# multiply-add. (Going back, a product becomes two, the gradient of either factor. So a frozen
+# weight costs only one there, and what lies before the first weight that trains costs nothing.)
 
 
 def grouped_flops(a, b, *_, **__):
@@ -1587,8 +1585,9 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, known):
         super().__init__()
-        self.flops = 0
-        self.now = 0
+        self.flops = Counter()  # of each part of the model
+        self.part = None        # the part that computes just now
+        self.now = 0            # bytes
         self.peak = 0
         self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
 
@@ -1597,7 +1596,7 @@ class Meter(TorchDispatchMode):
         out = op(*args, **kwargs)
         formula = FORMULAS.get(op._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+            self.flops[self.part] += formula(*args, **kwargs, out_val=out)
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 self.add(t.untyped_storage())
@@ -1615,36 +1614,19 @@ class Meter(TorchDispatchMode):
         self.now += n
         self.peak = max(self.peak, self.now)
 
-
-def mark_parts(model: CuMo, mark):
-    """Have mark(part) called whenever the model enters a part, forward or, going back, behind it.
-
-    Going back, a part begins where the gradient of its output is there. The parts run one after the
-    other in both directions.
-    """
-    def watch(part, module):
+    def watch(self, part: str, module: nn.Module):
+        """Notice when the model enters this part. One part follows the other in both directions."""
         def enter(*_):
-            mark(part)
+            self.part = part
 
         def watch_output(_, inputs, output):
+            # Going back, a part begins where the gradient of its output is there.
             out = output[0] if isinstance(output, tuple) else output
             if out.requires_grad:
                 out.register_hook(enter)
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(watch_output)
-
-    for part, module in model.named_children():
-        watch(part, module)
-
-
-def flops_between(marks: list, end: int) -> dict[str, int]:
-    """[(part, FLOPs when it was entered), ...] and the FLOPs at the end -> {part: FLOPs in it}."""
-    spent = Counter()
-    ends = [begin for _, begin in marks[1:]] + [end]
-    for (part, begin), until in zip(marks, ends):
-        spent[part] += until - begin
-    return spent
 
 
 class Rehearsal(NamedTuple):
@@ -1698,17 +1680,15 @@ def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, ch
             p.grad = torch.zeros_like(p)
             known.append(p.grad)
 
-    marks = []
     with Meter(known) as meter, mock.patch.object(F, "scaled_dot_product_attention", attention):
-        mark_parts(model, lambda part: marks.append((part, meter.flops)))
+        for part, module in model.named_children():
+            meter.watch(part, module)
         loss = model(**batch).loss
         kept = meter.now
-        forward_flops = meter.flops
-        n_forward = len(marks)
+        forward = meter.flops
+        meter.flops = Counter()
         loss.backward()
-    forward = flops_between(marks[:n_forward], forward_flops)
-    backward = flops_between(marks[n_forward:], meter.flops)
-    return Rehearsal(kept, meter.peak, forward, backward)
+    return Rehearsal(kept, meter.peak, forward, meter.flops)
 
 
 def gradients_add_up(stage: Stage, gpus: int) -> bool:
@@ -1907,7 +1887,7 @@ def print_fit(args: Args, stage: Stage):
 
 
 def validate(args: Args):
-    """ValueError where flags are out of range or do not go together: now, not when stage 3 begins."""
+    """ValueError where flags are out of range or do not go together: at once, not in stage 3."""
     for f in dataclasses.fields(Args):
         check_limits("--" + f.name.replace("_", "-"), getattr(args, f.name), f)
     Config.from_preset(args.preset)  # an unknown name stops here
@@ -1954,7 +1934,8 @@ def check_expert_flags(args: Args):
     try:
         numbers = [int(n) for n in args.n_experts.split(",")]
     except ValueError:
-        raise ValueError(f"--n-experts {args.n_experts}: a number, or several with commas") from None
+        text = f"--n-experts {args.n_experts}: a number, or several with commas"
+        raise ValueError(text) from None
     if args.recipe == "cumo" and len(numbers) > 1:
         raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have "
                          "one number")
@@ -1986,8 +1967,8 @@ def check_model(args: Args, model: nn.Module, tokenizer, source: str):
                          "(where there is only a tokenizer.model, transformers' "
                          "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it)")
     if getattr(model, "vision", None) is None:
-        raise ValueError(f"{source}: a language model alone, without the vision tower and connector "
-                         "that training needs")
+        raise ValueError(f"{source}: a language model alone, without the vision tower and "
+                         "connector that training needs")
     text = model.config.text
     if args.recipe == "uni-moe" and model.config.audio is None:
         raise ValueError(f"{source}: hears nothing; uni-moe's stage 1 wants --vision, --llm and "
