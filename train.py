@@ -106,6 +106,7 @@ class Stage:
 
 EVERYTHING = ("vision", "connector", "text")
 CUMO = {
+    #        trains, drawn samples, template, learning rate, batch, tokens
     1: Stage(("connector",), "caption", "plain", 1e-3, 256, 2048, routing_losses=False),
     2: Stage(EVERYTHING, "caption", None, 2e-6, 128, 4096, routing_losses=False),
     3: Stage(EVERYTHING, "chat", None, 4e-6, 256, 4096),
@@ -138,8 +139,9 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
     coefs = routing_coefs(stage, model)
     model.train()
 
-    # A thread reads the next batches while the device computes.
     batches = iter(loader(first))
+
+    # A thread reads the next batches while the device computes.
     with (closing(Log(args.out, stage, first)) as log, catch_signals() as signals,
           ThreadPoolExecutor(1) as reader):
         ahead = reader.submit(take, batches, n_micro)
@@ -271,12 +273,11 @@ def main(argv=None):
     leave_processes()
 
 
-# ------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Behind this line: the other recipes and all flags (4, 5),
-# what the loop and a stage call (6, 7, 8), checkpoints (9), several processes (10), what a run
-# would cost (11), and the checks of flags (12).
-# ------------------------------------------------------------------------------------------------
+# ---- You can stop here on a first reading. Behind this line: the other recipes and all flags (4,
+# 5), what the loop and a stage call (6, 7, 8), checkpoints (9), several processes (10), what a run
+# would cost (11), and the checks of flags (12). ----
 
+# ------------------------------------------------------------------------------------------------
 # 4. The other recipes, and what presets change
 
 # MoE-LLaVA (arXiv 2401.15947, section 3.3): the connector; then a dense LLaVA; then the decoder's
