@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
 root, result_file, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-sys.path.insert(0, root)
+sys.path[:0] = [root, os.path.join(root, "assets")]
 import data, train
 from torch.distributed.checkpoint import FileSystemWriter
 real_collate, real_write, result = data.collate, FileSystemWriter.write_data, []
