@@ -207,7 +207,7 @@ def test_plan_prints_all_that_it_promises(capsys):
     assert "6,441 steps" in text and "GPU-hours" in text and "40% of 989 TFLOP/s" in text
     assert "fits into 80 GB" in text
     row = next(line for line in text.splitlines() if line.startswith("all ")).split()
-    assert row[4:] == ["21,313.46", "42,232.76", "17,131.81"]                      # GFLOPs: forward, backward, again
+    assert row[4:] == ["21,314.61", "42,243.71", "17,131.81"]                      # GFLOPs: forward, backward, again
     header, off, on = (line.split() for line in text.splitlines()[-5:-2])
     assert float(off[-1]) > float(on[-1]) and float(off[2]) == float(on[2]) == round(4 * 8_250_388_480 / 8 / 1e9, 2)
 
