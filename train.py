@@ -140,7 +140,6 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
     model.train()
 
     batches = iter(loader(first))
-
     # A thread reads the next batches while the device computes.
     with (closing(Log(args.out, stage, first)) as log, catch_signals() as signals,
           ThreadPoolExecutor(1) as reader):
@@ -842,7 +841,6 @@ def load_model(args: Args, stage: Stage, source: str, later: list | None) -> tup
     """
     if args.vision and stage.name == 1:
         preset = Config.from_preset(args.preset)
-        source = f"{args.vision} and {args.llm}"
         model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales,
                                     preset.template, args.seed, torch.float32, later=later,
                                     audio=args.audio)
@@ -981,8 +979,6 @@ def print_stage(args: Args, stage: Stage, model: CuMo, source: str):
     if not trained:
         raise ValueError(f"stage {stage.name}: --trains {args.trains}: nothing to train here; "
                          "text.moe needs experts, see --upcycle-at")
-    if args.vision and stage.name == 1:
-        source = f"{args.vision} and {args.llm}"
     say(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} from {source}; training "
         f"{trained / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({activated / 1e6:.2f}M activated)")
 
@@ -1101,11 +1097,13 @@ def move_aside(out: str):
 
 
 def source_of(args: Args, name: int | str, stages: list) -> str:
-    """The folder or file that a stage starts from."""
+    """The folder or file that a stage starts from (or both folders of a real model's stage 1)."""
     if args.init and name == stages[0]:
         return args.init
     if name == 1:
-        if args.preset not in DRAWN and not args.vision:
+        if args.vision:
+            return f"{args.vision} and {args.llm}"
+        if args.preset not in DRAWN:
             raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision "
                              "CLIP_DIR and --llm LLM_DIR, or --init")
         return HEARING if args.recipe == "uni-moe" else BACKBONES
@@ -1692,18 +1690,20 @@ def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, ch
     return Rehearsal(kept, meter.peak, forward, meter.flops)
 
 
-def gradients_add_up(stage: Stage, gpus: int) -> bool:
-    """With several micro-batches, gradients are there from the second on."""
-    return stage.batch_size > stage.micro_batch * gpus
+def gradients_add_up(stage: Stage, gpus: int, fsdp: bool) -> bool:
+    """Are there gradients already when a backward pass begins? With several micro-batches, from the
+    second on; and FSDP has its own place for them."""
+    several = stage.batch_size > stage.micro_batch * gpus
+    return several or (fsdp and gpus > 1)
 
 
 def rehearse_stage(args: Args, stage: Stage, config: Config, gpus: int, fsdp: bool,
                    checkpointing: bool) -> Rehearsal:
     """The rehearsal of one micro-batch of a stage, as a run with these flags computes it."""
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    grads = gradients_add_up(stage, gpus, fsdp)
     return rehearse(json.dumps(config.to_dict()), tuple(stage.trains), tuple(stage.lora or ()),
-                    stage.micro_batch, stage.max_length, checkpointing,
-                    gradients_add_up(stage, gpus) or fsdp, dtype)
+                    stage.micro_batch, stage.max_length, checkpointing, grads, dtype)
 
 
 def planned(args: Args, stage: Stage) -> tuple[Config, CuMo]:
@@ -1760,7 +1760,7 @@ def memory(args: Args, name: int | str, gpus: int, fsdp: bool, checkpointing: bo
     update = 0 if in_bf16 else 8 * max(p.numel() for p in trained)
     rehearsal = rehearse_stage(args, stage, config, gpus, fsdp, checkpointing)
     in_backward = rehearsal.peak
-    if gradients_add_up(stage, gpus) or fsdp:
+    if gradients_add_up(stage, gpus, fsdp):
         in_backward += grads
     peak = sum(fixed.values()) + max(grads + update, in_backward)
     return fixed | {"gradients": grads, "activations": rehearsal.kept,
@@ -1816,33 +1816,29 @@ def print_head(args: Args, stage: Stage):
 
 
 def print_work(args: Args, stage: Stage) -> float:
-    """The model's parts: their parameters and FLOPs -> FLOPs of a sample."""
+    """Print parameters and FLOPs of the model's parts -> FLOPs of a sample."""
     config, model = planned(args, stage)
-    fsdp = args.fsdp and args.gpus > 1
-    plain = rehearse_stage(args, stage, config, args.gpus, fsdp, False)
-    checkpointed = rehearse_stage(args, stage, config, args.gpus, fsdp, True)
+    plain = rehearse_stage(args, stage, config, args.gpus, args.fsdp, False)
+    checkpointed = rehearse_stage(args, stage, config, args.gpus, args.fsdp, True)
 
     rows = {}
-    for part, (total, activated) in count_parameters(model).items():
-        params = getattr(model, part).parameters()
-        trained = sum(p.numel() for p in params if p.requires_grad)
+    for part, parameters in count_parameters(model).items():
+        trained = sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad)
         again = checkpointed.backward[part] - plain.backward[part]
-        work = [flops / stage.micro_batch / 1e9
-                for flops in (plain.forward[part], plain.backward[part], again)]
-        rows[part] = [total, activated, trained, *work]
+        work = [plain.forward[part], plain.backward[part], again]
+        rows[part] = [*parameters, trained, *[n / stage.micro_batch / 1e9 for n in work]]
     rows["all"] = [sum(column) for column in zip(*rows.values())]
 
-    print(f"{'':10} {'parameters':>14} {'activated':>14} {'trained':>14} "
-          f"{'GFLOPs a sample: forward':>26} {'backward':>10} {'again, with --checkpointing':>28}")
-    for part, (total, activated, trained, forward, backward, again) in rows.items():
-        print(f"{part:10} {total:14,} {activated:14,} {trained:14,} "
-              f"{forward:26,.2f} {backward:10,.2f} {again:28,.2f}")
+    print("{:10} {:>14} {:>14} {:>14} {:>26} {:>10} {:>28}".format(
+        "", "parameters", "activated", "trained", "GFLOPs a sample: forward", "backward",
+        "again, with --checkpointing"))
+    for part, row in rows.items():
+        print("{:10} {:14,} {:14,} {:14,} {:26,.2f} {:10,.2f} {:28,.2f}".format(part, *row))
 
     forward, backward, again = rows["all"][3:]
-    flops = forward + backward
     if args.checkpointing:
-        flops += again
-    return flops * 1e9
+        backward += again
+    return (forward + backward) * 1e9
 
 
 def print_memory(args: Args, stage: Stage):
@@ -1890,7 +1886,7 @@ def print_fit(args: Args, stage: Stage):
 def validate(args: Args):
     """ValueError where flags are out of range or do not go together: at once, not in stage 3."""
     for f in dataclasses.fields(Args):
-        check_limits("--" + f.name.replace("_", "-"), getattr(args, f.name), f)
+        check_limits(f, getattr(args, f.name))
     Config.from_preset(args.preset)  # an unknown name stops here
     check_stages(args)
     check_expert_flags(args)
@@ -1904,7 +1900,8 @@ def validate(args: Args):
                          "for --init")
 
 
-def check_limits(name: str, value, f: dataclasses.Field):
+def check_limits(f: dataclasses.Field, value):
+    name = "--" + f.name.replace("_", "-")
     at_least = f.metadata["at_least"]
     choices = f.metadata["choices"]
     if value is None:
