@@ -7,7 +7,7 @@ Every sample takes the same four steps:
     encode_chat   encodes  tokens (T,) and labels (T,), which say what the model learns to write
     collate       joins    tokens (B, T), labels (B, T), images (n, 3, S, S)
 
-`Batches` says which samples go into each batch, and `Encoded` does the second and third step.
+`Encoded` does the second and third step, and `Batches` says which samples go into each batch.
 
 A turn is {"from": "human" or "gpt", "value": text}, and "<image>" in a text marks the place of the
 sample's next image. A sample may also have "audio": [path or (wave, sample rate), ...] and "video":
@@ -73,7 +73,7 @@ def load_image(image, size: int) -> torch.Tensor:
     return torch.from_numpy(pixels)
 
 
-def pad_to_square(image: Image.Image) -> Image.Image:
+def pad_to_square(image):
     """The RGB image in the middle of a square of CLIP's mean colour, which becomes nearly 0."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), MEAN_COLOR)
@@ -86,9 +86,8 @@ def pad_to_square(image: Image.Image) -> Image.Image:
 #
 # Every chat model has its own way of writing down who says what. It must be followed to the letter:
 # a model that was trained on "USER: Why? ASSISTANT:" answers worse when anything else stands there.
-
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+# TEMPLATES, in section 7, has the ways of all models that we know. The default run writes
+# "<q>What is it?<a> A ring.</s><q>Is it red?<a> Yes.</s>"
 
 
 class Template(NamedTuple):
@@ -104,32 +103,8 @@ class Template(NamedTuple):
     end_is_token: bool = False  # must the tokenizer know `end` as one token?
 
 
-# To add a template, add a row.
-TEMPLATES = {
-    # LLaVA's first stage. The question is dropped: image, caption, newline.
-    "plain": Template("{marks}", "{marks}", "{text}", "\n"),
-
-    # This project's own, for the default run. Each mark is one token.
-    "tiny": Template("<q>{text}<a>", "<q>{text}<a>", " {text}", "</s>"),
-
-    # CuMo's "mistral_instruct_system". The released code spells "<s>" out although the tokenizer
-    # puts one in front by itself; so here, too, there are two.
-    "mistral": Template("<s>[INST] <<SYS>>\n" + SYSTEM + "\n<</SYS>>\n\n{text} [/INST]",
-                        "[INST] {text} [/INST]", " {text} ", "</s>"),
-
-    # LLaVA-1.5's "v1".
-    "vicuna": Template(SYSTEM + " USER: {text} ASSISTANT:",
-                       "USER: {text} ASSISTANT:", " {text}", "</s>"),
-
-    # MoE-LLaVA's, for OpenChat. It keeps vicuna's words and takes only the end mark from OpenChat.
-    "openchat": Template(SYSTEM + " USER: {text} ASSISTANT:",
-                         "USER: {text} ASSISTANT:", " {text}", "<|end_of_turn|>", True),
-}
-EOS = {name: template.end for name, template in TEMPLATES.items()}
-
-
-def render(conversations: list, template: str) -> list[tuple[str, bool]]:
-    """Turns -> [(text, learnt?), ...]. The texts, joined, are what the model reads.
+def render(conversations, template):
+    """Turns and a template's name -> [(text, learnt?), ...]. The model reads the texts, joined.
 
     It learns to write the answers among them. (An empty answer is learnt, too, where LLaVA would
     take it for one that is still to come.) A conversation that ends with a turn of the human is a
@@ -192,49 +167,39 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     # Cut it at the marks. The parentheses keep these: text, mark, text, mark, ..., text.
     marks = "(<image>)" if n_audio_tokens == 0 else "(<image>|<audio>)"
     chunks = re.split(marks, text)
-
-    # How many slots does each sound take?
-    n_sounds = chunks[1::2].count("<audio>")
-    if not isinstance(n_audio_tokens, list):
-        n_audio_tokens = [n_audio_tokens] * n_sounds
-    check_slots(n_audio_tokens, n_sounds)
-    sizes_of_sounds = iter(n_audio_tokens)
+    audio_slots = iter(slots_of_sounds(chunks[1::2].count("<audio>"), n_audio_tokens))
 
     # As in LLaVA, each stretch of text is tokenized alone, and each mark becomes its slots.
-    ids = []
-    labels = []
+    encoded = []  # (id, label) of each token
     start = 0  # the chunk's first character in the whole text
     for i, chunk in enumerate(chunks):
         if i % 2 == 0:
-            new_ids, new_labels = encode_text(chunk, tokenizer, start, learnt)
+            encoded += encode_text(chunk, tokenizer, start, learnt)
+        elif chunk == "<image>":
+            encoded += [(IMAGE, IGNORE)] * n_image_tokens
         else:
-            new_ids = [IMAGE] * n_image_tokens
-            if chunk == "<audio>":
-                new_ids = [AUDIO] * next(sizes_of_sounds)
-            new_labels = [IGNORE] * len(new_ids)
-        ids += new_ids
-        labels += new_labels
+            encoded += [(AUDIO, IGNORE)] * next(audio_slots)
         start += len(chunk)
+    ids = [token for token, _ in encoded]
+    labels = [label for _, label in encoded]
 
     if any(learnt) and all(label == IGNORE for label in labels):
-        shown = str(conversations)[:300]
-        raise ValueError(f"nothing to learn, all labels are masked: {shown}")
+        raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
     return ids, labels
 
 
 def encode_text(text, tokenizer, start, learnt):
-    """-> (ids, labels) of one stretch of text, which begins at character `start` of the whole."""
-    ids = []
-    labels = []
-    encoding = tokenizer.encode(text, add_special_tokens=True)
-    for token, (first, last), special in zip(encoding.ids, encoding.offsets,
-                                             encoding.special_tokens_mask):
+    """-> [(id, label), ...] of a stretch of text, which begins at character `start` of it all."""
+    encoded = []
+    tokens = tokenizer.encode(text, add_special_tokens=True)
+    for token, (first, last), special in zip(tokens.ids, tokens.offsets,
+                                             tokens.special_tokens_mask):
         # Many tokenizers put "<s>" in front of whatever they are given. It is wanted only once.
         if special and first == last and start > 0:
             continue
-        ids.append(token)
-        labels.append(token if any(learnt[start + first:start + last]) else IGNORE)
-    return ids, labels
+        label = token if any(learnt[start + first:start + last]) else IGNORE
+        encoded.append((token, label))
+    return encoded
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,9 +213,8 @@ class Encoded(torch.utils.data.Dataset):
     Each item also has "broken", a list of messages, and "truncated", a bool. With sounds it has
     "audio" (m, 80, 100 * seconds), with a video "frames": see `load_senses`.
 
-    A sample that cannot be used is replaced by the next one and reported in "broken", so that a bad
-    file does not end a run of days; the trainer prints and counts these messages. A sample that is
-    too long loses its end. If it would lose a part of an image there, it cannot be used.
+    A sample that is too long loses its end. If it would lose a part of an image there, it cannot be
+    used. Where a sample cannot be used, the next one takes its place: see `first_usable`.
     """
     data: Any  # len(data) and data[i], a sample
     tokenizer: Tokenizer
@@ -271,53 +235,63 @@ class Encoded(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.data)
 
+    def __getitem__(self, i: int) -> dict:
+        return first_usable(self, i)
+
     def encode(self, sample: dict) -> dict:
         """A sample -> an item, without "broken". Raises ValueError if it cannot be used."""
-        senses = load_senses(sample, self.image_size, self.n_audio_tokens, self.seconds,
-                             self.max_frames, self.average)
-        ids, labels = encode_chat(senses.conversations, self.tokenizer, self.template,
-                                  self.n_image_tokens, senses.slots)
+        conversations, images, audio, frames, slots = load_senses(
+            sample, self.image_size, self.n_audio_tokens, self.seconds, self.max_frames,
+            self.average)
+        ids, labels = encode_chat(conversations, self.tokenizer, self.template,
+                                  self.n_image_tokens, slots)
 
         truncated = len(ids) > self.max_length
         if truncated:
             check_cut(ids, labels, self.max_length)
-            ids = ids[:self.max_length]
-            labels = labels[:self.max_length]
-
-        item = {"tokens": torch.tensor(ids), "labels": torch.tensor(labels),
-                "images": senses.images, "truncated": truncated}
-        if senses.audio is not None:
-            item["audio"] = senses.audio
-        if senses.frames is not None:
-            item["frames"] = senses.frames
+        item = {
+            "tokens": torch.tensor(ids[:self.max_length]),
+            "labels": torch.tensor(labels[:self.max_length]),
+            "images": images,
+            "truncated": truncated,
+        }
+        if audio is not None:
+            item["audio"] = audio
+        if frames is not None:
+            item["frames"] = frames
         return item
-
-    def __getitem__(self, i: int) -> dict:
-        # Try the samples from i on; after the last comes the first.
-        broken = []
-        for j in range(i, i + 100):
-            j = j % len(self)
-            name = f"sample {j + 1}"
-            try:
-                sample = self.data[j]
-                name = sample["id"]
-                item = self.encode(sample)
-            except ValueError as e:
-                message = str(e) if name in str(e) else f"{name}: {e}"
-                if self.strict:
-                    raise ValueError(message) from None
-                broken.append(message)
-            else:
-                item["broken"] = broken
-                return item
-        raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
 
 
 # ------------------------------------------------------------------------------------------------
 # 5. A batch
 
 
-def pad_rows(rows: list, fill: int, multiple: int = 8) -> torch.Tensor:
+def collate(samples):
+    """Items of `Encoded` -> {"tokens" (B, T), "labels" (B, T), "images" (n, 3, S, S), "broken":
+    [messages], "truncated": how many}. The images of all samples follow each other.
+
+    For a model that hears there is also "audio", and with a video "frames": see `add_sounds` and
+    `add_frames`.
+    """
+    images = [sample["images"] for sample in samples]
+
+    # As in the released code, a sample without an image brings a blank one. It stands behind the
+    # others, where it fills no slot.
+    blanks = [torch.zeros(1, *image.shape[1:]) for image in images if len(image) == 0]
+
+    batch = {
+        "tokens": pad_rows([sample["tokens"] for sample in samples], PAD),
+        "labels": pad_rows([sample["labels"] for sample in samples], IGNORE),
+        "images": torch.cat(images + blanks),
+        "broken": [message for sample in samples for message in sample["broken"]],
+        "truncated": sum(sample["truncated"] for sample in samples),
+    }
+    add_sounds(batch, samples)
+    add_frames(batch, samples)
+    return batch
+
+
+def pad_rows(rows, fill, multiple=8):
     """Lists or (T_i,) tensors -> (B, T) int64, filled up on the right.
 
     T is the greatest T_i, rounded up to a multiple. With fewer different lengths, memory is reused
@@ -331,45 +305,14 @@ def pad_rows(rows: list, fill: int, multiple: int = 8) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (0, length - longest), value=fill)  # (B, T)
 
 
-def collate(samples: list) -> dict:
-    """Items of `Encoded` -> {"tokens" (B, T), "labels" (B, T), "images" (n, 3, S, S), "broken":
-    [messages], "truncated": how many}.
+# ------------------------------------------------------------------------------------------------
+# You can stop here on a first reading. Behind this line: the order of the samples, the templates of
+# chat models, sounds, videos, LLaVA's files, the drawn world with its questions, the checks of what
+# users bring, and what happens to broken samples.
+# ------------------------------------------------------------------------------------------------
 
-    The images of all samples follow each other. For a model that hears there is also "audio"
-    (m, 80, frames), and if a sample has a video, "frames" (groups,), which says for each "<image>"
-    how many of the images belong to it.
-    """
-    # As in the released code, a sample without an image brings a blank one. It stands behind the
-    # others, where it fills no slot.
-    blanks = []
-    for sample in samples:
-        if len(sample["images"]) == 0:
-            blanks.append(torch.zeros(1, *sample["images"].shape[1:]))
-
-    batch = {
-        "tokens": pad_rows([sample["tokens"] for sample in samples], PAD),
-        "labels": pad_rows([sample["labels"] for sample in samples], IGNORE),
-        "images": torch.cat([sample["images"] for sample in samples] + blanks),
-        "broken": [message for sample in samples for message in sample["broken"]],
-        "truncated": sum(sample["truncated"] for sample in samples),
-    }
-
-    # If no sample has a sound, there is a chunk of silence: all processes must run all modules, or
-    # they would wait for each other's gradients for ever. One is enough for a whole batch.
-    sounds = [sample["audio"] for sample in samples if "audio" in sample]
-    if sounds:
-        audio = torch.cat(sounds)  # (m, 80, frames)
-        if len(audio) == 0:
-            audio = audio.new_zeros(1, *audio.shape[1:])
-        batch["audio"] = audio
-
-    # In a batch with a video, all other images, the blank ones too, are groups of one.
-    if any("frames" in sample for sample in samples):
-        frames = []
-        for sample in samples:
-            frames += sample.get("frames", [1] * len(sample["images"]))
-        batch["frames"] = torch.tensor(frames + [1] * len(blanks))
-    return batch
+# ------------------------------------------------------------------------------------------------
+# 6. The order of the samples
 
 
 @dataclass
@@ -436,12 +379,37 @@ class Batches:
 
 
 # ------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Behind this line: sounds, videos, LLaVA's files, the drawn
-# world with its questions, and the checks of what users bring.
-# ------------------------------------------------------------------------------------------------
+# 7. The templates of chat models
+
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+
+# To add a template, add a row.
+TEMPLATES = {
+    # LLaVA's first stage. The question is dropped: image, caption, newline.
+    "plain": Template("{marks}", "{marks}", "{text}", "\n"),
+
+    # This project's own, for the default run. Each mark is one token.
+    "tiny": Template("<q>{text}<a>", "<q>{text}<a>", " {text}", "</s>"),
+
+    # CuMo's "mistral_instruct_system". The released code spells "<s>" out although the tokenizer
+    # puts one in front by itself; so here, too, there are two.
+    "mistral": Template("<s>[INST] <<SYS>>\n" + SYSTEM + "\n<</SYS>>\n\n{text} [/INST]",
+                        "[INST] {text} [/INST]", " {text} ", "</s>"),
+
+    # LLaVA-1.5's "v1".
+    "vicuna": Template(SYSTEM + " USER: {text} ASSISTANT:",
+                       "USER: {text} ASSISTANT:", " {text}", "</s>"),
+
+    # MoE-LLaVA's, for OpenChat. It keeps vicuna's words and takes only the end mark from OpenChat.
+    "openchat": Template(SYSTEM + " USER: {text} ASSISTANT:",
+                         "USER: {text} ASSISTANT:", " {text}", "<|end_of_turn|>", True),
+}
+EOS = {name: template.end for name, template in TEMPLATES.items()}
+
 
 # ------------------------------------------------------------------------------------------------
-# 6. Sounds
+# 8. Sounds
 #
 # A transformer made for images can also hear, if the sound is turned into a picture: how loud is
 # each of 80 bands of pitch, every 10 ms? The bands lie as they do in the ear (the mel scale: even
@@ -452,18 +420,18 @@ HOP = 160  # samples from one column of the picture to the next
 FFT = 400  # samples that make up one column
 N_MELS = 80
 MAX_CHUNKS = 20  # of one sound: ten minutes, in chunks of 30 s
-RATES = (1000, 1_000_000)  # the lowest and the highest sample rate that a sound may have
+LOWEST_RATE = 1000  # that a sound may have, in samples a second
+HIGHEST_RATE = 1_000_000
 
 
-def load_audio(audio, seconds: float = 30.0) -> torch.Tensor:
+def load_audio(audio, seconds=30.0):
     """A path or (wave, sample rate) -> (n_chunks, 80, 100 * seconds) float32.
 
     Raises ValueError as `read_wav` and `log_mel` do.
     """
     if isinstance(audio, (str, os.PathLike)):
         audio = read_wav(audio, MAX_CHUNKS * seconds)
-    wave, sample_rate = audio
-    return log_mel(wave, sample_rate, seconds)
+    return log_mel(*audio, seconds)
 
 
 def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
@@ -494,7 +462,7 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
     return (torch.maximum(mel, loudest - 8) + 4) / 4
 
 
-def resample(wave: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
+def resample(wave, rate, to=RATE):
     """(n,) at `rate` samples a second -> (ceil(n * to / rate),) float32 at `to` samples a second.
 
     A wave is a sum of sines, and the Fourier transform says how much of each there is. We keep the
@@ -502,8 +470,9 @@ def resample(wave: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
     to half of itself (Nyquist's); what lies above would come back as a wrong, low tone. The last
     twentieth below that limit fades out, because a sharp edge would ring for long.
     """
-    if not RATES[0] <= rate <= RATES[1]:
-        raise ValueError(f"a sample rate of {rate} Hz; it may be {RATES[0]:,} to {RATES[1]:,}")
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise ValueError(f"a sample rate of {rate} Hz; it may be {LOWEST_RATE:,} to "
+                         f"{HIGHEST_RATE:,}")
     wave = np.asarray(wave, np.float32)
     if rate == to:
         return wave
@@ -511,8 +480,9 @@ def resample(wave: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
     # The transform takes the wave for one turn of an endless circle. A tenth of a second of silence
     # keeps its end apart from its beginning. A turn must be a whole number of samples at both
     # rates: 441 samples at 44,100 Hz take as long as 160 at 16,000 Hz.
-    old_step = rate // math.gcd(rate, to)
-    new_step = to // math.gcd(rate, to)
+    common = math.gcd(rate, to)
+    old_step = rate // common
+    new_step = to // common
     steps = math.ceil((len(wave) + rate // 10) / old_step)
 
     # The transform is fast if the number of steps has small factors: round it up to at most 64
@@ -533,7 +503,7 @@ def resample(wave: np.ndarray, rate: int, to: int = RATE) -> np.ndarray:
 
 
 @functools.lru_cache
-def whisper_ear() -> tuple[torch.Tensor, torch.Tensor]:
+def whisper_ear():
     """-> (Hann window (400,), mel filters (80, 201)), which are Whisper's.
 
     A filter weighs the frequencies of one band. It is a triangle that reaches to the middles of the
@@ -553,7 +523,7 @@ def whisper_ear() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.hann_window(FFT), torch.from_numpy(filters).float()
 
 
-def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
+def read_wav(path, max_seconds=math.inf):
     """A WAV file of 8, 16, 24 or 32 bit PCM -> (wave (n,) float32 in [-1, 1], sample rate).
 
     Channels are averaged. Raises ValueError, naming the file and what to do, if it is missing, of
@@ -563,27 +533,26 @@ def read_wav(path, max_seconds: float = math.inf) -> tuple[np.ndarray, int]:
               "most files")
     try:
         # The file is mapped, not read: its header comes first, and may promise hours.
-        with open(path, "rb") as file, \
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
-            call_plain_pcm(content)
-            reader = wave.open(content)
-            channels, width, rate, n, _, _ = reader.getparams()
-            if n == 0 or width > 4 or not RATES[0] <= rate <= RATES[1]:
-                raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
-            too_long = n / rate > max_seconds
-            data = b"" if too_long else reader.readframes(n)
+        with open(path, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        call_plain_pcm(content)
+        reader = wave.open(content)
+        channels, width, rate, n, _, _ = reader.getparams()
+        if n == 0 or width > 4 or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+            raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; check the path, and --images") from None
     except (OSError, EOFError, ValueError, wave.Error) as e:  # ValueError: an empty file
         why = str(e) or "it ends too early"
         raise ValueError(f"{path}: cannot be read as PCM WAV: {why}; {remedy}") from None
+    check_seconds(n / rate, max_seconds, f"{path}: ")
 
-    if too_long:
-        raise ValueError(f"{path}: {n / rate:,.0f} s of sound, over the limit of "
-                         f"{max_seconds:,.0f} s; cut it into parts")
-    if len(data) < n * channels * width:
-        raise ValueError(f"{path}: truncated, {len(data) // (channels * width)} of {n} samples are "
-                         f"there; copy it again, or {remedy}")
+    # Now read the samples.
+    data = reader.readframes(n)
+    frame = channels * width  # bytes of one sample of all channels
+    if len(data) < n * frame:
+        raise ValueError(f"{path}: truncated, {len(data) // frame} of {n} samples are there; copy "
+                         f"it again, or {remedy}")
     samples = pcm_to_float(data, width).reshape(n, channels)
     return samples.mean(1), rate
 
@@ -601,7 +570,7 @@ def call_plain_pcm(content):
         content[start:start + 2] = b"\1\0"
 
 
-def pcm_to_float(data: bytes, width: int) -> np.ndarray:
+def pcm_to_float(data, width):
     """Little-endian integers of `width` bytes each -> (n,) float32 in [-1, 1]."""
     samples = np.frombuffer(data, np.uint8).reshape(-1, width)  # (n, width)
     if width == 1:
@@ -609,30 +578,25 @@ def pcm_to_float(data: bytes, width: int) -> np.ndarray:
         samples = samples ^ 128
 
     # As the upper bytes of an int32, all widths reach equally far.
-    full = np.zeros((len(samples), 4), np.uint8)
-    full[:, 4 - width:] = samples
-    return full.view("<i4")[:, 0].astype(np.float32) / 2 ** 31
+    samples = np.pad(samples, ((0, 0), (4 - width, 0)))  # (n, 4)
+    return samples.view("<i4")[:, 0].astype(np.float32) / 2 ** 31
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. All that a sample shows: images, sounds, videos
+# 9. All that a sample shows: images, sounds, videos
 
 # What counts as an image in a video's folder
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
-class Senses(NamedTuple):
-    """A sample, loaded. See `load_senses`."""
-    conversations: list  # with each "<video>" replaced by "<image>"s
-    images: torch.Tensor  # (k, 3, S, S), with the frames of videos, in the order of the text
-    audio: torch.Tensor | None  # (m, 80, 100 * seconds); None if the model hears nothing
-    frames: list | None  # how many of the images belong to each "<image>"; None without a video
-    slots: list | int  # for encode_chat: how many AUDIO each "<audio>" takes
+def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8, average=True):
+    """A sample -> (conversations, images, audio, frames, slots).
 
-
-def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds: float = 30.0,
-                max_frames: int = 8, average: bool = True) -> Senses:
-    """A sample's images, sounds and videos -> tensors, and its conversations.
+    conversations: the turns, with each "<video>" replaced by "<image>"s
+    images: (k, 3, S, S), with the frames of videos, in the order of the text
+    audio: (m, 80, 100 * seconds), or None if the model hears nothing
+    frames: a list of how many images belong to each "<image>", or None without a video
+    slots: for encode_chat, how many AUDIO each "<audio>" takes
 
     Each frame of a video becomes an image; of a long video max_frames are taken, evenly. average:
     as in Uni-MoE, a video fills the slots of one image, with the mean of its frames' features; so
@@ -647,28 +611,63 @@ def load_senses(sample: dict, image_size: int, n_audio_tokens: int = 0, seconds:
     text = text_of(sample)
     check_marks(text, pictures, videos, sounds, n_audio_tokens)
 
-    # Which pictures belong to each mark, in the order of the text?
-    rest = {"<image>": iter([[picture] for picture in pictures]), "<video>": iter(videos)}
-    groups = [next(rest[mark]) for mark in re.findall("<image>|<video>", text)]
-    images = [load_image(picture, image_size) for group in groups for picture in group]
+    # Load what belongs to each mark, in the order of the text: an image or a video's frames.
+    next_picture = iter(pictures)
+    next_video = iter(videos)
+    images = []
+    frames = []
+    for mark in re.findall("<image>|<video>", text):
+        group = next(next_video) if mark == "<video>" else [next(next_picture)]
+        images += [load_image(picture, image_size) for picture in group]
+        frames.append(len(group))
     check_frame_sizes(videos)
     none = torch.empty(0, 3, image_size, image_size)
     images = torch.stack(images) if images else none  # (k, 3, S, S)
 
     # From here on there are only images; `frames` remembers which of them belong together.
-    sizes = [1 if average else len(video) for video in videos]
+    sizes = [1] * len(videos)
+    if not average:
+        sizes = [len(video) for video in videos]
+        frames = [1] * len(images)
     conversations = videos_as_images(sample["conversations"], sizes)
-    frames = None
-    if videos:
-        frames = [len(group) for group in groups] if average else [1] * len(images)
+    if not videos:
+        frames = None
 
     # sounds
     if n_audio_tokens == 0:
-        return Senses(conversations, images, None, frames, 0)
+        return conversations, images, None, frames, 0
     none = torch.empty(0, N_MELS, round(RATE / HOP * seconds))
     chunks = [load_audio(sound, seconds) for sound in sounds]
     slots = [len(chunk) * n_audio_tokens for chunk in chunks]
-    return Senses(conversations, images, torch.cat([none, *chunks]), frames, slots)
+    return conversations, images, torch.cat([none, *chunks]), frames, slots
+
+
+def add_sounds(batch, samples):
+    """Give the batch of a model that hears "audio" (m, 80, frames)."""
+    sounds = [sample["audio"] for sample in samples if "audio" in sample]
+    if not sounds:
+        return
+    audio = torch.cat(sounds)  # (m, 80, frames)
+
+    # If no sample has a sound, there is a chunk of silence: all processes must run all modules, or
+    # they would wait for each other's gradients for ever. One is enough for a whole batch.
+    if len(audio) == 0:
+        audio = audio.new_zeros(1, *audio.shape[1:])
+    batch["audio"] = audio
+
+
+def add_frames(batch, samples):
+    """If a sample has a video, give the batch "frames" (groups,), which says for each "<image>" how
+    many of the images belong to it."""
+    if not any("frames" in sample for sample in samples):
+        return
+    frames = []
+    for sample in samples:
+        frames += sample.get("frames", [1] * len(sample["images"]))
+
+    # All other images, the blank ones too, are groups of one.
+    n_blanks = len(batch["images"]) - sum(frames)
+    batch["frames"] = torch.tensor(frames + [1] * n_blanks)
 
 
 def text_of(sample):
@@ -701,7 +700,7 @@ def videos_as_images(conversations, sizes):
     return turns
 
 
-def video_files(videos, folder: str, where: str) -> list[list[str]]:
+def video_files(videos, folder, where):
     """What a JSON file has under "video" -> the paths of each video's frames.
 
     videos: a folder of frames, a list of frame files, or a list with such a folder or list for each
@@ -748,7 +747,7 @@ def frames_in(folder, where):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. LLaVA's files
+# 10. LLaVA's files
 
 
 class LlavaJson:
@@ -771,7 +770,7 @@ class LlavaJson:
     def __getitem__(self, i: int) -> dict:
         sample = self.samples[i]
         where = f"{self.file}: sample {i + 1}"
-        if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
+        if not has_turns(sample):
             raise ValueError(f"{where}: must be an object with a list 'conversations'")
         return {
             "id": f"{where} (id {sample.get('id', '-')})",
@@ -797,16 +796,17 @@ class LlavaJson:
         slots = {"<image>": n_image_tokens, "<video>": n_image_tokens, "<audio>": n_audio_tokens}
         lengths = []
         for sample in self.samples:
-            length = 0
-            if isinstance(sample, dict) and isinstance(sample.get("conversations"), list):
-                text = text_of(sample)
-                length = len(text.split())
-                length += sum(n * text.count(mark) for mark, n in slots.items())
-            lengths.append(length)
+            text = text_of(sample) if has_turns(sample) else ""
+            n_slots = sum(n * text.count(mark) for mark, n in slots.items())
+            lengths.append(len(text.split()) + n_slots)
         return lengths
 
 
-def read_json(file: str) -> list:
+def has_turns(sample):
+    return isinstance(sample, dict) and isinstance(sample.get("conversations"), list)
+
+
+def read_json(file):
     """The objects of a JSON list, or of JSON lines. ValueError names the line that is malformed."""
     try:
         with open(file, encoding="utf-8") as f:
@@ -832,7 +832,7 @@ def read_json(file: str) -> list:
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. The drawn world: scenes
+# 11. The drawn world: scenes
 #
 # A CLEVR for a laptop. One to five objects stand in the cells of a 3 x 3 grid, a little off centre.
 # In a third of the scenes a sign with a printed word takes a row. All that is drawn and asked is a
@@ -861,14 +861,18 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five")
 DRAWN_SIZE = 48  # pixels a side
 CELL = 16
 FONT = ImageFont.load_default_imagefont()  # 6 x 11 pixels a letter, and the same everywhere
-STAR = [(np.sin(i * np.pi / 5) * radius, -np.cos(i * np.pi / 5) * radius)
-        for i, radius in enumerate((1.12, 0.45) * 5)]  # ten corners, outer and inner in turn
+CORNERS = {
+    "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
+    # ten corners, outer and inner in turn
+    "star": [(np.sin(i * np.pi / 5) * radius, -np.cos(i * np.pi / 5) * radius)
+             for i, radius in enumerate((1.12, 0.45) * 5)],
+}
 INK_AND_PAPER = (((20, 20, 20), (225, 225, 215)),
                  ((245, 245, 240), (30, 70, 40)),
                  ((250, 240, 90), (40, 40, 60)))
 
 
-def make_scene(seed: int, held_out: bool = False) -> dict:
+def make_scene(seed, held_out=False):
     """-> {"objects": [(cell, size, color, shape), ...], "sign": None or (row, word), "seed"}.
 
     A pure function of its arguments; objects come in the order of their cells. Training and
@@ -900,7 +904,7 @@ def make_scene(seed: int, held_out: bool = False) -> dict:
             return scene
 
 
-def phrases(scene: dict) -> dict:
+def phrases(scene):
     """{cell: "top left: large red circle"}, in scan order. A sign has its row's first cell."""
     out = {}
     for cell, size, color, shape in scene["objects"]:
@@ -911,12 +915,12 @@ def phrases(scene: dict) -> dict:
     return dict(sorted(out.items()))
 
 
-def describe(scene: dict) -> str:
+def describe(scene):
     """The caption, in scan order: "top left: large red circle. middle: sign open."."""
     return " ".join(phrase + "." for phrase in phrases(scene).values())
 
 
-def draw_scene(scene: dict) -> Image.Image:
+def draw_scene(scene):
     """The scene as a 48 x 48 RGB image.
 
     Background, places within the cells, sizes, shades and noise vary with the scene's seed.
@@ -949,24 +953,21 @@ def draw_scene(scene: dict) -> Image.Image:
 
 def draw_shape(draw, shape, x, y, radius, fill):
     """Draw a shape around the pixel (x, y)."""
-    def at(*points):
-        # Shapes are given from -1 to 1; this is where that lies in the image.
-        return [(x + radius * a, y + radius * b) for a, b in points]
+    def box(width, height):
+        return (x - radius * width, y - radius * height, x + radius * width, y + radius * height)
 
     match shape:
         case "circle":
-            draw.ellipse(at((-1, -1), (1, 1)), fill)
+            draw.ellipse(box(1, 1), fill)
         case "ring":
-            draw.ellipse(at((-1, -1), (1, 1)), outline=fill, width=round(0.42 * radius))
+            draw.ellipse(box(1, 1), outline=fill, width=round(0.42 * radius))
         case "square":
-            draw.rectangle(at((-0.85, -0.85), (0.85, 0.85)), fill)
-        case "triangle":
-            draw.polygon(at((0, -1), (1, 0.85), (-1, 0.85)), fill)
-        case "star":
-            draw.polygon(at(*STAR), fill)
+            draw.rectangle(box(0.85, 0.85), fill)
         case "cross":
-            draw.rectangle(at((-0.35, -1), (0.35, 1)), fill)
-            draw.rectangle(at((-1, -0.35), (1, 0.35)), fill)
+            draw.rectangle(box(0.35, 1), fill)
+            draw.rectangle(box(1, 0.35), fill)
+        case _:
+            draw.polygon([(x + radius * a, y + radius * b) for a, b in CORNERS[shape]], fill)
 
 
 def draw_sign(image, row, word, rng):
@@ -983,16 +984,10 @@ def draw_sign(image, row, word, rng):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Questions about a scene
+# 12. Questions about a scene
 #
-# There is a function for each type of question. It returns (question, answer), or None if the scene
-# offers no such question. Each question has one right answer, which it does not give away.
-
-
-def uniquely_named(objects):
-    """The objects that a name such as "the red circle" tells from all others."""
-    names = [(color, shape) for _, _, color, shape in objects]
-    return [thing for thing in objects if names.count(thing[2:]) == 1]
+# Each type of question is asked by a function, which returns (question, answer), or None if the
+# scene offers no such question. Each question has one right answer, which it does not give away.
 
 
 def yes_or_no(yes):
@@ -1006,40 +1001,28 @@ def plural(word):
     return word + ("es" if word == "cross" else "s")
 
 
-def ask_color(scene, rng):
-    # "the star" must be the only star
-    shapes = [shape for _, _, _, shape in scene["objects"]]
-    unique = [thing for thing in scene["objects"] if shapes.count(thing[3]) == 1]
-    if not unique:
-        return None
-    _, _, color, shape = rng.choice(unique)
-    return f"What color is the {shape}?", color
+# Questions about one object, and which of its properties is the answer.
+ONE_OBJECT = {
+    "color": ("What color is the {shape}?", "color"),
+    "color at": ("What color is the shape at the {place}?", "color"),
+    "shape at": ("What shape is at the {place}?", "shape"),
+    "size": ("Is the {color} {shape} large or small?", "size"),
+    "where": ("Where is the {color} {shape}?", "place"),
+}
 
 
-def ask_color_at(scene, rng):
-    cell, _, color, _ = rng.choice(scene["objects"])
-    return f"What color is the shape at the {PLACES[cell]}?", color
+def ask_about_one(scene, kind, rng):
+    question, answer = ONE_OBJECT[kind]
 
-
-def ask_shape_at(scene, rng):
-    cell, _, _, shape = rng.choice(scene["objects"])
-    return f"What shape is at the {PLACES[cell]}?", shape
-
-
-def ask_size(scene, rng):
-    unique = uniquely_named(scene["objects"])
-    if not unique:
-        return None
-    _, size, color, shape = rng.choice(unique)
-    return f"Is the {color} {shape} large or small?", size
-
-
-def ask_where(scene, rng):
-    unique = uniquely_named(scene["objects"])
-    if not unique:
-        return None
-    cell, _, color, shape = rng.choice(unique)
-    return f"Where is the {color} {shape}?", PLACES[cell]
+    # Ask it about each object. If two objects make the same question, it says of neither which one
+    # is meant: "the star" must be the only star.
+    pairs = []
+    for cell, size, color, shape in scene["objects"]:
+        words = {"place": PLACES[cell], "size": size, "color": color, "shape": shape}
+        pairs.append((question.format(**words), words[answer]))
+    questions = [question for question, _ in pairs]
+    clear = [pair for pair in pairs if questions.count(pair[0]) == 1]
+    return rng.choice(clear) if clear else None
 
 
 def ask_count(scene, rng):
@@ -1059,32 +1042,33 @@ def ask_exists(scene, rng):
     # Most questions with the answer "no" are near misses: both words are there, but not together.
     near = {(one[2], other[3]) for one in objects for other in objects} - there
     if rng.random() < 0.5:
-        color, shape = rng.choice(sorted(there))
+        pair = rng.choice(sorted(there))
     elif near and rng.random() < 0.7:
-        color, shape = rng.choice(sorted(near))
+        pair = rng.choice(sorted(near))
     else:
-        color = rng.choice(list(COLORS))
-        shape = rng.choice(SHAPES)
-    return f"Is there a {color} {shape}?", yes_or_no((color, shape) in there)
+        pair = (rng.choice(list(COLORS)), rng.choice(SHAPES))
+    color, shape = pair
+    return f"Is there a {color} {shape}?", yes_or_no(pair in there)
 
 
 def ask_relation(scene, rng):
-    unique = uniquely_named(scene["objects"])
+    # Take two objects that "the red circle" tells from all others.
+    named = [(f"{color} {shape}", cell) for cell, _, color, shape in scene["objects"]]
+    names = [name for name, _ in named]
+    unique = [pair for pair in named if names.count(pair[0]) == 1]
     if len(unique) < 2:
         return None
-    one, other = rng.sample(unique, 2)
+    (one, cell), (other, other_cell) = rng.sample(unique, 2)
 
-    # Compare their columns (axis 0) or their rows (axis 1), whichever differ.
-    here = (one[0] % 3, one[0] // 3)
-    there = (other[0] % 3, other[0] // 3)
-    axis = rng.choice([axis for axis in (0, 1) if here[axis] != there[axis]])
-    before, behind = (("left of", "right of"), ("above", "below"))[axis]
+    # Compare their columns or their rows, whichever differ.
+    axes = [(cell % 3, other_cell % 3, "left of", "right of"),
+            (cell // 3, other_cell // 3, "above", "below")]
+    here, there, before, behind = rng.choice([axis for axis in axes if axis[0] != axis[1]])
 
     # A coin decides whether the question is true.
     yes = rng.random() < 0.5
-    relation = before if (here[axis] < there[axis]) == yes else behind
-    question = f"Is the {one[2]} {one[3]} {relation} the {other[2]} {other[3]}?"
-    return question, yes_or_no(yes)
+    relation = before if (here < there) == yes else behind
+    return f"Is the {one} {relation} the {other}?", yes_or_no(yes)
 
 
 def ask_sign(scene, rng):
@@ -1092,41 +1076,42 @@ def ask_sign(scene, rng):
     return "What does the sign say?", answer
 
 
-QUESTIONS = {
-    "color": ask_color,
-    "color at": ask_color_at,
-    "shape at": ask_shape_at,
-    "size": ask_size,
-    "where": ask_where,
-    "count": ask_count,
-    "exists": ask_exists,
-    "relation": ask_relation,
-    "sign": ask_sign,
-}
-TYPES = tuple(QUESTIONS)
+QUESTIONS = {"count": ask_count, "exists": ask_exists, "relation": ask_relation, "sign": ask_sign}
+TYPES = (*ONE_OBJECT, *QUESTIONS)
 
 
-def ask(scene: dict, kind: str, rng: random.Random):
+def ask(scene, kind, rng):
     """A question of that type and its answer, or None where the scene offers none."""
+    if kind in ONE_OBJECT:
+        return ask_about_one(scene, kind, rng)
     return QUESTIONS[kind](scene, rng)
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. The drawn world: sounds
+# 13. The drawn world: sounds
 #
 # In a second and a half one hears one to five equal beeps, a glide that rises or falls, or a pair
 # of sounds, one after the other. All have a timbre, a pitch and a loudness. When they sound, how
 # fast, and at which exact frequency is left to chance.
 
 SOUND_SECONDS = 1.5
-TIMBRES = ("whistle", "organ", "buzz")
+
+# How strong each harmonic is: a whistle is a tone alone, an organ adds two octaves, and a buzz has
+# them all.
+HARMONICS = {
+    "whistle": {1: 1},
+    "organ": {1: 1, 2: 1, 4: 1},
+    "buzz": {k: k ** -0.5 for k in range(1, 50)},
+}
+TIMBRES = tuple(HARMONICS)
+
 PITCHES = {"low": 200, "middle": 420, "high": 880}  # Hz, give or take a tenth
 LOUDNESS = {"loud": (0.1, 0.17), "soft": (0.008, 0.013)}  # root mean square: 18 dB lie between
 SOUND_KINDS = {"beeps": 4, "glide": 3, "pair": 3}  # and how often each is drawn
 PART_SECONDS = {"beeps": (0.09, 0.13), "glide": (0.6, 1.2), "pair": (0.35, 0.5)}  # from and to
 
 
-def make_sound(seed: int, held_out: bool = False, kinds=tuple(SOUND_KINDS)) -> dict:
+def make_sound(seed, held_out=False, kinds=tuple(SOUND_KINDS)):
     """-> {"kind", "voices": [(pitch, timbre)], two of a pair, "beeps": how many or None,
     "way": "rises", "falls" or None, "loudness", "seed"}: a pure function of its arguments.
 
@@ -1162,7 +1147,7 @@ def make_sound(seed: int, held_out: bool = False, kinds=tuple(SOUND_KINDS)) -> d
             return sound
 
 
-def describe_sound(sound: dict) -> str:
+def describe_sound(sound):
     """The caption: "three loud high whistle beeps.", "one soft low buzz rising." or
     "low whistle, then high buzz, loud."."""
     voices = [f"{pitch} {timbre}" for pitch, timbre in sound["voices"]]
@@ -1176,7 +1161,7 @@ def describe_sound(sound: dict) -> str:
     return f"{NUMBERS[sound['beeps']]} {loudness} {voices[0]} {beeps}."
 
 
-def draw_sound(sound: dict) -> tuple[np.ndarray, int]:
+def draw_sound(sound):
     """The sound as (wave (24,000,) float32, 16,000 samples a second).
 
     Timing, frequencies and a faint noise vary with the sound's seed.
@@ -1199,194 +1184,165 @@ def draw_sound(sound: dict) -> tuple[np.ndarray, int]:
 
     # Each part fades in and out over 128 samples, or it would click.
     m = round(length * RATE)
-    from_begin = np.arange(m)
-    from_end = from_begin[::-1]
-    fade = np.minimum(1, np.minimum(from_begin, from_end) / 128, dtype=np.float32)
+    ramp = np.arange(m) / 128
+    fade = np.minimum(1, np.minimum(ramp, ramp[::-1]), dtype=np.float32)
 
+    # The two of a pair take turns; all beeps have one voice.
     for i in range(n):
         voice = i % len(frequencies)
-        frequency = frequencies[voice]
-
-        # Nothing may come near the Nyquist frequency, 8 kHz, even at the end of a glide.
-        highest = frequency * max(bend, 1 / bend)
-        table = wavetable(sound["voices"][voice][1], n_harmonics=int(7500 / highest))
-
-        # How many periods have gone by at each sample? Their fractions are places in the table.
-        periods = np.cumsum(frequency * bend ** np.linspace(-1, 1, m)) / RATE  # (m,)
-        steps = (periods * len(table)).astype(np.int64) % len(table)
+        _, timbre = sound["voices"][voice]
         at = round((start + i * (length + gap)) * RATE)
-        out[at:at + m] += level * fade * table[steps]
+        out[at:at + m] += level * fade * draw_tone(timbre, frequencies[voice], bend, m)
     return out.clip(-1, 1), RATE
 
 
-@functools.lru_cache
-def wavetable(timbre: str, n_harmonics: int) -> np.ndarray:
-    """One period of a tone in 4096 samples, of power one.
+def draw_tone(timbre, frequency, bend, m):
+    """(m,) float32, a tone that glides from frequency / bend to frequency * bend.
 
-    Synthesizers store sounds this way: a tone of any frequency steps through the same table at its
-    own speed.
+    Synthesizers store sounds as one period in a table: a tone of any frequency steps through the
+    same table at its own speed.
     """
+    # Nothing may come near the Nyquist frequency, 8 kHz, even at the end of a glide.
+    highest = frequency * max(bend, 1 / bend)
+    table = wavetable(timbre, n_harmonics=int(7500 / highest))
+
+    # How many periods have gone by at each sample? Their fractions are places in the table.
+    periods = np.cumsum(frequency * bend ** np.linspace(-1, 1, m)) / RATE  # (m,)
+    return table[(periods * len(table)).astype(np.int64) % len(table)]
+
+
+@functools.lru_cache
+def wavetable(timbre, n_harmonics):
+    """One period of a tone in 4096 samples, of power one, with harmonics up to n_harmonics."""
     period = np.linspace(0, 2 * np.pi, 4096, endpoint=False)
     table = np.zeros(4096)
-    for k in range(1, n_harmonics + 1):
-        table += harmonic_strength(timbre, k) * np.sin(k * period)
+    for k, strength in HARMONICS[timbre].items():
+        if k <= n_harmonics:
+            table += strength * np.sin(k * period)
     return (table / np.sqrt(np.mean(table ** 2))).astype(np.float32)
 
 
-def harmonic_strength(timbre, k):
-    """How strong the k-th harmonic is: a whistle is a tone alone, an organ adds two octaves, and a
-    buzz has them all."""
-    if timbre == "buzz":
-        return k ** -0.5
-    harmonics = (1,) if timbre == "whistle" else (1, 2, 4)
-    return float(k in harmonics)
-
-
 # ------------------------------------------------------------------------------------------------
-# 12. Questions about a sound, and about a scene and a sound together
-
-
-def ask_beeps(sound, rng):
-    if sound["kind"] != "beeps":
-        return None
-    return "How many beeps are there?", NUMBERS[sound["beeps"]]
-
-
-def ask_glide(sound, rng):
-    if sound["kind"] != "glide":
-        return None
-    return "Does the sound rise or fall?", sound["way"]
-
-
-def ask_higher(sound, rng):
-    if sound["kind"] != "pair":
-        return None
-    first, second = [PITCHES[pitch] for pitch, _ in sound["voices"]]
-    answer = "first" if first > second else "second"
-    return "Which sound is higher, the first or the second?", answer
-
-
-def ask_timbre(sound, rng):
-    if sound["kind"] == "pair":
-        return None
-    return "What makes the sound?", sound["voices"][0][1]
-
-
-def ask_loudness(sound, rng):
-    return "Is the sound loud or soft?", sound["loudness"]
-
-
-def ask_order(sound, rng):
-    first = sound["voices"][0][1]
-    last = sound["voices"][-1][1]
-    if first == last:
-        return None
-    one, other = rng.sample((first, last), 2)
-    return f"Which comes first, the {one} or the {other}?", first
-
+# 14. Questions about a sound, and about a scene and a sound together
 
 SOUND_QUESTIONS = {
-    "beeps": ask_beeps,
-    "glide": ask_glide,
-    "higher": ask_higher,
-    "timbre": ask_timbre,
-    "loudness": ask_loudness,
-    "order": ask_order,
+    "beeps": "How many beeps are there?",
+    "glide": "Does the sound rise or fall?",
+    "higher": "Which sound is higher, the first or the second?",
+    "timbre": "What makes the sound?",
+    "loudness": "Is the sound loud or soft?",
+    "order": "Which comes first, the {} or the {}?",
 }
 SOUND_TYPES = tuple(SOUND_QUESTIONS)
 
 
-def ask_sound(sound: dict, kind: str, rng: random.Random):
+def ask_sound(sound, kind, rng):
     """A question of that type and its answer, or None where the sound offers none."""
-    return SOUND_QUESTIONS[kind](sound, rng)
+    # Unless it is a pair, the first voice is also the last.
+    pitch, timbre = sound["voices"][0]
+    last_pitch, last_timbre = sound["voices"][-1]
+    is_pair = sound["kind"] == "pair"
+    question = SOUND_QUESTIONS[kind]
+
+    match kind:
+        case "beeps" if sound["beeps"]:
+            return question, NUMBERS[sound["beeps"]]
+        case "glide" if sound["way"]:
+            return question, sound["way"]
+        case "higher" if is_pair:
+            return question, "first" if PITCHES[pitch] > PITCHES[last_pitch] else "second"
+        case "timbre" if not is_pair:
+            return question, timbre
+        case "loudness":
+            return question, sound["loudness"]
+        case "order" if timbre != last_timbre:
+            return question.format(*rng.sample((timbre, last_timbre), 2)), timbre
+    return None
 
 
 def count_words(scene):
     """How many objects have each of the colours and shapes in a scene: {"circle": 1, "red": 2}."""
-    words = [word for _, _, color, shape in scene["objects"] for word in (color, shape)]
+    words = [word for thing in scene["objects"] for word in thing[2:]]
     return {word: words.count(word) for word in sorted(set(words))}
 
 
-def ask_as_many(scene, sound, rng):
-    n = sound["beeps"]
-    if n is None:
-        return None
+def two_counts(n_beeps, n_seen, verdict):
+    """An answer that counts before it judges: "two and three: no"."""
+    return f"{NUMBERS[n_beeps]} and {NUMBERS[n_seen]}: {verdict}"
 
+
+def ask_as_many(scene, n_beeps, rng):
     # A "no" must be near, or it could be told without counting.
     counts = count_words(scene)
-    same = [word for word, count in counts.items() if count == n]
-    near = [word for word, count in counts.items() if abs(count - n) == 1]
+    same = [word for word, count in counts.items() if count == n_beeps]
+    near = [word for word, count in counts.items() if abs(count - n_beeps) == 1]
     if not same or not near:
         return None
 
     # Both answers are possible, so a coin decides.
     yes = rng.random() < 0.5
     word = rng.choice(same if yes else near)
-    seen = f"{NUMBERS[n]} and {NUMBERS[counts[word]]}"
-    return f"Are there as many beeps as {plural(word)}?", f"{seen}: {yes_or_no(yes)}"
+    question = f"Are there as many beeps as {plural(word)}?"
+    return question, two_counts(n_beeps, counts[word], yes_or_no(yes))
 
 
-def ask_more(scene, sound, rng):
-    n = sound["beeps"]
-    if n is None:
-        return None
-    shapes = len(scene["objects"])
+def ask_more(scene, n_beeps, rng):
+    n_shapes = len(scene["objects"])
     more = "equal"
-    if n > shapes:
+    if n_beeps > n_shapes:
         more = "beeps"
-    elif n < shapes:
+    elif n_beeps < n_shapes:
         more = "shapes"
-    return "Are there more beeps or more shapes?", f"{NUMBERS[n]} and {NUMBERS[shapes]}: {more}"
+    return "Are there more beeps or more shapes?", two_counts(n_beeps, n_shapes, more)
 
 
-def ask_if_rises(scene, sound, rng):
-    objects = scene["objects"]
-    if sound["way"] is None or len({color for _, _, color, _ in objects}) < 2:
+def ask_if_rises(scene, way, rng):
+    spots = [(PLACES[cell], color) for cell, _, color, _ in scene["objects"]]
+    if len({color for _, color in spots}) < 2:
         return None
 
     # Take two places whose colours differ: only who hears the sound knows which one counts.
-    one = rng.choice(objects)
-    other = rng.choice([thing for thing in objects if thing[2] != one[2]])
+    one = rng.choice(spots)
+    other = rng.choice([spot for spot in spots if spot[1] != one[1]])
     risen, fallen = rng.sample((one, other), 2)
-    question = (f"What color is the shape at the {PLACES[risen[0]]} if the sound rises, "
-                f"at the {PLACES[fallen[0]]} if it falls?")
-    cell, _, color, _ = risen if sound["way"] == "rises" else fallen
-    return question, f"{sound['way']}, {PLACES[cell]}: {color}"
+    question = (f"What color is the shape at the {risen[0]} if the sound rises, "
+                f"at the {fallen[0]} if it falls?")
+    place, color = risen if way == "rises" else fallen
+    return question, f"{way}, {place}: {color}"
 
 
-def ask_together(scene, sound, rng):
-    n = sound["beeps"]
-    if n is None:
-        return None
-
+def ask_together(scene, n_beeps, rng):
     # There are words for numbers up to five.
     counts = count_words(scene)
-    few = [word for word, count in counts.items() if n + count <= 5]
+    few = [word for word, count in counts.items() if n_beeps + count <= 5]
     if not few:
         return None
     word = rng.choice(few)
-    count = counts[word]
-    answer = f"{NUMBERS[n]} and {NUMBERS[count]}: {NUMBERS[n + count]}"
-    return f"How many beeps and {plural(word)} are there together?", answer
+    total = NUMBERS[n_beeps + counts[word]]
+    question = f"How many beeps and {plural(word)} are there together?"
+    return question, two_counts(n_beeps, counts[word], total)
 
 
+# Each type, and what of the sound it is about
 BOTH_QUESTIONS = {
-    "as many": ask_as_many,
-    "more": ask_more,
-    "if rises": ask_if_rises,
-    "together": ask_together,
+    "as many": (ask_as_many, "beeps"),
+    "more": (ask_more, "beeps"),
+    "if rises": (ask_if_rises, "way"),
+    "together": (ask_together, "beeps"),
 }
 BOTH_TYPES = tuple(BOTH_QUESTIONS)
 
 
-def ask_both(scene: dict, sound: dict, kind: str, rng: random.Random):
+def ask_both(scene, sound, kind, rng):
     """A question that neither eyes nor ears can answer alone, and its answer; or None where scene
     and sound offer none.
 
     The answer first says what is heard and seen, as in "two and three: no". A model thinks by
     writing, and one as small as this cannot count twice and compare before its first word.
     """
-    return BOTH_QUESTIONS[kind](scene, sound, rng)
+    ask_it, about = BOTH_QUESTIONS[kind]
+    heard = sound[about]
+    return ask_it(scene, heard, rng) if heard else None
 
 
 # How often each type is asked in training. Hard ones come more often, and where there are a scene
@@ -1401,39 +1357,34 @@ WEIGHTS = {
 
 def ask_any(scene, sound, kind, rng):
     """A question of any type and its answer, or None where scene and sound offer none."""
-    if kind in QUESTIONS:
+    if kind in TYPES:
         return ask(scene, kind, rng)
-    if kind in SOUND_QUESTIONS:
+    if kind in SOUND_TYPES:
         return ask_sound(sound, kind, rng)
     return ask_both(scene, sound, kind, rng)
 
 
 def offered_types(scene, sound):
     """The types of questions to choose from."""
-    kinds = []
-    if sound:
-        kinds += SOUND_TYPES
-    if scene and sound:
-        kinds += BOTH_TYPES
+    kinds = list(TYPES) if scene else []
 
     # A sound offers few of its types; the others must not be drawn in vain. A scene offers most.
     rng = random.Random(0)
-    kinds = [kind for kind in kinds if ask_any(scene, sound, kind, rng)]
-    if scene:
-        kinds = [*TYPES, *kinds]
+    if sound:
+        kinds += [kind for kind in SOUND_TYPES if ask_sound(sound, kind, rng)]
+    if scene and sound:
+        kinds += [kind for kind in BOTH_TYPES if ask_both(scene, sound, kind, rng)]
     return kinds
 
 
-def ask_many(scene: dict | None, n: int, rng: random.Random,
-             sound: dict | None = None) -> list[tuple[str, str, str]]:
+def ask_many(scene, n, rng, sound=None):
     """Up to n different questions about a scene, a sound or both: [(type, question, answer), ...].
     Their types are drawn by WEIGHTS."""
     kinds = offered_types(scene, sound)
     weights = [WEIGHTS[kind] for kind in kinds]
 
     # Not every draw gives a question, and not every question is new: draw more than are needed.
-    asked = []
-    seen = set()
+    asked = {}
     for kind in rng.choices(kinds, weights, k=4 * n):
         if len(asked) == n:
             break
@@ -1447,14 +1398,12 @@ def ask_many(scene: dict | None, n: int, rng: random.Random,
 
         # A scene can be asked for two colours; to a sound's type of question there is one answer.
         question, answer = pair
-        what = kind if kind in SOUND_QUESTIONS else question
-        if what not in seen:
-            seen.add(what)
-            asked.append((kind, question, answer))
-    return asked
+        what = kind if kind in SOUND_TYPES else question
+        asked.setdefault(what, (kind, question, answer))
+    return list(asked.values())
 
 
-def as_turns(pairs, head: str = "<image>\n") -> list[dict]:
+def as_turns(pairs, head="<image>\n"):
     """[(question, answer), ...] -> conversations. `head` stands before the first question."""
     turns = []
     for question, answer in pairs:
@@ -1465,7 +1414,7 @@ def as_turns(pairs, head: str = "<image>\n") -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 13. The drawn world as a data set, and a tokenizer for it
+# 15. The drawn world as a data set, and a tokenizer for it
 
 # kinds of samples that take others in turn
 MIXED = {
@@ -1501,28 +1450,29 @@ class Drawn:
 
         # what is to be seen and heard
         sample = {"id": str(seed), "images": [], "audio": []}
+        scene = None
+        sound = None
         head = ""
         if not kind.startswith("sound"):
-            sample["scene"] = make_scene(seed, self.held_out)
-            sample["images"].append(draw_scene(sample["scene"]))
+            scene = make_scene(seed, self.held_out)
+            sample.update(scene=scene, images=[draw_scene(scene)])
             head += "<image>\n"
         if kind not in ("caption", "chat"):
             # No question is about a scene and a pair of sounds.
-            sounds = ("beeps", "glide") if kind == "both chat" else tuple(SOUND_KINDS)
-            sample["sound"] = make_sound(seed, self.held_out, sounds)
-            sample["audio"].append(draw_sound(sample["sound"]))
+            sounds = ("beeps", "glide") if scene else tuple(SOUND_KINDS)
+            sound = make_sound(seed, self.held_out, sounds)
+            sample.update(sound=sound, audio=[draw_sound(sound)])
             head += "<audio>\n"
 
         # what is asked about it
         if kind == "caption":
-            asked = [(kind, "Describe the scene.", describe(sample["scene"]))]
+            asked = [(kind, "Describe the scene.", describe(scene))]
         elif kind == "sound caption":
-            asked = [(kind, "Describe the sound.", describe_sound(sample["sound"]))]
+            asked = [(kind, "Describe the sound.", describe_sound(sound))]
         else:
             # A sound offers three questions. If two are asked, the hard one comes up more often.
-            n = math.ceil(self.n_questions / 3) if kind == "sound chat" else self.n_questions
-            rng = random.Random(seed)
-            asked = ask_many(sample.get("scene"), n, rng, sample.get("sound"))
+            n = self.n_questions if scene else math.ceil(self.n_questions / 3)
+            asked = ask_many(scene, n, random.Random(seed), sound)
 
         pairs = [(question, answer) for _, question, answer in asked]
         sample["conversations"] = as_turns(pairs, head)
@@ -1530,7 +1480,7 @@ class Drawn:
         return sample
 
 
-def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer, which has a token for each mark of the template "tiny"."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -1543,28 +1493,26 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
 
 
 # ------------------------------------------------------------------------------------------------
-# 14. Checks of what users bring. Each error is a ValueError that says what is wrong, and where.
+# 16. Checks of what users bring. Each error is a ValueError that says what is wrong, and where.
 
 
-def open_image(image) -> Image.Image:
+def open_image(image):
     """A path or PIL image -> the decoded RGB image.
 
     Raises ValueError, naming the file, if it is missing, truncated, no picture, smaller than 2
     pixels a side, or so large that it must be a decompression bomb.
     """
-    is_path = isinstance(image, (str, os.PathLike))
-    name = image if is_path else "the image"
+    name = "the image"
     try:
-        if is_path:
+        if isinstance(image, (str, os.PathLike)):
+            name = image
             image = Image.open(image)
         if min(image.size) < 2:
             raise ValueError(f"it is {image.width} x {image.height} pixels, too small to be a "
                              "picture")
         # Opening reads no more than the header. This decodes, and fails on a truncated file.
         image.load()
-        if image.mode == "RGB":
-            return image
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file; check the path, and --images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
@@ -1587,11 +1535,14 @@ def check_turns(conversations, template):
                              "gpt, human, ...")
 
 
-def check_slots(n_audio_tokens, n_sounds):
-    """There is one number of slots for each "<audio>"."""
+def slots_of_sounds(n_sounds, n_audio_tokens):
+    """How many slots each sound takes, from one number for all or a list with one for each."""
+    if not isinstance(n_audio_tokens, list):
+        return [n_audio_tokens] * n_sounds
     if len(n_audio_tokens) != n_sounds:
         raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of "
                          f"{len(n_audio_tokens)}; it needs one number for each mark")
+    return n_audio_tokens
 
 
 def check_end_mark(tokenizer, template):
@@ -1612,6 +1563,28 @@ def check_cut(ids, labels, max_length):
         raise ValueError(f"nothing to learn in the first {max_length} tokens; raise --max-length")
 
 
+def first_usable(encoded, i):
+    """Item i of `Encoded`, or the next that can be used. "broken" tells what is wrong with others.
+
+    So a bad file does not end a run of days. The trainer prints and counts these messages.
+    """
+    broken = []
+    for j in range(i, i + 100):
+        # After the last sample comes the first.
+        j = j % len(encoded)
+        name = f"sample {j + 1}"
+        try:
+            sample = encoded.data[j]
+            name = sample["id"]
+            return {**encoded.encode(sample), "broken": broken}
+        except ValueError as e:
+            message = str(e) if name in str(e) else f"{name}: {e}"
+            if encoded.strict:
+                raise ValueError(message) from None
+            broken.append(message)
+    raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
+
+
 def check_marks(text, pictures, videos, sounds, n_audio_tokens):
     """A sample's text has a mark for each of its files."""
     if sounds and n_audio_tokens == 0:
@@ -1619,10 +1592,10 @@ def check_marks(text, pictures, videos, sounds, n_audio_tokens):
                          "them out, or take a model with ears")
 
     # To a model that hears nothing, "<audio>" is ordinary text.
-    wanted = {"<image>": (pictures, "images"), "<video>": (videos, "videos")}
+    wanted = [("<image>", pictures, "images"), ("<video>", videos, "videos")]
     if n_audio_tokens != 0:
-        wanted["<audio>"] = (sounds, "sounds")
-    for mark, (files, name) in wanted.items():
+        wanted.append(("<audio>", sounds, "sounds"))
+    for mark, files, name in wanted:
         if text.count(mark) != len(files):
             raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has "
                              f"{len(files)} {name}")
@@ -1634,20 +1607,24 @@ def check_frame_sizes(videos):
         wanted = None
         for frame in video:
             image = frame if isinstance(frame, Image.Image) else Image.open(frame)
-            if wanted is None:
-                wanted = image.size
+            wanted = wanted or image.size
             if image.size != wanted:
                 raise ValueError(f"{frame}: a frame of {image.size} pixels in a video of {wanted}; "
                                  "all must have one size")
+
+
+def check_seconds(seconds, limit, name=""):
+    """A sound is not too long."""
+    if seconds > limit:
+        raise ValueError(f"{name}{seconds:,.0f} s of sound, over the limit of {limit:,.0f} s; cut "
+                         "it into parts")
 
 
 def check_wave(wave, sample_rate, seconds):
     """A sound is one wave, neither empty nor too long, and each sample is a number."""
     if wave.ndim != 1 or len(wave) == 0:
         raise ValueError(f"a sound must be one mono wave, (n,) with n > 0, not {wave.shape}")
-    if len(wave) > MAX_CHUNKS * seconds * sample_rate:
-        raise ValueError(f"{len(wave) / sample_rate:,.0f} s of sound, over the limit of "
-                         f"{MAX_CHUNKS * seconds:,.0f} s; cut it into parts")
+    check_seconds(len(wave) / sample_rate, MAX_CHUNKS * seconds)
     # One NaN would silence its whole chunk.
     if not np.isfinite(wave).all():
         raise ValueError("the wave holds NaN or infinity: mend what made it")

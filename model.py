@@ -4,17 +4,19 @@
     mel    ──► AudioTransformer ───► Resampler ──┼──► token embeddings ──► Decoder ──► logits
     text   ──► embedding ────────────────────────┘
 
-All boxes are made of the same block: attention, then a feed-forward. CuMo (arXiv 2405.05949) is
-LLaVA with the feed-forwards of the vision tower and of the connector turned into mixtures of
-experts. MoE-LLaVA (arXiv 2401.15947) has its experts in the decoder, and so has Uni-MoE (arXiv
-2405.11273), which also hears. So there is one switch: the number of experts in the configuration,
-layer by layer. 0 makes an `FFN`, any other number a `MoE` (kernels.py).
+All boxes are stacks of one block, attention and then a feed-forward; only the connector is a
+feed-forward alone. CuMo (arXiv 2405.05949) is LLaVA with the feed-forwards of the vision tower and
+of the connector turned into mixtures of experts. MoE-LLaVA (arXiv 2401.15947) has its experts in
+the decoder, and so has Uni-MoE (arXiv 2405.11273), which also hears. So there is one switch: the
+number of experts in the configuration, layer by layer. 0 makes an `FFN`, any other number a `MoE`
+(kernels.py).
 
 A batch of conversations is one tensor, tokens (B, T). Ids from 0 on are text. The marks IMAGE and
-AUDIO keep slots free for the features of images and sounds, and PAD fills the right-hand end. Here
-an image has four slots (in CuMo 576):
+AUDIO keep slots free for the features of images and sounds, and PAD fills the right-hand end. Two
+rows, where an image has four slots (in CuMo 576):
 
-    What  is   I    I    I    I    ?    PAD
+    What   is     IMAGE  IMAGE  IMAGE  IMAGE  ?      A      ball
+    Name   three  colors PAD    PAD    PAD    PAD    PAD    PAD
 
 The features are written over the slots of all rows at once. So there is no loop over the samples,
 and the shapes do not depend on what is in the batch.
@@ -40,7 +42,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from kernels import ACTIVATIONS, FFN, MoE, feed_forward
+from kernels import ACTIVATIONS, FFN, MoE, feed_forward  # FFN: for those who import it from here
 
 # Marks in `tokens` and `labels`; data.py has the same.
 IMAGE = -200

@@ -1,26 +1,29 @@
-"""train.py: train a CuMo, from pre-trained backbones to a model that answers questions about pictures.
+"""train.py: train a CuMo, from pre-trained backbones to answers about pictures.
 
-    python train.py                                     the default: preset tiny, drawn data, minutes on a CPU
-    python train.py --resume                            go on after Ctrl-C or a crash, exactly
-    python train.py --help                              all flags, in groups
+    python train.py              the default: preset tiny, drawn data, minutes on a CPU
+    python train.py --resume     go on after Ctrl-C or a crash, exactly
+    python train.py --help       all flags, in groups
 
-One stage on data of your own (in LLaVA's format), and real models:
+One stage on data of your own (in LLaVA's format), then one of a real model:
 
     python train.py --stage 3 --init DIR --data FILE.json --images DIR
     torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 \\
         --vision CLIP_DIR --llm MISTRAL_DIR --data FILE.json --images DIR
+
+What a stage would cost, without training anything:
+
     python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan
 
-The last one trains nothing: it prints what that stage would cost. Training has three stages, and each
-begins with the folder that the stage before it left:
+Training has three stages, and each begins with the folder that the stage before it left:
 
     stage 1   pre-training: the connector alone learns to make image patches read like words
     stage 2   pre-finetuning: everything trains, still dense, on captions
-    stage 3   instruction tuning: FFNs of tower and connector are copied into experts, and everything
-              trains on questions
+    stage 3   instruction tuning: FFNs of tower and connector are copied into experts, and
+              everything trains on questions
 
---recipe moe-llava and --recipe uni-moe have other rows for these stages (section 4). A run writes to
---out: checkpoint/, stage1/, stage2/, at last the model itself, and log.jsonl, loss.png, routing.png.
+--recipe moe-llava and --recipe uni-moe have other rows for these stages (section 4). A run writes
+to --out: checkpoint/, stage1/, stage2/, at last the model itself, and log.jsonl, loss.png and
+routing.png. `torchrun --max-restarts 3 ... train.py` goes on by itself after a process died.
 """
 from __future__ import annotations
 
@@ -45,6 +48,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -87,8 +91,8 @@ LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 class Stage:
     """What trains, on what, and how. Presets and flags change these values (see `settings`)."""
     trains: tuple = ()            # parts of the model
-    kind: str = "caption"         # what is asked about drawn scenes: captions, or questions ("chat")
-    template: str | None = None   # how a conversation is written; None: the way that the model knows
+    kind: str = "caption"         # of drawn samples: captions, or questions ("chat")
+    template: str | None = None   # how a conversation is written; None: as the model knows
     lr: float = 1e-3              # the learning rate at its peak
     batch_size: int = 64          # samples a step, over all processes
     max_length: int = 2048        # tokens of a sample, those of images included
@@ -102,6 +106,7 @@ class Stage:
 
 EVERYTHING = ("vision", "connector", "text")
 CUMO = {
+    #        trains, drawn samples, template, learning rate, batch, tokens
     1: Stage(("connector",), "caption", "plain", 1e-3, 256, 2048, routing_losses=False),
     2: Stage(EVERYTHING, "caption", None, 2e-6, 128, 4096, routing_losses=False),
     3: Stage(EVERYTHING, "chat", None, 4e-6, 256, 4096),
@@ -131,10 +136,10 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
     params = optimizer.param_groups[0]["params"]
     first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
-    batches = iter(loader(first))
     coefs = routing_coefs(stage, model)
     model.train()
 
+    batches = iter(loader(first))
     # A thread reads the next batches while the device computes.
     with (closing(Log(args.out, stage, first)) as log, catch_signals() as signals,
           ThreadPoolExecutor(1) as reader):
@@ -143,7 +148,7 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
             begin = time.perf_counter()
             lr = lr_at(step, stage.steps, stage.lr, args.warmup)
             optimizer.param_groups[0]["lr"] = lr
-            # Noise depends on the step alone, so that a resumed run draws the same.
+            # A step draws the same noise in a resumed run.
             torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
 
             # 1. Data. What does not fit into memory at once comes as several micro-batches.
@@ -180,8 +185,7 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
             optimizer.zero_grad(set_to_none=True)
 
             # 5. Log.
-            seconds = time.perf_counter() - begin
-            log.write(step, losses, lr, norm, totals.images, seconds, waited)
+            log.write(step, losses, lr, norm, totals.images, begin, waited)
 
             # 6. Save, now and then and at Ctrl-C. After the last step the model itself is saved.
             stop = totals.signals > 0
@@ -268,12 +272,11 @@ def main(argv=None):
     leave_processes()
 
 
-# ------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Behind this line: the other recipes and all flags (4, 5),
-# what the loop and a stage call (6, 7, 8), checkpoints (9), several processes (10), what a run
-# would cost (11), and the checks of flags (12).
-# ------------------------------------------------------------------------------------------------
+# ---- You can stop here on a first reading. Behind this line: the other recipes and all flags (4,
+# 5), what the loop and a stage call (6, 7, 8), checkpoints (9), several processes (10), what a run
+# would cost (11), and the checks of flags (12). ----
 
+# ------------------------------------------------------------------------------------------------
 # 4. The other recipes, and what presets change
 
 # MoE-LLaVA (arXiv 2401.15947, section 3.3): the connector; then a dense LLaVA; then the decoder's
@@ -334,145 +337,146 @@ HEARING = os.path.join(ASSETS, "uni-moe-tiny-backbones.safetensors")
 # 5. Flags
 
 PARTS = ("vision", "connector", "audio", "resampler", "text", "text.ffn", "text.moe", "text.router")
+# Groups of flags in --help. Each begins at the flag that is named here.
 GROUPS = {
-    "model": "what is trained, and from which weights",
-    "data": "what it learns from",
-    "optimisation": "how it learns; where no default is given, it is the stage's",
-    "experts": "which FFNs become experts, and how tokens are sent to them",
-    "running": "on what it runs; several processes are started by torchrun",
-    "planning": "what a run would cost, before it costs anything",
+    "preset": ("model", "what is trained, and from which weights"),
+    "data": ("data", "what it learns from"),
+    "trains": ("optimisation", "how it learns; where no default is given, it is the stage's"),
+    "dense": ("experts", "which FFNs become experts, and how tokens are sent to them"),
+    "device": ("running", "on what it runs; several processes are started by torchrun"),
+    "plan": ("planning", "what a run would cost, before it costs anything"),
 }
 
 
-def flag(group: str, default, help: str, at_least: int | None = None, choices: tuple | None = None):
-    """A field of Args: a flag with its group in --help, its lowest value and its known values."""
-    about = {"group": group, "help": help, "at_least": at_least, "choices": choices}
+def flag(default, help: str, at_least: int | None = None, choices: tuple | None = None):
+    """A field of Args: a flag, with its lowest value and its known values where it has such."""
+    about = {"help": help, "at_least": at_least, "choices": choices}
     return field(default=default, metadata=about)
 
 
 @dataclass
 class Args:
-    preset: str = flag("model", "tiny", "model sizes: " + ", ".join(PRESETS))
+    preset: str = flag("tiny", "model sizes: " + ", ".join(PRESETS))
     recipe: str | None = flag(
-        "model", None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: "
+        None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: "
         "in the decoder, trained apart, for images and sounds; default: the preset's",
         choices=tuple(RECIPES))
-    stage: int | None = flag("model", None, "run this stage only (1 to 3); default: 1, 2 and 3")
+    stage: int | None = flag(None, "run this stage only (1 to 3); default: 1, 2 and 3")
     vision: str | None = flag(
-        "model", None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
+        None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
     llm: str | None = flag(
-        "model", None, "stage 1 of a real model: folder or hub name of the language model")
+        None, "stage 1 of a real model: folder or hub name of the language model")
     audio: str | None = flag(
-        "model", None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing")
+        None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing")
     init: str | None = flag(
-        "model", None, "model folder to start from, of any layout; default: what the stage before "
+        None, "model folder to start from, of any layout; default: what the stage before "
         "left in --out")
     out: str | None = flag(
-        "model", None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
-    resume: bool = flag("model", False, "go on from the checkpoint in --out, exactly")
+        None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
+    resume: bool = flag(False, "go on from the checkpoint in --out, exactly")
 
     data: str | None = flag(
-        "data", None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
+        None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
     images: str = flag(
-        "data", "", "folder that the paths in --data (sounds and videos too) are relative to")
+        "", "folder that the paths in --data (sounds and videos too) are relative to")
     template: str | None = flag(
-        "data", None, "chat template: " + ", ".join(TEMPLATES) + "; default: the stage's")
+        None, "chat template: " + ", ".join(TEMPLATES) + "; default: the stage's")
     max_length: int | None = flag(
-        "data", None, "longest sample in tokens, image slots included; default: the stage's",
+        None, "longest sample in tokens, image slots included; default: the stage's",
         at_least=1)
     frames_apart: bool = flag(
-        "data", False, "take the frames of a video for images of their own, instead of one image "
+        False, "take the frames of a video for images of their own, instead of one image "
         "with their mean features")
     strict: bool = flag(
-        "data", False, "stop at the first broken sample instead of replacing it (over 1%% broken "
+        False, "stop at the first broken sample instead of replacing it (over 1%% broken "
         "stops in any case)")
-    workers: int = flag("data", 0, "processes that load data; 0 loads in a thread", at_least=0)
+    workers: int = flag(0, "processes that load data; 0 loads in a thread", at_least=0)
     eval_questions: int = flag(
-        "data", 1200, "held-out questions after the last stage (a quarter of them after the "
+        1200, "held-out questions after the last stage (a quarter of them after the "
         "others)", at_least=1)
 
     trains: str | None = flag(
-        "optimisation", None, "parts that train, with commas: " + ", ".join(PARTS) + " (the "
+        None, "parts that train, with commas: " + ", ".join(PARTS) + " (the "
         "decoder's FFNs; its layers with experts; its routers), or none (but adapters); in a run "
         "of all stages, this holds in those with experts")
     steps: int | None = flag(
-        "optimisation", None, "optimizer steps; default: the stage's, or one epoch of --data",
+        None, "optimizer steps; default: the stage's, or one epoch of --data",
         at_least=1)
     epochs: int = flag(
-        "optimisation", 1, "passes over --data, when --steps is not given", at_least=1)
+        1, "passes over --data, when --steps is not given", at_least=1)
     batch_size: int | None = flag(
-        "optimisation", None, "samples per step, over all processes", at_least=1)
+        None, "samples per step, over all processes", at_least=1)
     micro_batch: int | None = flag(
-        "optimisation", None, "samples per process in one forward pass; the rest of a batch is "
+        None, "samples per process in one forward pass; the rest of a batch is "
         "accumulated", at_least=1)
     lr: float | None = flag(
-        "optimisation", None, "peak learning rate, between a linear warm-up and a cosine to zero")
-    warmup: float = flag("optimisation", 0.03, "share of the steps that warms up")
-    weight_decay: float = flag("optimisation", 0.0, "weight decay of AdamW")
-    grad_clip: float = flag("optimisation", 1.0, "largest gradient norm")
-    seed: int = flag("optimisation", 0, "of new weights, data order and drawn scenes")
+        None, "peak learning rate, between a linear warm-up and a cosine to zero")
+    warmup: float = flag(0.03, "share of the steps that warms up")
+    weight_decay: float = flag(0.0, "weight decay of AdamW")
+    grad_clip: float = flag(1.0, "largest gradient norm")
+    seed: int = flag(0, "of new weights, data order and drawn scenes")
     lora_rank: int | None = flag(
-        "optimisation", None, "train adapters of this rank on the decoder instead of the weights "
-        "themselves, and merge them at the end; 0: none; default: the stage's (uni-moe: 64, then 8)")
+        None, "train adapters of this rank on the decoder instead of the weights themselves, and "
+        "merge them at the end; 0: none; default: the stage's (uni-moe: 64, then 8)")
     lora_alpha: float | None = flag(
-        "optimisation", None, "adapters count alpha / rank (default: 16)")
+        None, "adapters count alpha / rank (default: 16)")
 
-    dense: bool = flag("experts", False, "make no experts in stage 3: the comparison")
-    upcycle_at: int = flag("experts", 3, "the stage that turns FFNs into experts")
+    dense: bool = flag(False, "make no experts in stage 3: the comparison")
+    upcycle_at: int = flag(3, "the stage that turns FFNs into experts")
     n_experts: str = flag(
-        "experts", "4", "experts in each FFN that is upcycled; in the decoder also one number for "
+        "4", "experts in each FFN that is upcycled; in the decoder also one number for "
         "each of --moe-layers: 4,2,4")
-    top_k: int = flag("experts", 2, "experts that each token is sent to")
+    top_k: int = flag(2, "experts that each token is sent to")
     moe_layers: str | None = flag(
-        "experts", None, "decoder layers that get experts: every_other (moe-llava's), all "
+        None, "decoder layers that get experts: every_other (moe-llava's), all "
         "(uni-moe's), first_half, second_half, or 0,3,5")
     balance_coef: float | None = flag(
-        "experts", None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
+        None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
     z_coef: float | None = flag(
-        "experts", None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)")
+        None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)")
     capacity_factor: float | None = flag(
-        "experts", 1.5, "moe-llava: expert slots in training, over an even share of the choices; "
+        1.5, "moe-llava: expert slots in training, over an even share of the choices; "
         "0: drop nothing")
     eval_capacity_factor: float | None = flag(
-        "experts", 2.0, "moe-llava: the same outside training")
+        2.0, "moe-llava: the same outside training")
     noisy_gate: bool = flag(
-        "experts", False, "moe-llava: choose the second expert with Gumbel noise while training, "
+        False, "moe-llava: choose the second expert with Gumbel noise while training, "
         "as DeepSpeed does")
     experts: str | None = flag(
-        "experts", None, "uni-moe's stage 3: model folders with commas; the FFNs of each become "
+        None, "uni-moe's stage 3: model folders with commas; the FFNs of each become "
         "one expert. A single one is copied. Default: the drawn stages' four")
     average: bool = flag(
-        "experts", False, "uni-moe's stage 3: take what is not FFN from the mean of --experts, not "
+        False, "uni-moe's stage 3: take what is not FFN from the mean of --experts, not "
         "from the first")
 
     device: str | None = flag(
-        "running", None, "cuda or cpu; default: cuda where there is one", choices=("cuda", "cpu"))
+        None, "cuda or cpu; default: cuda where there is one", choices=("cuda", "cpu"))
     matmul: str = flag(
-        "running", "highest", "float32 matrix products: highest, or medium: in bfloat16 where the "
+        "highest", "float32 matrix products: highest, or medium: in bfloat16 where the "
         "CPU can (AMX), a third faster", choices=("highest", "high", "medium"))
     compile: bool | None = flag(
-        "running", None, "torch.compile the blocks; default: on CUDA, but not for the tiny presets "
+        None, "torch.compile the blocks; default: on CUDA, but not for the tiny presets "
         "(a short run ends before it pays)")
     checkpointing: bool = flag(
-        "running", False, "activation checkpointing: less memory, a third more arithmetic")
+        False, "activation checkpointing: less memory, a third more arithmetic")
     fsdp: bool = flag(
-        "running", False, "with torchrun: shard weights, gradients and optimizer over the "
+        False, "with torchrun: shard weights, gradients and optimizer over the "
         "processes (FSDP2) instead of DDP")
     expert_parallel: int = flag(
-        "running", 1, "with torchrun: deal the experts out to groups of so many processes; tokens "
+        1, "with torchrun: deal the experts out to groups of so many processes; tokens "
         "travel to them", at_least=1)
-    save_every: int = flag("running", 200, "steps between checkpoints", at_least=1)
+    save_every: int = flag(200, "steps between checkpoints", at_least=1)
 
     plan: bool = flag(
-        "planning", False, "train nothing: print parameters, arithmetic, memory on each GPU and "
+        False, "train nothing: print parameters, arithmetic, memory on each GPU and "
         "GPU-hours of --stage (or of all)")
     gpus: int = flag(
-        "planning", 1, "plan for this number of GPUs (with --fsdp, --checkpointing or without, as "
+        1, "plan for this number of GPUs (with --fsdp, --checkpointing or without, as "
         "given)", at_least=1)
-    gpu_gb: int = flag("planning", 80, "memory of each GPU, in GB", at_least=1)
+    gpu_gb: int = flag(80, "memory of each GPU, in GB", at_least=1)
     peak_tflops: float = flag(
-        "planning", 989.0, "what a GPU could do at best (an H100's dense bfloat16)")
-    mfu: float = flag("planning", 0.4, "the share of it that training reaches")
+        989.0, "what a GPU could do at best (an H100's dense bfloat16)")
+    mfu: float = flag(0.4, "the share of it that training reaches")
 
 
 # A resumed run may change how it computes, not what. All flags but these, and all values of the
@@ -486,10 +490,11 @@ def parse(argv=None) -> Args:
     """Flags -> Args. There is a flag for each field."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
     types = typing.get_type_hints(Args)
     for f in dataclasses.fields(Args):
-        add_flag(groups[f.metadata["group"]], f, types[f.name])
+        if f.name in GROUPS:
+            group = parser.add_argument_group(*GROUPS[f.name])
+        add_flag(group, f, types[f.name])
     args = Args(**vars(parser.parse_args(argv)))
 
     # Defaults that depend on other flags.
@@ -548,15 +553,15 @@ def settings(args: Args, name: int | str, world: int | None = None) -> Stage:
     world: the number of processes, if not those of this run.
     """
     number = stage_number(name)
-    of_preset = PRESET_VALUES.get((args.recipe, args.preset), {})
-    stage = dataclasses.replace(RECIPES[args.recipe][number], name=name, **of_preset.get(number, {}))
+    of_preset = PRESET_VALUES.get((args.recipe, args.preset), {}).get(number, {})
+    stage = dataclasses.replace(RECIPES[args.recipe][number], name=name, **of_preset)
     if name in SENSES:
         stage.kind = SENSES[name]
     for value in ("steps", "batch_size", "max_length", "lr", "template"):
         if getattr(args, value) is not None:
             setattr(stage, value, getattr(args, value))
 
-    # Uni-MoE's experts are trained apart before, so they come in stage 3 whatever --upcycle-at says.
+    # Uni-MoE's experts are trained apart in stage 2, so there they always come in stage 3.
     # Routers that a model brings along (a Mixtral's) are left alone until experts are made.
     begins_at = 3 if args.recipe == "uni-moe" else args.upcycle_at
     stage.has_experts = number >= begins_at and not args.dense
@@ -590,10 +595,10 @@ def choose_lora(args: Args, lora: list | None, is_meant: bool) -> list | None:
 # 6. What the loop calls
 
 
-def say(*words):
+def say(text: str):
     """Print on process 0, above the progress bar."""
     if RANK == 0:
-        tqdm.write(" ".join(str(w) for w in words), file=sys.stdout)
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -631,24 +636,18 @@ class Totals(NamedTuple):
 
 def count(micro_batches: list, n_signals: int, device) -> Totals:
     """Count what the losses are means over. Each micro-batch gets its "n_labels" and "n_images"."""
+    total = torch.tensor([0, 0, 0, 0, n_signals], dtype=torch.float64)
     for batch in micro_batches:
         batch["n_labels"] = int((batch["labels"][:, 1:] != IGNORE).sum())
         batch["n_images"] = len(batch["images"])
         for message in batch["broken"]:
             tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
-
-    numbers = [
-        sum(batch["n_labels"] for batch in micro_batches),
-        sum(batch["n_images"] for batch in micro_batches),
-        sum(len(batch["broken"]) for batch in micro_batches),
-        sum(batch["truncated"] for batch in micro_batches),
-        n_signals,
-    ]
+        total += torch.tensor([batch["n_labels"], batch["n_images"], len(batch["broken"]),
+                               batch["truncated"], 0])
     if LAUNCHED:
-        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        total = total.to(device)
         dist.all_reduce(total)
-        numbers = total.tolist()
-    return Totals(*numbers)
+    return Totals(*total.tolist())
 
 
 def add_to_counts(counts: dict, totals: Totals, batch_size: int):
@@ -767,7 +766,9 @@ class Log:
                         disable=RANK != 0, dynamic_ncols=True, mininterval=1)
 
     def write(self, step: int, losses: dict, lr: float, norm: float, n_images: float,
-              seconds: float, waited: float):
+              begin: float, waited: float):
+        """begin: when the step began. waited: the seconds until its data was there."""
+        seconds = time.perf_counter() - begin
         self.seconds += seconds
         self.waited += waited
         row = {"stage": self.stage.name, "step": step}
@@ -840,7 +841,6 @@ def load_model(args: Args, stage: Stage, source: str, later: list | None) -> tup
     """
     if args.vision and stage.name == 1:
         preset = Config.from_preset(args.preset)
-        source = f"{args.vision} and {args.llm}"
         model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales,
                                     preset.template, args.seed, torch.float32, later=later,
                                     audio=args.audio)
@@ -979,34 +979,28 @@ def print_stage(args: Args, stage: Stage, model: CuMo, source: str):
     if not trained:
         raise ValueError(f"stage {stage.name}: --trains {args.trains}: nothing to train here; "
                          "text.moe needs experts, see --upcycle-at")
-    if args.vision and stage.name == 1:
-        source = f"{args.vision} and {args.llm}"
-    parts = list(stage.trains)
-    if stage.lora:
-        rank, alpha, which = stage.lora
-        parts.append(f"adapters (rank {rank}, alpha {alpha}, on {which})")
+    say(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} from {source}; training "
+        f"{trained / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({activated / 1e6:.2f}M activated)")
 
     balance, z = routing_coefs(stage, model)
-    say(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} from {source}; training "
-        f"{', '.join(parts)} ({trained / 1e6:.2f}M of {total / 1e6:.2f}M parameters, "
-        f"{activated / 1e6:.2f}M activated)")
-    say(f"    with lr {stage.lr:g} (warm-up {args.warmup:.0%}), micro-batches of "
-        f"{stage.micro_batch}, up to {stage.max_length} tokens, template {stage.template}, "
-        f"weight decay {args.weight_decay:g}, gradient norm up to {args.grad_clip:g}, balance "
-        f"{balance:g}, z {z:g}, seed {args.seed}")
+    values = {"trains": ", ".join(stage.trains) or "adapters", "lora": stage.lora, "lr": stage.lr,
+              "warmup": args.warmup, "weight_decay": args.weight_decay, "grad_clip": args.grad_clip,
+              "micro_batch": stage.micro_batch, "max_length": stage.max_length,
+              "template": stage.template, "balance_coef": balance, "z_coef": z, "seed": args.seed}
+    say("    " + "; ".join(f"{name} {value}" for name, value in values.items()))
+
+
+# What models are asked about after a stage: of Uni-MoE's, those that a stage has taught.
+WORLDS = {1: ("image", "sound"), 3: ("image", "sound", "both"), "2 image": ("image",),
+          "2 sound": ("sound",), "2 both": ("both",)}
+TITLES = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
 
 
 def measure(args: Args, stage: Stage, device, began: float):
     """Ask the model on the disk held-out questions -> scores.jsonl, and routing.png at the end."""
-    n = args.eval_questions
-    if stage.name != 3:
-        n = max(1, n // 4)
-    worlds = ["image"]
-    if args.recipe == "uni-moe":
-        of_stage = {1: ["image", "sound"], 3: ["image", "sound", "both"]}
-        worlds = of_stage.get(stage.name) or [str(stage.name).removeprefix("2 ")]
-    titles = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
-
+    is_last = stage.name == 3
+    n = args.eval_questions if is_last else max(1, args.eval_questions // 4)
+    worlds = WORLDS[stage.name] if args.recipe == "uni-moe" else ("image",)
     model, tokenizer = load(result_path(args, stage.name), device)
     scores = {}
     asked = []  # every (sample, reply)
@@ -1014,17 +1008,15 @@ def measure(args: Args, stage: Stage, device, began: float):
         points = generate.evaluate(model, tokenizer, n, world=world, asked=asked)
         scores |= points
         generate.print_table(points, f"after stage {stage.name}: {n} questions about held-out "
-                                     f"{titles[world]}, exact match")
+                                     f"{TITLES[world]}, exact match")
 
     row = {"stage": stage.name, "seed": args.seed, "dense": args.dense, "scores": scores,
            "seconds": time.time() - began}
     with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
         f.write(json.dumps(row) + "\n")
 
-    if stage.name == 3 and stage.has_experts:
-        some = asked[::max(1, len(asked) // 250)]
-        samples = [sample for sample, _ in some]
-        replies = [reply for _, reply in some]
+    if is_last and stage.has_experts:
+        samples, replies = zip(*asked[::max(1, len(asked) // 250)])
         png = os.path.join(args.out, "routing.png")
         generate.draw_experts(model, tokenizer, samples, replies, png, alone=True)
 
@@ -1105,11 +1097,13 @@ def move_aside(out: str):
 
 
 def source_of(args: Args, name: int | str, stages: list) -> str:
-    """The folder or file that a stage starts from."""
+    """The folder or file that a stage starts from (or both folders of a real model's stage 1)."""
     if args.init and name == stages[0]:
         return args.init
     if name == 1:
-        if args.preset not in DRAWN and not args.vision:
+        if args.vision:
+            return f"{args.vision} and {args.llm}"
+        if args.preset not in DRAWN:
             raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision "
                              "CLIP_DIR and --llm LLM_DIR, or --init")
         return HEARING if args.recipe == "uni-moe" else BACKBONES
@@ -1153,11 +1147,9 @@ def resume(args: Args, stage: Stage, model: nn.Module, optimizer, experts: Exper
     if path is None or saved["identity"]["stage"] != stage.name:
         return new
 
-    differs = []
-    for name, value in identity(args, stage).items():
-        before = saved["identity"].get(name)
-        if before != value:
-            differs.append(f"{name} {before} (now {value})")
+    before = saved["identity"]
+    differs = [f"{name} {before.get(name)} (now {value})"
+               for name, value in identity(args, stage).items() if before.get(name) != value]
     if differs:
         raise ValueError(f"{path} was written with {', '.join(differs)}: give the same flags")
 
@@ -1176,28 +1168,21 @@ def checkpoints(out: str) -> list[str]:
 
 def newest_checkpoint(out: str):
     """-> (its path, {"identity", "step", "counts"}), or (None, None)."""
-    newest = None, None
-    for path in checkpoints(out):
-        file = os.path.join(path, "run.json")
-        if os.path.exists(file):
-            saved = read_json(file)
-            if newest[1] is None or saved["step"] > newest[1]["step"]:
-                newest = path, saved
-    return newest
+    complete = [path for path in checkpoints(out) if os.path.exists(os.path.join(path, "run.json"))]
+    if not complete:
+        return None, None
+    path = max(complete, key=lambda path: int(os.path.basename(path)))
+    return path, read_json(os.path.join(path, "run.json"))
 
 
 def drop_checkpoints(out: str, but: str | None = None):
     for path in checkpoints(out):
-        if path == but:
-            continue
-        # First run.json, or else what is left after a kill would be taken for a complete one.
-        file = os.path.join(path, "run.json")
-        if os.path.exists(file):
-            os.remove(file)
-        shutil.rmtree(path)
-    folder = os.path.join(out, "checkpoint")
-    if but is None and os.path.isdir(folder):
-        os.rmdir(folder)
+        if path != but:
+            # First run.json, or else what is left after a kill would be taken for a complete one.
+            Path(path, "run.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+    if but is None:
+        shutil.rmtree(os.path.join(out, "checkpoint"), ignore_errors=True)
 
 
 def tensors_of(state: tuple, experts: Experts) -> dict:
@@ -1347,8 +1332,10 @@ def shard_experts(args: Args, model: nn.Module, device) -> Experts:
 
 
 def as_whole(name: str, tensor: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """If it belongs to experts, a part (E / n, ...) as a DTensor (E, ...), which knows of what it is a
-    part. Then DCP writes, reads and gathers experts as if one process held them all.
+    """A tensor of experts, (E / n, ...), as a DTensor (E, ...), which knows of what it is a part.
+
+    So DCP writes, reads and gathers experts as if one process held them all. Other tensors stay as
+    they are.
     """
     # AdamW's count of steps has no dimensions, and is the same everywhere.
     if name not in experts.weights or tensor.dim() == 0:
@@ -1455,8 +1442,8 @@ def shard_weights(model: nn.Module, blocks: list, device, later):
 def shard_dimension(p: nn.Parameter) -> Shard | None:
     """Where FSDP cuts a weight: its first dimension that all processes can share evenly.
 
-    By default that would be dimension 0. But of 4 experts (E, F, D), 8 processes would get one each,
-    or nothing.
+    By default that would be dimension 0. But of 4 experts (E, F, D), 8 processes would get one
+    each, or nothing.
     """
     for i, n in enumerate(p.shape):
         if n % WORLD == 0:
@@ -1502,7 +1489,7 @@ def prepare_device(args: Args) -> torch.device:
     if name == "cpu":
         keep_pages()
     if args.compile is None:
-        # On a CPU, or with tiny models, the whole run is shorter than the compilation of its stages.
+        # On a CPU, or with tiny models, a whole run is shorter than the compilation of its stages.
         args.compile = name == "cuda" and args.preset not in DRAWN
     return torch.device(name)
 
@@ -1552,8 +1539,8 @@ N_SAMPLES = {
 }
 
 # FLOPs of operators for which torch has no formula, by the shapes of their inputs: two for every
-# multiply-add. (Going back, a product becomes two, the gradient of either factor. So a frozen weight
-# costs only one there, and what lies before the first weight that trains costs nothing.)
+# multiply-add. (Going back, a product becomes two, the gradient of either factor. So a frozen
+# weight costs only one there, and what lies before the first weight that trains costs nothing.)
 
 
 def grouped_flops(a, b, *_, **__):
@@ -1597,8 +1584,9 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, known):
         super().__init__()
-        self.flops = 0
-        self.now = 0
+        self.flops = Counter()  # of each part of the model
+        self.part = None        # the part that computes just now
+        self.now = 0            # bytes
         self.peak = 0
         self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
 
@@ -1607,7 +1595,7 @@ class Meter(TorchDispatchMode):
         out = op(*args, **kwargs)
         formula = FORMULAS.get(op._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+            self.flops[self.part] += formula(*args, **kwargs, out_val=out)
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 self.add(t.untyped_storage())
@@ -1625,36 +1613,19 @@ class Meter(TorchDispatchMode):
         self.now += n
         self.peak = max(self.peak, self.now)
 
-
-def mark_parts(model: CuMo, mark):
-    """Have mark(part) called whenever the model enters a part, forward or, going back, behind it.
-
-    Going back, a part begins where the gradient of its output is there. The parts run one after the
-    other in both directions.
-    """
-    def watch(part, module):
+    def watch(self, part: str, module: nn.Module):
+        """Notice when the model enters this part. One part follows the other in both directions."""
         def enter(*_):
-            mark(part)
+            self.part = part
 
         def watch_output(_, inputs, output):
+            # Going back, a part begins where the gradient of its output is there.
             out = output[0] if isinstance(output, tuple) else output
             if out.requires_grad:
                 out.register_hook(enter)
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(watch_output)
-
-    for part, module in model.named_children():
-        watch(part, module)
-
-
-def flops_between(marks: list, end: int) -> dict[str, int]:
-    """[(part, FLOPs when it was entered), ...] and the FLOPs at the end -> {part: FLOPs in it}."""
-    spent = Counter()
-    ends = [begin for _, begin in marks[1:]] + [end]
-    for (part, begin), until in zip(marks, ends):
-        spent[part] += until - begin
-    return spent
 
 
 class Rehearsal(NamedTuple):
@@ -1665,15 +1636,15 @@ class Rehearsal(NamedTuple):
     backward: dict[str, int]  # the same; with checkpointing, including what is computed again
 
 
-def meta_batch(config: Config, rows: int, length: int) -> dict:
+def meta_batch(config: Config, rows: int, length: int, dtype: torch.dtype) -> dict:
     """`rows` samples of `length` tokens, each with an image, and a sound if the model hears."""
-    with torch.device("meta"):
-        tokens = torch.zeros(rows, length, dtype=torch.long)
-        batch = {"tokens": tokens, "labels": tokens}
-        size = config.vision.image_size
-        batch["images"] = torch.empty(rows, 3, size, size)
-        if config.audio is not None:
-            batch["audio"] = torch.empty(rows, config.audio.n_mels, config.audio.n_frames)
+    size = config.vision.image_size
+    tokens = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    images = torch.empty(rows, 3, size, size, dtype=dtype, device="meta")
+    batch = {"tokens": tokens, "labels": tokens, "images": images}
+    if config.audio is not None:
+        batch["audio"] = torch.empty(rows, config.audio.n_mels, config.audio.n_frames, dtype=dtype,
+                                     device="meta")
     return batch
 
 
@@ -1685,16 +1656,6 @@ def meta_model(config: Config, trains, lora) -> CuMo:
     if lora:
         add_lora(model, *lora)
     return model
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype):
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(usual)
 
 
 @functools.cache
@@ -1709,41 +1670,40 @@ def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, ch
         # Meta would choose the one with the T x T matrix.
         return FLASH(q, k, v, 0.0, is_causal)[0]
 
-    with default_dtype(dtype):
-        model = meta_model(Config.from_dict(json.loads(config)), trains, lora).train()
-        batch = meta_batch(model.config, rows, length)
+    model = meta_model(Config.from_dict(json.loads(config)), trains, lora).to(dtype).train()
     model.checkpointing(checkpointing)
+    batch = meta_batch(model.config, rows, length, dtype)
     known = list(model.parameters())
     for p in model.parameters():
         if grads and p.requires_grad:
             p.grad = torch.zeros_like(p)
             known.append(p.grad)
 
-    marks = []
     with Meter(known) as meter, mock.patch.object(F, "scaled_dot_product_attention", attention):
-        mark_parts(model, lambda part: marks.append((part, meter.flops)))
+        for part, module in model.named_children():
+            meter.watch(part, module)
         loss = model(**batch).loss
         kept = meter.now
-        forward_flops = meter.flops
-        n_forward = len(marks)
+        forward = meter.flops
+        meter.flops = Counter()
         loss.backward()
-    forward = flops_between(marks[:n_forward], forward_flops)
-    backward = flops_between(marks[n_forward:], meter.flops)
-    return Rehearsal(kept, meter.peak, forward, backward)
+    return Rehearsal(kept, meter.peak, forward, meter.flops)
 
 
-def gradients_add_up(stage: Stage, gpus: int) -> bool:
-    """With several micro-batches, gradients are there from the second on."""
-    return stage.batch_size > stage.micro_batch * gpus
+def gradients_add_up(stage: Stage, gpus: int, fsdp: bool) -> bool:
+    """Are there gradients already when a backward pass begins? With several micro-batches, from the
+    second on; and FSDP has its own place for them."""
+    several = stage.batch_size > stage.micro_batch * gpus
+    return several or (fsdp and gpus > 1)
 
 
 def rehearse_stage(args: Args, stage: Stage, config: Config, gpus: int, fsdp: bool,
                    checkpointing: bool) -> Rehearsal:
     """The rehearsal of one micro-batch of a stage, as a run with these flags computes it."""
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    grads = gradients_add_up(stage, gpus, fsdp)
     return rehearse(json.dumps(config.to_dict()), tuple(stage.trains), tuple(stage.lora or ()),
-                    stage.micro_batch, stage.max_length, checkpointing,
-                    gradients_add_up(stage, gpus) or fsdp, dtype)
+                    stage.micro_batch, stage.max_length, checkpointing, grads, dtype)
 
 
 def planned(args: Args, stage: Stage) -> tuple[Config, CuMo]:
@@ -1800,7 +1760,7 @@ def memory(args: Args, name: int | str, gpus: int, fsdp: bool, checkpointing: bo
     update = 0 if in_bf16 else 8 * max(p.numel() for p in trained)
     rehearsal = rehearse_stage(args, stage, config, gpus, fsdp, checkpointing)
     in_backward = rehearsal.peak
-    if gradients_add_up(stage, gpus) or fsdp:
+    if gradients_add_up(stage, gpus, fsdp):
         in_backward += grads
     peak = sum(fixed.values()) + max(grads + update, in_backward)
     return fixed | {"gradients": grads, "activations": rehearsal.kept,
@@ -1856,33 +1816,29 @@ def print_head(args: Args, stage: Stage):
 
 
 def print_work(args: Args, stage: Stage) -> float:
-    """The model's parts: their parameters and FLOPs -> FLOPs of a sample."""
+    """Print parameters and FLOPs of the model's parts -> FLOPs of a sample."""
     config, model = planned(args, stage)
-    fsdp = args.fsdp and args.gpus > 1
-    plain = rehearse_stage(args, stage, config, args.gpus, fsdp, False)
-    checkpointed = rehearse_stage(args, stage, config, args.gpus, fsdp, True)
+    plain = rehearse_stage(args, stage, config, args.gpus, args.fsdp, False)
+    checkpointed = rehearse_stage(args, stage, config, args.gpus, args.fsdp, True)
 
     rows = {}
-    for part, (total, activated) in count_parameters(model).items():
-        params = getattr(model, part).parameters()
-        trained = sum(p.numel() for p in params if p.requires_grad)
+    for part, parameters in count_parameters(model).items():
+        trained = sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad)
         again = checkpointed.backward[part] - plain.backward[part]
-        work = [flops / stage.micro_batch / 1e9
-                for flops in (plain.forward[part], plain.backward[part], again)]
-        rows[part] = [total, activated, trained, *work]
+        work = [plain.forward[part], plain.backward[part], again]
+        rows[part] = [*parameters, trained, *[n / stage.micro_batch / 1e9 for n in work]]
     rows["all"] = [sum(column) for column in zip(*rows.values())]
 
-    print(f"{'':10} {'parameters':>14} {'activated':>14} {'trained':>14} "
-          f"{'GFLOPs a sample: forward':>26} {'backward':>10} {'again, with --checkpointing':>28}")
-    for part, (total, activated, trained, forward, backward, again) in rows.items():
-        print(f"{part:10} {total:14,} {activated:14,} {trained:14,} "
-              f"{forward:26,.2f} {backward:10,.2f} {again:28,.2f}")
+    print("{:10} {:>14} {:>14} {:>14} {:>26} {:>10} {:>28}".format(
+        "", "parameters", "activated", "trained", "GFLOPs a sample: forward", "backward",
+        "again, with --checkpointing"))
+    for part, row in rows.items():
+        print("{:10} {:14,} {:14,} {:14,} {:26,.2f} {:10,.2f} {:28,.2f}".format(part, *row))
 
     forward, backward, again = rows["all"][3:]
-    flops = forward + backward
     if args.checkpointing:
-        flops += again
-    return flops * 1e9
+        backward += again
+    return (forward + backward) * 1e9
 
 
 def print_memory(args: Args, stage: Stage):
@@ -1911,21 +1867,16 @@ def print_fit(args: Args, stage: Stage):
 
     if fits(args.gpus, args.fsdp, args.checkpointing):
         print(f"fits into {args.gpu_gb} GB")
-    else:
-        print(f"does NOT fit into {args.gpu_gb} GB; the smallest number (1, 2, 4, 8...) that does: "
-              f"{smallest_number(args, stage, fits)}")
-
-
-def smallest_number(args: Args, stage: Stage, fits) -> str:
-    """The fewest GPUs into which a stage fits, in words."""
-    for gpus in [2**i for i in range(12)]:
-        if stage.batch_size % gpus:
-            continue
-        if not args.checkpointing and fits(gpus, True, False):
-            return f"{gpus} GPUs with --fsdp"
-        if fits(gpus, True, True):
-            return f"{gpus} GPUs with --fsdp --checkpointing"
-    return "none. Try a smaller --micro-batch"
+        return
+    least = "none. Try a smaller --micro-batch"
+    for exponent in reversed(range(12)):
+        gpus = 2**exponent
+        if stage.batch_size % gpus == 0 and fits(gpus, True, True):
+            least = f"{gpus} GPUs with --fsdp --checkpointing"
+            if not args.checkpointing and fits(gpus, True, False):
+                least = f"{gpus} GPUs with --fsdp"
+    print(f"does NOT fit into {args.gpu_gb} GB; the smallest number (1, 2, 4, 8...) that does: "
+          f"{least}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1933,9 +1884,9 @@ def smallest_number(args: Args, stage: Stage, fits) -> str:
 
 
 def validate(args: Args):
-    """ValueError where flags are out of range or do not go together: now, not when stage 3 begins."""
+    """ValueError where flags are out of range or do not go together: at once, not in stage 3."""
     for f in dataclasses.fields(Args):
-        check_limits("--" + f.name.replace("_", "-"), getattr(args, f.name), f)
+        check_limits(f, getattr(args, f.name))
     Config.from_preset(args.preset)  # an unknown name stops here
     check_stages(args)
     check_expert_flags(args)
@@ -1943,16 +1894,14 @@ def validate(args: Args):
         raise ValueError(f"--lora-rank {args.lora_rank} must be at least 1 (0: no adapters), "
                          f"--lora-alpha {args.lora_alpha} above 0")
 
-    if bool(args.vision) != bool(args.llm):
-        alone = True
-    else:
-        alone = bool(args.vision) and (args.init is not None or args.stage not in (None, 1))
-    if alone:
+    elsewhere = args.init is not None or args.stage not in (None, 1)
+    if bool(args.vision) != bool(args.llm) or (args.vision and elsewhere):
         raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room "
                          "for --init")
 
 
-def check_limits(name: str, value, f: dataclasses.Field):
+def check_limits(f: dataclasses.Field, value):
+    name = "--" + f.name.replace("_", "-")
     at_least = f.metadata["at_least"]
     choices = f.metadata["choices"]
     if value is None:
@@ -1983,7 +1932,8 @@ def check_expert_flags(args: Args):
     try:
         numbers = [int(n) for n in args.n_experts.split(",")]
     except ValueError:
-        raise ValueError(f"--n-experts {args.n_experts}: a number, or several with commas") from None
+        text = f"--n-experts {args.n_experts}: a number, or several with commas"
+        raise ValueError(text) from None
     if args.recipe == "cumo" and len(numbers) > 1:
         raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have "
                          "one number")
@@ -2015,8 +1965,8 @@ def check_model(args: Args, model: nn.Module, tokenizer, source: str):
                          "(where there is only a tokenizer.model, transformers' "
                          "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it)")
     if getattr(model, "vision", None) is None:
-        raise ValueError(f"{source}: a language model alone, without the vision tower and connector "
-                         "that training needs")
+        raise ValueError(f"{source}: a language model alone, without the vision tower and "
+                         "connector that training needs")
     text = model.config.text
     if args.recipe == "uni-moe" and model.config.audio is None:
         raise ValueError(f"{source}: hears nothing; uni-moe's stage 1 wants --vision, --llm and "

@@ -309,8 +309,8 @@ def a_batch(args, stage: train.Stage, config: Config, device) -> dict:
 
 def step_work(config: Config, stage: train.Stage, n_tokens: int) -> float:
     """FLOPs of a micro-batch, forward and backward."""
-    counted = train.rehearse(json.dumps(config.to_dict()), tuple(stage.trains), (), stage.micro_batch,
-                             n_tokens, False, False, torch.bfloat16)
+    counted = train.rehearse(json.dumps(config.to_dict()), tuple(stage.trains), (),
+                             stage.micro_batch, n_tokens, False, False, torch.bfloat16)
     return sum(counted.forward.values()) + sum(counted.backward.values())
 
 
@@ -326,7 +326,8 @@ def widen(dense: Config, recipe: str, stage: train.Stage, n_tokens: int, work: f
     part.ffn_dim = max(8, 8 * round(width / 8))
 
 
-def step_runs(name: str, config: Config, stage: train.Stage, args, batch: dict, n_micro: int, device) -> dict:
+def step_runs(name: str, config: Config, stage: train.Stage, args, batch: dict, n_micro: int,
+              device) -> dict:
     """{row's name: a callable that makes one step} of a model with random weights.
 
     A step goes through the batch n_micro times and then updates the weights.
