@@ -253,7 +253,7 @@ def sample_of(text, images=(), video=(), audio=()):
 TYPES = {"image": data.TYPES, "sound": data.SOUND_TYPES, "both": data.BOTH_TYPES}
 
 
-def drawn_questions(n: int, seed: int = 0, world: str = "image") -> list[tuple]:
+def drawn_questions(n, seed=0, world="image"):
     """n (what, type, question, answer), each about another held-out scene, sound, or both.
 
     The types come in turn. what: the scene; in a world with sounds it has a "sound", too, and in
@@ -416,7 +416,7 @@ def list_rows(file):
     return data.LlavaJson(file).samples
 
 
-def read_questions(file: str, folder: str = "") -> dict[str, dict]:
+def read_questions(file, folder=""):
     """LLaVA's questions -> {id: sample for `answer`, with the question's own "row"}.
 
     A question is {"question_id", "text"} and perhaps "image": a file below `folder` or a list of
@@ -498,8 +498,7 @@ def parts_of(out):
     return sorted(glob.glob(glob.escape(out) + ".part-*-of-*"))
 
 
-def answer_file(model: CuMo, tokenizer, questions: dict, out: str, model_id: str, batch: int,
-                **options) -> list[tuple]:
+def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     """read_questions' samples -> `out`: for each a line {"question_id", "prompt", "text",
     "model_id"}, in their order. Returns this process's share of them, [(sample, reply), ...].
 
@@ -582,7 +581,7 @@ def check_senses(model, name, samples):
 
 
 def check_audio_marks(model, questions):
-    """Raises ValueError for "<audio>" without a sound, which to a model with ears is no HTML tag."""
+    """Raises ValueError for an "<audio>" without sound: to a model with ears it is no HTML tag."""
     for key, sample in questions.items():
         n_marks = sample["conversations"][0]["value"].count("<audio>")
         n_sounds = len(sample["audio"])
@@ -595,8 +594,8 @@ def check_audio_marks(model, questions):
 # 5. Scores
 #
 # A scorer takes the annotation of one question and the reply to it, and gives {name: (points,
-# possible)}; score_all adds them up. So "accuracy" (1, 1) is a right answer, and a question that
-# has no part in a score gives (0, 0): to POPE's "precision", a reply that says no.
+# possible)}, which score_all adds up. A right answer is "accuracy" (1, 1), a wrong one (0, 1); and
+# (0, 0) says that this question does not count: a reply "no" in POPE's precision, for example.
 
 
 def score_exact(row, reply):
@@ -823,10 +822,7 @@ def score_all(kind, rows, replies):
     return sums
 
 
-# What some people say instead, in the files of write_drawn
-
-
-def write_drawn(folder: str, n: int):
+def write_drawn(folder, n):
     """The n questions of --eval-drawn as files: questions.jsonl, images/, and for --score {kind}
     the annotations {kind}.jsonl."""
     os.makedirs(f"{folder}/images", exist_ok=True)
@@ -1141,7 +1137,7 @@ class DecoderRouting:
 
     @property
     def dropped(self):
-        """In every layer each token makes top_k choices; those that were not served."""
+        """In every layer each token makes top_k choices; so many of these were not served."""
         return self.top_k * torch.tensor(self.tokens) - self.kept.sum(1)  # (L, M)
 
     def top(self, n=10, modality=None):
@@ -1156,9 +1152,8 @@ class DecoderRouting:
 
 
 @torch.no_grad()
-def decoder_routing(model: CuMo, tokenizer, samples: list[dict],
-                    replies: list[str]) -> DecoderRouting:
-    """Count a batch of samples with the replies to them.
+def decoder_routing(model, tokenizer, samples, replies):
+    """A batch of samples with the replies to them -> DecoderRouting, the counts of their tokens.
 
     It is one more forward pass, over prompt, reply and end mark: decoding with a cache routes the
     reply token by token, and under a capacity factor a token alone is never dropped. So the drops
@@ -1437,7 +1432,7 @@ def draw_curve(draw, x, stage, losses):
 # 10. The command line
 
 
-def parse(argv=None) -> argparse.Namespace:
+def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
