@@ -44,7 +44,6 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from kernels import MoE
 from model import CuMo
 from upcycle import load, write_atomically
 
@@ -81,7 +80,8 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
 
     # The model goes on where the text ends, until it says the end mark
     tokens = tokens_of(model, tokenizer, texts)  # (B, T)
-    eos = eos_id(tokenizer, model.config.template)
+    end_mark = data.EOS[model.config.template]
+    eos = tokenizer.encode(end_mark, add_special_tokens=False).ids[-1]
     on_token = None
     if stream is not None:
         on_token = streamer(tokenizer, stream)
@@ -96,7 +96,7 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
     return replies
 
 
-def tokens_of(model: CuMo, tokenizer, texts: list[tuple]) -> torch.Tensor:
+def tokens_of(model, tokenizer, texts):
     """`sense`'s texts -> tokens (B, T) int64, padded with PAD on the right."""
     config = model.config
     rows = []
@@ -105,11 +105,6 @@ def tokens_of(model: CuMo, tokenizer, texts: list[tuple]) -> torch.Tensor:
             conversations, tokenizer, config.template, config.n_image_tokens, slots)
         rows.append(ids)
     return data.pad_rows(rows, data.PAD).to(device_of(model))
-
-
-def eos_id(tokenizer, template: str) -> int:
-    """The token that ends an answer in this template."""
-    return tokenizer.encode(data.EOS[template], add_special_tokens=False).ids[-1]
 
 
 def streamer(tokenizer, write):
@@ -148,12 +143,12 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
             continue
 
         # The first question brings the files along. `opening` is that turn, with "<video>" replaced
-        if not conversation:
-            question = add_marks(question, {"image": images, "video": video, "audio": audio})
-            sample = {"images": images, "audio": list(audio), "video": list(video),
-                      "conversations": [{"from": "human", "value": question}]}
+        if conversation:
+            conversation.append({"from": "human", "value": question})
+        else:
+            sample = sample_of(question, images, video, audio)
             opening, slots, embeds = encode_senses(model, sample)
-        conversation.append({"from": "human", "value": question})
+            conversation += sample["conversations"]
 
         # The model reads the whole conversation again, but it does not look at the pictures again
         asked = {"images": [], "conversations": opening + conversation[1:], "slots": slots}
@@ -186,17 +181,7 @@ def device_of(model):
     return model.text.embed.weight.device
 
 
-def load_images(model: CuMo, images: list) -> torch.Tensor:
-    """Paths, PIL images or tensors of data.load_image -> (n, 3, S, S) on the model's device."""
-    tensors = []
-    for image in images:
-        if not isinstance(image, torch.Tensor):
-            image = data.load_image(image, model.config.vision.image_size)
-        tensors.append(image)
-    return torch.stack(tensors).to(device_of(model))
-
-
-def sense(model: CuMo, samples: list[dict]) -> tuple[list[tuple], dict]:
+def sense(model, samples):
     """Samples -> (texts, senses): what is said, and what the model sees and hears.
 
     texts: for each sample (conversations, slots), as data.load_senses gives them: a "<video>" is
@@ -212,27 +197,25 @@ def sense(model: CuMo, samples: list[dict]) -> tuple[list[tuple], dict]:
     pictures = []
     chunks = []
     frames = []
-    has_video = False
     for sample in samples:
         conversations, images, audio, frames_here, slots = data.load_senses(
             sample, image_size, config.n_audio_tokens, seconds, average=not config.frames_apart)
         texts.append((conversations, slots))
         pictures.extend(images)
+        frames.extend(frames_here or [1] * len(images))
         if audio is not None:
             chunks.extend(audio)
-
-        # As soon as one sample of the batch has a video, every image counts as a video of one frame
-        has_video = has_video or frames_here is not None
-        frames.extend(frames_here or [1] * len(images))
 
     # What there is none of is left out: a language model alone is given tokens and nothing else
     senses = {}
     if pictures:
-        senses["images"] = load_images(model, pictures)
-    if has_video:
-        senses["frames"] = torch.tensor(frames, device=device_of(model))
+        senses["images"] = torch.stack(pictures).to(device_of(model))
     if chunks:
         senses["audio"] = torch.stack(chunks).to(device_of(model))
+
+    # As soon as one sample of the batch has a video, every image counts as a video of one frame
+    if any(sample.get("video") for sample in samples):
+        senses["frames"] = torch.tensor(frames, device=device_of(model))
     return texts, senses
 
 
@@ -253,14 +236,14 @@ def encode_senses(model, sample):
     return conversations, slots, embeds
 
 
-def add_marks(text: str, files: dict) -> str:
-    """Put a "<image>\\n" in front for each image that the text does not mark itself; so for videos
-    and sounds. files: {"image": list, "video": list, "audio": list}."""
+def sample_of(text, images=(), video=(), audio=()):
+    """A sample that asks this about these files. In front of the text comes a "<image>\\n" for each
+    image that the text does not mark itself; so for videos and sounds."""
     head = ""
-    for kind in ("image", "video", "audio"):
-        n_missing = len(files[kind]) - text.count(f"<{kind}>")
-        head += f"<{kind}>\n" * n_missing
-    return head + text
+    for mark, files in (("<image>", images), ("<video>", video), ("<audio>", audio)):
+        head += (mark + "\n") * (len(files) - text.count(mark))
+    return {"images": list(images), "video": list(video), "audio": list(audio),
+            "conversations": [{"from": "human", "value": head + text}]}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -270,25 +253,18 @@ def add_marks(text: str, files: dict) -> str:
 TYPES = {"image": data.TYPES, "sound": data.SOUND_TYPES, "both": data.BOTH_TYPES}
 
 
-def drawn_questions(n: int, seed: int = 0, world: str = "image") -> list[tuple]:
+def drawn_questions(n, seed=0, world="image"):
     """n (what, type, question, answer), each about another held-out scene, sound, or both.
 
     The types come in turn. what: the scene; in a world with sounds it has a "sound", too, and in
     the world "sound" nothing else."""
+    types = TYPES[world]
     questions = []
     i = 0
     while len(questions) < n:
-        number = 900_000_000 + seed * 10_000_019 + i
+        what = draw_world(900_000_000 + seed * 10_000_019 + i, world)
+        kind = types[len(questions) % len(types)]
         i += 1
-        kind = TYPES[world][len(questions) % len(TYPES[world])]
-
-        if world == "image":
-            what = data.make_scene(number, held_out=True)
-        elif world == "sound":
-            what = {"sound": data.make_sound(number, held_out=True)}
-        else:
-            sound = data.make_sound(number, held_out=True, kinds=("beeps", "glide"))
-            what = data.make_scene(number, held_out=True) | {"sound": sound}
 
         # Ask mostly for signs that are there
         if kind == "sign" and not what["sign"] and i % 4 != 0:
@@ -297,9 +273,20 @@ def drawn_questions(n: int, seed: int = 0, world: str = "image") -> list[tuple]:
         # Not every scene allows every type of question; then the next scene is tried
         pair = ask(what, world, kind, random.Random(i))
         if pair:
-            question, right = pair
-            questions.append((what, kind, question, right))
+            questions.append((what, kind, *pair))
     return questions
+
+
+def draw_world(number, world):
+    """A held-out scene, sound, or both."""
+    what = {}
+    if world != "sound":
+        what = data.make_scene(number, held_out=True)
+    if world == "sound":
+        what["sound"] = data.make_sound(number, held_out=True)
+    if world == "both":
+        what["sound"] = data.make_sound(number, held_out=True, kinds=("beeps", "glide"))
+    return what
 
 
 def ask(what, world, kind, rng):
@@ -313,28 +300,20 @@ def ask(what, world, kind, rng):
 
 def drawn_sample(what, question, in_words=False):
     """A sample for `answer`: scene and sound as pixels and waves, or in_words as descriptions."""
-    has_scene = "objects" in what
-    has_sound = "sound" in what
     images = []
     audio = []
+    words = []
+    if "objects" in what:
+        images.append(data.draw_scene(what))
+        words.append(data.describe(what))
+    if "sound" in what:
+        audio.append(data.draw_sound(what["sound"]))
+        words.append(data.describe_sound(what["sound"]))
 
     # In words, the decoder alone is measured: it need not see or hear
     if in_words:
-        words = []
-        if has_scene:
-            words.append(data.describe(what))
-        if has_sound:
-            words.append(data.describe_sound(what["sound"]))
-        text = " ".join(words) + "\n" + question
-    else:
-        if has_scene:
-            images.append(data.draw_scene(what))
-        if has_sound:
-            audio.append(data.draw_sound(what["sound"]))
-        text = add_marks(question, {"image": images, "video": [], "audio": audio})
-
-    turns = [{"from": "human", "value": text}]
-    return {"images": images, "audio": audio, "conversations": turns}
+        return sample_of(" ".join(words) + "\n" + question)
+    return sample_of(question, images, audio=audio)
 
 
 def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False,
@@ -346,34 +325,43 @@ def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = 
     was_training = model.training
     model.eval()
     scores = {}
-    questions = drawn_questions(n, world=world)
-    for start in tqdm(range(0, n, batch), desc="evaluating", leave=False, mininterval=1):
-        group = questions[start:start + batch]
+    for group in batches(drawn_questions(n, world=world), batch, "evaluating"):
         samples = [drawn_sample(what, question, in_words) for what, _, question, _ in group]
         replies = answer(model, tokenizer, samples, max_new_tokens=16)
-
         for (_, kind, _, right), reply in zip(group, replies):
-            score = scores.setdefault(kind, [0, 0])
-            if reply == right:
-                score[0] += 1
-            score[1] += 1
+            add_points(scores, {kind: (reply == right, 1)})
         if asked is not None:
             asked.extend(zip(samples, replies))
     model.train(was_training)
     return scores
 
 
+def batches(items, size, title):
+    """Some of the items at a time, with a progress bar."""
+    starts = range(0, len(items), size)
+    for start in tqdm(starts, title, leave=False, disable=RANK > 0, mininterval=1):
+        yield items[start:start + size]
+
+
+def add_points(scores, points):
+    """Add {name: (points, possible)} to the sums {name: [points, possible]}."""
+    for name, new in points.items():
+        so_far = scores.get(name, (0, 0))
+        scores[name] = [so_far[0] + new[0], so_far[1] + new[1]]
+
+
 def print_table(scores: dict, title: str):
     """{name: [points, possible]} as lines, and their sum unless there is an "accuracy"."""
-    scores = dict(scores)
+    rows = list(scores.items())
     if "accuracy" not in scores:
-        points = sum(score[0] for score in scores.values())
-        possible = sum(score[1] for score in scores.values())
-        scores["all"] = [points, possible]
+        total = {}
+        for score in scores.values():
+            add_points(total, {"all": score})
+        rows += total.items()
 
     # Through tqdm, so that a progress bar which is still running does not end up in the table
     tqdm.write(title, file=sys.stdout)
-    for name, (points, possible) in scores.items():
+    for name, (points, possible) in rows:
         percent = 100 * points / max(possible, 1)
         line = f"  {name:10} {round(points, 1):7} of {possible:5}  {percent:5.1f}%"
         tqdm.write(line, file=sys.stdout)
@@ -388,7 +376,7 @@ def print_table(scores: dict, title: str):
 # that finds parts goes on from them, with any number of processes.
 
 
-def read_rows(file: str, needs: str, kind) -> dict[str, dict]:
+def read_rows(file, needs, kind):
     """A file of questions, answers or annotations -> {question_id as text: row}.
 
     It may be JSON lines, a JSON list, VQA's {"annotations": [...]}, TextVQA's {"data": [...]}, or
@@ -407,7 +395,7 @@ def read_rows(file: str, needs: str, kind) -> dict[str, dict]:
     return rows
 
 
-def list_rows(file: str) -> list:
+def list_rows(file):
     """The rows of a file in any of read_rows' layouts, unchecked."""
     # JSON lines are no JSON, unless there is but one
     try:
@@ -428,7 +416,7 @@ def list_rows(file: str) -> list:
     return data.LlavaJson(file).samples
 
 
-def read_questions(file: str, folder: str = "") -> dict[str, dict]:
+def read_questions(file, folder=""):
     """LLaVA's questions -> {id: sample for `answer`, with the question's own "row"}.
 
     A question is {"question_id", "text"} and perhaps "image": a file below `folder` or a list of
@@ -439,13 +427,10 @@ def read_questions(file: str, folder: str = "") -> dict[str, dict]:
     samples = {}
     for key, row in read_rows(file, "text", str).items():
         where = f"{file}: question {key!r}"
-        files = {}
-        for kind in ("image", "video", "audio"):
-            files[kind] = question_files(row, kind, folder, where)
-            check_files(row["text"], kind, files[kind], key, where)
-        turns = [{"from": "human", "value": add_marks(row["text"], files)}]
-        samples[key] = {"row": row, "images": files["image"], "video": files["video"],
-                        "audio": files["audio"], "conversations": turns}
+        images = question_files(row, "image", folder, where)
+        videos = question_files(row, "video", folder, where)
+        sounds = question_files(row, "audio", folder, where)
+        samples[key] = {**sample_of(row["text"], images, videos, sounds), "row": row}
     return samples
 
 
@@ -456,40 +441,42 @@ def question_files(row, kind, folder, where):
     if not isinstance(files, (str, list)):
         raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
     if kind == "video":
-        return data.video_files(files, folder, where)
-    if isinstance(files, str):
-        files = [files]
-    return [os.path.join(folder, str(name)) for name in files]
+        files = data.video_files(files, folder, where)
+        single_files = sum(files, [])
+    else:
+        if isinstance(files, str):
+            files = [files]
+        files = [os.path.join(folder, str(name)) for name in files]
+        single_files = files
 
-
-def check_files(text, kind, files, key, where):
-    """Find out now, and not after an hour of answers, that a file is missing or a mark too many."""
-    # Without sounds "<audio>" may be an HTML tag; whether it is depends on the model (answer_file)
-    n_marks = text.count(f"<{kind}>")
-    if kind == "audio" and not files:
-        n_marks = 0
-    if n_marks not in (0, len(files)):
+    # Find out now, and not after an hour of answers, that a file is missing or a mark too many.
+    # (Without sounds "<audio>" may be an HTML tag; check_audio_marks asks, when it knows the model)
+    n_marks = row["text"].count(f"<{kind}>")
+    may_be_a_tag = kind == "audio" and not files
+    if n_marks not in (0, len(files)) and not may_be_a_tag:
         raise ValueError(f"{where}: the text has {n_marks} <{kind}>, "
                          f"the question has {len(files)} {kind}s")
-
-    if kind == "video":
-        files = sum(files, [])
-    for name in files:
+    for name in single_files:
         if not os.path.isfile(name):
-            raise ValueError(f"{name}: no such file (question {key!r}); check --images")
+            raise ValueError(f"{where}: {name}: no such file; check --images")
+    return files
 
 
-def answered(files: list[str], questions: dict, model_id: str) -> dict[str, dict]:
-    """{id: answer's row} of these files, as far as they exist.
+def answered(out, questions, model_id):
+    """{id: answer's row} of `out` and its parts, as far as they exist.
 
     Raises ValueError for anything but answers to these questions by this model: it would be mixed
     in, or overwritten."""
     done = {}
-    for file in filter(os.path.exists, files):
-        for line in Path(file).read_bytes().splitlines():
-            row = parse_answer(line, may_be_cut_off=".part-" in file)
-            if row is None:
-                continue
+    for file in filter(os.path.exists, [out, *parts_of(out)]):
+        for line in filter(None, Path(file).read_bytes().splitlines()):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                # A kill may cut off the last line of a part; that question is asked again
+                if file != out:
+                    continue
+                row = line
             if not is_answer_to(questions, row, model_id):
                 raise ValueError(
                     f"{file} holds something else than answers of {model_id} to these questions; "
@@ -498,45 +485,32 @@ def answered(files: list[str], questions: dict, model_id: str) -> dict[str, dict
     return done
 
 
-def parse_answer(line, may_be_cut_off):
-    """A line -> the row in it; None if it is empty, or if a kill has cut it off, so that the
-    question is asked again. Of a line that is no JSON otherwise -> the line."""
-    if not line:
-        return None
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None if may_be_cut_off else line
-
-
 def is_answer_to(questions, row, model_id):
     """Whether the row answers one of the questions, as it is asked now, by this model."""
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) or str(row.get("question_id")) not in questions:
         return False
-    question = questions.get(str(row.get("question_id")))
-    if question is None:
-        return False
-    return row.get("prompt") == question["row"]["text"] and row.get("model_id") == model_id
+    question = questions[str(row["question_id"])]["row"]
+    return row.get("prompt") == question["text"] and row.get("model_id") == model_id
 
 
-def parts_of(out: str) -> list[str]:
+def parts_of(out):
     """The files into which the processes of this and of earlier runs wrote their answers."""
     return sorted(glob.glob(glob.escape(out) + ".part-*-of-*"))
 
 
-def answer_file(model: CuMo, tokenizer, questions: dict, out: str, model_id: str, batch: int,
-                **options):
+def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     """read_questions' samples -> `out`: for each a line {"question_id", "prompt", "text",
-    "model_id"}, in their order.
+    "model_id"}, in their order. Returns this process's share of them, [(sample, reply), ...].
 
     options: as for `answer`. Under torchrun each process answers every WORLD-th question; the
     process group must be there."""
-    check_senses(model, questions, model_id)
+    check_senses(model, model_id, questions.values())
+    check_audio_marks(model, questions)
 
     # 1. This process's share of the questions, without those that an earlier run has answered.
     # (Other processes may be writing already, but only answers to their own share)
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    done = answered([out, *parts_of(out)], questions, model_id)
+    done = answered(out, questions, model_id)
     share = list(questions)[RANK::WORLD]
     todo = [questions[key] for key in share if key not in done]
 
@@ -552,12 +526,19 @@ def answer_file(model: CuMo, tokenizer, questions: dict, out: str, model_id: str
         print(f"\nstopped; the answers so far are in {part}, "
               f"and the same command goes on from there", file=sys.stderr)
         raise
+    done = answered(out, questions, model_id)
+    asked = [(questions[key], done[key]["text"]) for key in share]
 
-    # 4. When all parts are complete, process 0 merges them
+    # 4. When all parts are complete, process 0 merges them, in the order of the questions
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
-        merge_parts(questions, out, model_id)
+        done = answered(out, questions, model_id)
+        write_lines(out, [done[key] for key in questions])
+        for file in parts_of(out):
+            os.remove(file)
+        print(f"wrote {len(questions)} answers to {out}")
+    return asked
 
 
 def size_of_question(sample):
@@ -567,87 +548,65 @@ def size_of_question(sample):
 
 def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
     """Answer the samples `todo` in batches, and append each batch to the file `part` at once."""
-    bar = tqdm(total=len(todo), desc="answering", disable=RANK > 0, mininterval=1)
-    with open(part, "a", encoding="utf-8") as f, bar:
+    with open(part, "a", encoding="utf-8") as f:
         # The file may end with a line that was cut off
         if f.tell() > 0:
             f.write("\n")
-        for start in range(0, len(todo), batch):
+        for group in batches(todo, batch, "answering"):
             # The images of a group are read now, and forgotten afterwards
-            group = todo[start:start + batch]
             replies = answer(model, tokenizer, group, **options)
             for sample, reply in zip(group, replies):
                 row = {"question_id": sample["row"]["question_id"], "prompt": sample["row"]["text"],
                        "text": reply, "model_id": model_id}
                 f.write(json.dumps(row) + "\n")
             f.flush()
-            bar.update(len(group))
 
 
-def merge_parts(questions, out, model_id):
-    """All answers, in the order of the questions, into one file; then the parts can go."""
-    done = answered([out, *parts_of(out)], questions, model_id)
-    lines = "".join(json.dumps(done[key]) + "\n" for key in questions)
-
+def write_lines(file, rows):
+    """Rows -> a file of JSON lines."""
     def write(name):
-        Path(name).write_text(lines, encoding="utf-8")
+        with open(name, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
 
-    write_atomically(out, write)
-    for file in parts_of(out):
-        os.remove(file)
-    print(f"wrote {len(questions)} answers to {out}")
+    write_atomically(file, write)
 
 
-def check_senses(model, questions, model_id):
-    """Raises ValueError if the questions need a sense that the model does not have."""
-    for key, sample in questions.items():
+def check_senses(model, name, samples):
+    """Raises ValueError if the samples need a sense that the model does not have."""
+    for sample in samples:
         if model.vision is None and (sample["images"] or sample["video"]):
-            raise ValueError(
-                f"{model_id} is a language model alone; it cannot see the questions' images")
+            raise ValueError(f"{name} is a language model alone; it cannot see images or videos")
         if model.audio is None and sample["audio"]:
-            raise ValueError(f"{model_id} has no ears; it cannot hear the questions' sounds")
+            raise ValueError(f"{name} has no ears; it cannot hear sounds")
 
-        # To a model with ears "<audio>" is no HTML tag
+
+def check_audio_marks(model, questions):
+    """Raises ValueError for an "<audio>" without sound: to a model with ears it is no HTML tag."""
+    for key, sample in questions.items():
         n_marks = sample["conversations"][0]["value"].count("<audio>")
-        if model.audio is not None and n_marks != len(sample["audio"]):
+        n_sounds = len(sample["audio"])
+        if model.audio is not None and n_marks != n_sounds:
             raise ValueError(f"question {key!r}: the text has {n_marks} <audio>, "
-                             f"the question has {len(sample['audio'])} audios")
+                             f"the question has {n_sounds} audios")
 
 
 # -------------------------------------------------------------------------------------------------
 # 5. Scores
 #
-# A scorer takes annotations {id: row} and replies {id: text} to the same questions, and gives
-# {name: [points, possible]}.
+# A scorer takes the annotation of one question and the reply to it, and gives {name: (points,
+# possible)}, which score_all adds up. A right answer is "accuracy" (1, 1), a wrong one (0, 1); and
+# (0, 0) says that this question does not count: a reply "no" in POPE's precision, for example.
 
 
-def by_type(annotations, points):
-    """points {id: 0..1} -> their sums: "accuracy" over all, and over each "type" (VQA v2:
-    "answer_type") where the annotations have one."""
-    sums = {"accuracy": [0, 0]}
-    for key, row in annotations.items():
-        names = ["accuracy"]
-        kind = row.get("type") or row.get("answer_type")
-        if kind:
-            names.append(str(kind))
-        for name in names:
-            score = sums.setdefault(name, [0, 0])
-            score[0] += points[key]
-            score[1] += 1
-    return sums
-
-
-def score_exact(annotations: dict, replies: dict) -> dict:
+def score_exact(row, reply):
     """row: {"answer": text, or a list of texts any of which is right, "type": optional}.
 
-    A reply must be the same text, but for white space around it."""
-    points = {}
-    for key, row in annotations.items():
-        answers = row["answer"]
-        if not isinstance(answers, list):
-            answers = [answers]
-        points[key] = replies[key].strip() in [str(text).strip() for text in answers]
-    return by_type(annotations, points)
+    The reply must be the same text, but for white space around it."""
+    answers = row["answer"]
+    if not isinstance(answers, list):
+        answers = [answers]
+    right = reply.strip() in [str(text).strip() for text in answers]
+    return {"accuracy": (right, 1)}
 
 
 def with_one_apostrophe_forgotten(words):
@@ -674,11 +633,11 @@ NUMBERS = "zero one two three four five six seven eight nine ten".split()
 DIGITS = {"none": "0"} | {word: str(i) for i, word in enumerate(NUMBERS)}
 
 
-def on_one_line(text: str) -> str:
+def on_one_line(text):
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def normalise(text: str) -> str:
+def normalise(text):
     """VQA v2's normal form of an answer: "The two  dogs." and "2 dogs" are the same, and "dont" is
     "don't"."""
     text = on_one_line(text)
@@ -706,104 +665,85 @@ def normalise(text: str) -> str:
     return " ".join(words)
 
 
-def score_vqa(annotations: dict, replies: dict, form=normalise, always: bool = False) -> dict:
+def score_vqa(row, reply, form=normalise, always=False):
     """row: {"answers": ten of {"answer": text} or text, "answer_type": optional}. VQA accuracy
     (arXiv 1505.00468).
 
     form: what normalises an answer. This follows the official code (GT-Vision-Lab/VQA), which
     normalises only where the humans differ: else "Yes." is no "yes". LLaVA never sees that, as it
     hands in answers in m4c's normal form, below. Raises ValueError where there are not ten."""
-    points = {}
-    for key, row in annotations.items():
-        humans = []
-        for human in row["answers"]:
-            humans.append(human.get("answer") if isinstance(human, dict) else human)
-        if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
-            raise ValueError(f"question {key!r}: 'answers' must be texts of ten humans, "
-                             f"not {str(row['answers'])[:200]}")
+    humans = []
+    for human in row["answers"]:
+        humans.append(human.get("answer") if isinstance(human, dict) else human)
+    if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
+        raise ValueError("'answers' must be texts of ten humans, not " + str(row["answers"])[:200])
 
-        # Where all ten say the same, the reply must be just that, unless `always`
-        reply = on_one_line(replies[key])
-        humans = [on_one_line(human) for human in humans]
-        if always or len(set(humans)) > 1:
-            reply = form(reply)
-            humans = [form(human) for human in humans]
+    # Where all ten say the same, the reply must be just that, unless `always`
+    reply = on_one_line(reply)
+    humans = [on_one_line(human) for human in humans]
+    if always or len(set(humans)) > 1:
+        reply = form(reply)
+        humans = [form(human) for human in humans]
 
-        # What three humans say is right. Each of the ten is left out in turn (so that a human can
-        # be scored likewise) and the mean is taken: 0, 0.3, 0.6, 0.9, 1 points if 0 to 4 agree
-        total = 0
-        for left_out in humans:
-            agree = humans.count(reply)
-            if left_out == reply:
-                agree -= 1
-            total += min(1, agree / 3)
-        points[key] = total / 10
-    return by_type(annotations, points)
+    # What three humans say is right: min(1, agreeing / 3) points. The official code takes the mean
+    # of this over the ten ways to leave one human out (so that a human can be scored likewise).
+    # Two agree, say: without one of them there is 1 left, else 2; (2 * 1/3 + 8 * 2/3) / 10 = 0.6.
+    # For one or three it is 0.3 and 0.9, and from four on it is 1
+    return {"accuracy": (min(1, 0.3 * humans.count(reply)), 1)}
 
 
-def m4c_form(text: str) -> str:
+def m4c_form(text):
     """normalise, but commas and question marks are dropped before, and "'s" is a word by itself."""
     text = text.lower().replace(",", "").replace("?", "")
     return normalise(text.replace("'s", " 's"))
 
 
-def score_textvqa(annotations: dict, replies: dict) -> dict:
+def score_textvqa(row, reply):
     """row: {"answers": ten}. TextVQA as m4c and LLaVA evaluate it: VQA accuracy, but every answer
     is normalised, in m4c's form."""
-    return score_vqa(annotations, replies, m4c_form, always=True)
+    return score_vqa(row, reply, m4c_form, always=True)
 
 
-def says_no(reply: str) -> bool:
+def says_no(reply):
     """As LLaVA reads it: there is a "no", "No" or "not" in the first sentence."""
     first_sentence = reply.split(".")[0].replace(",", "")
     words = first_sentence.split(" ")
     return any(word in words for word in ("No", "not", "no"))
 
 
-def score_pope(annotations: dict, replies: dict) -> dict:
+def score_pope(row, reply):
     """row: {"label": "yes" | "no"}. POPE (arXiv 2305.10355): does the model see what is not there?
 
     Positive is "yes", and so is any reply that does not say no. LLaVA pairs replies and labels by
     their order, here it is by question_id; and where the model never says yes LLaVA divides by
     zero, here precision is 0."""
-    count = Counter()
-    for key, row in annotations.items():
-        said_yes = not says_no(replies[key])
-        is_yes = row["label"].strip().lower() != "no"
-        count[said_yes, is_yes] += 1
-
-    # True and false positives, true and false negatives
-    n = len(annotations)
-    tp = count[True, True]
-    fp = count[True, False]
-    tn = count[False, False]
-    fn = count[False, True]
+    said_yes = not says_no(reply)
+    is_yes = row["label"].strip().lower() != "no"
+    both = said_yes and is_yes
     return {
-        "accuracy": [tp + tn, n],
-        "precision": [tp, tp + fp],
-        "recall": [tp, tp + fn],
-        "F1": [2 * tp, 2 * tp + fp + fn],
-        "yes ratio": [tp + fp, n],
-        "TP": [tp, n],
-        "FP": [fp, n],
-        "TN": [tn, n],
-        "FN": [fn, n],
+        "accuracy": (said_yes == is_yes, 1),
+        "precision": (both, said_yes),
+        "recall": (both, is_yes),
+        "F1": (2 * both, said_yes + is_yes),
+        "yes ratio": (said_yes, 1),
+        "TP": (both, 1),
+        "FP": (said_yes and not is_yes, 1),
+        "TN": (not said_yes and not is_yes, 1),
+        "FN": (not said_yes and is_yes, 1),
     }
 
 
-def choice_of(reply: str, choices: list) -> int | None:
-    """Which option a reply means: "B", "B.", "(B)", "B. a cat", "... The answer is B.", or the text
-    of exactly one option; else None.
+def choice_of(reply, choices):
+    """Which option a reply means, as an index: "B", "B.", "(B)", "B. a cat", "... The answer is
+    B.", or the text of exactly one option; else None.
 
     LLaVA's script for ScienceQA knows no brackets and no texts, and its "The answer is A" also
     finds "The answer is Apples"."""
     # A letter at the start, or else in "The answer is ..."
     reply = reply.strip()
-    start = re.match(r"\(([A-Z])\)(?:[.\s]|$)|([A-Z])(?:\.\s|\.?$)", reply)
-    if start:
-        letters = [start[1] or start[2]]
-    else:
-        letters = re.findall(r"[Tt]he answer is \(?([A-Z])\b", reply)
+    letters = (re.findall(r"^\(([A-Z])\)(?:[.\s]|$)", reply)
+               or re.findall(r"^([A-Z])(?:\.\s|\.?$)", reply)
+               or re.findall(r"[Tt]he answer is \(?([A-Z])\b", reply))
     if len(letters) == 1:
         index = ord(letters[0]) - ord("A")
         if index < len(choices):
@@ -814,30 +754,23 @@ def choice_of(reply: str, choices: list) -> int | None:
     return same[0] if len(same) == 1 else None
 
 
-def plain(text) -> str:
+def plain(text):
     return str(text).strip().rstrip(".").lower()
 
 
-def score_choice(annotations: dict, replies: dict) -> dict:
-    """row: {"answer": letter or index from 0, "choices": [text, ...]}.
+def score_choice(row, reply):
+    """row: {"answer": letter or index from 0, "choices": [text, ...], "type": optional}.
 
     A reply that names no option is wrong; "unparsed" counts them."""
-    points = {}
-    unparsed = 0
-    for key, row in annotations.items():
-        # The right option, as an index
-        right = row.get("answer")
-        if isinstance(right, str) and len(right) == 1:
-            right = ord(right) - ord("A")
-        if right not in range(len(row["choices"])):
-            raise ValueError(f"question {key!r}: 'answer' must be the letter or the index of one "
-                             f"of the 'choices', not {right!r}")
-
-        said = choice_of(replies[key], row["choices"])
-        points[key] = said == right
-        if said is None:
-            unparsed += 1
-    return by_type(annotations, points) | {"unparsed": [unparsed, len(points)]}
+    # The right option, as an index
+    right = row.get("answer")
+    if isinstance(right, str) and len(right) == 1:
+        right = ord(right) - ord("A")
+    if right not in range(len(row["choices"])):
+        raise ValueError("'answer' must be the letter or the index of one of the 'choices', "
+                         f"not {right!r}")
+    said = choice_of(reply, row["choices"])
+    return {"accuracy": (said == right, 1), "unparsed": (said is None, 1)}
 
 
 # --score's name -> (scorer, the key that an annotation needs, its type)
@@ -856,8 +789,8 @@ def score(kind: str, annotations: str, answers: str) -> tuple[dict, int]:
 
     Raises ValueError for annotated questions without an answer: half a benchmark is another
     benchmark."""
-    scorer, key_needed, type_needed = SCORERS[kind]
-    rows = read_rows(annotations, key_needed, type_needed)
+    _, needs, kind_needed = SCORERS[kind]
+    rows = read_rows(annotations, needs, kind_needed)
     replies = {key: row["text"] for key, row in read_rows(answers, "text", str).items()}
 
     # ScienceQA's problems.json holds the training questions, too: keep the splits that were asked
@@ -869,30 +802,41 @@ def score(kind: str, annotations: str, answers: str) -> tuple[dict, int]:
     if missing:
         raise ValueError(f"{answers}: {len(missing)} of {len(rows)} questions have no answer, "
                          f"first {missing[0]!r}")
-    return scorer(rows, replies), len(replies.keys() - rows.keys())
+    return score_all(kind, rows, replies), len(replies) - len(rows)
 
 
-# What some people say instead, in the files of write_drawn
-SYNONYMS = {"circle": "disc", "cross": "plus sign", "purple": "violet", "cyan": "light blue",
-            "large": "big", "center": "in the middle"}
+def score_all(kind, rows, replies):
+    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}: the sums over all
+    questions and, where annotations have a "type" (VQA v2: "answer_type"), over those of a type."""
+    scorer = SCORERS[kind][0]
+    sums = {}
+    for key, row in rows.items():
+        try:
+            points = scorer(row, replies[key])
+        except ValueError as e:
+            raise ValueError(f"question {key!r}: {e}") from None
+        question_type = row.get("type") or row.get("answer_type")
+        if question_type:
+            points[str(question_type)] = points["accuracy"]
+        add_points(sums, points)
+    return sums
 
 
-def write_drawn(folder: str, n: int):
+def write_drawn(folder, n):
     """The n questions of --eval-drawn as files: questions.jsonl, images/, and for --score {kind}
     the annotations {kind}.jsonl."""
-    os.makedirs(os.path.join(folder, "images"), exist_ok=True)
+    os.makedirs(f"{folder}/images", exist_ok=True)
     files = {name: [] for name in ("questions", *SCORERS)}
     for i, (scene, kind, question, right) in enumerate(drawn_questions(n)):
         image = f"{i:05}.png"
-        data.draw_scene(scene).save(os.path.join(folder, "images", image))
+        data.draw_scene(scene).save(f"{folder}/images/{image}")
         rows = annotations_of(kind, right, random.Random(i))
         rows["questions"] = {"image": image, "text": question}
         for name, row in rows.items():
             files[name].append({"question_id": i, **row})
 
     for name, rows in files.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        Path(folder, f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_lines(f"{folder}/{name}.jsonl", rows)
     print(f"wrote {n} questions. Answer and score them:\n"
           f"  python generate.py --eval {folder}/questions.jsonl --images {folder}/images "
           f"--out {folder}/answers.jsonl\n"
@@ -904,24 +848,19 @@ def annotations_of(kind, right, rng):
     """{scorer: annotation of a drawn question}, for those scorers that can judge it."""
     rows = {"exact": {"answer": right, "type": kind}}
 
-    # Ten humans, made up: some are wordy, some know another word, and for every third question most
-    # of them are unsure
-    unsure = rng.choice((1, 1, 12))
-    voices = (right, f"The {right}.", SYNONYMS.get(right, right), "unsure")
-    humans = rng.choices(voices, (4, 1, 1, unsure), k=10)
-    rows["vqa"] = {"answers": [{"answer": human} for human in humans], "answer_type": kind}
-
-    # To read is what TextVQA asks for, and POPE for yes or no
+    # Ten humans who all say the same. To read is what TextVQA asks for, and POPE for yes or no
+    rows["vqa"] = {"answers": [{"answer": right}] * 10, "answer_type": kind}
     if kind == "sign":
-        rows["textvqa"] = {"answers": humans}
+        rows["textvqa"] = {"answers": [right] * 10}
     if right in ("yes", "no"):
         rows["pope"] = {"label": right}
 
     # Colors and shapes have others of their kind to choose from
-    for words in (list(data.COLORS), data.SHAPES):
+    for words in (data.COLORS, data.SHAPES):
         if right in words:
             others = [word for word in words if word != right]
-            choices = rng.sample([right, *rng.sample(others, 3)], 4)
+            choices = [right, *rng.sample(others, 3)]
+            rng.shuffle(choices)
             rows["choice"] = {"answer": "ABCD"[choices.index(right)], "choices": choices}
     return rows
 
@@ -935,22 +874,27 @@ FONT = ImageFont.load_default(16)
 SMALL = ImageFont.load_default(13)
 
 
-def expert_colors(n: int) -> list[tuple]:
+def expert_colors(n):
     """From the ninth expert on they repeat."""
     return [EXPERT_COLORS[e % len(EXPERT_COLORS)] for e in range(n)]
 
 
-def blank_page(width: int, height: int) -> tuple:
+def blank_page(width, height):
     """-> (the page, the pen that draws on it). Coordinates are pixels from the top left corner."""
     page = Image.new("RGB", (width, height), "white")
     return page, ImageDraw.Draw(page)
 
 
-def save_png(page: Image.Image, png: str):
+def save_png(page, png):
     def write(name):
         page.save(name, "PNG")
 
     write_atomically(png, write)
+
+
+def label(draw, x, y, text, color="black", font=SMALL):
+    """A word or a few around the middle (x, y)."""
+    draw.text((x, y), str(text), color, font, anchor="mm")
 
 
 def legend(draw, x, y, colors, texts, dx=0, dy=0):
@@ -966,21 +910,22 @@ def bars(draw, box, columns, colors, lines=(), feet=()):
     """Bars side by side in box (left, top, right, bottom). A share of 1 is as high as the box.
 
     columns: for each bar the shares that it consists of, from the bottom up, in these colors, each
-    with its percentage where that fits. lines: behind the bars a line goes across at these shares.
-    feet: for each bar a color to be shown below it."""
+    with its percentage where that fits. lines: for each bar the shares at which lines go across
+    behind it. feet: for each bar a color to be shown below it."""
     left, top, right, bottom = box
     height = bottom - top
+    pitch = (right - left) / len(columns)
 
     # A bar takes four fifths of its place, so that the lines can be seen between the bars
-    pitch = (right - left) / len(columns)
     half = min(0.4 * pitch, 75)
-    for share in lines:
-        y = bottom - height * share
-        draw.line((left, y, right, y), "#aaaaaa")
-
-    # Each share stands on the one before, from `low` up to `high` (y grows downwards)
     for i, column in enumerate(columns):
         middle = left + (i + 0.5) * pitch
+        if lines:
+            for share in lines[i]:
+                y = bottom - height * share
+                draw.line((middle - pitch / 2, y, middle + pitch / 2, y), "#aaaaaa")
+
+        # Each share stands on the one before, from `low` up to `high` (y grows downwards)
         low = bottom
         for share, color in zip(column, colors):
             high = low - height * share
@@ -988,7 +933,7 @@ def bars(draw, box, columns, colors, lines=(), feet=()):
                 draw.rectangle((middle - half, high, middle + half, low), color)
             if low - high >= 12 and half >= 14:
                 ink = "white" if sum(color) < 300 else "black"
-                draw.text((middle, (low + high) / 2), f"{share:.0%}", ink, SMALL, anchor="mm")
+                label(draw, middle, (low + high) / 2, f"{share:.0%}", ink)
             low = high
         if feet:
             draw.rectangle((middle - half, bottom + 3, middle + half, bottom + 8), feet[i])
@@ -999,30 +944,41 @@ def even_shares(n):
     return [k / n for k in range(n + 1)]
 
 
+def shares(counts, dim):
+    """Counts as shares of their sum over dim, and 0 where there is nothing to share."""
+    return counts / counts.sum(dim, keepdim=True).clamp(min=1)
+
+
 # -------------------------------------------------------------------------------------------------
 # 7. What the experts see: patches of images (CuMo)
 
 
-def seeing_layers(model: CuMo) -> list[int]:
+def seeing_layers(model):
     """The vision layers with experts on the way to the features.
 
     The last layer is left out: with select_layer -2 the features are its input. Its router is
     trained by the auxiliary losses (as in the released CuMo), but its experts' output goes nowhere.
     """
-    if model.vision is None:
+    vision = model.config.vision
+    if vision is None:
         return []
-    used = list(model.vision.layers)[:model.config.vision.n_used_layers]
-    return [i for i, layer in enumerate(used) if isinstance(layer.ffn, MoE)]
+    return [i for i, n in enumerate(vision.n_experts[:vision.n_used_layers]) if n]
 
 
-def sees_by_experts(model: CuMo) -> bool:
+def sees_by_experts(model):
     if seeing_layers(model):
         return True
-    return model.connector is not None and isinstance(model.connector.ffn, MoE)
+    return model.connector is not None and model.config.connector.n_experts > 0
+
+
+def load_images(model, images):
+    """Paths or PIL images -> (n, 3, S, S) on the model's device."""
+    size = model.config.vision.image_size
+    return torch.stack([data.load_image(image, size) for image in images]).to(device_of(model))
 
 
 @torch.no_grad()
-def routing_of(model: CuMo, images: list) -> dict[str, torch.Tensor]:
+def routing_of(model, images):
     """{"layer 0": (n, N, K) experts of each patch, best first, ..., "connector": the same}.
 
     Dense layers are left out, layers whose output is not used (see seeing_layers), and CLS."""
@@ -1039,16 +995,15 @@ def routing_of(model: CuMo, images: list) -> dict[str, torch.Tensor]:
     return routing
 
 
-def expert_load(model, images, n_experts, batch=16):
+def expert_load(model, images, n_experts):
     """{"layer 0": each expert's share of the first choices, (E,), ..., "connector": the same}."""
     # In batches: there may be many images
-    counts = {}
-    for start in range(0, len(images), batch):
-        for name, experts in routing_of(model, images[start:start + batch]).items():
+    counts = Counter()
+    for group in batches(images, 16, "counting"):
+        for name, experts in routing_of(model, group).items():
             first = experts[..., 0].flatten()  # (n * N,)
-            new = torch.bincount(first, minlength=n_experts)  # (E,)
-            counts[name] = counts.get(name, 0) + new
-    return {name: count / count.sum() for name, count in counts.items()}
+            counts[name] += torch.bincount(first, minlength=n_experts)  # (E,)
+    return {name: shares(count, 0) for name, count in counts.items()}
 
 
 PANEL = 192  # pixels a side, of an image in draw_routing's picture
@@ -1074,49 +1029,47 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     colors = expert_colors(n_experts)
     load = expert_load(model, population, n_experts)
 
-    # 1. An empty page with names above the columns: the images first, then a column a layer
+    # 1. An empty page with headings
+    step = PANEL + GAP  # from one panel to the next, to the right and downwards
     width = max(640, panel_left(len(names) + 1))
-    height = TOP + len(images) * (PANEL + GAP) + LOAD + 76
+    height = TOP + len(images) * step + LOAD + 76
+    bottom = height - 30
     page, draw = blank_page(width, height)
     draw.text((GAP, 12), "First-choice expert of each patch", "black", FONT)
     legend(draw, 300, 13, colors, [f"expert {e}" for e in range(n_experts)], dx=95)
-    size = model.config.vision.image_size
-    for column, name in enumerate([f"image, {size} x {size}", *names]):
-        middle = panel_left(column) + PANEL / 2
-        draw.text((middle, TOP - 14), name, "black", FONT, anchor="mm")
-
-    # 2. The images, one a row
-    for row, tensor in enumerate(load_images(model, images).cpu()):
-        y = TOP + row * (PANEL + GAP)
-        seen = as_seen(tensor)
-        page.paste(seen, (GAP, y))
-        for column, name in enumerate(names, 1):
-            first = routing[name][row, :, 0]  # (N,)
-            page.paste(paint_patches(seen, first, colors), (panel_left(column), y))
-
-    # 3. The load, a bar below each layer
-    bottom = height - 30
     counted = "1 image" if len(population) == 1 else f"{len(population)} images"
     draw.text((GAP, bottom - LOAD - 26), f"Expert load: share of first choices, {counted}; "
               "the lines are an even load", "black", FONT)
+
+    # 2. The first column: the images, one a row
+    size = model.config.vision.image_size
+    label(draw, GAP + PANEL / 2, TOP - 14, f"image, {size} x {size}", font=FONT)
+    seen = [as_seen(tensor) for tensor in load_images(model, images).cpu()]
+    for row, panel in enumerate(seen):
+        page.paste(panel, (GAP, TOP + row * step))
+
+    # 3. A column a layer: the images in the colors of its experts, and below them the load
     for column, name in enumerate(names, 1):
         left = panel_left(column)
+        for row, panel in enumerate(seen):
+            first = routing[name][row, :, 0]  # (N,)
+            page.paste(paint_patches(panel, first, colors), (left, TOP + row * step))
         box = (left, bottom - LOAD, left + PANEL, bottom)
-        bars(draw, box, [load[name].tolist()], colors, even_shares(n_experts))
-        draw.text((left + PANEL / 2, bottom + 14), name, "black", FONT, anchor="mm")
+        bars(draw, box, [load[name].tolist()], colors, [even_shares(n_experts)])
+        for y in (TOP - 14, bottom + 14):
+            label(draw, left + PANEL / 2, y, name, font=FONT)
     save_png(page, png)
 
 
-def panel_left(column: int) -> int:
+def panel_left(column):
     return GAP + column * (PANEL + GAP)
 
 
 def spread_over_depth(names, n_layers):
     """At most n_layers of the layers, from the first to the last one; the connector always."""
     layers = [name for name in names if name != "connector"]
-    n_layers = min(n_layers, len(layers))
-    step = (len(layers) - 1) / max(1, n_layers - 1)
-    return [layers[round(i * step)] for i in range(n_layers)] + names[len(layers):]
+    which = torch.linspace(0, len(layers) - 1, min(n_layers, len(layers)))
+    return [layers[i] for i in which.round().int()] + names[len(layers):]
 
 
 def as_seen(tensor):
@@ -1166,59 +1119,46 @@ class DecoderRouting:
         self.layers = [i for i, n in enumerate(text.n_experts) if n]
         self.n_experts = [n for n in text.n_experts if n]
         self.top_k = text.top_k
-        n_layers = len(self.layers)
         most = max(self.n_experts, default=0)
-        self.kept = torch.zeros(n_layers, most, len(MODALITIES), dtype=torch.long)
-        self.dropped = torch.zeros(n_layers, len(MODALITIES), dtype=torch.long)
+        self.kept = torch.zeros(len(self.layers), most, len(MODALITIES), dtype=torch.long)
         self.pathways = [Counter() for _ in MODALITIES]
         self.prompts = 0
 
-    def add(self, other: "DecoderRouting"):
-        self.kept = self.kept + other.kept
-        self.dropped = self.dropped + other.dropped
+    def add(self, other):
+        self.kept += other.kept
         self.prompts += other.prompts
         for mine, theirs in zip(self.pathways, other.pathways):
             mine.update(theirs)
 
     @property
-    def tokens(self) -> list[int]:
+    def tokens(self):
         """How many there were of each modality; PAD is none."""
         return [paths.total() for paths in self.pathways]
 
-    def share(self, among: str) -> torch.Tensor:
-        """`kept` as shares, and 0 where there is nothing to share.
+    @property
+    def dropped(self):
+        """In every layer each token makes top_k choices; so many of these were not served."""
+        return self.top_k * torch.tensor(self.tokens) - self.kept.sum(1)  # (L, M)
 
-        "load": (L, E), of all choices that a layer served, those that each expert served;
-        "experts": (L, E, M), of a modality's choices, the same: adds up to 1 over E;
-        "modalities": (L, E, M), what an expert serves: adds up to 1 over M."""
-        counts = self.kept  # (L, E, M)
-        if among == "load":
-            counts = counts.sum(2)  # (L, E)
-        dim = 2 if among == "modalities" else 1
-        return counts / counts.sum(dim, keepdim=True).clamp(min=1)
-
-    def top(self, n: int = 10, modality: int | None = None) -> list[tuple]:
+    def top(self, n=10, modality=None):
         """The n most used pathways of a modality or of all tokens: [((expert, ...), share of these
         tokens), ...]."""
-        paths = sum(self.pathways, Counter())
-        if modality is not None:
+        if modality is None:
+            paths = sum(self.pathways, Counter())
+        else:
             paths = self.pathways[modality]
         most_used_first = sorted(paths.items(), key=lambda item: (-item[1], item[0]))
         return [(path, count / paths.total()) for path, count in most_used_first[:n]]
 
 
 @torch.no_grad()
-def decoder_routing(model: CuMo, tokenizer, samples: list[dict], replies: list[str],
-                    stats: DecoderRouting | None = None) -> DecoderRouting:
-    """Count a batch of samples with the replies to them, and add it to `stats`.
+def decoder_routing(model, tokenizer, samples, replies):
+    """A batch of samples with the replies to them -> DecoderRouting, the counts of their tokens.
 
     It is one more forward pass, over prompt, reply and end mark: decoding with a cache routes the
     reply token by token, and under a capacity factor a token alone is never dropped. So the drops
     counted are those of this pass, and they depend on the batch; without a capacity factor, nothing
     does."""
-    if stats is None:
-        stats = DecoderRouting(model.config.text)
-
     # The whole conversations, as if the replies were given
     whole = []
     for sample, reply in zip(samples, replies, strict=True):
@@ -1233,22 +1173,18 @@ def decoder_routing(model: CuMo, tokenizer, samples: list[dict], replies: list[s
     model.train(was_training)
 
     # Whose choices are these? A token is a word, or a slot of an image or of a sound; PAD is none
+    stats = DecoderRouting(model.config.text)
+    stats.prompts = len(samples)
     tokens = tokens.flatten()  # (B * T,)
-    of_modality = (tokens >= 0, tokens == data.IMAGE, tokens == data.AUDIO)
-    for m, mine in enumerate(of_modality):
+    for m, mine in enumerate((tokens >= 0, tokens == data.IMAGE, tokens == data.AUDIO)):
         for layer, r in enumerate(routing):
-            experts = r.experts[mine]  # (N of this modality, K)
-            served = r.weights[mine] > 0
-            count = torch.bincount(experts[served], minlength=stats.kept.shape[1])  # (E,)
-            stats.kept[layer, :, m] += count.cpu()
-            stats.dropped[layer, m] += int((~served).sum())
+            served = r.experts[mine][r.weights[mine] > 0]  # (choices,)
+            count = torch.bincount(served, minlength=stats.kept.shape[1])  # (E,)
+            stats.kept[layer, :, m] = count.cpu()
 
         # A pathway is what the routers wished first, served or not
-        first = torch.stack([r.experts[mine, 0] for r in routing], 1)  # (N, L)
-        paths, counts = first.unique(dim=0, return_counts=True)
-        for path, count in zip(paths.tolist(), counts.tolist()):
-            stats.pathways[m][tuple(path)] += count
-    stats.prompts += len(samples)
+        first = torch.stack([r.experts[mine, 0] for r in routing], 1)  # (N of this modality, L)
+        stats.pathways[m].update(map(tuple, first.tolist()))
     return stats
 
 
@@ -1273,10 +1209,7 @@ def draw_decoder_routing(stats: DecoderRouting, png: str):
                          "or no token was counted")
 
     # The modalities that there are: (index, name, color)
-    heard = []
-    for m, (name, color) in enumerate(MODALITIES.items()):
-        if stats.tokens[m]:
-            heard.append((m, name, color))
+    heard = [(m, name, MODALITIES[name]) for m, name in enumerate(MODALITIES) if stats.tokens[m]]
     paths = paths_to_show(stats, heard)
     pathways_top = 598 + 92 * len(heard)
     page, draw = blank_page(1300, pathways_top + 20 * len(paths) + 44)
@@ -1296,8 +1229,8 @@ def write_summary(draw, stats, heard):
               f"{prompts} with the model's replies", "black", FONT)
 
     # Only a capacity factor makes an expert turn tokens away
-    dropped = int(stats.dropped.sum())
-    share = dropped / (dropped + int(stats.kept.sum()))
+    dropped = stats.dropped.sum()
+    share = float(dropped / (dropped + stats.kept.sum()))
     draw.text((16, 38), f"Each token chooses {stats.top_k} experts a layer; {share:.1%} of the "
               "choices came over an expert's capacity and were dropped. Bars show the choices that "
               "were served", "#555555", SMALL)
@@ -1309,7 +1242,7 @@ def draw_heading(draw, stats, top, bottom, title):
     draw.text((16, bottom + 14), "layer", "black", SMALL, anchor="lm")
     for i, layer in enumerate(stats.layers):
         left, right = layer_span(stats, i)
-        draw.text(((left + right) / 2, bottom + 14), str(layer), "black", SMALL, anchor="mm")
+        label(draw, (left + right) / 2, bottom + 14, layer)
 
 
 def draw_expert_load(draw, stats, top):
@@ -1317,14 +1250,12 @@ def draw_expert_load(draw, stats, top):
     title = "Expert load: who does the work in each layer (lines: an even load)"
     draw_heading(draw, stats, top, bottom, title)
     colors = expert_colors(max(stats.n_experts))
-    texts = [f"expert {e}" for e in range(max(stats.n_experts))]
-    legend(draw, RIGHT + 24, top, colors, texts, dy=20)
+    legend(draw, RIGHT + 24, top, colors, [f"expert {e}" for e in range(len(colors))], dy=20)
 
     # Layers may have different numbers of experts, and so different lines
-    load = stats.share("load").tolist()  # [L][E]
-    for i, n in enumerate(stats.n_experts):
-        left, right = layer_span(stats, i)
-        bars(draw, (left, top, right, bottom), [load[i]], colors, even_shares(n))
+    load = shares(stats.kept.sum(2), 1)  # (L, E)
+    lines = [even_shares(n) for n in stats.n_experts]
+    bars(draw, (LEFT, top, RIGHT, bottom), load.tolist(), colors, lines)
 
 
 def draw_what_experts_serve(draw, stats, top, heard):
@@ -1334,26 +1265,25 @@ def draw_what_experts_serve(draw, stats, top, heard):
     which, names, colors = zip(*heard)
     legend(draw, RIGHT + 24, top, colors[::-1], names[::-1], dy=20)
 
-    shares = stats.share("modalities")[:, :, list(which)].tolist()  # [L][E][M]
     for i, n in enumerate(stats.n_experts):
         # An expert without preference serves the modalities in the proportion that its layer does
-        mixture = stats.kept[i].sum(0)[list(which)]  # (M,)
-        lines = mixture.cumsum(0)[:-1] / mixture.sum().clamp(min=1)  # (M - 1,)
+        counts = stats.kept[i, :n][:, list(which)]  # (E, M)
+        lines = shares(counts.sum(0), 0).cumsum(0)[:-1].tolist()  # [M - 1]
 
         left, right = layer_span(stats, i)
         margin = 0.07 * (right - left)
         box = (left + margin, top, right - margin, bottom)
-        bars(draw, box, shares[i][:n], colors, lines.tolist(), feet=expert_colors(n))
+        bars(draw, box, shares(counts, 1).tolist(), colors, [lines] * n, expert_colors(n))
 
 
 def draw_where_modalities_go(draw, stats, top, heard):
     title = "Where each modality goes: its choices by expert"
     draw_heading(draw, stats, top, top + 92 * len(heard) - 12, title)
-    shares = stats.share("experts")  # (L, E, M)
+    colors = expert_colors(max(stats.n_experts))
     for m, name, color in heard:
         draw.text((16, top + 40), name, color, FONT, anchor="lm")
-        columns = shares[:, :, m].tolist()  # [L][E]
-        bars(draw, (LEFT, top, RIGHT, top + 80), columns, expert_colors(len(columns[0])))
+        columns = shares(stats.kept[:, :, m], 1).tolist()  # [L][E]
+        bars(draw, (LEFT, top, RIGHT, top + 80), columns, colors)
         top += 92
 
 
@@ -1381,20 +1311,18 @@ def draw_pathways(draw, stats, top, paths):
              f"tokens ({used:,} of {possible:,.6g} possible ones were taken)")
     draw_heading(draw, stats, top, top + 20 * len(paths), title)
 
-    # A cell is the expert that a token chose first in this layer
     colors = expert_colors(max(stats.n_experts))
-    for row, (path, _, _, _) in enumerate(paths):
-        y = top + 20 * row
+    y = top
+    for path, share, name, color in paths:
+        # A cell is the expert that a token chose first in this layer
         for i, expert in enumerate(path):
             left, right = layer_span(stats, i)
             draw.rectangle((left + 1, y, right - 1, y + 17), colors[expert])
-            place = ((left + right) / 2, y + 9)
-            draw.text(place, str(expert), "black", SMALL, anchor="mm")
+            label(draw, (left + right) / 2, y + 9, expert)
 
-    # Beside each row, how many take this path, and of whom
-    texts = [f"{share:.1%} of {name}" for _, share, name, _ in paths]
-    swatches = [color for _, _, _, color in paths]
-    legend(draw, RIGHT + 24, top + 2, swatches, texts, dy=20)
+        # Beside it, how many take this path, and of whom
+        legend(draw, RIGHT + 24, y + 2, [color], [f"{share:.1%} of {name}"])
+        y += 20
 
 
 def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str], png: str,
@@ -1408,14 +1336,13 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
     # 1. Count
     images = []
     for sample in samples:
-        images.extend(sample["images"])
-        for frames in sample.get("video") or []:
-            images.extend(frames)
+        images += sample["images"]
+        images += sum(sample.get("video") or [], [])
     stats = DecoderRouting(model.config.text)
     if stats.layers:
-        starts = range(0, len(samples), batch)
-        for i in tqdm(starts, desc="counting", leave=False, disable=RANK > 0):
-            decoder_routing(model, tokenizer, samples[i:i + batch], replies[i:i + batch], stats)
+        pairs = list(zip(samples, replies, strict=True))
+        for group in batches(pairs, batch, "counting"):
+            stats.add(decoder_routing(model, tokenizer, *zip(*group)))
 
     # 2. Add the processes up
     if dist.is_initialized() and not alone:
@@ -1458,18 +1385,9 @@ def draw_curves(log_file: str, png: str):
             # A step whose loss is not a number cannot be drawn, but it happened
             stages.setdefault(str(row["stage"]), []).append(loss if math.isfinite(loss) else 0.0)
 
-    width = 330
-    height = 240
-    page, draw = blank_page(width * len(stages), height)
+    page, draw = blank_page(330 * len(stages), 240)
     for column, (stage, losses) in enumerate(stages.items()):
-        left = column * width + 46
-        right = (column + 1) * width - 12
-        smooth = running_mean(losses)
-        draw_curve(draw, (left, 34, right, height - 30), losses, smooth)
-        middle = (left + right) / 2
-        title = f"stage {stage}: loss, at the end {smooth[-1]:.3f}"
-        draw.text((middle, 16), title, "black", SMALL, anchor="mm")
-        draw.text((middle, height - 14), f"{len(losses)} steps", "black", SMALL, anchor="mm")
+        draw_curve(draw, 330 * column, stage, losses)
     save_png(page, png)
 
 
@@ -1483,26 +1401,30 @@ def running_mean(values):
     return means
 
 
-def draw_curve(draw, box, losses, smooth):
-    """Grey: every step; blue: the running mean; and a grid with numbers."""
-    left, top, right, bottom = box
+def draw_curve(draw, x, stage, losses):
+    """The chart of a stage, from x on. Grey: every step; blue: the running mean; behind them a grid
+    with numbers."""
+    left = x + 46
+    right = x + 318
+    top = 34
+    bottom = 210
+    middle = (left + right) / 2
+    smooth = running_mean(losses)
+    label(draw, middle, 16, f"stage {stage}: loss, at the end {smooth[-1]:.3f}")
+    label(draw, middle, 226, f"{len(losses)} steps")
 
     # The first steps' losses may be so high that all others would lie on the ground: leave them out
     high = 1.05 * max(losses[len(losses) // 50:]) or 1.0
-
-    def place(i, loss):
-        x = left + (right - left) * i / max(1, len(losses) - 1)
-        y = bottom - (bottom - top) * min(loss, high) / high
-        return x, y
-
-    # The grid and its numbers, then the curves
     for k in range(5):
-        level = high * k / 4
-        _, y = place(0, level)
+        y = bottom - (bottom - top) * k / 4
         draw.line((left, y, right, y), "#dddddd")
-        draw.text((left - 6, y), f"{level:.2g}", "black", SMALL, anchor="rm")
+        draw.text((left - 6, y), f"{high * k / 4:.2g}", "black", SMALL, anchor="rm")
+
     for values, color, width in ((losses, "#bbbbbb", 1), (smooth, "#1f5fbf", 2)):
-        points = [place(i, value) for i, value in enumerate(values)]
+        points = []
+        for i, value in enumerate(values):
+            y = bottom - (bottom - top) * min(value, high) / high
+            points.append((left + (right - left) * i / max(1, len(values) - 1), y))
         draw.line(points, color, width)
 
 
@@ -1510,7 +1432,7 @@ def draw_curve(draw, box, losses, smooth):
 # 10. The command line
 
 
-def parse(argv=None) -> argparse.Namespace:
+def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -1603,11 +1525,13 @@ def main(argv=None):
         return
 
     # 2. A file of questions is read before the model is loaded: an error in it comes at once
-    questions = {}
     model_id = os.path.basename(os.path.abspath(args.model))
     if args.eval:
         questions = read_questions(args.eval, args.images)
-        if not args.routing and is_complete(args.out, questions, model_id):
+        n_done = len(answered(args.out, questions, model_id))
+        if n_done == len(questions) and not parts_of(args.out) and not args.routing:
+            if RANK == 0:
+                print(f"{args.out} already holds all {n_done} answers")
             return
         if WORLD > 1:
             join_processes(args)
@@ -1620,18 +1544,15 @@ def main(argv=None):
                "top_p": args.top_p, "compile": args.compile, "generator": generator}
 
     # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw
-    asked = []
     talk = args.prompt is not None or not (args.routing or args.eval_drawn or args.eval)
-    if args.routing and not args.eval and not args.eval_drawn:
-        sample, reply = conversation_to_draw(args, model, tokenizer, options)
-        asked.append((sample, reply))
-        talk = talk and reply is None
     if args.eval_drawn:
-        asked += evaluate_and_print(args, model, tokenizer)
+        asked = evaluate_and_print(args, model, tokenizer)
+    elif args.routing and not args.eval:
+        sample, reply = conversation_to_draw(args, model, tokenizer, options)
+        asked = [(sample, reply)]
+        talk = talk and reply is None
     if args.eval:
-        answer_file(model, tokenizer, questions, args.out, model_id, args.batch, **options)
-        if args.routing:
-            asked = share_of_answers(questions, args.out, model_id)
+        asked = answer_file(model, tokenizer, questions, args.out, model_id, args.batch, **options)
 
     # 5. Draw what the experts did
     if args.routing:
@@ -1641,21 +1562,12 @@ def main(argv=None):
                              batch=args.batch)
         for file in files:
             print(f"wrote {file}")
-    if args.eval and WORLD > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
     # 6. Talk
     if talk:
         chat(model, tokenizer, args.image, args.prompt, args.audio, args.video, **options)
-
-
-def is_complete(out, questions, model_id):
-    """Whether an earlier run has answered all questions; then say so."""
-    if len(answered([out], questions, model_id)) < len(questions):
-        return False
-    if RANK == 0:
-        print(f"{out} already holds all {len(questions)} answers")
-    return True
 
 
 def join_processes(args):
@@ -1680,10 +1592,12 @@ def conversation_to_draw(args, model, tokenizer, options):
     prompt = args.prompt
     if not prompt:
         thing = "sound"
-        if args.image:
-            thing = "scene" if model.config.template == "tiny" else "image"
-        elif args.video:
+        if args.video:
             thing = "video"
+        if args.image:
+            thing = "image"
+        if args.image and model.config.template == "tiny":
+            thing = "scene"
         prompt = f"Describe the {thing}."
         print(f"> {prompt}")
 
@@ -1696,11 +1610,11 @@ def evaluate_and_print(args, model, tokenizer):
 
     -> [(sample, reply), ...]"""
     about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
-    worlds = ["image"]
-    if model.audio is not None:
+    worlds = list(about)
+    if model.audio is None:
+        worlds = ["image"]
+    elif model.vision is None:
         worlds = ["sound"]
-        if model.vision is not None:
-            worlds = ["image", "sound", "both"]
 
     asked = []
     for world in worlds:
@@ -1710,22 +1624,10 @@ def evaluate_and_print(args, model, tokenizer):
     return asked
 
 
-def share_of_answers(questions, out, model_id):
-    """This process's share of all questions and of the answers in --out -> [(sample, reply)]."""
-    # Process 0 writes the file after all others have answered
-    if WORLD > 1:
-        dist.barrier()
-    rows = answered([out], questions, model_id)
-    keys = list(questions)[RANK::WORLD]
-    return [(questions[key], rows[key]["text"]) for key in keys]
-
-
 def check_flags(args):
     """Raises ValueError for flags that do not go together."""
     if args.score and (not args.answers or not args.annotations):
         raise ValueError("--score needs --answers and --annotations")
-    if args.write_drawn:
-        folder_and_number(args.write_drawn)
     if args.eval and (not args.out or args.batch < 1):
         raise ValueError("--eval needs --out, a file for the answers, and a --batch of at least 1")
     if args.eval and args.routing and args.eval_drawn:
@@ -1733,14 +1635,14 @@ def check_flags(args):
                          "ask for one of them at a time")
 
 
-def folder_and_number(words: list[str]) -> tuple[str, int]:
+def folder_and_number(words):
     """--write-drawn's DIR and N, which is 500 if it is not given."""
-    folder, *numbers = words
-    number = numbers[0] if numbers else "500"
-    if len(numbers) > 1 or not number.isdecimal() or int(number) < 1:
+    if len(words) == 1:
+        words = [*words, "500"]
+    if len(words) != 2 or not words[1].isdecimal() or int(words[1]) < 1:
         raise ValueError("--write-drawn takes a folder and a number of questions, "
                          f"not {' '.join(words)}")
-    return folder, int(number)
+    return words[0], int(words[1])
 
 
 def check_model(args, model, tokenizer):
@@ -1751,17 +1653,14 @@ def check_model(args, model, tokenizer):
     for file in args.image + args.audio + sum(args.video, []):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file")
-    if (args.image or args.video) and model.vision is None:
-        raise ValueError(
-            f"{args.model} is a language model alone; it cannot see --image or --video")
-    if args.audio and model.audio is None:
-        raise ValueError(f"{args.model} has no ears; it cannot hear --audio")
+    given = {"images": args.image, "audio": args.audio, "video": args.video}
+    check_senses(model, args.model, [given])
 
     if args.routing:
         decides = any(model.config.text.n_experts)
         if not decides and not sees_by_experts(model):
             raise ValueError(f"{args.model}: this model is dense: there is no routing to draw")
-        something = args.image or args.audio or args.video or args.eval or args.eval_drawn
+        something = any(given.values()) or args.eval or args.eval_drawn
         if not something and not (decides and args.prompt):
             raise ValueError("--routing needs at least one --image (or --audio, --video or "
                              "--prompt where the decoder has experts), --eval or --eval-drawn")

@@ -13,6 +13,7 @@ from PIL import Image
 
 import data as d
 import generate
+from generate import score_all
 from model import Config, CuMo
 from upcycle import save
 from test_generate import ROOT, build, picture
@@ -154,8 +155,13 @@ def test_ctrl_c_ends_the_program_with_130(world, tmp_path, monkeypatch):
 
 
 def test_images_are_read_batch_by_batch(world, alone, tmp_path, monkeypatch):
-    most, real = [], generate.load_images
-    monkeypatch.setattr(generate, "load_images", lambda model, images: most.append(len(images)) or real(model, images))
+    most, real = [], generate.sense
+
+    def sense(model, samples):
+        texts, senses = real(model, samples)
+        most.append(len(senses.get("images", ())))
+        return texts, senses
+    monkeypatch.setattr(generate, "sense", sense)
     generate.main(flags(world, tmp_path / "a.jsonl", "--batch", 2))
     assert max(most) <= 4 and sum(most) == 8
 
@@ -225,7 +231,7 @@ def test_exact_match_counts_by_type_and_takes_any_of_several_answers():
     annotations = {"1": {"answer": "red", "type": "color"}, "2": {"answer": ["two", "2"], "type": "count"},
                    "3": {"answer": "blue ", "type": "color"}, "4": {"answer": 3}}
     replies = {"1": " red\n", "2": "2", "3": "Blue", "4": "3"}                     # "Blue" is not "blue": exact is exact
-    assert generate.score_exact(annotations, replies) == {"accuracy": [3, 4], "color": [1, 2], "count": [1, 1]}
+    assert score_all("exact", annotations, replies) == {"accuracy": [3, 4], "color": [1, 2], "count": [1, 1]}
 
 
 @pytest.mark.parametrize("text, form", [
@@ -244,7 +250,7 @@ def humans(**counts):
     return {"answers": [{"answer": text} for text, n in counts.items() for _ in range(n)]}
 
 
-@pytest.mark.parametrize("scorer", [generate.score_vqa, generate.score_textvqa])
+@pytest.mark.parametrize("scorer", ["vqa", "textvqa"])
 @pytest.mark.parametrize("agree, points", [
     (0, 0),
     (1, Fraction(3, 10)),      # leave out who agrees: 0 of 9, 0 points; leave out one of the other nine: 1/3 each. 9 * 1/3 / 10
@@ -254,19 +260,19 @@ def humans(**counts):
 def test_vqa_accuracy_is_the_mean_over_ten_times_nine_humans(scorer, agree, points):
     row = humans(blue=agree, red=10 - agree)
     for answers in (row["answers"], [h["answer"] for h in row["answers"]]):        # VQA v2 writes objects, TextVQA plain texts
-        assert scorer({"1": {"answers": answers}}, {"1": "blue"}) == {"accuracy": [pytest.approx(float(points)), 1]}
+        assert score_all(scorer, {"1": {"answers": answers}}, {"1": "blue"}) == {"accuracy": [pytest.approx(float(points)), 1]}
 
 
 def test_vqa_normalises_only_where_humans_differ_and_textvqa_always():
     agreed, differ = {"1": humans(yes=10)}, {"1": humans(yes=9, Yeah=1)}
-    assert generate.score_vqa(agreed, {"1": "Yes."})["accuracy"] == [0, 1] != generate.score_vqa(agreed, {"1": " yes\n"})["accuracy"]
-    assert generate.score_vqa(differ, {"1": "Yes."})["accuracy"] == [1, 1] == generate.score_textvqa(agreed, {"1": "Yes."})["accuracy"]
-    assert generate.score_vqa({"1": humans(two=2, **{"2": 2, "Two.": 6})}, {"1": "the two"})["accuracy"] == [1, 1]
+    assert score_all("vqa", agreed, {"1": "Yes."})["accuracy"] == [0, 1] != score_all("vqa", agreed, {"1": " yes\n"})["accuracy"]
+    assert score_all("vqa", differ, {"1": "Yes."})["accuracy"] == [1, 1] == score_all("textvqa", agreed, {"1": "Yes."})["accuracy"]
+    assert score_all("vqa", {"1": humans(two=2, **{"2": 2, "Two.": 6})}, {"1": "the two"})["accuracy"] == [1, 1]
 
 
 def test_textvqa_drops_commas_and_question_marks_and_parts_the_s():
-    both = lambda said, reply: [score({"1": {"answers": [said] * 9 + ["else"]}}, {"1": reply})["accuracy"][0]
-                                for score in (generate.score_vqa, generate.score_textvqa)]
+    both = lambda said, reply: [score_all(scorer, {"1": {"answers": [said] * 9 + ["else"]}}, {"1": reply})["accuracy"][0]
+                                for scorer in ("vqa", "textvqa")]
     assert both("joe's", "joe 's") == [0, 1] and both("joe's", "Joe's") == [1, 1]
     assert both("x,y", "xy") == [0, 1] and both("x,y", "x y") == [1, 0]            # VQA v2: a blank; m4c: nothing
     assert both("why?not", "whynot") == [0, 1]
@@ -275,11 +281,11 @@ def test_textvqa_drops_commas_and_question_marks_and_parts_the_s():
 def test_vqa_sums_by_answer_type_and_wants_ten_humans():
     annotations = {"1": {**humans(red=8, blue=2), "answer_type": "other"}, "2": {**humans(yes=10), "answer_type": "yes/no"},
                    "3": {**humans(red=10), "answer_type": "other"}}
-    scores = generate.score_vqa(annotations, {"1": "blue", "2": "yes", "3": "blue"})
+    scores = score_all("vqa", annotations, {"1": "blue", "2": "yes", "3": "blue"})
     assert scores == {"accuracy": [pytest.approx(1.6), 3], "other": [pytest.approx(0.6), 2], "yes/no": [1, 1]}
     for answers in (["red"] * 9, ["red"] * 9 + [5], [{"text": "red"}] * 10):
         with pytest.raises(ValueError, match="'1'.*ten"):
-            generate.score_vqa({"1": {"answers": answers}}, {"1": "red"})
+            score_all("vqa", {"1": {"answers": answers}}, {"1": "red"})
 
 
 def test_pope_reads_yes_and_no_as_llava_and_counts_them():
@@ -288,10 +294,10 @@ def test_pope_reads_yes_and_no_as_llava_and_counts_them():
              ("There is not, I think.", "no"), ("no", "no"),                       # TN, TN
              ("I see a cat", "no"), ("nothing", "no")]                             # FP, FP: what says no "no" is a yes
     annotations, replies = ({str(i): f(case) for i, case in enumerate(cases)} for f in (lambda c: {"label": c[1]}, lambda c: c[0]))
-    assert generate.score_pope(annotations, replies) == {
+    assert score_all("pope", annotations, replies) == {
         "accuracy": [4, 7], "precision": [2, 4], "recall": [2, 3], "F1": [4, 7],   # F1 = 2 p r / (p + r) = (2/3) / (7/6) = 4/7
         "yes ratio": [4, 7], "TP": [2, 7], "FP": [2, 7], "TN": [2, 7], "FN": [1, 7]}
-    never = generate.score_pope(annotations, dict.fromkeys(annotations, "no"))
+    never = score_all("pope", annotations, dict.fromkeys(annotations, "no"))
     assert never["precision"] == [0, 0] and never["recall"] == [0, 3] and never["F1"] == [0, 3]
     generate.print_table(never, "no zero division")
 
@@ -308,12 +314,12 @@ def test_a_choice_is_a_letter_or_the_text_of_exactly_one_option(reply, index):
 
 def test_choices_are_scored_by_letter_or_index_and_unparsed_replies_are_wrong():
     row = lambda answer: {"answer": answer, "choices": ["cat", "dog"]}
-    scores = generate.score_choice({"1": row("B"), "2": row(0), "3": row(1), "4": row("A")},
+    scores = score_all("choice", {"1": row("B"), "2": row(0), "3": row(1), "4": row("A")},
                                    {"1": "dog", "2": "A.", "3": "A", "4": "who knows"})
     assert scores == {"accuracy": [2, 4], "unparsed": [1, 4]}
     for answer in ("C", 2, -1, None, "AB"):
         with pytest.raises(ValueError, match="'1'.*choices"):
-            generate.score_choice({"1": row(answer)}, {"1": "A"})
+            score_all("choice", {"1": row(answer)}, {"1": "A"})
 
 
 def test_annotations_are_understood_in_the_layouts_of_their_benchmarks(tmp_path):
@@ -370,8 +376,8 @@ def test_drawn_files_can_be_answered_and_scored_in_every_way(world, tmp_path, mo
     generate.main(flags(world, answers, "--eval", folder / "questions.jsonl", "--images", folder / "images"))
     scores = {kind: generate.score(kind, str(folder / f"{kind}.jsonl"), answers)[0] for kind in generate.SCORERS}
     assert scores["exact"]["accuracy"] == [72, 90] and scores["exact"]["color"] == [8, 10] and len(scores["exact"]) == 1 + len(d.TYPES)
-    assert 30 < scores["vqa"]["accuracy"][0] < 72 and scores["vqa"]["accuracy"][1] == 90             # people do not always agree
-    assert 0 < scores["textvqa"]["accuracy"][0] <= 8 and scores["textvqa"]["accuracy"][1] == 10      # the ten signs
+    assert scores["vqa"] == scores["exact"]                                        # all ten humans say the same
+    assert scores["textvqa"]["accuracy"] == [sum(k == "sign" and i % 5 != 4 for i, (_, k, _, _) in enumerate(drawn)), 10]   # the ten signs
     assert scores["pope"]["accuracy"][1] == sum(a in ("yes", "no") for a in right.values()) == 20
     n_choice = sum(a in d.COLORS or a in d.SHAPES for a in right.values())
     missed = sum(a in d.COLORS or a in d.SHAPES for i, a in right.items() if i % 5 == 4)

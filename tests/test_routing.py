@@ -11,7 +11,7 @@ from PIL import Image
 
 import data as d
 import generate
-from generate import MODALITIES, DecoderRouting, decoder_routing, draw_decoder_routing
+from generate import MODALITIES, DecoderRouting, decoder_routing, draw_decoder_routing, shares
 from kernels import Routing
 from model import Config, CuMo, Output
 from upcycle import load, save
@@ -107,11 +107,11 @@ def test_a_case_counted_by_hand(tokenizer, monkeypatch):
     assert stats.pathways == [Counter({(0, 0): 3, (1, 0): 1}), Counter({(1, 1): 1}), Counter({(2, 1): 1})]
     assert stats.top() == [((0, 0), 3 / 6), ((1, 0), 1 / 6), ((1, 1), 1 / 6), ((2, 1), 1 / 6)] and stats.top(1, 0) == [((0, 0), 0.75)]
     close = lambda a, b: torch.testing.assert_close(a, torch.tensor(b))
-    close(stats.share("load"), [[5 / 12, 4 / 12, 3 / 12], [4 / 10, 6 / 10, 0]])
-    close(stats.share("modalities")[0], [[4 / 5, 0, 1 / 5], [3 / 4, 1 / 4, 0], [1 / 3, 1 / 3, 1 / 3]])
-    close(stats.share("experts")[1].T, [[3 / 7, 4 / 7, 0], [0, 1, 0], [1 / 2, 1 / 2, 0]])
-    twice = decoder_routing(model, tokenizer, [prompt("a"), prompt("b")], ["c", "d"], stats)
-    assert twice is stats and stats.tokens == [8, 2, 2] and stats.prompts == 4 and int(stats.dropped.sum()) == 4
+    close(shares(stats.kept.sum(2), 1), [[5 / 12, 4 / 12, 3 / 12], [4 / 10, 6 / 10, 0]])
+    close(shares(stats.kept, 2)[0], [[4 / 5, 0, 1 / 5], [3 / 4, 1 / 4, 0], [1 / 3, 1 / 3, 1 / 3]])
+    close(shares(stats.kept, 1)[1].T, [[3 / 7, 4 / 7, 0], [0, 1, 0], [1 / 2, 1 / 2, 0]])
+    stats.add(decoder_routing(model, tokenizer, [prompt("a"), prompt("b")], ["c", "d"]))
+    assert stats.tokens == [8, 2, 2] and stats.prompts == 4 and int(stats.dropped.sum()) == 4
 
 
 def adds_up(stats, samples):
@@ -119,10 +119,8 @@ def adds_up(stats, samples):
         assert ((stats.kept[:, :, m].sum(1) + stats.dropped[:, m]) == n * stats.top_k).all()
     assert stats.tokens[1] == 36 * sum(len(s["images"]) for s in samples) and stats.prompts == len(samples)
     assert (stats.kept[1, 3:] == 0).all()                                          # the second layer has 3 experts
-    for among, dim in (("load", 1), ("experts", 1), ("modalities", 2)):
-        share = stats.share(among).sum(dim)
-        there = (stats.kept.sum(2) if among == "load" else stats.kept).sum(dim) > 0
-        torch.testing.assert_close(share, there.float())
+    for counts, dim in ((stats.kept.sum(2), 1), (stats.kept, 1), (stats.kept, 2)):
+        torch.testing.assert_close(shares(counts, dim).sum(dim), (counts.sum(dim) > 0).float())
     for modality in (None, 0, 1):
         paths = stats.top(10 ** 6, modality)
         assert abs(sum(share for _, share in paths) - 1) < 1e-9 and all(0 <= a < 4 and 0 <= b < 3 for (a, b), _ in paths)
@@ -136,9 +134,9 @@ def test_counts_add_up_and_do_not_depend_on_the_batch(tokenizer, asked):
     adds_up(whole, samples)
     ids = [d.encode_chat(s["conversations"] + [{"from": "gpt", "value": r}], tokenizer, "tiny", 36)[0] for s, r in zip(samples, replies)]
     assert whole.tokens == [sum(i >= 0 for row in ids for i in row), 36 * 4, 0] and not whole.dropped.any()
-    cut = None
+    cut = DecoderRouting(model.config.text)
     for i in range(5):
-        cut = decoder_routing(model, tokenizer, samples[i:i + 1], replies[i:i + 1], cut)
+        cut.add(decoder_routing(model, tokenizer, samples[i:i + 1], replies[i:i + 1]))
     parts = decoder_routing(model, tokenizer, samples[:2], replies[:2])
     parts.add(decoder_routing(model, tokenizer, samples[2:], replies[2:]))
     for other in (cut, parts):
@@ -238,8 +236,8 @@ def test_the_pathways_shown_are_the_most_used(tmp_path, written):
     draw_decoder_routing(stats, str(tmp_path / "r.png"))
     name = lambda path: "-".join(map(str, path))
     table = written[[i for i, t in enumerate(written) if t.startswith("Pathways")][0] + 2 + 3:]     # behind "layer" and three numbers
-    cells, shares = table[:3 * 10], table[3 * 10:]
-    shown = [(share, "-".join(cells[3 * i:3 * i + 3])) for i, share in enumerate(shares)]
+    rows = [table[i:i + 4] for i in range(0, len(table), 4)]                        # three cells, and the share beside them
+    shown = [(share, "-".join(cells)) for *cells, share in rows]
     colored = [(f"{share:.1%} of {what}", name(path)) for m, what in ((0, "text"), (1, "image")) for path, share in stats.top(2, m)]
     assert shown[:4] == colored and len(shown) == 10
     rest = [(f"{share:.1%} of all", name(path)) for path, share in stats.top(20) if name(path) not in [p for _, p in colored]]
