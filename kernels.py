@@ -213,7 +213,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(rows, weights, order)
         y = rows[:, 0] * weights[:, :1]
         for k in range(1, weights.shape[1]):
-            y = y.addcmul_(rows[:, k], weights[:, k:k + 1])
+            y = torch.addcmul(y, rows[:, k], weights[:, k:k + 1])
         return y
 
     @staticmethod
