@@ -70,6 +70,7 @@ DRAWN = "tiny", "uni-moe-tiny"                                                  
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 BACKBONES, HEARING = (os.path.join(ASSETS, f"{preset}-backbones.safetensors") for preset in DRAWN)
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ                                                  # also with one process: FSDP on one GPU, say
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)                         # gathered, on rank 0
 # A checkpoint holds what trains (of a run with LoRA, the adapters); the rest is in the folder that the stage started from
 TRAINED, SHARDS = (StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=True, strict=False)
@@ -404,7 +405,7 @@ def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
                 m.compile(dynamic=True)                                            # there is one: better one graph for all lengths at once
             if isinstance(m, CuMo):
                 m.lm_loss = torch.compile(m.lm_loss, dynamic=True)                 # without a float32 copy of (B, T, V)
-    if WORLD == 1:
+    if not LAUNCHED:
         return model
     if args.fsdp:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" \
@@ -462,7 +463,7 @@ def drop_checkpoints(out: str, but: str | None = None):
 
 def write_checkpoint(args: Args, model: nn.Module, optimizer, about: dict) -> str:
     """-> its path. At every moment of this there is one complete checkpoint, if there was one before."""
-    path = os.path.join(args.out, *("checkpoint", str(about["step"])) if args.fsdp and WORLD > 1 else ("checkpoint.pt",))
+    path = os.path.join(args.out, *("checkpoint", str(about["step"])) if args.fsdp and LAUNCHED else ("checkpoint.pt",))
     if path.endswith(".pt"):                                                       # every rank takes part: --expert-parallel gathers
         weights, state = get_state_dict(model, optimizer, options=TRAINED)
         if RANK == 0:
@@ -478,7 +479,7 @@ def write_checkpoint(args: Args, model: nn.Module, optimizer, about: dict) -> st
             write_json(os.path.join(path, "run.json"), about)
     if RANK == 0:
         drop_checkpoints(args.out, path)
-    if WORLD > 1:
+    if LAUNCHED:
         dist.barrier()
     return path
 
@@ -558,8 +559,8 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
             for message in b["broken"]:
                 tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
         total = torch.tensor([sum(b["n_labels"] for b in micro), sum(b["n_images"] for b in micro), sum(len(b["broken"]) for b in micro),
-                              sum(b["truncated"] for b in micro), len(stopping)], dtype=torch.float64, device=device if WORLD > 1 else "cpu")
-        if WORLD > 1:
+                              sum(b["truncated"] for b in micro), len(stopping)], dtype=torch.float64, device=device if LAUNCHED else "cpu")
+        if LAUNCHED:
             dist.all_reduce(total)
         total = total.tolist()
         if step < steps - 1:                                                       # from here on: a Ctrl-C counts in the step after
@@ -573,7 +574,7 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
         sums = {}                                                                  # part -> its mean over the global batch
         for i, b in enumerate(micro):
             # With DDP gradients travel between ranks once a step; FSDP's do each time, or else every rank would have to keep them whole
-            with nullcontext() if i == n_micro - 1 or args.fsdp or WORLD == 1 else wrapped.no_sync(), autocast:
+            with nullcontext() if i == n_micro - 1 or args.fsdp or not LAUNCHED else wrapped.no_sync(), autocast:
                 inputs = {k: v.to(device, non_blocking=True) for k, v in b.items() if torch.is_tensor(v) and (k != "images" or len(v))}
                 parts = wrapped(**inputs).parts
                 share = {name: weigh(name, b, total, n_micro) for name in parts}
@@ -582,7 +583,7 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
             for name in parts:
                 sums[name] = sums.get(name, 0) + share[name] * parts[name].detach()
         row = torch.stack([v.float() for v in sums.values()])
-        if WORLD > 1:
+        if LAUNCHED:
             dist.all_reduce(row)
         norm = clip_gradients(params, experts, mesh, args.grad_clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -625,7 +626,7 @@ def optimize(undo: ExitStack, args: Args, stage, s: dict, model: nn.Module, load
     save_result(get_model_state_dict(model, options=FULL))
     if RANK == 0:
         drop_checkpoints(out)                                                      # the stage's folder has taken its place
-    if WORLD > 1:
+    if LAUNCHED:
         dist.barrier()
     if stopping or total[4] > 0:                                                   # Ctrl-C in the last step
         raise KeyboardInterrupt
@@ -975,7 +976,7 @@ def run_stage(args: Args, stage: int, source: str, device):
     """Train one stage from a model folder (or a backbones file, or the folders of --vision and --llm) and leave a model folder; measure
     it on held-out scenes."""
     s, began = settings(args, stage), time.time()
-    later = [] if args.fsdp and WORLD > 1 else None                                # with FSDP weights come last, see `distribute`
+    later = [] if args.fsdp and LAUNCHED else None                                # with FSDP weights come last, see `distribute`
     torch.manual_seed(args.seed)                                                   # the same new weights on every rank
     if args.vision and stage == 1:
         preset, source = Config.from_preset(args.preset), f"{args.vision} and {args.llm}"
@@ -1287,7 +1288,7 @@ def main(argv=None):
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu":
         kernels.keep_pages()
-    if WORLD > 1:
+    if LAUNCHED:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -1327,7 +1328,7 @@ def main(argv=None):
         n = next(n for n in range(1, 10**6) if not os.path.exists(f"{args.out}.{n}"))
         os.rename(args.out, f"{args.out}.{n}")
         say(f"{args.out} holds an earlier run: it is now {args.out}.{n}")
-    if WORLD > 1:
+    if LAUNCHED:
         dist.barrier()
     os.makedirs(args.out, exist_ok=True)
     say(f"nanoCuMo {args.preset} on {WORLD} x {device.type} ({torch.get_num_threads()} threads), torch {torch.__version__}, "
@@ -1352,7 +1353,7 @@ def main(argv=None):
         hint = f" Try:\n  python generate.py --model {last} --image X.png --prompt \"What color is the circle?\""
         say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, log.jsonl and pictures."
             + hint * (stages[-1] not in ("0b", "0d")))
-    if WORLD > 1:
+    if LAUNCHED:
         dist.destroy_process_group()
 
 
