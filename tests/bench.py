@@ -361,24 +361,25 @@ def step_runs(name: str, config: Config, stage: train.Stage, args, batch: dict, 
     return {name: step}
 
 
-def time_steps(runs: dict, device, repeat: int) -> tuple[dict, dict]:
-    """-> {row's name: seconds of a step}, {row's name: GB of GPU memory at the most}."""
+def time_steps(runs: dict, device, repeat: int) -> dict:
+    """-> {row's name: seconds of a step}."""
     if device.type == "cpu":
         # in turn: a CPU's speed drifts
-        return median_seconds(runs, "cpu", repeat), {}
+        return median_seconds(runs, "cpu", repeat)
 
     # one after the other: memory is scarce
     seconds = {}
-    peaks = {}
     for name, run in runs.items():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
             seconds |= median_seconds({name: run}, "cuda", repeat, calls=1)
-            peaks[name] = torch.cuda.max_memory_allocated() / 1e9
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            print(f"{name}: {seconds[name]:.3f} s, at the most {peak:.2f} GB of GPU memory",
+                  flush=True)
         except torch.OutOfMemoryError:
             print(f"{name}: more memory than this GPU has")
-    return seconds, peaks
+    return seconds
 
 
 def bench_step(args):
@@ -405,22 +406,18 @@ def bench_step(args):
 
     runs = step_runs("experts", config, stage, args, batch, n_micro, device)
     if device.type == "cuda":
-        seconds, peaks = time_steps(runs, device, n_steps)
+        seconds = time_steps(runs, device, n_steps)
         del runs
         runs = step_runs("dense", dense, stage, args, batch, n_micro, device)
-        more = time_steps(runs, device, n_steps)
-        seconds |= more[0]
-        peaks |= more[1]
+        seconds |= time_steps(runs, device, n_steps)
     else:
         runs |= step_runs("dense", dense, stage, args, batch, n_micro, device)
-        seconds, peaks = time_steps(runs, device, n_steps)
+        seconds = time_steps(runs, device, n_steps)
 
     rows = stage.micro_batch * n_micro
     speed = matmul_speed(device.type, torch.bfloat16 if device.type == "cuda" else torch.float32)
     print(f"{name_of(device.type)}, {args.preset}, {n_micro} x {stage.micro_batch} samples of "
           f"{n_tokens} tokens; matrix products reach {speed / 1e12:.3f} TFLOP/s")
-    for name, peak in peaks.items():
-        print(f"{name}: {peak:.2f} GB of GPU memory at the most")
     print(f"{'step of stage 3':16} {'seconds':>8} {'samples/s':>10} {'TFLOP/s':>9} "
           f"{'of matmul':>10} {'time / dense':>13} {'time / experts':>15}")
     for name, t in seconds.items():
