@@ -412,7 +412,7 @@ def bench_step(args):
 
     rows = stage.micro_batch * n_micro
     speed = matmul_speed(device.type, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    print(f"{name_of(device.type)}, {args.preset}, {n_micro} x {s['micro_batch']} samples of "
+    print(f"{name_of(device.type)}, {args.preset}, {n_micro} x {stage.micro_batch} samples of "
           f"{n_tokens} tokens; matrix products reach {speed / 1e12:.3f} TFLOP/s")
     for name, peak in peaks.items():
         print(f"{name}: {peak:.2f} GB of GPU memory at the most")
