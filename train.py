@@ -535,7 +535,7 @@ def plain_type(kind):
 
 
 def recipe_of(preset: str) -> str:
-    """"uni-moe-7b" -> "uni-moe"; CuMo's where no recipe has such a name."""
+    """The recipe whose name the preset begins with (uni-moe of uni-moe-7b), else CuMo's."""
     for name in RECIPES:
         if preset.startswith(name):
             return name
