@@ -250,12 +250,15 @@ def main(argv=None):
         return
     began = time.time()
     device = join_processes(args, prepare_device(args))
+
+    # A resumed run skips what is done. A new one does not write over an old one.
     stages = stages_of(args)
-    done = stages_done(args, stages)  # in a resumed run
+    done = stages_done(args, stages)
     os.makedirs(args.out, exist_ok=True)
     say(f"nanoCuMo {args.preset} on {WORLD} x {device.type} ({torch.get_num_threads()} threads), "
         f"torch {torch.__version__}, stages {', '.join(map(str, stages))} -> {args.out}")
 
+    # Each stage begins with what the one before it left on the disk.
     for name in stages:
         if name in done:
             say(f"stage {name}: done before")
@@ -490,6 +493,8 @@ def parse(argv=None) -> Args:
     """Flags -> Args. There is a flag for each field."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    # One flag for each field, with the field's type: int for `int | None`.
     types = typing.get_type_hints(Args)
     for f in dataclasses.fields(Args):
         if f.name in GROUPS:
@@ -519,6 +524,7 @@ def add_flag(group, f: dataclasses.Field, kind):
     if kind is bool:
         group.add_argument(name, action="store_true", help=text)
     elif kind == bool | None:
+        # It may be on, off (--no-compile), or not given.
         group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
     else:
         if f.default not in (None, ""):
@@ -535,7 +541,7 @@ def plain_type(kind):
 
 
 def recipe_of(preset: str) -> str:
-    """"uni-moe-7b" -> "uni-moe"; CuMo's where no recipe has such a name."""
+    """The recipe whose name the preset begins with (uni-moe of uni-moe-7b), else CuMo's."""
     for name in RECIPES:
         if preset.startswith(name):
             return name
@@ -552,6 +558,7 @@ def settings(args: Args, name: int | str, world: int | None = None) -> Stage:
 
     world: the number of processes, if not those of this run.
     """
+    # A copy, since the row itself belongs to all runs.
     number = stage_number(name)
     of_preset = PRESET_VALUES.get((args.recipe, args.preset), {}).get(number, {})
     stage = dataclasses.replace(RECIPES[args.recipe][number], name=name, **of_preset)
@@ -573,6 +580,7 @@ def settings(args: Args, name: int | str, world: int | None = None) -> Stage:
         stage.trains = tuple(part for part in args.trains.split(",") if part != "none")
     stage.lora = choose_lora(args, stage.lora, is_meant)
 
+    # Tiny models take their whole share of a batch at once, real ones four samples.
     share = max(1, stage.batch_size // (world or WORLD))  # samples of one process in a step
     stage.micro_batch = args.micro_batch
     if stage.micro_batch is None:
@@ -638,12 +646,14 @@ def count(micro_batches: list, n_signals: int, device) -> Totals:
     """Count what the losses are means over. Each micro-batch gets its "n_labels" and "n_images"."""
     total = torch.tensor([0, 0, 0, 0, n_signals], dtype=torch.float64)
     for batch in micro_batches:
+        # The model shifts labels by one, so the first of a row teaches nothing.
         batch["n_labels"] = int((batch["labels"][:, 1:] != IGNORE).sum())
         batch["n_images"] = len(batch["images"])
         for message in batch["broken"]:
             tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
         total += torch.tensor([batch["n_labels"], batch["n_images"], len(batch["broken"]),
                                batch["truncated"], 0])
+    # The same numbers in all processes; so they also agree on when to stop.
     if LAUNCHED:
         total = total.to(device)
         dist.all_reduce(total)
@@ -677,6 +687,8 @@ def loss_weight(name: str, batch: dict, totals: Totals, n_micro: int) -> float:
 
 def inputs(model: nn.Module, batch: dict, device) -> dict:
     """What the model takes of a micro-batch, on its device."""
+    # What is no tensor (messages, counts) is for the loop alone. Without images there are none to
+    # hand over, not zero of them.
     given = {}
     for name, value in batch.items():
         if torch.is_tensor(value) and (name != "images" or len(value)):
@@ -704,9 +716,11 @@ def exchange_gradients(wrapped: nn.Module, is_last: bool):
 
 def to_numbers(losses: dict, norm: torch.Tensor) -> tuple[dict, float]:
     """Sum the losses over the processes, and read them and the norm in one go."""
+    # A process has only its part of each sum.
     row = torch.stack([value.float() for value in losses.values()])
     if LAUNCHED:
         dist.all_reduce(row)
+    # In one piece: to read a number off the device is to wait for it.
     *row, norm = torch.cat([row, norm.float().view(1)]).tolist()
     return dict(zip(losses, row)), norm
 
@@ -759,6 +773,7 @@ class Log:
         self.waited = 0.0
         self.file = None
         if RANK == 0:
+            # Line by line, so that a run that is killed leaves whole lines.
             path = os.path.join(out, "log.jsonl")
             drop_lines(path, stage.name, first)
             self.file = open(path, "a", buffering=1)
@@ -771,6 +786,7 @@ class Log:
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         self.waited += waited
+        # A model has no experts in some parts; losses of 0 are theirs, and are left out.
         row = {"stage": self.stage.name, "step": step}
         row |= {name: loss for name, loss in losses.items() if loss != 0 or name == "loss"}
         row |= {"lr": lr, "grad_norm": norm, "images_per_s": n_images / seconds,
@@ -824,6 +840,7 @@ def drop_lines(path: str, name: int | str, first: int):
             if row["stage"] != name or row["step"] < first:
                 keep.append(line)
 
+    # The file is whole at every moment, the old one or the new one.
     def write(file):
         with open(file, "w") as f:
             f.writelines(keep)
@@ -840,6 +857,7 @@ def load_model(args: Args, stage: Stage, source: str, later: list | None) -> tup
     later: a list that takes the weights of a model on meta, for FSDP; None to load them here.
     """
     if args.vision and stage.name == 1:
+        # A real model's parts, with a new connector between them.
         preset = Config.from_preset(args.preset)
         model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales,
                                     preset.template, args.seed, torch.float32, later=later,
@@ -879,6 +897,7 @@ def make_experts(args: Args, model: CuMo, real_routers: bool = False):
     config = model.config
     part = config.vision if args.recipe == "cumo" else config.text
     how = {"top_k": args.top_k, "seed": args.seed, "real_routers": real_routers}
+    # 1. Turn FFNs into experts, and say what their routers' losses count.
     if any(part.n_experts):
         check_experts(args, part)
     elif args.recipe == "cumo":
@@ -897,6 +916,7 @@ def make_experts(args: Args, model: CuMo, real_routers: bool = False):
     else:
         join_experts(args, model, how)
 
+    # 2. MoE-LLaVA's experts take a limited number of tokens.
     if args.recipe == "moe-llava":
         config.text.capacity_factor = args.capacity_factor or None
         config.text.eval_capacity_factor = args.eval_capacity_factor or None
@@ -946,6 +966,7 @@ def load_samples(args: Args, stage: Stage, config: Config, tokenizer) -> tuple:
 
     Where stage.steps is an epoch, it becomes a number here.
     """
+    # Batches of samples of like length have less padding.
     lengths = None
     if args.data:
         samples = data.LlavaJson(args.data, args.images)
@@ -963,6 +984,7 @@ def load_samples(args: Args, stage: Stage, config: Config, tokenizer) -> tuple:
             # Image, sound, both, and so on. Questions about a sound are the shortest.
             lengths = [(1, 0, 2)[i % 3] for i in range(len(samples))]
 
+    # An ear takes 100 frames a second.
     seconds = config.audio.n_frames / 100 if config.audio else 0.0
     encoded = data.Encoded(samples, tokenizer, stage.template, config.vision.image_size,
                            config.n_image_tokens, stage.max_length, args.strict,
@@ -982,6 +1004,7 @@ def print_stage(args: Args, stage: Stage, model: CuMo, source: str):
     say(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} from {source}; training "
         f"{trained / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({activated / 1e6:.2f}M activated)")
 
+    # All that is neither a path nor a matter of speed.
     balance, z = routing_coefs(stage, model)
     values = {"trains": ", ".join(stage.trains) or "adapters", "lora": stage.lora, "lr": stage.lr,
               "warmup": args.warmup, "weight_decay": args.weight_decay, "grad_clip": args.grad_clip,
@@ -1001,6 +1024,8 @@ def measure(args: Args, stage: Stage, device, began: float):
     is_last = stage.name == 3
     n = args.eval_questions if is_last else max(1, args.eval_questions // 4)
     worlds = WORLDS[stage.name] if args.recipe == "uni-moe" else ("image",)
+
+    # What is measured is what lies on the disk.
     model, tokenizer = load(result_path(args, stage.name), device)
     scores = {}
     asked = []  # every (sample, reply)
@@ -1015,6 +1040,7 @@ def measure(args: Args, stage: Stage, device, began: float):
     with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
         f.write(json.dumps(row) + "\n")
 
+    # A picture of where 250 of these samples were sent.
     if is_last and stage.has_experts:
         samples, replies = zip(*asked[::max(1, len(asked) // 250)])
         png = os.path.join(args.out, "routing.png")
@@ -1060,6 +1086,7 @@ def stages_done(args: Args, stages: list) -> list:
                 if os.path.exists(os.path.join(result_path(args, name), "config.json"))]
     done = []
     if args.resume:
+        # Go on in the stage that was cut short, or in the first that has not begun.
         first = stage_to_resume(args, stages, finished)
         done = stages[:stages.index(first)]
     elif args.stage is not None:
@@ -1132,6 +1159,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on
 
 def identity(args: Args, stage: Stage) -> dict:
     """All that a run's numbers depend on, as it is read back from JSON."""
+    # A flag that was not given is None; the stage has the value that holds.
     values = dataclasses.asdict(args) | dataclasses.asdict(stage) | {"stage": stage.name}
     del values["name"]
     kept = {name: value for name, value in values.items() if name not in FREE or name == "stage"}
@@ -1147,6 +1175,7 @@ def resume(args: Args, stage: Stage, model: nn.Module, optimizer, experts: Exper
     if path is None or saved["identity"]["stage"] != stage.name:
         return new
 
+    # Two different runs must not become one.
     before = saved["identity"]
     differs = [f"{name} {before.get(name)} (now {value})"
                for name, value in identity(args, stage).items() if before.get(name) != value]
@@ -1215,6 +1244,7 @@ def write_checkpoint(args: Args, stage: Stage, model: nn.Module, optimizer, expe
         if RANK == 0:
             shutil.rmtree(path, ignore_errors=True)
         raise OSError(f"{path}: cannot be written: {first_failure(e)}") from None
+    # All have written. Now it becomes a checkpoint, and then the old one may go.
     if RANK == 0:
         about = {"identity": identity(args, stage), "step": step, "counts": counts}
         write_json(os.path.join(path, "run.json"), about)
@@ -1225,6 +1255,7 @@ def write_checkpoint(args: Args, stage: Stage, model: nn.Module, optimizer, expe
 
 def read_checkpoint(model: nn.Module, optimizer, experts: Experts, path: str):
     """Each process reads its own part, whoever wrote it, and on however many processes."""
+    # DCP fills these tensors. Those of a new optimizer are made for it here.
     weights, optimizer_state = get_state_dict(model, optimizer, options=TRAINED)
     tensors = tensors_of((weights, optimizer_state), experts)
     try:
@@ -1319,6 +1350,7 @@ def shard_experts(args: Args, model: nn.Module, device) -> Experts:
         if len(layer.router) % n:
             raise ValueError(f"{path}: {len(layer.router)} experts cannot be dealt out evenly to "
                              f"--expert-parallel {n} processes")
+        # This tells the layer to send its tokens around.
         layer.group = mesh.get_group("row")
         for name, p in layer.named_parameters():
             if name != "router":
@@ -1427,6 +1459,8 @@ def shard_weights(model: nn.Module, blocks: list, device, later):
     policy = MixedPrecisionPolicy()
     if device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    # New weights are kept aside, and the model is cut while it has no memory.
     new = [(name, None, p.detach()) for name, p in model.named_parameters() if not p.is_meta]
     model.to("meta")
     for module in [*blocks, model]:
@@ -1673,6 +1707,8 @@ def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, ch
     model = meta_model(Config.from_dict(json.loads(config)), trains, lora).to(dtype).train()
     model.checkpointing(checkpointing)
     batch = meta_batch(model.config, rows, length, dtype)
+
+    # Weights and gradients that are there before are not counted.
     known = list(model.parameters())
     for p in model.parameters():
         if grads and p.requires_grad:
@@ -1791,6 +1827,7 @@ def planned_steps(args: Args, stage: Stage) -> int:
                          f"{stage.micro_batch} samples at a time")
     if args.steps or (stage.steps is not None and not args.data):
         return stage.steps
+    # An epoch of the data: the user's, or the paper's.
     if args.data:
         n_samples = len(data.LlavaJson(args.data))
     else:
@@ -1821,6 +1858,7 @@ def print_work(args: Args, stage: Stage) -> float:
     plain = rehearse_stage(args, stage, config, args.gpus, args.fsdp, False)
     checkpointed = rehearse_stage(args, stage, config, args.gpus, args.fsdp, True)
 
+    # Each part's numbers, and their sums.
     rows = {}
     for part, parameters in count_parameters(model).items():
         trained = sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad)
@@ -1868,6 +1906,7 @@ def print_fit(args: Args, stage: Stage):
     if fits(args.gpus, args.fsdp, args.checkpointing):
         print(f"fits into {args.gpu_gb} GB")
         return
+    # From many to few, so that the fewest that do are left.
     least = "none. Try a smaller --micro-batch"
     for exponent in reversed(range(12)):
         gpus = 2**exponent

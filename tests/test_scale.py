@@ -192,6 +192,14 @@ def test_fsdp_starts_from_a_tower_and_a_decoder(launched):
     assert all(torch.equal(w, model.vision.state_dict()[name]) for name, w in tower.state_dict().items())
 
 
+def test_one_process_under_torchrun_is_sharded_too(launched, base):
+    out = f"{launched[0]}/alone"
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", os.path.join(ROOT, "train.py"),
+                        *flags(base, out, *STAGE3, "--fsdp")], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert p.returncode == 0, p.stdout + p.stderr
+    assert_same_run(out, f"{launched[0]}/one")
+
+
 @pytest.mark.parametrize("world, cut", [(2, [0, 0, 1, 0, 0]), (4, [0, 1, 1, 0, 0]), (8, [1, 1, 1, 0, 0])])
 def test_fsdp_cuts_where_all_processes_get_the_same(monkeypatch, world, cut):
     monkeypatch.setattr(train, "WORLD", world)

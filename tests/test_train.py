@@ -802,6 +802,23 @@ def test_flags_arrive_with_their_types():
     assert train.parse([]) == train.Args(out=os.path.join("out", "tiny"), recipe="cumo") and train.parse(["--compile"]).compile is True
 
 
+@pytest.mark.parametrize("preset, argv, want", [("tiny", [], False), ("uni-moe-tiny", [], False), ("cumo-1b", [], True),
+                                                ("cumo-1b", ["--no-compile"], False), ("tiny", ["--compile"], True), ("cumo-1b", ["--device", "cpu"], False)])
+def test_cuda_compiles_all_but_tiny_models(monkeypatch, preset, argv, want):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "keep_pages", lambda: None)
+    args = train.parse(["--preset", preset, *argv])
+    train.prepare_device(args)
+    assert args.compile is want
+
+
+def test_a_stage_prints_what_it_runs_with(base, tmp_path, capsys):
+    run(base, tmp_path / "o", "--stage", 3, "--steps", 1, "--batch-size", 2, "--lr", 0.25, "--balance-coef", 0.7)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "lr 0.25" in line)
+    for value in ("trains vision, connector, text", "micro_batch 2", "max_length 256", "template tiny", "balance_coef 0.7", "z_coef 0.01", "seed 0"):
+        assert value in line
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. From scratch
 
