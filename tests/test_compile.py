@@ -185,7 +185,7 @@ def test_experts_that_wait_for_the_host_are_decoded_without_cuda_graphs(tiny_con
     assert (run_prompt, run_token) == (m.prefill, m.decode) and model.cache is cache and cache.key == (2, 64, x.device, dtype)
     (first, prompt), (second, token) = asked
     assert (first, second) == (m.prefill, m.decode) and prompt.get("options") is None
-    assert token["options"] == {"coordinate_descent_tuning": True, "triton.cudagraphs": graphs} and token["backend"] == "inductor"
+    assert token["options"] == {"triton.cudagraphs": graphs} and token["backend"] == "inductor"
     assert m.prepare_compiled(model, x, 64, True)[2] is cache and m.prepare_compiled(model, x, 96, True)[2] is not cache
     asked.clear()
     m.prepare_compiled(model, x, 64, "aot_eager")                                  # another backend knows none of inductor's options
