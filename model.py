@@ -32,6 +32,7 @@ import copy
 import dataclasses
 import functools
 import math
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -55,26 +56,16 @@ IGNORE = -100  # the label of a token that is not learnt
 #    presets stand near the end of this file, and so do the checks of these numbers.
 
 
-def positive(default):
-    """A field that must be a whole number above 0."""
-    return field(default=default, metadata={"positive": True})
-
-
-def one_of(choices, default):
-    """A field that must be one of these."""
-    return field(default=default, metadata={"choices": choices})
-
-
 @dataclass
 class VisionConfig:
     """CLIP's vision tower."""
-    image_size: int = positive(336)  # in pixels
-    patch_size: int = positive(14)
-    dim: int = positive(1024)
-    n_layers: int = positive(24)
-    n_heads: int = positive(16)
-    ffn_dim: int = positive(4096)
-    act: str = one_of(ACTIVATIONS, "quick_gelu")
+    image_size: int = 336  # in pixels
+    patch_size: int = 14
+    dim: int = 1024
+    n_layers: int = 24
+    n_heads: int = 16
+    ffn_dim: int = 4096
+    act: str = "quick_gelu"
     norm_eps: float = 1e-5
     # Which hidden state are the features? -1 is the output of the last layer; -2, LLaVA's choice,
     # its input.
@@ -95,10 +86,18 @@ class VisionConfig:
         """Layers that the features pass through: all for select_layer -1, all but one for -2."""
         return self.n_layers + 1 + self.select_layer
 
+    @property
+    def n_counted_layers(self) -> int:
+        """Layers that the losses reach: those, and on to the last router behind them."""
+        n_layers = self.n_layers
+        while n_layers > self.n_used_layers and self.n_experts[n_layers - 1] == 0:
+            n_layers -= 1
+        return n_layers
+
 
 @dataclass
 class ConnectorConfig:
-    act: str = one_of(ACTIVATIONS, "gelu")
+    act: str = "gelu"
     n_experts: int = 0
     top_k: int = 2
 
@@ -106,15 +105,15 @@ class ConnectorConfig:
 @dataclass
 class TextConfig:
     """The decoder."""
-    vocab_size: int = positive(32000)
-    dim: int = positive(4096)
-    n_layers: int = positive(32)
-    n_heads: int = positive(32)
+    vocab_size: int = 32000
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
     # Grouped-query attention: several query heads share a head of keys and values.
-    n_kv_heads: int = positive(8)
+    n_kv_heads: int = 8
     head_dim: int | None = None  # None: dim / n_heads
-    ffn_dim: int = positive(14336)
-    act: str = one_of(ACTIVATIONS, "silu")
+    ffn_dim: int = 14336
+    act: str = "silu"
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
     rope_scaling: dict | None = None  # Llama 3.1's, see rope_table
@@ -131,7 +130,7 @@ class TextConfig:
     noisy: bool = False  # in training, choose the second expert with DeepSpeed's Gumbel noise
     # The auxiliary losses of the decoder's layers: their "mean" (CuMo-Mixtral), or their "sum"
     # (MoE-LLaVA).
-    aux: str = one_of(("mean", "sum"), "mean")
+    aux: str = "mean"
 
     @property
     def expert_limits(self) -> dict:
@@ -195,7 +194,7 @@ class Config:
 # 2. Seeing: the block of all senses, CLIP's vision tower, and the connector
 
 
-def split_heads(x, n_heads: int):
+def split_heads(x, n_heads):
     """x (B, T, H * d) -> (B, H, T, d)."""
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
@@ -205,14 +204,6 @@ def merge_heads(x):
     return x.transpose(1, 2).flatten(2)
 
 
-def run_block(block: nn.Module, checkpointing: bool, *args):
-    """block(*args). With checkpointing, only the block's input is kept for the backward pass,
-    which then computes the block a second time: slower, in far less memory."""
-    if checkpointing:
-        return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
-
-
 class SenseBlock(nn.Module):
     """A transformer block for what is there all at once, so each token looks at all others.
 
@@ -220,7 +211,7 @@ class SenseBlock(nn.Module):
     AudioConfig. CLIP has biases everywhere, Whisper everywhere but in the keys.
     """
 
-    def __init__(self, config, n_experts: int = 0, k_bias: bool = True):
+    def __init__(self, config, n_experts=0, k_bias=True):
         super().__init__()
         dim = config.dim
         self.n_heads = config.n_heads
@@ -250,7 +241,7 @@ class SenseBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Images (n, 3, S, S) -> features of their patches (n, N, D * number of scales)."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config):
         super().__init__()
         dim = config.dim
         self.config = config
@@ -278,7 +269,7 @@ class VisionTransformer(nn.Module):
                 features.append(encode_enlarged(self, images, scale, aux))  # (n, N, D)
         return torch.cat(features, -1)
 
-    def encode(self, images, aux=None, both: bool = False):
+    def encode(self, images, aux=None, both=False):
         """images (n, 3, S, S) -> the hidden state of the select layer (n, 1 + N, D), CLS first.
 
         both=True gives (the last hidden state, that of the select layer), for contrastive training.
@@ -291,19 +282,18 @@ class VisionTransformer(nn.Module):
 
         # The features do not need the layers behind the select layer. But the released CuMo counts
         # the routers there in the auxiliary losses, so they run when somebody collects these.
-        n_used = self.config.n_used_layers
-        n_run = n_used
-        has_router = any(isinstance(layer.ffn, MoE) for layer in self.layers[n_used:])
-        if both or (aux is not None and has_router):
+        n_run = self.config.n_used_layers
+        if both:
             n_run = self.config.n_layers
+        elif aux is not None:
+            n_run = self.config.n_counted_layers
 
-        checkpointing = self.checkpointing and self.training
         selected = x
         for i in range(n_run):
-            x, routing = run_block(self.layers[i], checkpointing, x)
+            x, routing = run_block(self.layers[i], self.checkpointing and self.training, x)
             if aux is not None and routing is not None:
                 aux.append(routing)
-            if i + 1 == n_used:
+            if i + 1 == self.config.n_used_layers:
                 selected = x
 
         if both:
@@ -317,7 +307,7 @@ class Connector(nn.Module):
     LLaVA-1.5's MLP of two layers, or experts of that shape.
     """
 
-    def __init__(self, config: ConnectorConfig, dim_in: int, dim_out: int):
+    def __init__(self, config, dim_in, dim_out):
         super().__init__()
         self.ffn = feed_forward(dim_in, dim_out, config.act, config.n_experts, config.top_k,
                                 dim_out=dim_out, bias=True)
@@ -333,7 +323,7 @@ class Connector(nn.Module):
 # 3. Speaking: the decoder, a LLaMA, Mistral, Qwen2 or Mixtral
 
 
-def rope_table(positions, head_dim: int, theta: float, scaling: dict | None = None):
+def rope_table(positions, head_dim, theta, scaling=None):
     """positions (B or 1, T) -> cos and sin (B or 1, T, d) float32 for rotary embeddings.
 
     In the layout of Hugging Face's LLaMA: numbers i and i + d/2 of a head are a pair.
@@ -362,7 +352,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def visible_keys(positions, n_keys: int, window: int | None):
+def visible_keys(positions, n_keys, window):
     """positions (B or 1, T) of the queries -> (B or 1, 1, T, n_keys) bool: what each may look at.
 
     That is the past and itself, and with a sliding window only the nearest `window` of these.
@@ -381,15 +371,14 @@ class Cache:
     One tensor a layer: of a larger one, torch.compile would copy all to write to a part of it.
     """
 
-    def __init__(self, config: TextConfig, batch: int, length: int, device, dtype):
-        self.length = length
+    def __init__(self, config, batch, length, device, dtype):
         self.key = (batch, length, device, dtype)  # compiled generation asks whether it fits again
         shape = (batch, config.n_kv_heads, length, config.head_dim)
         layers = range(config.n_layers)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
 
-    def write(self, layer: int, positions, k, v, n_keys: int):
+    def write(self, layer, positions, k, v, n_keys):
         """Writes k and v (B, H_kv, T, d) to positions (B or 1, T) of each row; returns the first
         n_keys keys and values of that layer."""
         # Row b's token t goes to k[layer][b, :, positions[b, t]].
@@ -402,7 +391,7 @@ class Cache:
 class DecoderBlock(nn.Module):
     """A block as LLaMA's: RMSNorm, causal attention with rotary positions, a gated FFN or a MoE."""
 
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config, layer):
         super().__init__()
         dim = config.dim
         dim_q = config.n_heads * config.head_dim
@@ -447,7 +436,7 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """Embeddings of tokens (B, T, D) -> logits (B, T, V)."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
@@ -462,7 +451,7 @@ class Decoder(nn.Module):
         """x (B, T, D), real (B, T) False at PAD -> logits (B, T, V). `aux` collects Routings.
 
         With a cache, x is written to it from position 0 on; or to `positions` (B, T), where each
-        row has its own, all of them below n_keys (default: the cache's length).
+        row has its own, all of them below n_keys.
 
         Padding needs no attention mask: it lies to the right of every real token, and causal
         attention never looks to the right.
@@ -478,8 +467,6 @@ class Decoder(nn.Module):
             if window and window < n_keys:
                 attend = visible_keys(positions, n_keys, window)  # (1, 1, T, keys)
         else:
-            if n_keys is None:
-                n_keys = cache.length
             attend = visible_keys(positions, n_keys, window)  # (B, 1, T, keys)
 
         rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -515,7 +502,7 @@ def lm_loss(logits, labels):
     return total / (target != IGNORE).sum().clamp(min=1)
 
 
-def total_loss(parts: dict, balance_coef: float, z_coef: float, share=None):
+def total_loss(parts, balance_coef, z_coef, share=None):
     """What is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
 
     parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1. CuMo.forward
@@ -560,7 +547,7 @@ class Output(NamedTuple):
 class CuMo(nn.Module):
     """The multimodal model. `with torch.device("meta")` builds it without any memory."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         # A copy, since upcycling changes it and other models may have been built from the same.
         config = copy.deepcopy(config)
@@ -635,7 +622,7 @@ class CuMo(nn.Module):
         return Output(logits, loss, parts, image_embeds, aux)
 
     @staticmethod
-    def count_slots(tokens) -> list[int] | None:
+    def count_slots(tokens):
         """tokens (B, T) -> [IMAGE slots, rows without any, AUDIO slots].
 
         It is None on meta, where tokens have no values, and while torch.compile traces.
@@ -648,7 +635,7 @@ class CuMo(nn.Module):
         n_audio_slots = (tokens == AUDIO).sum()
         return torch.stack([n_image_slots, n_rows_without, n_audio_slots]).tolist()
 
-    def encode_images(self, images, aux=None, frames=None, may_wait: bool = True):
+    def encode_images(self, images, aux=None, frames=None, may_wait=True):
         """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D).
 
         frames (videos,) int64 makes them (videos, N, D): the next frames[i] images are one video,
@@ -674,7 +661,7 @@ class CuMo(nn.Module):
             raise ValueError("this model hears nothing; it was given audio")
         return self.resampler(self.audio(mel))
 
-    def embed(self, tokens, image_embeds=None, audio_embeds=None, slots: list | None = None):
+    def embed(self, tokens, image_embeds=None, audio_embeds=None, slots=None):
         """tokens (B, T), image_embeds (n, N, D), audio_embeds (m, Q, D) -> (B, T, D).
 
         Text gets the embeddings of its words, slots get features. Features that are left over must
@@ -688,7 +675,7 @@ class CuMo(nn.Module):
         x = fill_slots(x, tokens == IMAGE, image_embeds)
         return fill_slots(x, tokens == AUDIO, audio_embeds)
 
-    def routing_losses(self, aux: dict, device) -> dict:
+    def routing_losses(self, aux, device):
         """aux: part -> list of Routing -> {"part/balance": scalar, "part/z": scalar}.
 
         A part's loss is the mean over its layers (and over scales, in the vision tower); MoE-LLaVA
@@ -729,8 +716,7 @@ class CuMo(nn.Module):
         if audio is not None and len(audio):
             audio_embeds = self.encode_audio(audio)  # (m, Q, D)
 
-        # 2. A cache for the keys and values of the prompt and of all new tokens. (Compiled code
-        #    wants the same shapes each time, so it gets longer ones.)
+        # 2. A cache for the keys and values of the prompt and of all new tokens.
         n_prompt = tokens.shape[1]
         n_cache = n_prompt + max_new_tokens
         length = (tokens != PAD).sum(1)  # (B,)
@@ -770,7 +756,7 @@ class CuMo(nn.Module):
             said = cut_behind_eos(said, eos)
         return said
 
-    def checkpointing(self, on: bool = True):
+    def checkpointing(self, on=True):
         """Activation checkpointing, see run_block."""
         for part in (self.vision, self.audio, self.text):
             if part is not None:
@@ -782,8 +768,7 @@ class CuMo(nn.Module):
         for name, p in self.named_parameters():
             part = name.split(".")[0]
             if part in parts:
-                blocks = getattr(getattr(self, part), "layers", [])
-                init_weight(p, name, len(blocks))
+                init_weight(p, name, getattr(self, part))
 
 
 def fill_slots(x, is_slot, features):
@@ -807,14 +792,14 @@ def fill_slots(x, is_slot, features):
     return torch.where(is_slot.unsqueeze(-1), fetched, x)
 
 
-def prefill(text: Decoder, x, real, last, cache: Cache):
+def prefill(text, x, real, last, cache):
     """The prompt x (B, T, D), and last (B,), where each row's last token stands -> its logits
     (B, V)."""
     logits = text(x, real, cache=cache)  # (B, T, V)
     return logits[torch.arange(len(x), device=x.device), last]
 
 
-def decode(text: Decoder, token, position, cache: Cache, n_keys: int):
+def decode(text, token, position, cache, n_keys):
     """One step: token (B,) at position (B,) -> logits of the next one (B, V).
 
     Attention looks at the first n_keys of the cache. Nothing in here waits for the device.
@@ -825,7 +810,7 @@ def decode(text: Decoder, token, position, cache: Cache, n_keys: int):
     return logits[:, 0]
 
 
-def sample(logits, temperature: float, top_p: float, generator=None):
+def sample(logits, temperature, top_p, generator=None):
     """logits (B, V) -> token (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -842,13 +827,6 @@ def sample(logits, temperature: float, top_p: float, generator=None):
     return ids.gather(-1, best).squeeze(-1)
 
 
-def cut_behind_eos(said, eos: int):
-    """said (B, steps) -> its columns up to the one in which the last row says its first eos."""
-    goes_on = (said == eos).cumsum(1) == 0  # (B, steps) there was no eos yet
-    n = int(goes_on.any(0).sum())  # steps after which some row still goes on
-    return said[:, :n + 1]
-
-
 # ------------------------------------------------------------------------------------------------
 # You can stop here on a first reading. Behind this line: images read at several scales, the ear,
 # videos, generation compiled for speed, LoRA, which weights train, checks, presets, counting.
@@ -856,7 +834,7 @@ def cut_behind_eos(said, eos: int):
 # 6. S2: the image once more, enlarged
 
 
-def encode_enlarged(tower: VisionTransformer, images, scale: int, aux: list | None):
+def encode_enlarged(tower, images, scale, aux):
     """images (n, 3, S, S) -> features (n, N, D), read off the images enlarged `scale` times.
 
     The tower knows one size, S. So the enlarged image is cut into scale x scale crops of that
@@ -897,22 +875,22 @@ def encode_enlarged(tower: VisionTransformer, images, scale: int, aux: list | No
 @dataclass
 class AudioConfig:
     """Whisper's encoder, in the sizes of large-v2, and the resampler behind it."""
-    n_mels: int = positive(80)
-    n_frames: int = positive(3000)  # of a chunk of 30 s, 10 ms each
-    dim: int = positive(1280)
-    n_layers: int = positive(32)
-    n_heads: int = positive(20)
-    ffn_dim: int = positive(5120)
-    act: str = one_of(ACTIVATIONS, "gelu")
+    n_mels: int = 80
+    n_frames: int = 3000  # of a chunk of 30 s, 10 ms each
+    dim: int = 1280
+    n_layers: int = 32
+    n_heads: int = 20
+    ffn_dim: int = 5120
+    act: str = "gelu"
     norm_eps: float = 1e-5
     # The ear is dense. These two stand here since config.json has them for every sense.
     n_experts: list | int = 0
     top_k: int = 2
-    n_queries: int = positive(50)  # AUDIO slots of a chunk
-    n_query_layers: int = positive(2)
+    n_queries: int = 50  # AUDIO slots of a chunk
+    n_query_layers: int = 2
 
 
-def sinusoids(length: int, dim: int, device=None):
+def sinusoids(length, dim, device=None):
     """Whisper's positions (length, dim): sines, then cosines, wavelengths 2 pi to 20000 pi."""
     freq = 1e4 ** -torch.linspace(0, 1, dim // 2, device=device)  # (dim / 2,)
     angle = torch.arange(length, device=device).unsqueeze(1) * freq  # (length, dim / 2)
@@ -922,7 +900,7 @@ def sinusoids(length: int, dim: int, device=None):
 class AudioTransformer(nn.Module):
     """Whisper's encoder: log-mel spectra (m, n_mels, n_frames), 30 s each -> states (m, N, D)."""
 
-    def __init__(self, config: AudioConfig):
+    def __init__(self, config):
         super().__init__()
         dim = config.dim
         self.config = config
@@ -949,7 +927,7 @@ class AudioTransformer(nn.Module):
 class ResamplerBlock(SenseBlock):
     """A SenseBlock in which queries look at the states of a sound, and at each other."""
 
-    def __init__(self, config: AudioConfig):
+    def __init__(self, config):
         super().__init__(config, k_bias=False)
         self.norm_heard = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
@@ -973,7 +951,7 @@ class Resampler(nn.Module):
     (arXiv 2204.14198): half the weights, the same sight, and nothing to download.
     """
 
-    def __init__(self, config: AudioConfig, dim_out: int):
+    def __init__(self, config, dim_out):
         super().__init__()
         self.queries = nn.Parameter(torch.empty(config.n_queries, config.dim))
         self.layers = nn.ModuleList(ResamplerBlock(config) for _ in range(config.n_query_layers))
@@ -991,7 +969,15 @@ class Resampler(nn.Module):
 # 8. New weights, blank images and sounds, videos, long contexts
 
 
-def init_weight(p, name: str, n_blocks: int):
+def run_block(block, checkpointing, *args):
+    """block(*args). With checkpointing, only the block's input is kept for the backward pass,
+    which then computes the block a second time: slower, in far less memory."""
+    if checkpointing:
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def init_weight(p, name, part):
     """A matrix from Normal(0, 0.64 / sqrt(inputs)), a norm 1, a bias 0.
 
     At a width of 1024 that is GPT-2's 0.02, and at every other width it gives outputs of the same
@@ -1008,12 +994,12 @@ def init_weight(p, name: str, n_blocks: int):
         std = 0.64 * n_inputs ** -0.5
         # The two products of a block that add to the residual stream are made smaller, the more
         # blocks there are, as in GPT-2. Otherwise the stream grows with depth.
-        if n_blocks > 0 and name.endswith(("o.weight", "w_out")):
-            std /= (2 * n_blocks) ** 0.5
+        if hasattr(part, "layers") and name.endswith(("o.weight", "w_out")):
+            std /= (2 * len(part.layers)) ** 0.5
         nn.init.normal_(p, std=std)
 
 
-def add_blank_images(model: CuMo, tokens, images, frames, slots: list):
+def add_blank_images(model, tokens, images, frames, slots):
     """A blank image for each row that has none, behind the others -> (images, frames).
 
     It fills no slot. The released code does so, and counts the blanks in the auxiliary losses.
@@ -1021,8 +1007,7 @@ def add_blank_images(model: CuMo, tokens, images, frames, slots: list):
     other for ever. data.collate appends them; this is for a caller that did not.
     """
     n_image_slots, n_rows_without, _ = slots
-    n_images = count_images(images, frames)
-    appended = n_images * model.config.n_image_tokens != n_image_slots
+    appended = count_images(images, frames) * model.config.n_image_tokens != n_image_slots
     if model.vision is None or n_rows_without == 0 or appended:
         return images, frames
 
@@ -1030,12 +1015,12 @@ def add_blank_images(model: CuMo, tokens, images, frames, slots: list):
     blanks = torch.zeros(n_rows_without, 3, side, side, device=tokens.device)
     if frames is not None:
         frames = F.pad(frames, (0, n_rows_without), value=1)
-    if n_images == 0:
-        return blanks, frames
-    return torch.cat([images, blanks.to(images)]), frames
+    if images is not None:
+        blanks = torch.cat([images, blanks.to(images)])
+    return blanks, frames
 
 
-def add_blank_sound(model: CuMo, tokens, audio, slots: list):
+def add_blank_sound(model, tokens, audio, slots):
     """The same for a batch without any sound. One chunk is enough, as the ear has no auxiliary
     loss that would count it."""
     has_sound = slots[2] > 0 or (audio is not None and len(audio) > 0)
@@ -1045,7 +1030,7 @@ def add_blank_sound(model: CuMo, tokens, audio, slots: list):
     return torch.zeros(1, config.n_mels, config.n_frames, device=tokens.device)
 
 
-def count_images(images, frames) -> int:
+def count_images(images, frames):
     """Images that fill slots; a video counts as one."""
     if images is None:
         return 0
@@ -1066,7 +1051,7 @@ def average_frames(embeds, frames):
     return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
 
 
-def slow_down(freq, scaling: dict):
+def slow_down(freq, scaling):
     """Llama 3.1's way to longer contexts: freq (d / 2,), the turns of rope's pairs -> the same.
 
     Pairs that turn often within the old context tell neighbours apart, and stay as they are. Those
@@ -1089,7 +1074,14 @@ def slow_down(freq, scaling: dict):
 # is kept for the next call.
 
 
-def rung(n: int) -> int:
+def cut_behind_eos(said, eos):
+    """said (B, steps) -> its columns up to the one in which the last row says its first eos."""
+    goes_on = (said == eos).cumsum(1) == 0  # (B, steps) there was no eos yet
+    n = int(goes_on.any(0).sum())  # steps after which some row still goes on
+    return said[:, :n + 1]
+
+
+def rung(n):
     """The smallest of 64, 96, 128, 192, 256, 384, 512, ... that is at least n.
 
     So there are few lengths, and from 64 on at most a third of one is padding.
@@ -1103,14 +1095,14 @@ def rung(n: int) -> int:
     return power
 
 
-def pad_to_rungs(tokens, n_cache: int) -> tuple[Tensor, int]:
+def pad_to_rungs(tokens, n_cache):
     """tokens (B, T) and the length of their cache -> both on a rung; the prompt fits the cache."""
     n_cache = rung(n_cache)
     n_prompt = min(rung(tokens.shape[1]), n_cache)
     return F.pad(tokens, (0, n_prompt - tokens.shape[1]), value=PAD), n_cache
 
 
-def prepare_compiled(model: CuMo, x, n_cache: int, backend: bool | str):
+def prepare_compiled(model, x, n_cache, backend):
     """x (B, T, D) the prompt -> (compiled prefill, compiled decode, the model's Cache)."""
     if backend is True:
         backend = "inductor"
@@ -1129,14 +1121,14 @@ def prepare_compiled(model: CuMo, x, n_cache: int, backend: bool | str):
     # A CUDA graph cannot wait for the host. In another type than bfloat16, experts go through
     # kernels.moe_sorted, which reads the sizes of its slices there; so such a decoder is compiled
     # without a CUDA graph.
-    has_experts = any(isinstance(layer.ffn, MoE) for layer in model.text.layers)
+    has_experts = any(model.config.text.n_experts)
     graphs = x.is_cuda and (not has_experts or dtype == torch.bfloat16)
     run_prompt, run_token = compiled(backend, x.is_cuda, graphs)
     return run_prompt, run_token, cache
 
 
 @functools.cache
-def compiled(backend: str, on_cuda: bool, cuda_graphs: bool):
+def compiled(backend, on_cuda, cuda_graphs):
     """-> (prefill, decode), each compiled as one graph."""
     # One graph for each batch size and rung: more than the eight that are allowed.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -1154,7 +1146,7 @@ def compiled(backend: str, on_cuda: bool, cuda_graphs: bool):
     return run_prompt, run_token
 
 
-def compute_dtype(x) -> torch.dtype:
+def compute_dtype(x):
     """The type that a product with x gives: autocast's where that is on, otherwise x's own."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
@@ -1178,7 +1170,7 @@ def compute_dtype(x) -> torch.dtype:
 class LoRA(nn.Module):
     """The adapter of one weight w (..., out, in)."""
 
-    def __init__(self, w, rank: int, alpha: float, generator: torch.Generator, device):
+    def __init__(self, w, rank, alpha, generator, device):
         super().__init__()
         *experts, n_out, n_in = w.shape
         self.scale = alpha / rank
@@ -1202,6 +1194,12 @@ class LoRA(nn.Module):
         return w + self.product(self.a, self.b)
 
 
+LORA_WEIGHTS = {
+    "ffn": ["ffn.w_in", "ffn.w_gate", "ffn.w_out"],
+    "all": ["ffn.w_in", "ffn.w_gate", "ffn.w_out", "q.weight", "k.weight", "v.weight", "o.weight"],
+}
+
+
 def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int = 0,
              real: bool = False) -> CuMo:
     """Adapters on the decoder's weights, in place: "ffn" those of the FFNs (which become experts),
@@ -1215,17 +1213,16 @@ def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int
     if not (isinstance(rank, int) and rank >= 1 and alpha > 0):
         raise ValueError(f"LoRA: rank = {rank} must be a whole number above 0, alpha = {alpha} "
                          "above 0")
-    if which not in ("ffn", "all"):
+    if which not in LORA_WEIGHTS:
         raise ValueError(f"LoRA on {which!r} matches nothing; known: ffn, all")
     if adapted(model):
         raise ValueError("this model has LoRA adapters already; merge them first (drop_lora)")
 
     generator = torch.Generator().manual_seed(seed)  # the same adapters on every process
     for block in model.text.layers:
-        weights = [(block.ffn, "w_in"), (block.ffn, "w_gate"), (block.ffn, "w_out")]
-        if which == "all":
-            weights += [(linear, "weight") for linear in (block.q, block.k, block.v, block.o)]
-        for module, name in weights:
+        for path in LORA_WEIGHTS[which]:
+            module_name, name = path.split(".")
+            module = getattr(block, module_name)
             w = getattr(module, name).requires_grad_(False)
             device = "cpu" if w.is_meta and real else w.device
             lora = LoRA(w, rank, alpha, generator, device)
@@ -1234,7 +1231,7 @@ def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int
     return model
 
 
-def adapted(model: nn.Module) -> list[tuple[nn.Module, str, LoRA]]:
+def adapted(model):
     """(module, the name of its weight, the adapter on it) of each adapter."""
     found = []
     for module in model.modules():
@@ -1245,18 +1242,16 @@ def adapted(model: nn.Module) -> list[tuple[nn.Module, str, LoRA]]:
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module, on: bool = True):
+def merge_lora(model, on=True):
     """W += scale * B A, and the adapters rest. on=False takes that back, up to rounding."""
     for module, name, lora in adapted(model):
-        if lora.merged == on:
-            continue
-        sign = 1 if on else -1
-        w = module.parametrizations[name].original
-        w += sign * lora.product(lora.a, lora.b)
-        lora.merged = on
+        if lora.merged != on:
+            w = module.parametrizations[name].original
+            w.add_(lora.product(lora.a, lora.b), alpha=1 if on else -1)
+            lora.merged = on
 
 
-def drop_lora(model: nn.Module):
+def drop_lora(model):
     """Merge for good: plain weights with plain names, all of which want gradients again."""
     merge_lora(model)
     modules = {module: None for module, _, _ in adapted(model)}  # each once, in order
@@ -1271,20 +1266,16 @@ def drop_lora(model: nn.Module):
             module.register_parameter(name, w.requires_grad_(True))
 
 
-def plain_name(name: str) -> str | None:
+def plain_name(name):
     """A name in the state dict of a model with adapters -> the name without them; None for A and B.
 
     "text.layers.0.q.parametrizations.weight.original" -> "text.layers.0.q.weight".
     """
-    path, adapter, kind = name.partition(".parametrizations.")
-    if not adapter:
-        return name
-    if kind.endswith(".original"):
-        return f"{path}.{kind.removesuffix('.original')}"
-    return None
+    plain = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
+    return None if ".parametrizations." in plain else plain
 
 
-def merge_state(state: dict, model: nn.Module) -> dict:
+def merge_state(state, model):
     """What drop_lora(model) would leave in its state dict, while the model stays as it is.
 
     `state` is the model's state dict with whole tensors (gathered from all processes, say).
@@ -1316,22 +1307,19 @@ def choose_trainable(model: CuMo, trains):
     Weights that no loss reaches stay frozen even then: DDP insists on a gradient for all others.
     """
     model.requires_grad_(False)
+    ffns = [layer.ffn for layer in model.text.layers]
+    moes = [ffn for ffn in ffns if isinstance(ffn, MoE)]
+    routers = [moe.router for moe in moes]
+    groups = {"text.ffn": ffns, "text.moe": moes, "text.router": routers}
     for name in trains:
-        if name in ("vision", "connector", "audio", "resampler", "text"):
-            getattr(model, name).requires_grad_(True)
-            continue
-        for layer in model.text.layers:
-            if name == "text.ffn":
-                layer.ffn.requires_grad_(True)
-            elif name == "text.moe" and isinstance(layer.ffn, MoE):
-                layer.ffn.requires_grad_(True)
-            elif name == "text.router" and isinstance(layer.ffn, MoE):
-                layer.ffn.router.requires_grad_(True)
+        group = groups[name] if name in groups else [getattr(model, name)]
+        for weights in group:
+            weights.requires_grad_(True)
     if model.vision is not None:
         freeze_unreached_layers(model.vision)
 
 
-def freeze_unreached_layers(vision: VisionTransformer):
+def freeze_unreached_layers(vision):
     """Freeze what lies behind the select layer, where the features are read off, but for routers.
 
     With select_layer -2 the last layer does not touch the features. When it is dense, it does not
@@ -1340,18 +1328,12 @@ def freeze_unreached_layers(vision: VisionTransformer):
     go nowhere.
     """
     n_used = vision.config.n_used_layers
-    last_reached = n_used - 1
-    for i, layer in enumerate(vision.layers):
-        if i >= n_used and isinstance(layer.ffn, MoE):
-            last_reached = i
-
-    for i, layer in enumerate(vision.layers):
-        if i > last_reached:
-            layer.requires_grad_(False)
-        elif i >= n_used and i == last_reached:
-            for name, p in layer.ffn.named_parameters():
-                if name != "router":
-                    p.requires_grad_(False)
+    n_counted = vision.config.n_counted_layers
+    vision.layers[n_counted:].requires_grad_(False)
+    if n_counted > n_used:
+        for name, p in vision.layers[n_counted - 1].ffn.named_parameters():
+            if name != "router":
+                p.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1366,75 +1348,72 @@ PARTS = {
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
-def part_from_dict(kind, d: dict, where: str = ""):
-    """kind(**d). `where` stands in front of the key that an error names."""
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in d:
+# Numbers that must be whole and above 0, in whatever part they stand; words of which one must be
+# chosen; numbers that are a multiple of another one of their part.
+POSITIVE = {
+    "image_size", "patch_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size",
+    "n_mels", "n_frames", "n_queries", "n_query_layers",
+}
+CHOICES = {"act": ACTIVATIONS, "aux": ("mean", "sum")}
+MULTIPLES = {"dim": "n_heads", "n_heads": "n_kv_heads", "image_size": "patch_size"}
+
+
+def part_from_dict(kind, values, where=""):
+    """kind(**values). `where` stands in front of the key that an error names."""
+    known = kind.__annotations__
+    for key in values:
         if key not in known:
             raise ValueError(f"unknown config key {where + key!r}; known: {', '.join(known)}")
-    return kind(**d)
+    return kind(**values)
 
 
-def fill_in(config: Config):
+def fill_in(config):
     """Turn dictionaries into parts, and write out what a configuration may leave out."""
     for name, kind in PARTS.items():
         part = getattr(config, name)
-        if part is not None or name in ("connector", "text"):
-            setattr(config, name, make_part(name, kind, part))
-
-    # One number of experts holds for all layers. The ear is dense.
-    for part in (config.vision, config.text):
-        if part is not None and isinstance(part.n_experts, int):
+        if part is None and name in ("vision", "audio"):
+            continue
+        part = make_part(name, kind, part)
+        setattr(config, name, part)
+        if name == "audio":
+            part.n_experts = 0  # the ear is dense
+        # One number of experts holds for all layers.
+        if name != "connector" and isinstance(part.n_experts, int):
             part.n_experts = [part.n_experts] * part.n_layers
-    if config.audio is not None:
-        config.audio.n_experts = [0] * config.audio.n_layers
     if not config.text.head_dim:
         config.text.head_dim = config.text.dim // config.text.n_heads
 
 
-def make_part(name: str, kind, part):
-    """A part, from itself or from a dictionary; its fields are as positive() and one_of() say."""
+def make_part(name, kind, part):
+    """A part, from itself or from a dictionary; each of its fields is one that there can be."""
     if isinstance(part, dict):
         part = part_from_dict(kind, part, name + ".")
     if not isinstance(part, kind):
         raise ValueError(f"{name} must be an object with {kind.__name__}'s fields, not {part!r}")
-    for f in dataclasses.fields(kind):
-        value = getattr(part, f.name)
-        if "positive" in f.metadata and not (isinstance(value, int) and value > 0):
-            raise ValueError(f"{name}.{f.name} = {value!r} must be a whole number above 0")
-        choices = f.metadata.get("choices", [value])
+    for field_name, value in vars(part).items():
+        told = f"{name}.{field_name} = {value!r}"
+        if field_name in POSITIVE and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{told} must be a whole number above 0")
+        choices = CHOICES.get(field_name, [value])
         if value not in choices:
-            raise ValueError(f"{name}.{f.name} = {value!r}; known: {', '.join(choices)}")
+            raise ValueError(f"{told}; known: {', '.join(choices)}")
     return part
 
 
-def check_multiple(name: str, part, field: str, of: str):
-    value = getattr(part, field)
-    divisor = getattr(part, of)
-    if value % divisor:
-        raise ValueError(f"{name}.{field} = {value} is not a multiple of {name}.{of} = {divisor}")
-
-
-def validate(config: Config):
+def validate(config):
     """Whether the numbers of a configuration fit together. ValueError names the field."""
     for name in ("vision", "text", "audio"):
         part = getattr(config, name)
         if part is not None:
-            check_multiple(name, part, "dim", "n_heads")
-            check_experts(name, part, part.n_experts)
-            if len(part.n_experts) != part.n_layers:
-                raise ValueError(f"{name}.n_experts lists {len(part.n_experts)} layers, "
-                                 f"{name}.n_layers is {part.n_layers}")
+            validate_tower(name, part)
     check_experts("connector", config.connector, [config.connector.n_experts])
 
-    text = config.text
-    check_multiple("text", text, "n_heads", "n_kv_heads")
     for name in ("capacity_factor", "eval_capacity_factor"):
-        factor = getattr(text, name)
+        factor = getattr(config.text, name)
         if factor is not None and not factor > 0:
             raise ValueError(f"text.{name} = {factor} must be positive, or null to drop nothing")
-    if text.rope_scaling is not None:
-        missing = ROPE_SCALING - text.rope_scaling.keys()
+    if config.text.rope_scaling is not None:
+        missing = ROPE_SCALING - config.text.rope_scaling.keys()
         if missing:
             raise ValueError(f"text.rope_scaling lacks {', '.join(sorted(missing))}")
 
@@ -1448,8 +1427,20 @@ def validate(config: Config):
                 raise ValueError(f"audio.{name} = {value} must be even")
 
 
-def validate_vision(vision: VisionConfig):
-    check_multiple("vision", vision, "image_size", "patch_size")
+def validate_tower(name, part):
+    """What holds for all stacks of layers."""
+    values = vars(part)
+    for multiple, of in MULTIPLES.items():
+        if multiple in values and of in values and values[multiple] % values[of]:
+            raise ValueError(f"{name}.{multiple} = {values[multiple]} is not a multiple of "
+                             f"{name}.{of} = {values[of]}")
+    check_experts(name, part, part.n_experts)
+    if len(part.n_experts) != part.n_layers:
+        raise ValueError(f"{name}.n_experts lists {len(part.n_experts)} layers, "
+                         f"{name}.n_layers is {part.n_layers}")
+
+
+def validate_vision(vision):
     lowest = -vision.n_layers - 1
     if not lowest <= vision.select_layer <= -1:
         raise ValueError(f"vision.select_layer = {vision.select_layer} must lie between {lowest} "
@@ -1460,54 +1451,56 @@ def validate_vision(vision: VisionConfig):
                          "1, for example [1, 3]")
 
 
-def check_experts(name: str, part, counts: list):
+def check_experts(name, part, counts):
     for n_experts in counts:
         if n_experts != 0 and not 1 <= part.top_k <= n_experts:
             raise ValueError(f"{name}: top_k = {part.top_k} of n_experts = {n_experts}; need 1 <= "
                              "top_k <= n_experts, or 0 experts")
 
 
-def check_shape(what: str, x, shape: tuple):
+def check_shape(what, x, shape):
     if x.shape[1:] != shape:
         raise ValueError(f"{what} {tuple(x.shape)}, the model takes (n, "
                          f"{', '.join(map(str, shape))})")
 
 
-def check_frames(frames, n_images: int):
+def check_frames(frames, n_images):
     if torch.compiler.is_compiling() or frames.is_meta:
         return
-    if int(frames.sum()) != n_images or (frames < 1).any():
+    total = int(frames.sum())
+    if total != n_images or (frames < 1).any():
         raise ValueError(f"frames {frames.tolist()} must be above 0 and add up to the number of "
-                         f"images, {n_images}; they give {int(frames.sum())}")
+                         f"images, {n_images}; they give {total}")
 
 
-def check_slots(config: Config, slots: list, image_embeds, audio_embeds):
+def check_slots(config, slots, image_embeds, audio_embeds):
     """slots: what count_slots gives. As many features as slots, or as many and the blanks."""
     n_image_slots, n_rows_without, n_audio_slots = slots
-    n_seen = 0 if image_embeds is None else image_embeds.shape[:2].numel()
-    n_heard = 0 if audio_embeds is None else audio_embeds.shape[:2].numel()
-
-    n_blank = n_rows_without * config.n_image_tokens
-    if n_seen not in (n_image_slots, n_image_slots + n_blank):
+    n_seen = count_features(image_embeds)
+    n_heard = count_features(audio_embeds)
+    if n_seen not in (n_image_slots, n_image_slots + n_rows_without * config.n_image_tokens):
         raise ValueError(f"tokens have {n_image_slots} IMAGE slots, the images give {n_seen} "
                          f"features ({config.n_image_tokens} an image)")
 
     if config.audio is None and (n_audio_slots or n_heard):
         raise ValueError(f"tokens have {n_audio_slots} AUDIO slots, this model hears nothing")
-    only_blank = n_audio_slots == 0 and n_heard == config.n_audio_tokens
-    if n_heard != n_audio_slots and not only_blank:
+    # Where nothing sounds at all, a blank chunk may be there.
+    if n_heard != n_audio_slots and (n_audio_slots or n_heard != config.n_audio_tokens):
         raise ValueError(f"tokens have {n_audio_slots} AUDIO slots, the sounds give {n_heard} "
                          f"features ({config.n_audio_tokens} a chunk)")
 
 
-def check_generation(tokens, max_new_tokens: int, temperature: float, top_p: float):
+def count_features(embeds):
+    return 0 if embeds is None else embeds.shape[:2].numel()
+
+
+def check_generation(tokens, max_new_tokens, temperature, top_p):
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got "
                          f"{max_new_tokens}, {temperature}, {top_p}")
     real = tokens != PAD  # (B, T)
-    length = real.sum(1, keepdim=True)  # (B, 1)
-    on_the_right = real == (torch.arange(tokens.shape[1], device=tokens.device) < length)
-    if not on_the_right.all() or not (length > 0).all():
+    real_first = real.sort(1, descending=True).values
+    if not real.any(1).all() or not torch.equal(real, real_first):
         raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be "
                          "empty")
 
@@ -1540,8 +1533,17 @@ LLAMA_7B = dict(
 )
 # What CuMo adds to LLaVA. These are the shapes of stage 3; train.py begins stages 1 and 2 without
 # the experts.
-CUMO_VISION = dict(scales=[1, 3], n_experts=4)
-CUMO_CONNECTOR = dict(n_experts=4)
+CUMO = dict(
+    vision=dict(scales=[1, 3], n_experts=4),
+    connector=dict(n_experts=4),
+)
+# Uni-MoE has no auxiliary loss.
+UNI_MOE = dict(
+    audio=dict(),
+    template="vicuna",
+    balance_coef=0.0,
+    z_coef=0.0,
+)
 
 PRESETS = {
     # Trains on a laptop's CPU in minutes: 48 x 48 pixels, 36 patches.
@@ -1552,20 +1554,11 @@ PRESETS = {
     ),
     # CuMo, Table 1: CLIP ViT-L/14-336 with S2 scales 1 and 3, and Mistral-7B-Instruct-v0.2 (which
     # has no sliding window).
-    "cumo-mistral-7b": dict(
-        vision=CUMO_VISION,
-        connector=CUMO_CONNECTOR,
-        text=dict(),
-    ),
-    "cumo-mixtral-8x7b": dict(
-        vision=CUMO_VISION,
-        connector=CUMO_CONNECTOR,
-        text=dict(n_experts=8),
-    ),
+    "cumo-mistral-7b": CUMO,
+    "cumo-mixtral-8x7b": dict(**CUMO, text=dict(n_experts=8)),
     # The same around a decoder of TinyLlama-1.1B's shape (arXiv 2401.02385): what one GPU trains.
     "cumo-1b": dict(
-        vision=CUMO_VISION,
-        connector=CUMO_CONNECTOR,
+        **CUMO,
         text=dict(
             dim=2048,
             n_layers=22,
@@ -1579,7 +1572,6 @@ PRESETS = {
     # MoE-LLaVA on OpenChat-7B, a Mistral: experts in every other layer of the decoder; all else is
     # LLaVA-1.5.
     "moe-llava-mistral-7b": dict(
-        vision=dict(),
         text=dict(
             rope_theta=1e4,
             sliding_window=4096,
@@ -1592,25 +1584,11 @@ PRESETS = {
         balance_coef=0.01,
         z_coef=0.0,
     ),
-    # Uni-MoE: LLaMA-7B with an expert for each modality or task in every layer, and no auxiliary
-    # loss. The paper hears speech with Whisper and other sounds with BEATs (arXiv 2212.09058);
-    # here one Whisper hears everything.
-    "uni-moe-7b": dict(
-        vision=dict(),
-        audio=dict(),
-        text=dict(**LLAMA_7B, n_experts=4),
-        template="vicuna",
-        balance_coef=0.0,
-        z_coef=0.0,
-    ),
-    "uni-moe-7b-every-other": dict(
-        vision=dict(),
-        audio=dict(),
-        text=dict(**LLAMA_7B, n_experts=[4, 0] * 16),
-        template="vicuna",
-        balance_coef=0.0,
-        z_coef=0.0,
-    ),
+    # Uni-MoE: LLaMA-7B with an expert for each modality or task in every layer. The paper hears
+    # speech with Whisper and other sounds with BEATs (arXiv 2212.09058); here one Whisper hears
+    # everything.
+    "uni-moe-7b": dict(**UNI_MOE, text=dict(**LLAMA_7B, n_experts=4)),
+    "uni-moe-7b-every-other": dict(**UNI_MOE, text=dict(**LLAMA_7B, n_experts=[4, 0] * 16)),
     # The tiny preset with an ear, for sounds of 1.5 s.
     "uni-moe-tiny": dict(
         vision=TINY_VISION,
@@ -1636,22 +1614,21 @@ PRESETS = {
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """{part: (total, activated)}.
+    """{part: (total, activated)}."""
+    return {name: count(part) for name, part in model.named_children()}
 
-    A token passes through K of the E experts of a MoE, so K / E of their weights are activated.
+
+def count(part):
+    """A token passes through K of the E experts of a MoE, so K / E of their weights are activated.
     """
-    counts = {}
-    for part, module in model.named_children():
-        total = sum(p.numel() for p in module.parameters())
-        idle = 0
-        for moe in module.modules():
-            if isinstance(moe, MoE):
-                for name, p in moe.named_parameters():
-                    if name != "router":  # all others are stacked, (E, ...)
-                        n_experts = len(p)
-                        idle += p.numel() // n_experts * (n_experts - moe.top_k)
-        counts[part] = (total, total - idle)
-    return counts
+    total = sum(p.numel() for p in part.parameters())
+    idle = 0
+    for moe in part.modules():
+        if isinstance(moe, MoE):
+            n_experts = len(moe.router)
+            n_weights = sum(p.numel() for p in moe.parameters()) - moe.router.numel()
+            idle += n_weights // n_experts * (n_experts - moe.top_k)
+    return total, total - idle
 
 
 def in_words(n: int) -> str:
@@ -1675,11 +1652,9 @@ def main():
     print(f"{'preset':22} {'part':10} {'total':>16} {'activated':>16}")
     for preset in PRESETS:
         with torch.device("meta"):
-            counts = count_parameters(CuMo(Config.from_preset(preset)))
-        totals = [total for total, _ in counts.values()]
-        activated = [activated for _, activated in counts.values()]
-        counts["all"] = (sum(totals), sum(activated))
-
+            model = CuMo(Config.from_preset(preset))
+        counts = count_parameters(model)
+        counts["all"] = count(model)
         for part, (total, activated) in counts.items():
             line = f"{preset:22} {part:10} {total:16,} {activated:16,}"
             paper = IN_PAPER.get((preset, part))
