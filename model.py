@@ -679,19 +679,15 @@ class CuMo(nn.Module):
         if audio is not None and len(audio):
             audio_embeds = self.encode_audio(audio)  # (m, Q, D)
 
-        # 2. A cache for the keys and values of the prompt and of all new tokens.
+        # 2. A cache for the keys and values of the prompt and of all new tokens. The two steps are
+        #    `prefill` and `decode`, or these compiled, which want a few lengths only.
         n_prompt = tokens.shape[1]
         n_cache = n_prompt + max_new_tokens
         length = (tokens != PAD).sum(1)  # (B,)
         if compile:
             tokens, n_cache = pad_to_rungs(tokens, n_cache)
         x = self.embed(tokens, image_embeds, audio_embeds)  # (B, T, D)
-        if compile:
-            run_prompt, run_token, cache = prepare_compiled(self, x, n_cache, compile)
-        else:
-            run_prompt = prefill
-            run_token = decode
-            cache = Cache(self.config.text, len(x), n_cache, x.device, compute_dtype(x))
+        run_prompt, run_token, cache = prepare_steps(self, x, n_cache, compile)
 
         # 3. The whole prompt at once, then one token after the other.
         logits = run_prompt(self.text, x, tokens != PAD, length - 1, cache)  # (B, V)
@@ -1033,7 +1029,7 @@ def slow_down(freq, scaling):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Compiled generation
+# 9. The cache of generation, and generation compiled
 #
 # A decoding step is a few hundred tiny kernels, and to launch them from Python takes longer than
 # they do. torch.compile fuses them, and on a GPU records all of them once as a CUDA graph, which
@@ -1086,14 +1082,17 @@ def pad_to_rungs(tokens, n_cache):
     return F.pad(tokens, (0, n_prompt - tokens.shape[1]), value=PAD), n_cache
 
 
-def prepare_compiled(model, x, n_cache, backend):
-    """x (B, T, D) the prompt -> (compiled prefill, compiled decode, the model's Cache)."""
-    if backend is True:
-        backend = "inductor"
-    dtype = compute_dtype(x)
+def prepare_steps(model, x, n_cache, backend):
+    """x (B, T, D) the prompt -> (prefill, decode, a Cache); compiled, if there is a backend."""
+    # The type of keys and values: autocast's where that is on, otherwise the prompt's own.
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    key = (len(x), n_cache, x.device, dtype)
+    if not backend:
+        return prefill, decode, Cache(model.config.text, *key)
 
     # The cache of the last call is used again if it fits. Nobody looks at what it still holds.
-    key = (len(x), n_cache, x.device, dtype)
     cache = model.cache
     if cache is None or cache.key != key:
         cache = Cache(model.config.text, *key)
@@ -1107,8 +1106,9 @@ def prepare_compiled(model, x, n_cache, backend):
     # without a CUDA graph.
     has_experts = any(model.config.text.n_experts)
     graphs = x.is_cuda and (not has_experts or dtype == torch.bfloat16)
-    run_prompt, run_token = compiled(backend, x.is_cuda, graphs)
-    return run_prompt, run_token, cache
+    if backend is True:
+        backend = "inductor"
+    return *compiled(backend, x.is_cuda, graphs), cache
 
 
 @functools.cache
@@ -1117,10 +1117,9 @@ def compiled(backend, on_cuda, cuda_graphs):
     # One graph for each batch size and rung: more than the eight that are allowed.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
-    # A step of decoding is a few hundred small kernels, and to launch them from Python takes longer
-    # than they run; so they are recorded once as a CUDA graph, and replayed. Prefill is big enough
-    # to go without. (With "coordinate_descent_tuning" the steps of a 7B decoder were 1.16 times
-    # faster on an H100, batch 1. But the search for the tiles took over a minute and a half.)
+    # Prefill is big enough to go without a CUDA graph. (With "coordinate_descent_tuning" the steps
+    # of a 7B decoder were 1.16 times faster on an H100, batch 1. But the search for the tiles took
+    # over a minute and a half.)
     options = None
     if on_cuda and backend == "inductor":
         options = {"triton.cudagraphs": cuda_graphs}
@@ -1128,13 +1127,6 @@ def compiled(backend, on_cuda, cuda_graphs):
     run_token = torch.compile(decode, fullgraph=True, dynamic=False, backend=backend,
                               options=options)
     return run_prompt, run_token
-
-
-def compute_dtype(x):
-    """The type that a product with x gives: autocast's where that is on, otherwise x's own."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1236,8 +1228,9 @@ def merge_lora(model, on=True):
 def drop_lora(model):
     """Merge for good: plain weights with plain names, all of which want gradients again."""
     merge_lora(model)
-    modules = {module: None for module, _, _ in adapted(model)}  # each once, in order
-    for module in modules:
+    for module in list(model.modules()):
+        if not parametrize.is_parametrized(module):
+            continue
         # torch has given the module a class of its own, derived from its plain class. torch's
         # remove_parametrizations would take the weight out of that class; but deep copies of the
         # module share the class, and would lose theirs. So the module returns to its plain class.

@@ -181,14 +181,14 @@ def test_experts_that_wait_for_the_host_are_decoded_without_cuda_graphs(tiny_con
     model = CuMo(tiny_config(vision=None, text=text))
     m.compiled.cache_clear()
     x = type("OnCuda", (), dict(device=torch.device("cuda", 0), dtype=dtype, is_cuda=True, __len__=lambda self: 2))()
-    run_prompt, run_token, cache = m.prepare_compiled(model, x, 64, True)
+    run_prompt, run_token, cache = m.prepare_steps(model, x, 64, True)
     assert (run_prompt, run_token) == (m.prefill, m.decode) and model.cache is cache and cache.key == (2, 64, x.device, dtype)
     (first, prompt), (second, token) = asked
     assert (first, second) == (m.prefill, m.decode) and prompt.get("options") is None
     assert token["options"] == {"triton.cudagraphs": graphs} and token["backend"] == "inductor"
-    assert m.prepare_compiled(model, x, 64, True)[2] is cache and m.prepare_compiled(model, x, 96, True)[2] is not cache
+    assert m.prepare_steps(model, x, 64, True)[2] is cache and m.prepare_steps(model, x, 96, True)[2] is not cache
     asked.clear()
-    m.prepare_compiled(model, x, 64, "aot_eager")                                  # another backend knows none of inductor's options
+    m.prepare_steps(model, x, 64, "aot_eager")                                  # another backend knows none of inductor's options
     assert [kw.get("options") for _, kw in asked] == [None, None]
     m.compiled.cache_clear()
 
