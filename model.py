@@ -487,8 +487,8 @@ def total_loss(parts, balance_coef, z_coef, share=None):
     train.py adds up the gradients of micro-batches. `share` (name -> number) says what each part of
     a micro-batch counts in the mean over the whole batch: for "lm" its share of all labels, for
     vision and connector its share of all images. So the cut changes neither the loss nor its
-    gradient; but for the decoder's routing losses, since balance is a product of two means over the
-    tokens of a micro-batch, and a mean of products is not the product of the means.
+    gradient. Only the decoder's routing losses depend on it: balance is a product of two means over
+    the tokens of a micro-batch, and a mean of products is not the product of the means.
     """
     # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
@@ -550,7 +550,7 @@ class CuMo(nn.Module):
         of appearance, blank ones last; labels (B, T) int64, IGNORE where nothing is learnt.
 
         The labels stand where the tokens stand; they are shifted here. image_embeds (n, N, D) and
-        audio_embeds (m, Q, D) take the place of what was encoded before. frames: see encode_images.
+        audio_embeds (m, Q, D) take the place of what was encoded before. frames: see average_frames.
         slots: what count_slots gives for these tokens; with it, nothing here waits for the device.
         ValueError where the slots and the features do not match.
         """
@@ -601,10 +601,8 @@ class CuMo(nn.Module):
         if tokens.is_meta or torch.compiler.is_compiling():
             return None
         is_image = tokens == IMAGE
-        n_image_slots = is_image.sum()
-        n_rows_without = (~is_image.any(1)).sum()
-        n_audio_slots = (tokens == AUDIO).sum()
-        return torch.stack([n_image_slots, n_rows_without, n_audio_slots]).tolist()
+        counts = [is_image.sum(), (~is_image.any(1)).sum(), (tokens == AUDIO).sum()]
+        return torch.stack(counts).tolist()
 
     def encode_images(self, images, aux=None, frames=None, may_wait=True):
         """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D).
@@ -751,24 +749,6 @@ def fill_slots(x, is_slot, features):
     features = features.to(x.dtype).flatten(0, 1)  # (n * N, D)
     fetched = features.index_select(0, number).view_as(x)  # (B, T, D)
     return torch.where(is_slot.unsqueeze(-1), fetched, x)
-
-
-def prefill(text, x, real, last, cache):
-    """The prompt x (B, T, D), and last (B,), where each row's last token stands -> its logits
-    (B, V)."""
-    logits = text(x, real, cache=cache)  # (B, T, V)
-    return logits[torch.arange(len(x), device=x.device), last]
-
-
-def decode(text, token, position, cache, n_keys):
-    """One step: token (B,) at position (B,) -> logits of the next one (B, V).
-
-    Attention looks at the first n_keys of the cache. Nothing in here waits for the device.
-    """
-    x = text.embed(token.unsqueeze(1))  # (B, 1, D)
-    real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)  # (B, 1)
-    logits = text(x, real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys)
-    return logits[:, 0]
 
 
 def sample(logits, temperature, top_p, generator=None):
@@ -1029,7 +1009,7 @@ def slow_down(freq, scaling):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. The cache of generation, and generation compiled
+# 9. The two steps of generation and their cache, plain and compiled
 #
 # A decoding step is a few hundred tiny kernels, and to launch them from Python takes longer than
 # they do. torch.compile fuses them, and on a GPU records all of them once as a CUDA graph, which
@@ -1059,6 +1039,24 @@ class Cache:
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
         return self.k[layer][:, :, :n_keys], self.v[layer][:, :, :n_keys]
+
+
+def prefill(text, x, real, last, cache):
+    """The prompt x (B, T, D), and last (B,), where each row's last token stands -> its logits
+    (B, V)."""
+    logits = text(x, real, cache=cache)  # (B, T, V)
+    return logits[torch.arange(len(x), device=x.device), last]
+
+
+def decode(text, token, position, cache, n_keys):
+    """One step: token (B,) at position (B,) -> logits of the next one (B, V).
+
+    Attention looks at the first n_keys of the cache. Nothing in here waits for the device.
+    """
+    x = text.embed(token.unsqueeze(1))  # (B, 1, D)
+    real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)  # (B, 1)
+    logits = text(x, real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys)
+    return logits[:, 0]
 
 
 def rung(n):
@@ -1174,8 +1172,7 @@ LORA_WEIGHTS = {"ffn": ["ffn.w_in", "ffn.w_gate", "ffn.w_out"]}
 LORA_WEIGHTS["all"] = LORA_WEIGHTS["ffn"] + ["q.weight", "k.weight", "v.weight", "o.weight"]
 
 
-def add_lora(model: CuMo, rank: int, alpha: float, which: str = "all", seed: int = 0,
-             real: bool = False) -> CuMo:
+def add_lora(model, rank, alpha, which="all", seed=0, real=False):
     """Adapters on the decoder's weights, in place: "ffn" those of the FFNs (which become experts),
     "all" those of attention too. The weights under them are frozen; biases, norms and routers are
     left alone.
@@ -1273,7 +1270,7 @@ def merge_state(state, model):
 # 11. Which weights train
 
 
-def choose_trainable(model: CuMo, trains):
+def choose_trainable(model, trains):
     """Set requires_grad for the parts named in `trains`, and for nothing else.
 
     A part is one of the model's modules ("vision", "connector", "audio", "resampler", "text"), or
@@ -1321,8 +1318,6 @@ PARTS = {
     "audio": AudioConfig,
 }
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-
-
 # Numbers that must be whole and above 0, in whatever part they stand; words of which one must be
 # chosen; numbers that are a multiple of another one of their part.
 POSITIVE = {
@@ -1356,7 +1351,7 @@ def fill_in(config):
         setattr(config, name, part)
         check_fields(name, vars(part))
 
-        # One number of experts holds for all layers. The ear is dense.
+        # The ear is dense. One number of experts holds for all layers.
         if name == "audio":
             part.n_experts = 0
         if name != "connector" and isinstance(part.n_experts, int):
@@ -1375,6 +1370,7 @@ def check_fields(name, values):
         choices = CHOICES.get(field_name, [value])
         if value not in choices:
             raise ValueError(f"{told}; known: {', '.join(choices)}")
+
     for multiple, of in MULTIPLES:
         if multiple in values and of in values and values[multiple] % values[of]:
             raise ValueError(f"{name}.{multiple} = {values[multiple]} is not a multiple of "
@@ -1576,14 +1572,14 @@ PRESETS = {
 # 14. Counting parameters
 
 
-def count_parameters(model: nn.Module) -> dict:
+def count_parameters(model):
     """{part: (total, activated)}."""
     return {name: count(part) for name, part in model.named_children()}
 
 
 def count(part):
-    """A token passes through K of the E experts of a MoE, so K / E of their weights are activated.
-    """
+    """(total, activated): a token passes through K of the E experts of a MoE, so K / E of their
+    weights are activated."""
     total = sum(p.numel() for p in part.parameters())
     idle = 0
     for moe in part.modules():
@@ -1594,7 +1590,7 @@ def count(part):
     return total, total - idle
 
 
-def in_words(n: int) -> str:
+def in_words(n):
     """1234567 -> "1.23M"."""
     if n > 1e9:
         return f"{n / 1e9:.2f}B"
