@@ -89,10 +89,8 @@ class VisionConfig:
     @property
     def n_counted_layers(self) -> int:
         """Layers that the losses reach: those, and on to the last router behind them."""
-        n_layers = self.n_layers
-        while n_layers > self.n_used_layers and self.n_experts[n_layers - 1] == 0:
-            n_layers -= 1
-        return n_layers
+        up_to_routers = [i + 1 for i, n_experts in enumerate(self.n_experts) if n_experts > 0]
+        return max([self.n_used_layers] + up_to_routers)
 
 
 @dataclass
