@@ -768,7 +768,7 @@ def sample(logits, temperature, top_p, generator=None):
 
 # ------------------------------------------------------------------------------------------------
 # You can stop here on a first reading. Behind this line: images read at several scales, the ear,
-# videos, generation compiled for speed, LoRA, which weights train, checks, presets, counting.
+# videos, the cache, compiled generation, LoRA, which weights train, checks, presets, counting.
 # ------------------------------------------------------------------------------------------------
 # 6. S2: the image once more, enlarged
 
