@@ -14,8 +14,8 @@ three backends, which give the same answer:
 
     loop      the definition, one expert after the other. Read this one first.
     sorted    sorts the choices by expert: each expert's tokens lie side by side. Any device.
-    grouped   the same order, and one kernel multiplies all experts' parts at once. Nothing
-              waits for the host, which is what a GPU wants. bfloat16.
+    grouped   the same order, and one kernel multiplies all experts' parts at once. The host
+              never has to wait for the GPU. bfloat16.
 
 How to use it:
 
@@ -65,7 +65,7 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     logits (..., N, E) of any float type. mask (..., N) bool is False at padding, which gets
     weight 0 and counts nowhere. capacity_factor None drops nothing; otherwise an expert has a
     limited number of slots (`within_capacity`). noise (..., N, E) is added to the logits when
-    the choices behind the first are made, and nowhere else (DeepSpeed's gate draws Gumbel noise
+    the choices after the first are made, and nowhere else (DeepSpeed's gate draws Gumbel noise
     for it).
 
     The losses are means over the N tokens of each leading index, then over the leading indices.
@@ -203,7 +203,7 @@ class MoE(nn.Module):
     """E FFNs and a router, which is one matrix without a bias.
 
     capacity_factor limits the experts' slots in training, eval_capacity_factor outside of it; None
-    drops nothing. noisy draws the second choice with Gumbel noise while training.
+    drops nothing. noisy draws the choices after the first with Gumbel noise while training.
     """
 
     def __init__(self, dim, ffn_dim, act, n_experts, top_k, dim_out=None, gated=False, bias=False,
@@ -220,6 +220,7 @@ class MoE(nn.Module):
         self.backend = None  # None lets moe_ffn choose
         self.group = None    # the processes that share the experts, see moe_parallel
 
+        # Empty: whoever builds the layer fills it (upcycling, loading, or a random start).
         self.router = nn.Parameter(torch.empty(n_experts, dim))
         self.w_in = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
         self.w_gate = nn.Parameter(torch.empty(n_experts, ffn_dim, dim)) if gated else None
@@ -415,7 +416,7 @@ def moe_sorted(x, weights, experts, layer, act):
 
 
 # ------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Behind this line: experts with a limited number of
+# You can stop here on a first reading. Below this line: experts with a limited number of
 # slots, the backend for GPUs, experts that live on several GPUs, and the checks of what is
 # passed in.
 # ------------------------------------------------------------------------------------------------
@@ -466,7 +467,7 @@ def within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int,
 
 
 def moe_grouped(x, weights, experts, layer, act):
-    """As moe_sorted, but the sizes of the slices stay on the device, so nothing waits for them."""
+    """As moe_sorted, but the slices' sizes stay on the device: the host does not wait for them."""
     w_in, w_out, w_gate, b_in, b_out = layer
     top_k = experts.shape[1]
     token, order, inverse, counts = sort_by_expert(experts, len(w_in))
@@ -534,7 +535,8 @@ class PickRows(torch.autograd.Function):
 
 BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}
 
-# Lets torch.compile take the sizes of moe_sorted's slices into its graph.
+# Lets torch.compile take the sizes of moe_sorted's slices into its graph. This is a setting of the
+# whole process; who does not compile moe_sorted can do without it.
 torch._dynamo.config.capture_scalar_outputs = True
 
 
