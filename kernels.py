@@ -60,7 +60,8 @@ class Routing(NamedTuple):
 def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
           capacity_factor: float | None = None, min_capacity: int = 0,
           noise: Tensor | None = None) -> Routing:
-    """Top-k routing with CuMo's two auxiliary losses ("Loss Function" in its section 3; z: ST-MoE, eq. 5).
+    """Top-k routing with CuMo's two auxiliary losses ("Loss Function" in its section 3; the z-loss
+    is ST-MoE's, equation 5).
 
     logits (..., N, E) of any float type. mask (..., N) bool is False at padding, which gets
     weight 0 and counts nowhere. capacity_factor None drops nothing; otherwise an expert has a
@@ -611,7 +612,7 @@ def moe_parallel(x, weights, experts, layer, act, backend, group):
     # 1. Each rank tells each other one how many choices it brings for which of its experts.
     asked = torch.empty_like(counts)  # (E,) from rank 0 for my experts, from rank 1, ...
     dist.all_to_all_single(asked, counts, group=group)
-    # (2, ranks): rows that go to each rank, rows that come from it
+    # (2, ranks): rows that go to each rank, rows that come from it.
     sizes = torch.stack([counts, asked]).view(2, n_ranks, n_here).sum(2)
     send, receive = sizes.tolist()  # the one wait for the device
 
