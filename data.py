@@ -36,7 +36,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# `tokens` holds ids of text, which are >= 0, and these. (model.py knows the same numbers.)
+# `tokens` holds ids of text, which are >= 0, and these. (model.py knows the same numbers.).
 IMAGE = -200  # the slot of one of an image's features
 AUDIO = -201  # the slot of one of a sound's features
 PAD = -1  # nothing: the row has ended
@@ -47,7 +47,7 @@ IGNORE = -100
 # ------------------------------------------------------------------------------------------------
 # 1. An image
 
-# The mean and standard deviation of the pixels that CLIP was trained on: red, green, blue, 0 to 1
+# The mean and standard deviation of the pixels that CLIP was trained on: red, green, blue, 0 to 1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MEAN_COLOR = tuple(int(255 * mean) for mean in CLIP_MEAN)
@@ -87,7 +87,7 @@ def pad_to_square(image):
 # Every chat model has its own way of writing down who says what. It must be followed to the letter:
 # a model that was trained on "USER: Why? ASSISTANT:" answers worse when anything else stands there.
 # TEMPLATES, in section 7, has the ways of all models that we know. The default run writes
-# "<q>What is it?<a> A ring.</s><q>Is it red?<a> Yes.</s>"
+# "<q>What is it?<a> A ring.</s><q>Is it red?<a> Yes.</s>".
 
 
 class Template(NamedTuple):
@@ -150,8 +150,10 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
 
         text      <q>What is it?<a> A ring.</s>
         learnt    00000000000000000111111111111
-        tokens    <q> What _is _it ? <a> _A _ring . </s>      (here "_" is a space in a token)
+        tokens    <q> What _is _it ? <a> _A _ring . </s>      ("_": a space that is in the token)
         labels    -100 (six times)       _A _ring . </s>
+
+    (Say that the tokenizer cuts it so. The shipped one cuts into smaller pieces.)
 
     LLaVA instead tokenizes the pieces once more and adds up their lengths. Where a tokenizer merges
     letters across a border the sum is wrong, and the sample is lost ("tokenization mismatch").
@@ -223,10 +225,10 @@ class Encoded(torch.utils.data.Dataset):
     n_image_tokens: int
     max_length: int  # tokens
     strict: bool = False  # raise ValueError for a sample that cannot be used
-    n_audio_tokens: int = 0
-    seconds: float = 30.0
-    max_frames: int = 8
-    average: bool = True
+    n_audio_tokens: int = 0  # of a chunk of sound; 0 for a model that hears nothing
+    seconds: float = 30.0  # of such a chunk
+    max_frames: int = 8  # of a video
+    average: bool = True  # a video fills the slots of one image, otherwise each frame does
 
     def __post_init__(self):
         if len(self.data) == 0:
@@ -306,11 +308,9 @@ def pad_rows(rows, fill, multiple=8):
 
 
 # ------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Behind this line: the order of the samples, the templates of
+# You can stop here on a first reading. Below this line: the order of the samples, the templates of
 # chat models, sounds, videos, LLaVA's files, the drawn world with its questions, the checks of what
 # users bring, and what happens to broken samples.
-# ------------------------------------------------------------------------------------------------
-
 # ------------------------------------------------------------------------------------------------
 # 6. The order of the samples
 
@@ -445,7 +445,7 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
     check_wave(wave, sample_rate, seconds)
     wave = resample(wave, sample_rate)
 
-    # cut it into chunks
+    # Cut it into chunks.
     size = HOP * round(RATE / HOP * seconds)  # samples of a chunk
     wave = np.pad(wave, (0, -len(wave) % size))
     chunks = torch.from_numpy(wave).view(-1, size)  # (n_chunks, size)
@@ -491,7 +491,7 @@ def resample(wave, rate, to=RATE):
     steps = power * math.ceil(steps / power)
     spectrum = np.fft.rfft(wave, steps * old_step)  # (steps * old_step // 2 + 1,) complex
 
-    # irfft cuts the spectrum off at the new limit, or fills it up with zeros.
+    # Irfft cuts the spectrum off at the new limit, or fills it up with zeros.
     limit = min(rate, to) / 2
     frequencies = np.fft.rfftfreq(steps * old_step, 1 / rate)
     fade = np.clip((limit - frequencies) / (0.05 * limit), 0, 1).astype(np.float32)
@@ -585,7 +585,7 @@ def pcm_to_float(data, width):
 # ------------------------------------------------------------------------------------------------
 # 9. All that a sample shows: images, sounds, videos
 
-# What counts as an image in a video's folder
+# What counts as an image in a video's folder.
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
@@ -633,7 +633,7 @@ def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8
     if not videos:
         frames = None
 
-    # sounds
+    # Sounds.
     if n_audio_tokens == 0:
         return conversations, images, None, frames, 0
     none = torch.empty(0, N_MELS, round(RATE / HOP * seconds))
@@ -681,7 +681,7 @@ def pick_frames(video, max_frames):
     n = min(len(video), max_frames)
     if n == 0:
         raise ValueError("a video without frames")
-    # of 10 frames and 2 parts: the frames 2 and 7
+    # Of 10 frames and 2 parts: the frames 2 and 7.
     return [video[(2 * i + 1) * len(video) // (2 * n)] for i in range(n)]
 
 
@@ -820,7 +820,7 @@ def read_json(file):
         if text.lstrip().startswith("["):
             samples = json.loads(text)
         else:
-            # not splitlines, as JSON may hold other characters that count as line ends
+            # Not splitlines, as JSON may hold other characters that count as line ends.
             for before, line in enumerate(text.split("\n")):
                 if line.strip():
                     samples.append(json.loads(line))
@@ -863,7 +863,7 @@ CELL = 16
 FONT = ImageFont.load_default_imagefont()  # 6 x 11 pixels a letter, and the same everywhere
 CORNERS = {
     "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
-    # ten corners, outer and inner in turn
+    # Ten corners, outer and inner in turn.
     "star": [(np.sin(i * np.pi / 5) * radius, -np.cos(i * np.pi / 5) * radius)
              for i, radius in enumerate((1.12, 0.45) * 5)],
 }
@@ -933,7 +933,7 @@ def draw_scene(scene):
     image = Image.new("RGB", (2 * DRAWN_SIZE, 2 * DRAWN_SIZE), background)
     draw = ImageDraw.Draw(image)
     for cell, size, color, shape in scene["objects"]:
-        # a little larger or smaller, off centre, lighter or darker
+        # A little larger or smaller, off centre, lighter or darker.
         radius = SIZES[size] * rng.uniform(0.9, 1.1)
         x = CELL * (cell % 3 + 0.5) + rng.uniform(-1.5, 1.5)
         y = CELL * (cell // 3 + 0.5) + rng.uniform(-1.5, 1.5)
@@ -1127,7 +1127,7 @@ def make_sound(seed, held_out=False, kinds=tuple(SOUND_KINDS)):
     for attempt in range(10_000):
         rng = random.Random(seed * 10_009 + attempt)
 
-        # who sounds: one voice, or the two of a pair, which differ in pitch and mostly in timbre
+        # Who sounds: one voice, or the two of a pair, which differ in pitch and mostly in timbre.
         pitches = rng.sample(list(PITCHES), 2)
         timbres = rng.sample(TIMBRES, 2)
         if rng.random() < 0.25:
@@ -1323,7 +1323,7 @@ def ask_together(scene, n_beeps, rng):
     return question, two_counts(n_beeps, counts[word], total)
 
 
-# Each type, and what of the sound it is about
+# Each type, and what of the sound it is about.
 BOTH_QUESTIONS = {
     "as many": (ask_as_many, "beeps"),
     "more": (ask_more, "beeps"),
@@ -1396,7 +1396,8 @@ def ask_many(scene, n, rng, sound=None):
         if pair is None:
             continue
 
-        # A scene can be asked for two colours; to a sound's type of question there is one answer.
+        # Keep one of each question. About a sound, questions of one type differ in wording only,
+        # so there the type decides what counts as the same.
         question, answer = pair
         what = kind if kind in SOUND_TYPES else question
         asked.setdefault(what, (kind, question, answer))
@@ -1416,7 +1417,7 @@ def as_turns(pairs, head="<image>\n"):
 # ------------------------------------------------------------------------------------------------
 # 15. The drawn world as a data set, and a tokenizer for it
 
-# kinds of samples that take others in turn
+# Kinds of samples that take others in turn.
 MIXED = {
     "mixed caption": ("caption", "sound caption"),
     "mixed chat": ("chat", "sound chat", "both chat"),
@@ -1448,7 +1449,7 @@ class Drawn:
         kinds = MIXED.get(self.kind, (self.kind,))
         kind = kinds[i % len(kinds)]
 
-        # what is to be seen and heard
+        # What is to be seen and heard.
         sample = {"id": str(seed), "images": [], "audio": []}
         scene = None
         sound = None
@@ -1464,13 +1465,13 @@ class Drawn:
             sample.update(sound=sound, audio=[draw_sound(sound)])
             head += "<audio>\n"
 
-        # what is asked about it
+        # What is asked about it.
         if kind == "caption":
             asked = [(kind, "Describe the scene.", describe(scene))]
         elif kind == "sound caption":
             asked = [(kind, "Describe the sound.", describe_sound(sound))]
         else:
-            # A sound offers three questions. If two are asked, the hard one comes up more often.
+            # A sound has fewer things to ask about than a scene, so it gets a third as many.
             n = self.n_questions if scene else math.ceil(self.n_questions / 3)
             asked = ask_many(scene, n, random.Random(seed), sound)
 

@@ -4,7 +4,7 @@
         one answer
     python generate.py --model out/tiny --image X.png
         a chat (Ctrl-D ends it)
-    python generate.py --model out/uni --image X.png --audio Y.wav --video FRAMES_DIR
+    python generate.py --model out/uni-moe --image X.png --audio Y.wav --video FRAMES_DIR
         a chat about all of them
     python generate.py --model out/tiny --image X.png --routing routing.png
         a picture: which expert took which patch (or token)
@@ -47,7 +47,7 @@ import data
 from model import CuMo
 from upcycle import load, write_atomically
 
-# Set by torchrun, where several processes share the questions of --eval
+# Set by torchrun, where several processes share the questions of --eval.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -71,14 +71,14 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
     piece of text of the first sample. image_embeds, audio_embeds: features of what the samples
     hold, where it was encoded before; then a sample with sounds says their "slots" itself, and
     marks a video as an image."""
-    # What is said, and what there is to see and to hear
+    # What is said, and what there is to see and to hear.
     if image_embeds is None and audio_embeds is None:
         texts, senses = sense(model, samples)
     else:
         texts = [(sample["conversations"], sample.get("slots", 0)) for sample in samples]
         senses = {"image_embeds": image_embeds, "audio_embeds": audio_embeds}
 
-    # The model goes on where the text ends, until it says the end mark
+    # The model goes on where the text ends, until it says the end mark.
     tokens = tokens_of(model, tokenizer, texts)  # (B, T)
     end_mark = data.EOS[model.config.template]
     eos = tokenizer.encode(end_mark, add_special_tokens=False).ids[-1]
@@ -88,7 +88,7 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
     out = model.generate(tokens, eos=eos, on_token=on_token, max_new_tokens=max_new_tokens,
                          **senses, **options)  # (B, up to max_new_tokens)
 
-    # A row that ended before the longest one is filled up with the end mark
+    # A row that ended before the longest one is filled up with the end mark.
     replies = []
     for row in out.tolist():
         said = [token for token in row if token != eos]
@@ -120,7 +120,7 @@ def streamer(tokenizer, write):
         tokens.append(int(token[0]))
         text = tokenizer.decode(tokens).lstrip()
 
-        # This is how a character looks whose last token is still missing: wait for it
+        # This is how a character looks whose last token is still missing: wait for it.
         if text.endswith("\ufffd"):
             return
         write(text[len(written):])
@@ -150,7 +150,7 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
             opening, slots, embeds = encode_senses(model, sample)
             conversation += sample["conversations"]
 
-        # The model reads the whole conversation again, but it does not look at the pictures again
+        # The model reads the whole conversation again, but it does not look at the pictures again.
         asked = {"images": [], "conversations": opening + conversation[1:], "slots": slots}
         reply = answer(model, tokenizer, [asked], stream=show, **embeds, **options)[0]
         print()
@@ -170,7 +170,7 @@ def typed_lines():
 
 
 # -------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Behind this line: measuring a model on the drawn world,
+# You can stop here on a first reading. Below this line: measuring a model on the drawn world,
 # answering and scoring files of questions, pictures of what the experts do, the command line.
 # But first, what `answer` and `chat` left out: how a sample's files become tensors.
 # -------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def sense(model, samples):
     now as many "<image>" as it fills, and slots says how many tokens each sound takes.
     senses: arguments of CuMo.forward and CuMo.generate, each only if there is any, on the model's
     device: "images" (n, 3, S, S), "audio" (chunks, n_mels, n_frames), "frames" (n_marks,) int64."""
-    # A model without eyes or ears needs no sizes; load_senses complains if there are files for it
+    # A model without eyes or ears needs no sizes; load_senses complains if there are files for it.
     config = model.config
     image_size = config.vision.image_size if config.vision else 1
     seconds = config.audio.n_frames / 100 if config.n_audio_tokens else 0.0
@@ -206,14 +206,14 @@ def sense(model, samples):
         if audio is not None:
             chunks.extend(audio)
 
-    # What there is none of is left out: a language model alone is given tokens and nothing else
+    # What there is none of is left out: a language model alone is given tokens and nothing else.
     senses = {}
     if pictures:
         senses["images"] = torch.stack(pictures).to(device_of(model))
     if chunks:
         senses["audio"] = torch.stack(chunks).to(device_of(model))
 
-    # As soon as one sample of the batch has a video, every image counts as a video of one frame
+    # As soon as one sample of the batch has a video, every image counts as a video of one frame.
     if any(sample.get("video") for sample in samples):
         senses["frames"] = torch.tensor(frames, device=device_of(model))
     return texts, senses
@@ -249,7 +249,7 @@ def sample_of(text, images=(), video=(), audio=()):
 # -------------------------------------------------------------------------------------------------
 # 3. Measuring on the drawn world
 
-# A world is what a question is about: a scene, a sound, or both together
+# A world is what a question is about: a scene, a sound, or both together.
 TYPES = {"image": data.TYPES, "sound": data.SOUND_TYPES, "both": data.BOTH_TYPES}
 
 
@@ -266,11 +266,11 @@ def drawn_questions(n, seed=0, world="image"):
         kind = types[len(questions) % len(types)]
         i += 1
 
-        # Ask mostly for signs that are there
+        # Ask mostly for signs that are there.
         if kind == "sign" and not what["sign"] and i % 4 != 0:
             continue
 
-        # Not every scene allows every type of question; then the next scene is tried
+        # Not every scene allows every type of question; then the next scene is tried.
         pair = ask(what, world, kind, random.Random(i))
         if pair:
             questions.append((what, kind, *pair))
@@ -310,7 +310,7 @@ def drawn_sample(what, question, in_words=False):
         audio.append(data.draw_sound(what["sound"]))
         words.append(data.describe_sound(what["sound"]))
 
-    # In words, the decoder alone is measured: it need not see or hear
+    # In words, the decoder alone is measured: it need not see or hear.
     if in_words:
         return sample_of(" ".join(words) + "\n" + question)
     return sample_of(question, images, audio=audio)
@@ -359,7 +359,7 @@ def print_table(scores: dict, title: str):
             add_points(total, {"all": score})
         rows += total.items()
 
-    # Through tqdm, so that a progress bar which is still running does not end up in the table
+    # Through tqdm, so that a progress bar which is still running does not end up in the table.
     tqdm.write(title, file=sys.stdout)
     for name, (points, possible) in rows:
         percent = 100 * points / max(possible, 1)
@@ -397,14 +397,14 @@ def read_rows(file, needs, kind):
 
 def list_rows(file):
     """The rows of a file in any of read_rows' layouts, unchecked."""
-    # JSON lines are no JSON, unless there is but one
+    # JSON lines are no JSON, unless there is but one.
     try:
         with open(file, encoding="utf-8") as f:
             content = json.load(f)
     except (OSError, ValueError):
         content = None
 
-    # An object is VQA's, TextVQA's or ScienceQA's
+    # An object is VQA's, TextVQA's or ScienceQA's.
     if isinstance(content, dict):
         for name in ("annotations", "data"):
             if isinstance(content.get(name), list):
@@ -412,7 +412,7 @@ def list_rows(file):
         if all(isinstance(row, dict) for row in content.values()):
             return [{"question_id": key, **row} for key, row in content.items()]
 
-    # A list, JSON lines, or a file that cannot be read: LlavaJson says what is wrong with it
+    # A list, JSON lines, or a file that cannot be read: LlavaJson says what is wrong with it.
     return data.LlavaJson(file).samples
 
 
@@ -436,7 +436,7 @@ def read_questions(file, folder=""):
 
 def question_files(row, kind, folder, where):
     """A question's "image" or "audio" -> its files; "video" -> for each the files of its frames."""
-    # A question may have one file, several, or none
+    # A question may have one file, several, or none.
     files = row.get(kind) or []
     if not isinstance(files, (str, list)):
         raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
@@ -473,7 +473,7 @@ def answered(out, questions, model_id):
             try:
                 row = json.loads(line)
             except ValueError:
-                # A kill may cut off the last line of a part; that question is asked again
+                # A kill may cut off the last line of a part; that question is asked again.
                 if file != out:
                     continue
                 row = line
@@ -508,17 +508,17 @@ def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     check_audio_marks(model, questions)
 
     # 1. This process's share of the questions, without those that an earlier run has answered.
-    # (Other processes may be writing already, but only answers to their own share)
+    # (Other processes may be writing already, but only answers to their own share).
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     done = answered(out, questions, model_id)
     share = list(questions)[RANK::WORLD]
     todo = [questions[key] for key in share if key not in done]
 
     # 2. Like with like, so that there is little padding; and the longest first, so that a batch too
-    # large for the memory fails at once
+    # large for the memory fails at once.
     todo.sort(key=size_of_question, reverse=True)
 
-    # 3. Answer them, into this process's part
+    # 3. Answer them, into this process's part.
     part = f"{out}.part-{RANK}-of-{WORLD}"
     try:
         append_answers(model, tokenizer, todo, part, model_id, batch, **options)
@@ -529,7 +529,7 @@ def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     done = answered(out, questions, model_id)
     asked = [(questions[key], done[key]["text"]) for key in share]
 
-    # 4. When all parts are complete, process 0 merges them, in the order of the questions
+    # 4. When all parts are complete, process 0 merges them, in the order of the questions.
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
@@ -549,11 +549,11 @@ def size_of_question(sample):
 def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
     """Answer the samples `todo` in batches, and append each batch to the file `part` at once."""
     with open(part, "a", encoding="utf-8") as f:
-        # The file may end with a line that was cut off
+        # The file may end with a line that was cut off.
         if f.tell() > 0:
             f.write("\n")
         for group in batches(todo, batch, "answering"):
-            # The images of a group are read now, and forgotten afterwards
+            # The images of a group are read now, and forgotten afterwards.
             replies = answer(model, tokenizer, group, **options)
             for sample, reply in zip(group, replies):
                 row = {"question_id": sample["row"]["question_id"], "prompt": sample["row"]["text"],
@@ -642,9 +642,9 @@ def normalise(text):
     "don't"."""
     text = on_one_line(text)
 
-    # A punctuation mark goes away where that mark stands beside a blank, and everywhere if a comma
-    # stands between digits ("1,000"); else it becomes a blank ("left-hand" is two words).
-    # Apostrophes and colons always stay
+    # A punctuation mark goes away everywhere if it stands beside a blank anywhere, or if a comma
+    # stands between digits ("1,000"). Else it becomes a blank: "left-hand" is two words.
+    # Apostrophes and colons always stay.
     has_thousands = re.search(r"\d,\d", text)
     out = text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
@@ -653,10 +653,10 @@ def normalise(text):
         else:
             out = out.replace(mark, " ")
 
-    # A period stays before a digit only
+    # A period stays before a digit only.
     out = re.sub(r"\.(?!\d)", "", out).lower()
 
-    # Numbers become digits, articles go, and forgotten apostrophes come back
+    # Numbers become digits, articles go, and forgotten apostrophes come back.
     words = []
     for word in out.split():
         word = DIGITS.get(word, word)
@@ -678,7 +678,7 @@ def score_vqa(row, reply, form=normalise, always=False):
     if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
         raise ValueError("'answers' must be texts of ten humans, not " + str(row["answers"])[:200])
 
-    # Where all ten say the same, the reply must be just that, unless `always`
+    # Where all ten say the same, the reply must be just that, unless `always`.
     reply = on_one_line(reply)
     humans = [on_one_line(human) for human in humans]
     if always or len(set(humans)) > 1:
@@ -688,7 +688,7 @@ def score_vqa(row, reply, form=normalise, always=False):
     # What three humans say is right: min(1, agreeing / 3) points. The official code takes the mean
     # of this over the ten ways to leave one human out (so that a human can be scored likewise).
     # Two agree, say: without one of them there is 1 left, else 2; (2 * 1/3 + 8 * 2/3) / 10 = 0.6.
-    # For one or three it is 0.3 and 0.9, and from four on it is 1
+    # For one or three it is 0.3 and 0.9, and from four on it is 1.
     return {"accuracy": (min(1, 0.3 * humans.count(reply)), 1)}
 
 
@@ -739,7 +739,7 @@ def choice_of(reply, choices):
 
     LLaVA's script for ScienceQA knows no brackets and no texts, and its "The answer is A" also
     finds "The answer is Apples"."""
-    # A letter at the start, or else in "The answer is ..."
+    # A letter at the start, or else in "The answer is ...".
     reply = reply.strip()
     letters = (re.findall(r"^\(([A-Z])\)(?:[.\s]|$)", reply)
                or re.findall(r"^([A-Z])(?:\.\s|\.?$)", reply)
@@ -749,7 +749,7 @@ def choice_of(reply, choices):
         if index < len(choices):
             return index
 
-    # Or an option word by word
+    # Or an option word by word.
     same = [i for i, text in enumerate(choices) if plain(text) == plain(reply)]
     return same[0] if len(same) == 1 else None
 
@@ -762,7 +762,7 @@ def score_choice(row, reply):
     """row: {"answer": letter or index from 0, "choices": [text, ...], "type": optional}.
 
     A reply that names no option is wrong; "unparsed" counts them."""
-    # The right option, as an index
+    # The right option, as an index.
     right = row.get("answer")
     if isinstance(right, str) and len(right) == 1:
         right = ord(right) - ord("A")
@@ -773,7 +773,7 @@ def score_choice(row, reply):
     return {"accuracy": (said == right, 1), "unparsed": (said is None, 1)}
 
 
-# --score's name -> (scorer, the key that an annotation needs, its type)
+# --score's name -> (scorer, the key that an annotation needs, its type).
 SCORERS = {
     "exact": (score_exact, "answer", (str, int, float, list)),
     "vqa": (score_vqa, "answers", list),
@@ -793,7 +793,7 @@ def score(kind: str, annotations: str, answers: str) -> tuple[dict, int]:
     rows = read_rows(annotations, needs, kind_needed)
     replies = {key: row["text"] for key, row in read_rows(answers, "text", str).items()}
 
-    # ScienceQA's problems.json holds the training questions, too: keep the splits that were asked
+    # ScienceQA's problems.json holds the training questions, too: keep the splits that were asked.
     splits = {row.get("split") for key, row in rows.items() if key in replies}
     if splits:
         rows = {key: row for key, row in rows.items() if row.get("split") in splits}
@@ -848,14 +848,14 @@ def annotations_of(kind, right, rng):
     """{scorer: annotation of a drawn question}, for those scorers that can judge it."""
     rows = {"exact": {"answer": right, "type": kind}}
 
-    # Ten humans who all say the same. To read is what TextVQA asks for, and POPE for yes or no
+    # Ten humans who all say the same. To read is what TextVQA asks for, and POPE for yes or no.
     rows["vqa"] = {"answers": [{"answer": right}] * 10, "answer_type": kind}
     if kind == "sign":
         rows["textvqa"] = {"answers": [right] * 10}
     if right in ("yes", "no"):
         rows["pope"] = {"label": right}
 
-    # Colors and shapes have others of their kind to choose from
+    # Colors and shapes have others of their kind to choose from.
     for words in (data.COLORS, data.SHAPES):
         if right in words:
             others = [word for word in words if word != right]
@@ -916,7 +916,7 @@ def bars(draw, box, columns, colors, lines=(), feet=()):
     height = bottom - top
     pitch = (right - left) / len(columns)
 
-    # A bar takes four fifths of its place, so that the lines can be seen between the bars
+    # A bar takes four fifths of its place, so that the lines can be seen between the bars.
     half = min(0.4 * pitch, 75)
     for i, column in enumerate(columns):
         middle = left + (i + 0.5) * pitch
@@ -925,7 +925,7 @@ def bars(draw, box, columns, colors, lines=(), feet=()):
                 y = bottom - height * share
                 draw.line((middle - pitch / 2, y, middle + pitch / 2, y), "#aaaaaa")
 
-        # Each share stands on the one before, from `low` up to `high` (y grows downwards)
+        # Each share stands on the one before, from `low` up to `high` (y grows downwards).
         low = bottom
         for share, color in zip(column, colors):
             high = low - height * share
@@ -986,7 +986,7 @@ def routing_of(model, images):
     model.eval().encode_images(load_images(model, images), aux)
 
     # With several scales, aux["vision"] has every layer once a scale. The base scale comes first,
-    # and zip stops at the end of its layers
+    # and zip stops at the end of its layers.
     routing = {}
     for i, r in zip(seeing_layers(model), aux["vision"]):
         routing[f"layer {i}"] = r.experts[:, 1:].cpu()  # (n, N, K)
@@ -997,7 +997,7 @@ def routing_of(model, images):
 
 def expert_load(model, images, n_experts):
     """{"layer 0": each expert's share of the first choices, (E,), ..., "connector": the same}."""
-    # In batches: there may be many images
+    # In batches: there may be many images.
     counts = Counter()
     for group in batches(images, 16, "counting"):
         for name, experts in routing_of(model, group).items():
@@ -1019,7 +1019,7 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     (CuMo, Figure 4) over `population`, by default the images shown.
 
     Raises ValueError for a model without experts."""
-    # What is shown of whom
+    # What is shown of whom.
     routing = routing_of(model, images)
     if not routing:
         raise ValueError("this model is dense: there is no routing to draw")
@@ -1029,7 +1029,7 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     colors = expert_colors(n_experts)
     load = expert_load(model, population, n_experts)
 
-    # 1. An empty page with headings
+    # 1. An empty page with headings.
     step = PANEL + GAP  # from one panel to the next, to the right and downwards
     width = max(640, panel_left(len(names) + 1))
     height = TOP + len(images) * step + LOAD + 76
@@ -1041,14 +1041,14 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     draw.text((GAP, bottom - LOAD - 26), f"Expert load: share of first choices, {counted}; "
               "the lines are an even load", "black", FONT)
 
-    # 2. The first column: the images, one a row
+    # 2. The first column: the images, one a row.
     size = model.config.vision.image_size
     label(draw, GAP + PANEL / 2, TOP - 14, f"image, {size} x {size}", font=FONT)
     seen = [as_seen(tensor) for tensor in load_images(model, images).cpu()]
     for row, panel in enumerate(seen):
         page.paste(panel, (GAP, TOP + row * step))
 
-    # 3. A column a layer: the images in the colors of its experts, and below them the load
+    # 3. A column a layer: the images in the colors of its experts, and below them the load.
     for column, name in enumerate(names, 1):
         left = panel_left(column)
         for row, panel in enumerate(seen):
@@ -1075,13 +1075,13 @@ def spread_over_depth(names, n_layers):
 def as_seen(tensor):
     """data.load_image's (3, S, S) -> a panel. These are the very pixels that the tower gets; a
     small image is enlarged without smoothing, so that one can see how little that is."""
-    # Undo the normalisation
+    # Undo the normalisation.
     mean = torch.tensor(data.CLIP_MEAN).view(3, 1, 1)
     std = torch.tensor(data.CLIP_STD).view(3, 1, 1)
     pixels = (tensor.float() * std + mean).clamp(0, 1) * 255  # (3, S, S)
     pixels = pixels.round().byte().permute(1, 2, 0)  # (S, S, 3)
 
-    # A tower that reads more pixels than a panel has loses some in the picture, smoothly
+    # A tower that reads more pixels than a panel has loses some in the picture, smoothly.
     smooth = len(pixels) > PANEL
     resampling = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     return Image.fromarray(pixels.numpy()).resize((PANEL, PANEL), resampling)
@@ -1089,7 +1089,7 @@ def as_seen(tensor):
 
 def paint_patches(seen, experts, colors):
     """A panel in grey, each of its N patches tinted in the color of its expert. experts: (N,)."""
-    # A pixel a patch, enlarged; the grey image shines through
+    # A pixel a patch, enlarged; the grey image shines through.
     side = math.isqrt(len(experts))
     paint = torch.tensor(colors, dtype=torch.uint8)[experts].view(side, side, 3)
     paint = Image.fromarray(paint.numpy()).resize((PANEL, PANEL), Image.Resampling.NEAREST)
@@ -1159,7 +1159,7 @@ def decoder_routing(model, tokenizer, samples, replies):
     reply token by token, and under a capacity factor a token alone is never dropped. So the drops
     counted are those of this pass, and they depend on the batch; without a capacity factor, nothing
     does."""
-    # The whole conversations, as if the replies were given
+    # The whole conversations, as if the replies were given.
     whole = []
     for sample, reply in zip(samples, replies, strict=True):
         turns = [*sample["conversations"], {"from": "gpt", "value": reply}]
@@ -1167,12 +1167,12 @@ def decoder_routing(model, tokenizer, samples, replies):
     texts, senses = sense(model, whole)
     tokens = tokens_of(model, tokenizer, texts)  # (B, T)
 
-    # One forward pass tells every layer's choices
+    # One forward pass tells every layer's choices.
     was_training = model.training
     routing = model.eval()(tokens, **senses).routing["text"]  # one for each layer with experts
     model.train(was_training)
 
-    # Whose choices are these? A token is a word, or a slot of an image or of a sound; PAD is none
+    # Whose choices are these? A token is a word, or a slot of an image or of a sound; PAD is none.
     stats = DecoderRouting(model.config.text)
     stats.prompts = len(samples)
     tokens = tokens.flatten()  # (B * T,)
@@ -1182,14 +1182,14 @@ def decoder_routing(model, tokenizer, samples, replies):
             count = torch.bincount(served, minlength=stats.kept.shape[1])  # (E,)
             stats.kept[layer, :, m] = count.cpu()
 
-        # A pathway is what the routers wished first, served or not
+        # A pathway is what the routers wished first, served or not.
         first = torch.stack([r.experts[mine, 0] for r in routing], 1)  # (N of this modality, L)
         stats.pathways[m].update(map(tuple, first.tolist()))
     return stats
 
 
 # The picture of these counts. The layers are columns, the same in all four panels, from x = LEFT to
-# RIGHT; the legends stand beside them
+# RIGHT; the legends stand beside them.
 LEFT = 96
 RIGHT = 960
 
@@ -1208,7 +1208,7 @@ def draw_decoder_routing(stats: DecoderRouting, png: str):
         raise ValueError("there is no routing to draw: no layer of the decoder has experts, "
                          "or no token was counted")
 
-    # The modalities that there are: (index, name, color)
+    # The modalities that there are: (index, name, color).
     heard = [(m, name, MODALITIES[name]) for m, name in enumerate(MODALITIES) if stats.tokens[m]]
     paths = paths_to_show(stats, heard)
     pathways_top = 598 + 92 * len(heard)
@@ -1228,7 +1228,7 @@ def write_summary(draw, stats, heard):
     draw.text((16, 12), f"The decoder's experts: {sum(stats.tokens):,} tokens ({counts}) of "
               f"{prompts} with the model's replies", "black", FONT)
 
-    # Only a capacity factor makes an expert turn tokens away
+    # Only a capacity factor makes an expert turn tokens away.
     dropped = stats.dropped.sum()
     share = float(dropped / (dropped + stats.kept.sum()))
     draw.text((16, 38), f"Each token chooses {stats.top_k} experts a layer; {share:.1%} of the "
@@ -1252,7 +1252,7 @@ def draw_expert_load(draw, stats, top):
     colors = expert_colors(max(stats.n_experts))
     legend(draw, RIGHT + 24, top, colors, [f"expert {e}" for e in range(len(colors))], dy=20)
 
-    # Layers may have different numbers of experts, and so different lines
+    # Layers may have different numbers of experts, and so different lines.
     load = shares(stats.kept.sum(2), 1)  # (L, E)
     lines = [even_shares(n) for n in stats.n_experts]
     bars(draw, (LEFT, top, RIGHT, bottom), load.tolist(), colors, lines)
@@ -1266,7 +1266,7 @@ def draw_what_experts_serve(draw, stats, top, heard):
     legend(draw, RIGHT + 24, top, colors[::-1], names[::-1], dy=20)
 
     for i, n in enumerate(stats.n_experts):
-        # An expert without preference serves the modalities in the proportion that its layer does
+        # An expert without preference serves the modalities in the proportion that its layer does.
         counts = stats.kept[i, :n][:, list(which)]  # (E, M)
         lines = shares(counts.sum(0), 0).cumsum(0)[:-1].tolist()  # [M - 1]
 
@@ -1295,7 +1295,7 @@ def paths_to_show(stats, heard):
         for path, share in stats.top(2, m):
             rows.append((path, share, name, color))
 
-    # These are often the most used of all, too; do not show one twice
+    # These are often the most used of all, too; do not show one twice.
     shown = [path for path, *_ in rows]
     for path, share in stats.top(20):
         if path not in shown and len(rows) < 10:
@@ -1314,13 +1314,13 @@ def draw_pathways(draw, stats, top, paths):
     colors = expert_colors(max(stats.n_experts))
     y = top
     for path, share, name, color in paths:
-        # A cell is the expert that a token chose first in this layer
+        # A cell is the expert that a token chose first in this layer.
         for i, expert in enumerate(path):
             left, right = layer_span(stats, i)
             draw.rectangle((left + 1, y, right - 1, y + 17), colors[expert])
             label(draw, (left + right) / 2, y + 9, expert)
 
-        # Beside it, how many take this path, and of whom
+        # Beside it, how many take this path, and of whom.
         legend(draw, RIGHT + 24, y + 2, [color], [f"{share:.1%} of {name}"])
         y += 20
 
@@ -1333,7 +1333,7 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
     load over all; in the decoder: `png`, or NAME-text.png beside the other. With a process group,
     unless `alone`, samples are a process's share: the decoder's counts are added up, and process 0
     draws (the vision part from all images)."""
-    # 1. Count
+    # 1. Count.
     images = []
     for sample in samples:
         images += sample["images"]
@@ -1344,7 +1344,7 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
         for group in batches(pairs, batch, "counting"):
             stats.add(decoder_routing(model, tokenizer, *zip(*group)))
 
-    # 2. Add the processes up
+    # 2. Add the processes up.
     if dist.is_initialized() and not alone:
         parts = [None] * WORLD
         dist.all_gather_object(parts, (images, stats))
@@ -1355,7 +1355,7 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
             images += more_images
             stats.add(more_stats)
 
-    # 3. Draw
+    # 3. Draw.
     files = []
     if sees_by_experts(model):
         if not images:
@@ -1382,7 +1382,7 @@ def draw_curves(log_file: str, png: str):
         for line in f:
             row = json.loads(line)
             loss = row.get("lm", row["loss"])
-            # A step whose loss is not a number cannot be drawn, but it happened
+            # A step whose loss is not a number cannot be drawn, but it happened.
             stages.setdefault(str(row["stage"]), []).append(loss if math.isfinite(loss) else 0.0)
 
     page, draw = blank_page(330 * len(stages), 240)
@@ -1440,7 +1440,7 @@ def parse(argv=None):
     add("--model", default="out/tiny", help="model folder (default: out/tiny)")
     add("--device", default="cuda" if on_cuda else "cpu", help="cuda or cpu")
 
-    # What the talk is about
+    # What the talk is about.
     add("--image", action="append", default=[],
         help="picture to talk about; give it again for several")
     add("--audio", action="append", default=[], metavar="WAV",
@@ -1449,7 +1449,7 @@ def parse(argv=None):
         help="video to talk about: a folder of frames, or its frames; also several times")
     add("--prompt", help="question; without it, a chat")
 
-    # How it is answered
+    # How it is answered.
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--top-p", type=float, default=1.0,
@@ -1459,7 +1459,7 @@ def parse(argv=None):
         help="compile prefill and decoding; on CUDA as CUDA graphs. The first answers take a "
              "minute longer, so it is for many or long ones")
 
-    # Pictures and measuring
+    # Pictures and measuring.
     add("--routing", metavar="FILE.png",
         help="draw which experts took which patches of the images, or which tokens of prompt and "
              "reply where the decoder has experts (both: also FILE-text.png); with --eval or "
@@ -1470,7 +1470,7 @@ def parse(argv=None):
              "and about both")
     add_file_flags(parser)
 
-    # A prompt of blanks is no prompt; and a video is from now on the list of its frames
+    # A prompt of blanks is no prompt; and a video is from now on the list of its frames.
     args = parser.parse_args(argv)
     if args.prompt is not None:
         args.prompt = args.prompt.strip()
@@ -1513,7 +1513,7 @@ def main(argv=None):
     args = parse(argv)
     check_flags(args)
 
-    # 1. What needs no model
+    # 1. What needs no model.
     if args.score:
         scores, n_extra = score(args.score, args.annotations, args.answers)
         extra = f"; {n_extra} answers have no annotation and do not count" if n_extra else ""
@@ -1524,7 +1524,7 @@ def main(argv=None):
         write_drawn(folder, n)
         return
 
-    # 2. A file of questions is read before the model is loaded: an error in it comes at once
+    # 2. A file of questions is read before the model is loaded: an error in it comes at once.
     model_id = os.path.basename(os.path.abspath(args.model))
     if args.eval:
         questions = read_questions(args.eval, args.images)
@@ -1536,14 +1536,14 @@ def main(argv=None):
         if WORLD > 1:
             join_processes(args)
 
-    # 3. The model, and how it is to answer
+    # 3. The model, and how it is to answer.
     model, tokenizer = load(args.model, args.device)
     check_model(args, model, tokenizer)
     generator = torch.Generator(args.device).manual_seed(args.seed + RANK)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                "top_p": args.top_p, "compile": args.compile, "generator": generator}
 
-    # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw
+    # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw.
     talk = args.prompt is not None or not (args.routing or args.eval_drawn or args.eval)
     if args.eval_drawn:
         asked = evaluate_and_print(args, model, tokenizer)
@@ -1554,7 +1554,7 @@ def main(argv=None):
     if args.eval:
         asked = answer_file(model, tokenizer, questions, args.out, model_id, args.batch, **options)
 
-    # 5. Draw what the experts did
+    # 5. Draw what the experts did.
     if args.routing:
         samples = [sample for sample, _ in asked]
         replies = [reply for _, reply in asked]
@@ -1565,7 +1565,7 @@ def main(argv=None):
     if dist.is_initialized():
         dist.destroy_process_group()
 
-    # 6. Talk
+    # 6. Talk.
     if talk:
         chat(model, tokenizer, args.image, args.prompt, args.audio, args.video, **options)
 
@@ -1576,7 +1576,7 @@ def join_processes(args):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     backend = "gloo" if args.device == "cpu" else "nccl"
-    # Whoever is done first waits for the last: longer, perhaps, than the usual ten minutes
+    # Whoever is done first waits for the last: longer, perhaps, than the usual ten minutes.
     dist.init_process_group(backend, timeout=timedelta(days=1))
 
 

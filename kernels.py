@@ -14,8 +14,8 @@ three backends, which give the same answer:
 
     loop      the definition, one expert after the other. Read this one first.
     sorted    sorts the choices by expert: each expert's tokens lie side by side. Any device.
-    grouped   the same order, and one kernel multiplies all experts' parts at once. Nothing
-              waits for the host, which is what a GPU wants. bfloat16.
+    grouped   the same order, and one kernel multiplies all experts' parts at once. The host
+              never has to wait for the GPU. bfloat16.
 
 How to use it:
 
@@ -60,12 +60,13 @@ class Routing(NamedTuple):
 def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
           capacity_factor: float | None = None, min_capacity: int = 0,
           noise: Tensor | None = None) -> Routing:
-    """Top-k routing with CuMo's two auxiliary losses ("Loss Function" in its section 3; z: ST-MoE, eq. 5).
+    """Top-k routing with CuMo's two auxiliary losses ("Loss Function" in its section 3; the z-loss
+    is ST-MoE's, equation 5).
 
     logits (..., N, E) of any float type. mask (..., N) bool is False at padding, which gets
     weight 0 and counts nowhere. capacity_factor None drops nothing; otherwise an expert has a
     limited number of slots (`within_capacity`). noise (..., N, E) is added to the logits when
-    the choices behind the first are made, and nowhere else (DeepSpeed's gate draws Gumbel noise
+    the choices after the first are made, and nowhere else (DeepSpeed's gate draws Gumbel noise
     for it).
 
     The losses are means over the N tokens of each leading index, then over the leading indices.
@@ -203,7 +204,7 @@ class MoE(nn.Module):
     """E FFNs and a router, which is one matrix without a bias.
 
     capacity_factor limits the experts' slots in training, eval_capacity_factor outside of it; None
-    drops nothing. noisy draws the second choice with Gumbel noise while training.
+    drops nothing. noisy draws the choices after the first with Gumbel noise while training.
     """
 
     def __init__(self, dim, ffn_dim, act, n_experts, top_k, dim_out=None, gated=False, bias=False,
@@ -220,6 +221,7 @@ class MoE(nn.Module):
         self.backend = None  # None lets moe_ffn choose
         self.group = None    # the processes that share the experts, see moe_parallel
 
+        # Empty: whoever builds the layer fills it (upcycling, loading, or a random start).
         self.router = nn.Parameter(torch.empty(n_experts, dim))
         self.w_in = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
         self.w_gate = nn.Parameter(torch.empty(n_experts, ffn_dim, dim)) if gated else None
@@ -415,7 +417,7 @@ def moe_sorted(x, weights, experts, layer, act):
 
 
 # ------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Behind this line: experts with a limited number of
+# You can stop here on a first reading. Below this line: experts with a limited number of
 # slots, the backend for GPUs, experts that live on several GPUs, and the checks of what is
 # passed in.
 # ------------------------------------------------------------------------------------------------
@@ -466,7 +468,7 @@ def within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int,
 
 
 def moe_grouped(x, weights, experts, layer, act):
-    """As moe_sorted, but the sizes of the slices stay on the device, so nothing waits for them."""
+    """As moe_sorted, but the slices' sizes stay on the device: the host does not wait for them."""
     w_in, w_out, w_gate, b_in, b_out = layer
     top_k = experts.shape[1]
     token, order, inverse, counts = sort_by_expert(experts, len(w_in))
@@ -534,7 +536,8 @@ class PickRows(torch.autograd.Function):
 
 BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}
 
-# Lets torch.compile take the sizes of moe_sorted's slices into its graph.
+# Lets torch.compile take the sizes of moe_sorted's slices into its graph. This is a setting of the
+# whole process; who does not compile moe_sorted can do without it.
 torch._dynamo.config.capture_scalar_outputs = True
 
 
@@ -609,7 +612,7 @@ def moe_parallel(x, weights, experts, layer, act, backend, group):
     # 1. Each rank tells each other one how many choices it brings for which of its experts.
     asked = torch.empty_like(counts)  # (E,) from rank 0 for my experts, from rank 1, ...
     dist.all_to_all_single(asked, counts, group=group)
-    # (2, ranks): rows that go to each rank, rows that come from it
+    # (2, ranks): rows that go to each rank, rows that come from it.
     sizes = torch.stack([counts, asked]).view(2, n_ranks, n_here).sum(2)
     send, receive = sizes.tolist()  # the one wait for the device
 
