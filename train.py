@@ -1697,7 +1697,8 @@ def rehearse(config, trains, lora, rows, length, checkpointing, grads, dtype):
             p.grad = torch.zeros_like(p)
             known.append(p.grad)
 
-    with Meter(model, known) as meter, mock.patch.object(F, "scaled_dot_product_attention", attention):
+    with (Meter(model, known) as meter,
+          mock.patch.object(F, "scaled_dot_product_attention", attention)):
         loss = model(**batch).loss
         kept = meter.now
         forward = meter.flops
