@@ -40,14 +40,13 @@ import shutil
 import signal
 import sys
 import time
-import typing
 import warnings
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -77,6 +76,9 @@ from model import (IGNORE, PRESETS, Config, Connector, CuMo, MoE, add_lora, choo
                    count_parameters, merge_state, plain_name, total_loss)
 from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json,
                      save, upcycle, write_atomically, write_json)
+
+# Names mean the same everywhere: args is an Args (section 5), stage a Stage (section 1), name the
+# stage's name (1, 2 or 3; of Uni-MoE's also "2 sound" and so on), device a torch.device.
 
 # Set by torchrun. One process that torchrun started is a group of processes too.
 RANK = int(os.environ.get("RANK", 0))
@@ -126,7 +128,7 @@ def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
 # 2. The loop
 
 
-def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
+def train(args, stage, model, loader, device, later=()):
     """Train for stage.steps steps -> the whole weights (on process 0), and whether to stop now.
 
     model(**batch).parts is {name of a loss: its value}. loader(first) gives micro-batches without
@@ -143,7 +145,7 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
     # A thread reads the next batches while the device computes.
     with (closing(Log(args.out, stage, first)) as log, catch_signals() as signals,
           ThreadPoolExecutor(1) as reader):
-        ahead = reader.submit(take, batches, n_micro)
+        ahead = reader.submit(list, islice(batches, n_micro))
         for step in range(first, stage.steps):
             begin = time.perf_counter()
             lr = lr_at(step, stage.steps, stage.lr, args.warmup)
@@ -157,7 +159,7 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
             totals = count(micro_batches, len(signals), device)
             add_to_counts(counts, totals, stage.batch_size)
             if step < stage.steps - 1:
-                ahead = reader.submit(take, batches, n_micro)
+                ahead = reader.submit(list, islice(batches, n_micro))
 
             # 2. Forward and backward. Gradients add up over the micro-batches.
             losses = Counter()
@@ -202,22 +204,20 @@ def train(args: Args, stage: Stage, model: nn.Module, loader, device, later=()):
 # 3. A stage, and the program
 
 
-def run_stage(args: Args, name: int | str, source: str, device):
+def run_stage(args, name, source, device):
     """Train one stage from the model in `source`, leave a model folder, and measure it."""
     began = time.time()
     stage = settings(args, name)
     torch.manual_seed(args.seed)  # the same new weights in every process
 
     # 1. The model. With FSDP most of its weights come `later`, as no process could hold them all.
-    later = None
-    if args.fsdp and LAUNCHED:
-        later = []
+    on_meta = comes_on_meta(args)
+    later = [] if on_meta else None
     model, tokenizer = load_model(args, stage, source, later)
 
     # 2. Its experts.
-    on_meta = later is not None
     if stage.has_experts:
-        make_experts(args, model, real_routers=on_meta)
+        make_experts(args, model)
     apply_flags(args, stage, model.config)
 
     # 3. What trains.
@@ -351,10 +351,9 @@ GROUPS = {
 }
 
 
-def flag(default, help: str, at_least: int | None = None, choices: tuple | None = None):
-    """A field of Args: a flag, with its lowest value and its known values where it has such."""
-    about = {"help": help, "at_least": at_least, "choices": choices}
-    return field(default=default, metadata=about)
+def flag(default, help: str, **limits):
+    """A field of Args: a flag, with `at_least` or `choices` where not every value will do."""
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
@@ -489,17 +488,15 @@ FREE = {"out", "resume", "stage", "images", "strict", "workers", "eval_questions
         "plan", "gpus", "gpu_gb", "peak_tflops", "mfu"}
 
 
-def parse(argv=None) -> Args:
+def parse(argv=None):
     """Flags -> Args. There is a flag for each field."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    # One flag for each field, with the field's type: int for `int | None`.
-    types = typing.get_type_hints(Args)
     for f in dataclasses.fields(Args):
         if f.name in GROUPS:
             group = parser.add_argument_group(*GROUPS[f.name])
-        add_flag(group, f, types[f.name])
+        add_flag(group, f)
     args = Args(**vars(parser.parse_args(argv)))
 
     # Defaults that depend on other flags.
@@ -518,29 +515,27 @@ def parse(argv=None) -> Args:
     return args
 
 
-def add_flag(group, f: dataclasses.Field, kind):
-    name = "--" + f.name.replace("_", "-")
+def add_flag(group, f):
+    name = flag_name(f)
     text = f.metadata["help"]
-    if kind is bool:
+    if f.type == "bool":
         group.add_argument(name, action="store_true", help=text)
-    elif kind == bool | None:
+    elif f.type == "bool | None":
         # It may be on, off (--no-compile), or not given.
         group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
     else:
         if f.default not in (None, ""):
             text += f" (default: {f.default})"
-        group.add_argument(name, type=plain_type(kind), default=f.default, help=text)
+        # The annotation of a field is a text: "int", or "int | None".
+        kind = {"int": int, "float": float, "str": str}[f.type.removesuffix(" | None")]
+        group.add_argument(name, type=kind, default=f.default, help=text)
 
 
-def plain_type(kind):
-    """int | None -> int."""
-    for option in typing.get_args(kind):
-        if option is not type(None):
-            return option
-    return kind
+def flag_name(f):
+    return "--" + f.name.replace("_", "-")
 
 
-def recipe_of(preset: str) -> str:
+def recipe_of(preset):
     """The recipe whose name the preset begins with (uni-moe of uni-moe-7b), else CuMo's."""
     for name in RECIPES:
         if preset.startswith(name):
@@ -548,12 +543,12 @@ def recipe_of(preset: str) -> str:
     return "cumo"
 
 
-def stage_number(name: int | str) -> int:
+def stage_number(name):
     """1 -> 1, "2 sound" -> 2."""
     return int(str(name)[0])
 
 
-def settings(args: Args, name: int | str, world: int | None = None) -> Stage:
+def settings(args, name, world=None):
     """The values of a stage: the recipe's; over them the preset's; over both the flags.
 
     world: the number of processes, if not those of this run.
@@ -562,8 +557,7 @@ def settings(args: Args, name: int | str, world: int | None = None) -> Stage:
     number = stage_number(name)
     of_preset = PRESET_VALUES.get((args.recipe, args.preset), {}).get(number, {})
     stage = dataclasses.replace(RECIPES[args.recipe][number], name=name, **of_preset)
-    if name in SENSES:
-        stage.kind = SENSES[name]
+    stage.kind = SENSES.get(name, stage.kind)
     for value in ("steps", "batch_size", "max_length", "lr", "template"):
         if getattr(args, value) is not None:
             setattr(stage, value, getattr(args, value))
@@ -582,14 +576,12 @@ def settings(args: Args, name: int | str, world: int | None = None) -> Stage:
 
     # Tiny models take their whole share of a batch at once, real ones four samples.
     share = max(1, stage.batch_size // (world or WORLD))  # samples of one process in a step
-    stage.micro_batch = args.micro_batch
-    if stage.micro_batch is None:
-        stage.micro_batch = share if args.preset in DRAWN else 4
-    stage.micro_batch = min(stage.micro_batch, share)
+    usual = share if args.preset in DRAWN else 4
+    stage.micro_batch = min(args.micro_batch or usual, share)
     return stage
 
 
-def choose_lora(args: Args, lora: list | None, is_meant: bool) -> list | None:
+def choose_lora(args, lora, is_meant):
     """The stage's adapters, as the flags change them: [rank, alpha, which weights], or None."""
     rank, alpha, which = lora or (0, 16, "all")
     if args.lora_rank is not None and (lora or is_meant):
@@ -603,14 +595,14 @@ def choose_lora(args: Args, lora: list | None, is_meant: bool) -> list | None:
 # 6. What the loop calls
 
 
-def say(text: str):
+def say(text):
     """Print on process 0, above the progress bar."""
     if RANK == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
-def set_up(args: Args, stage: Stage, model: nn.Module, device, later):
+def set_up(args, stage, model, device, later):
     """-> the experts that are dealt out (if any), the module to call, and its optimizer."""
     experts = shard_experts(args, model, device)
     wrapped = distribute(args, model, device, later)
@@ -620,17 +612,12 @@ def set_up(args: Args, stage: Stage, model: nn.Module, device, later):
     return experts, wrapped, optimizer
 
 
-def routing_coefs(stage: Stage, model: nn.Module) -> tuple[float, float]:
+def routing_coefs(stage, model):
     """-> the weights of the load-balancing losses and of the z-losses."""
     config = getattr(model, "config", None)
     if config is None or not stage.routing_losses:
         return 0.0, 0.0
     return config.balance_coef, config.z_coef
-
-
-def take(batches, n: int) -> list:
-    """The next n micro-batches."""
-    return [next(batches) for _ in range(n)]
 
 
 class Totals(NamedTuple):
@@ -642,7 +629,7 @@ class Totals(NamedTuple):
     signals: float
 
 
-def count(micro_batches: list, n_signals: int, device) -> Totals:
+def count(micro_batches, n_signals, device):
     """Count what the losses are means over. Each micro-batch gets its "n_labels" and "n_images"."""
     total = torch.tensor([0, 0, 0, 0, n_signals], dtype=torch.float64)
     for batch in micro_batches:
@@ -660,7 +647,7 @@ def count(micro_batches: list, n_signals: int, device) -> Totals:
     return Totals(*total.tolist())
 
 
-def add_to_counts(counts: dict, totals: Totals, batch_size: int):
+def add_to_counts(counts, totals, batch_size):
     counts["broken"] += int(totals.broken)
     counts["truncated"] += int(totals.truncated)
     counts["samples"] += batch_size
@@ -670,7 +657,7 @@ def add_to_counts(counts: dict, totals: Totals, batch_size: int):
                          "mend the data (listed above)")
 
 
-def loss_weight(name: str, batch: dict, totals: Totals, n_micro: int) -> float:
+def loss_weight(name, batch, totals, n_micro):
     """How much a micro-batch's loss counts in the mean over the whole batch.
 
     The language loss is a mean over labels, and a vision loss a mean over images. Say one
@@ -685,7 +672,7 @@ def loss_weight(name: str, batch: dict, totals: Totals, n_micro: int) -> float:
     return 1 / (n_micro * WORLD)
 
 
-def inputs(model: nn.Module, batch: dict, device) -> dict:
+def inputs(model, batch, device):
     """What the model takes of a micro-batch, on its device."""
     # What is no tensor (messages, counts) is for the loop alone. Without images there are none to
     # hand over, not zero of them.
@@ -704,7 +691,7 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
 
-def exchange_gradients(wrapped: nn.Module, is_last: bool):
+def exchange_gradients(wrapped, is_last):
     """The context of a micro-batch. DDP exchanges gradients after the last one only.
 
     FSDP does so after each, or else every process would have to keep all gradients whole.
@@ -714,7 +701,7 @@ def exchange_gradients(wrapped: nn.Module, is_last: bool):
     return nullcontext()
 
 
-def to_numbers(losses: dict, norm: torch.Tensor) -> tuple[dict, float]:
+def to_numbers(losses, norm):
     """Sum the losses over the processes, and read them and the norm in one go."""
     # A process has only its part of each sum.
     row = torch.stack([value.float() for value in losses.values()])
@@ -725,7 +712,7 @@ def to_numbers(losses: dict, norm: torch.Tensor) -> tuple[dict, float]:
     return dict(zip(losses, row)), norm
 
 
-def skip_step(args: Args, stage: Stage, step: int, loss: float, norm: float, counts: dict):
+def skip_step(args, stage, step, loss, norm, counts):
     """Count and report a step that is not finite. Ten in a row end the run."""
     counts["skipped"] += 1
     counts["skipped in a row"] += 1
@@ -739,7 +726,7 @@ def skip_step(args: Args, stage: Stage, step: int, loss: float, norm: float, cou
                          f"{last_good}; try a smaller --lr")
 
 
-def stop_run(args: Args, stage: Stage, step: int):
+def stop_run(args, stage, step):
     say(f"stopped after step {step} of {stage.steps}; `--resume` with the same flags goes on from "
         f"{checkpoint_path(args, step)}")
     raise KeyboardInterrupt
@@ -767,21 +754,20 @@ class Log:
     A resumed run drops the lines behind its checkpoint, so that each step stands there once.
     """
 
-    def __init__(self, out: str, stage: Stage, first: int):
+    def __init__(self, out, stage, first):
         self.stage = stage
         self.seconds = 0.0
         self.waited = 0.0
-        self.file = None
+        path = os.devnull
         if RANK == 0:
-            # Line by line, so that a run that is killed leaves whole lines.
             path = os.path.join(out, "log.jsonl")
             drop_lines(path, stage.name, first)
-            self.file = open(path, "a", buffering=1)
+        # Line by line, so that a run that is killed leaves whole lines.
+        self.file = open(path, "a", buffering=1)
         self.bar = tqdm(total=stage.steps, initial=first, desc=f"stage {stage.name}",
                         disable=RANK != 0, dynamic_ncols=True, mininterval=1)
 
-    def write(self, step: int, losses: dict, lr: float, norm: float, n_images: float,
-              begin: float, waited: float):
+    def write(self, step, losses, lr, norm, n_images, begin, waited):
         """begin: when the step began. waited: the seconds until its data was there."""
         seconds = time.perf_counter() - begin
         self.seconds += seconds
@@ -791,15 +777,14 @@ class Log:
         row |= {name: loss for name, loss in losses.items() if loss != 0 or name == "loss"}
         row |= {"lr": lr, "grad_norm": norm, "images_per_s": n_images / seconds,
                 "seconds": seconds, "waiting": waited / seconds}
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(row) + "\n")
 
         shown = [f"{short(name)} {row[name]:.3g}" for name in row if name in losses]
         shown += [f"lr {lr:.3g}", f"{row['images_per_s']:.0f} img/s"]
         self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update()
 
-    def report(self, counts: dict, compiled: bool):
+    def report(self, counts, compiled):
         text = f"stage {self.stage.name}: {self.stage.steps} steps done"
         found = [f"{counts[what]} {what}" for what in ("skipped", "broken", "truncated")
                  if counts[what]]
@@ -813,11 +798,10 @@ class Log:
 
     def close(self):
         self.bar.close()
-        if self.file is not None:
-            self.file.close()
+        self.file.close()
 
 
-def short(name: str) -> str:
+def short(name):
     """connector/balance -> c/bal: the bar is narrow."""
     part, _, kind = name.partition("/")
     if not kind:
@@ -825,7 +809,7 @@ def short(name: str) -> str:
     return f"{part[0]}/{kind[:3]}"
 
 
-def drop_lines(path: str, name: int | str, first: int):
+def drop_lines(path, name, first):
     """Keep the lines of other stages, and of this one those before step `first`."""
     if not os.path.exists(path):
         return
@@ -842,8 +826,7 @@ def drop_lines(path: str, name: int | str, first: int):
 
     # The file is whole at every moment, the old one or the new one.
     def write(file):
-        with open(file, "w") as f:
-            f.writelines(keep)
+        Path(file).write_text("".join(keep))
     write_atomically(path, write)
 
 
@@ -851,7 +834,7 @@ def drop_lines(path: str, name: int | str, first: int):
 # 7. What a stage calls
 
 
-def load_model(args: Args, stage: Stage, source: str, later: list | None) -> tuple:
+def load_model(args, stage, source, later):
     """-> the model that a stage begins with, in float32, and its tokenizer.
 
     later: a list that takes the weights of a model on meta, for FSDP; None to load them here.
@@ -870,9 +853,14 @@ def load_model(args: Args, stage: Stage, source: str, later: list | None) -> tup
     return model.float(), tokenizer  # backbones may be stored in fewer bits
 
 
-def loader(samples, stage: Stage, args: Args, collate, lengths=None):
+def comes_on_meta(args):
+    """With FSDP, a model is made without memory, and its weights come later."""
+    return args.fsdp and LAUNCHED
+
+
+def loader(samples, stage, args, collate, lengths=None):
     """-> a function: the first step -> micro-batches without end, as `train` wants it."""
-    def start_from(step: int):
+    def start_from(step):
         batches = data.Batches(len(samples), stage.batch_size, stage.micro_batch, args.seed, step,
                                RANK, WORLD, lengths)
         return DataLoader(samples, batch_sampler=batches, collate_fn=collate,
@@ -881,7 +869,7 @@ def loader(samples, stage: Stage, args: Args, collate, lengths=None):
     return start_from
 
 
-def decoder_experts(args: Args, n_layers: int, n_experts: str | None = None) -> list[int]:
+def decoder_experts(args, n_layers, n_experts=None):
     """The number of experts of each decoder layer, by the flags or by the recipe's placement."""
     where = args.moe_layers
     if where is None:
@@ -889,14 +877,12 @@ def decoder_experts(args: Args, n_layers: int, n_experts: str | None = None) -> 
     return expert_counts(n_layers, where, n_experts or args.n_experts)
 
 
-def make_experts(args: Args, model: CuMo, real_routers: bool = False):
-    """Upcycle where the recipe says, unless a stage before did so.
-
-    real_routers: the model is on meta, and its new routers are not.
-    """
+def make_experts(args, model):
+    """Upcycle where the recipe says, unless a stage before did so."""
     config = model.config
     part = config.vision if args.recipe == "cumo" else config.text
-    how = {"top_k": args.top_k, "seed": args.seed, "real_routers": real_routers}
+    # Where the model is on meta, its new routers are not.
+    how = {"top_k": args.top_k, "seed": args.seed, "real_routers": comes_on_meta(args)}
     # 1. Turn FFNs into experts, and say what their routers' losses count.
     if any(part.n_experts):
         check_experts(args, part)
@@ -924,7 +910,7 @@ def make_experts(args: Args, model: CuMo, real_routers: bool = False):
         model.text.apply_expert_limits()
 
 
-def join_experts(args: Args, model: CuMo, how: dict):
+def join_experts(args, model, how):
     """Uni-MoE's mixture: each folder's FFNs become one expert."""
     folders = expert_folders(args)
     if len(folders) == 1:
@@ -939,14 +925,14 @@ def join_experts(args: Args, model: CuMo, how: dict):
     model.config.z_coef = 0.0
 
 
-def expert_folders(args: Args) -> list[str]:
+def expert_folders(args):
     """Uni-MoE's experts: one decoder as stage 1 left it, and one trained for each sense."""
     if args.experts:
         return args.experts.split(",")
     return [result_path(args, name) for name in (1, *SENSES)]
 
 
-def apply_flags(args: Args, stage: Stage, config: Config):
+def apply_flags(args, stage, config):
     """Write into the model's configuration what flags say about it."""
     if args.balance_coef is not None:
         config.balance_coef = args.balance_coef
@@ -961,7 +947,7 @@ def apply_flags(args: Args, stage: Stage, config: Config):
         config.template = args.template
 
 
-def load_samples(args: Args, stage: Stage, config: Config, tokenizer) -> tuple:
+def load_samples(args, stage, config, tokenizer):
     """-> the data set, and its samples' lengths where batches shall hold samples of like length.
 
     Where stage.steps is an epoch, it becomes a number here.
@@ -992,7 +978,7 @@ def load_samples(args: Args, stage: Stage, config: Config, tokenizer) -> tuple:
     return encoded, lengths
 
 
-def print_stage(args: Args, stage: Stage, model: CuMo, source: str):
+def print_stage(args, stage, model, source):
     """What a stage trains, and the values that it runs with."""
     counts = count_parameters(model).values()
     total = sum(n for n, _ in counts)
@@ -1006,11 +992,11 @@ def print_stage(args: Args, stage: Stage, model: CuMo, source: str):
 
     # All that is neither a path nor a matter of speed.
     balance, z = routing_coefs(stage, model)
-    values = {"trains": ", ".join(stage.trains) or "adapters", "lora": stage.lora, "lr": stage.lr,
-              "warmup": args.warmup, "weight_decay": args.weight_decay, "grad_clip": args.grad_clip,
-              "micro_batch": stage.micro_batch, "max_length": stage.max_length,
-              "template": stage.template, "balance_coef": balance, "z_coef": z, "seed": args.seed}
-    say("    " + "; ".join(f"{name} {value}" for name, value in values.items()))
+    values = vars(args) | vars(stage) | {"trains": ", ".join(stage.trains) or "adapters",
+                                         "balance_coef": balance, "z_coef": z}
+    shown = ("trains", "lora", "lr", "warmup", "weight_decay", "grad_clip", "micro_batch",
+             "max_length", "template", "balance_coef", "z_coef", "seed")
+    say("    " + "; ".join(f"{name} {values[name]}" for name in shown))
 
 
 # What models are asked about after a stage: of Uni-MoE's, those that a stage has taught.
@@ -1019,7 +1005,7 @@ WORLDS = {1: ("image", "sound"), 3: ("image", "sound", "both"), "2 image": ("ima
 TITLES = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
 
 
-def measure(args: Args, stage: Stage, device, began: float):
+def measure(args, stage, device, began):
     """Ask the model on the disk held-out questions -> scores.jsonl, and routing.png at the end."""
     is_last = stage.name == 3
     n = args.eval_questions if is_last else max(1, args.eval_questions // 4)
@@ -1047,7 +1033,7 @@ def measure(args: Args, stage: Stage, device, began: float):
         generate.draw_experts(model, tokenizer, samples, replies, png, alone=True)
 
 
-def finish_stage(args: Args, stopped: bool):
+def finish_stage(args, stopped):
     """What the stage leaves has taken the place of its checkpoints."""
     if RANK == 0:
         drop_checkpoints(args.out)
@@ -1061,12 +1047,12 @@ def finish_stage(args: Args, stopped: bool):
 # 8. Which stages run, and where each begins
 
 
-def result_path(args: Args, name: int | str) -> str:
+def result_path(args, name):
     """The folder that a finished stage leaves."""
     return os.path.join(args.out, FOLDERS[name])
 
 
-def stages_of(args: Args) -> list:
+def stages_of(args):
     """The stages of this run, in order. uni-moe trains stage 2 once for each sense."""
     numbers = [1, 2, 3]
     if args.stage is not None:
@@ -1080,15 +1066,13 @@ def stages_of(args: Args) -> list:
     return stages
 
 
-def stages_done(args: Args, stages: list) -> list:
+def stages_done(args, stages):
     """The stages that a resumed run has behind it. A new run never writes over what is in --out."""
     finished = [name for name in stages
                 if os.path.exists(os.path.join(result_path(args, name), "config.json"))]
     done = []
     if args.resume:
-        # Go on in the stage that was cut short, or in the first that has not begun.
-        first = stage_to_resume(args, stages, finished)
-        done = stages[:stages.index(first)]
+        done = stages[:stages.index(stage_to_resume(args, stages, finished))]
     elif args.stage is not None:
         if finished or checkpoints(args.out):
             holds = "this stage" if finished else "an unfinished run"
@@ -1100,7 +1084,8 @@ def stages_done(args: Args, stages: list) -> list:
     return done
 
 
-def stage_to_resume(args: Args, stages: list, finished: list) -> int | str:
+def stage_to_resume(args, stages, finished):
+    """The stage that was cut short, or the first that has not begun."""
     path, saved = newest_checkpoint(args.out)
     if path is not None:
         name = saved["identity"]["stage"]
@@ -1114,7 +1099,7 @@ def stage_to_resume(args: Args, stages: list, finished: list) -> int | str:
     raise ValueError(f"nothing to resume: {args.out} holds a finished run")
 
 
-def move_aside(out: str):
+def move_aside(out):
     """out/tiny -> out/tiny.1, or the next number that is free."""
     n = 1
     while os.path.exists(f"{out}.{n}"):
@@ -1123,7 +1108,7 @@ def move_aside(out: str):
     say(f"{out} holds an earlier run: it is now {out}.{n}")
 
 
-def source_of(args: Args, name: int | str, stages: list) -> str:
+def source_of(args, name, stages):
     """The folder or file that a stage starts from (or both folders of a real model's stage 1)."""
     if args.init and name == stages[0]:
         return args.init
@@ -1157,22 +1142,20 @@ TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on process 0
 
 
-def identity(args: Args, stage: Stage) -> dict:
+def identity(args, stage):
     """All that a run's numbers depend on, as it is read back from JSON."""
     # A flag that was not given is None; the stage has the value that holds.
-    values = dataclasses.asdict(args) | dataclasses.asdict(stage) | {"stage": stage.name}
-    del values["name"]
-    kept = {name: value for name, value in values.items() if name not in FREE or name == "stage"}
+    values = vars(args) | vars(stage)
+    kept = {name: value for name, value in values.items() if name not in FREE}
+    kept["stage"] = kept.pop("name")
     return json.loads(json.dumps(kept))
 
 
-def resume(args: Args, stage: Stage, model: nn.Module, optimizer, experts: Experts):
+def resume(args, stage, model, optimizer, experts):
     """Go on from the newest checkpoint if it is this stage's -> the first step, and the counts."""
     new = 0, dict.fromkeys(("skipped", "skipped in a row", "broken", "truncated", "samples"), 0)
-    if not args.resume:
-        return new
     path, saved = newest_checkpoint(args.out)
-    if path is None or saved["identity"]["stage"] != stage.name:
+    if not args.resume or path is None or saved["identity"]["stage"] != stage.name:
         return new
 
     # Two different runs must not become one.
@@ -1187,34 +1170,31 @@ def resume(args: Args, stage: Stage, model: nn.Module, optimizer, experts: Exper
     return saved["step"], saved["counts"]
 
 
-def checkpoints(out: str) -> list[str]:
+def checkpoints(out):
     """The folders of all checkpoints, complete or not."""
-    folder = os.path.join(out, "checkpoint")
-    if not os.path.isdir(folder):
-        return []
-    return [os.path.join(folder, step) for step in os.listdir(folder)]
+    return list(Path(out, "checkpoint").glob("*"))
 
 
-def newest_checkpoint(out: str):
+def newest_checkpoint(out):
     """-> (its path, {"identity", "step", "counts"}), or (None, None)."""
-    complete = [path for path in checkpoints(out) if os.path.exists(os.path.join(path, "run.json"))]
+    complete = [path for path in checkpoints(out) if Path(path, "run.json").exists()]
     if not complete:
         return None, None
-    path = max(complete, key=lambda path: int(os.path.basename(path)))
-    return path, read_json(os.path.join(path, "run.json"))
+    path = max(complete, key=lambda path: int(path.name))
+    return str(path), read_json(str(path / "run.json"))
 
 
-def drop_checkpoints(out: str, but: str | None = None):
+def drop_checkpoints(out, but=None):
     for path in checkpoints(out):
-        if path != but:
+        if str(path) != but:
             # First run.json, or else what is left after a kill would be taken for a complete one.
-            Path(path, "run.json").unlink(missing_ok=True)
+            (path / "run.json").unlink(missing_ok=True)
             shutil.rmtree(path)
     if but is None:
         shutil.rmtree(os.path.join(out, "checkpoint"), ignore_errors=True)
 
 
-def tensors_of(state: tuple, experts: Experts) -> dict:
+def tensors_of(state, experts):
     """The tensors of get_state_dict's (weights, optimizer), as a checkpoint holds them.
 
     They share memory with the model's: dcp.save writes them, and dcp.load fills them. Values that
@@ -1228,12 +1208,11 @@ def tensors_of(state: tuple, experts: Experts) -> dict:
             "optimizer": moments}
 
 
-def checkpoint_path(args: Args, step: int) -> str:
+def checkpoint_path(args, step):
     return os.path.join(args.out, "checkpoint", str(step))
 
 
-def write_checkpoint(args: Args, stage: Stage, model: nn.Module, optimizer, experts: Experts,
-                     step: int, counts: dict):
+def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
     path = checkpoint_path(args, step)
     tensors = tensors_of(get_state_dict(model, optimizer, options=TRAINED), experts)
     try:
@@ -1253,7 +1232,7 @@ def write_checkpoint(args: Args, stage: Stage, model: nn.Module, optimizer, expe
         dist.barrier()
 
 
-def read_checkpoint(model: nn.Module, optimizer, experts: Experts, path: str):
+def read_checkpoint(model, optimizer, experts, path):
     """Each process reads its own part, whoever wrote it, and on however many processes."""
     # DCP fills these tensors. Those of a new optimizer are made for it here.
     weights, optimizer_state = get_state_dict(model, optimizer, options=TRAINED)
@@ -1275,7 +1254,7 @@ def quiet():
         yield
 
 
-def first_failure(error: CheckpointException) -> Exception:
+def first_failure(error):
     failure, _ = next(iter(error.failures.values()))
     return failure
 
@@ -1287,7 +1266,7 @@ class Reader(dcp.FileSystemReader):
     pickle, and a pickle can call any function that it names.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path):
         super().__init__(path)
         try:
             with open(os.path.join(path, ".metadata"), "rb") as file:
@@ -1315,7 +1294,7 @@ class MetadataUnpickler(pickle.Unpickler):
         "pathlib._local": {"PosixPath", "WindowsPath"},  # in Python 3.13
     }
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module, name):
         if name not in self.ADMITTED.get(module, ()):
             raise ValueError(f".metadata names {module}.{name}, which train.py does not write. "
                              "Somebody else has made or changed this file")
@@ -1336,7 +1315,7 @@ class Experts(NamedTuple):
     mesh: DeviceMesh | None
 
 
-def shard_experts(args: Args, model: nn.Module, device) -> Experts:
+def shard_experts(args, model, device):
     """--expert-parallel n: keep 1 / n of each layer's experts here. kernels.py takes the tokens to
     them. All else stays data-parallel."""
     n = args.expert_parallel
@@ -1363,7 +1342,7 @@ def shard_experts(args: Args, model: nn.Module, device) -> Experts:
     return Experts(weights, mesh)
 
 
-def as_whole(name: str, tensor: torch.Tensor, experts: Experts) -> torch.Tensor:
+def as_whole(name, tensor, experts):
     """A tensor of experts, (E / n, ...), as a DTensor (E, ...), which knows of what it is a part.
 
     So DCP writes, reads and gathers experts as if one process held them all. Other tensors stay as
@@ -1375,7 +1354,7 @@ def as_whole(name: str, tensor: torch.Tensor, experts: Experts) -> torch.Tensor:
     return DTensor.from_local(tensor, experts.mesh, [Replicate(), Shard(0)], run_check=False)
 
 
-def gather_weights(model: nn.Module, experts: Experts) -> dict:
+def gather_weights(model, experts):
     """The state dict with whole tensors, on process 0. All processes must call this."""
     state = get_model_state_dict(model, options=WHOLE)
     for name, part in experts.weights.items():
@@ -1385,7 +1364,7 @@ def gather_weights(model: nn.Module, experts: Experts) -> dict:
     return state
 
 
-def clip_gradients(params: list, experts: Experts, limit: float) -> torch.Tensor:
+def clip_gradients(params, experts, limit):
     """Scale gradients down to a norm of at most `limit`, over all weights -> the norm before."""
     if not experts.weights:
         norm = torch.nn.utils.clip_grad_norm_(params, limit)
@@ -1412,13 +1391,11 @@ def clip_gradients(params: list, experts: Experts, limit: float) -> torch.Tensor
     return norm
 
 
-def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
+def distribute(args, model, device, later=()):
     """Recompute, compile, shard or replicate, as the flags say -> the module to call."""
     if args.checkpointing and isinstance(model, CuMo):
         model.checkpointing()
-    # Blocks are in plain ModuleLists. LoRA's parametrizations are such lists too, of another class.
-    lists = [m for m in model.modules() if type(m) is nn.ModuleList]
-    blocks = [block for blocks in lists for block in blocks]
+    blocks = blocks_of(model)
     if args.compile:
         compile_blocks(model, blocks)
     if not LAUNCHED:
@@ -1429,7 +1406,12 @@ def distribute(args: Args, model: nn.Module, device, later=()) -> nn.Module:
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-def compile_blocks(model: nn.Module, blocks: list):
+def blocks_of(model):
+    # They are in plain ModuleLists. LoRA's parametrizations are such lists too, of another class.
+    return [block for m in model.modules() if type(m) is nn.ModuleList for block in m]
+
+
+def compile_blocks(model, blocks):
     """torch.compile each block by itself.
 
     The second length (or number of images) that it meets makes torch write a graph for all of them,
@@ -1449,7 +1431,7 @@ def compile_blocks(model: nn.Module, blocks: list):
             module.lm_loss = torch.compile(module.lm_loss, dynamic=True)
 
 
-def shard_weights(model: nn.Module, blocks: list, device, later):
+def shard_weights(model, blocks, device, later):
     """FSDP2, in place: each block is a unit, and the rest is one. On CUDA it computes in bfloat16.
 
     No process ever holds the whole model. It comes on meta but for new weights (routers, a
@@ -1473,7 +1455,7 @@ def shard_weights(model: nn.Module, blocks: list, device, later):
         copy_into_shard(params[plain_name(name) or name], expert, tensor)
 
 
-def shard_dimension(p: nn.Parameter) -> Shard | None:
+def shard_dimension(p):
     """Where FSDP cuts a weight: its first dimension that all processes can share evenly.
 
     By default that would be dimension 0. But of 4 experts (E, F, D), 8 processes would get one
@@ -1498,16 +1480,14 @@ def keep_pages():
     if platform.libc_ver()[0] != "glibc" or tuned:
         return
 
-    # The numbers of these parameters in <malloc.h>, and their values.
-    m_mmap_max = (-4, 0)
-    m_trim_threshold = (-1, 2**31 - 1)
-    m_top_pad = (-2, 10**8)
+    # The numbers of M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD in <malloc.h>, and their values.
     libc = ctypes.CDLL(None)
-    for parameter, value in (m_mmap_max, m_trim_threshold, m_top_pad):
-        libc.mallopt(parameter, value)
+    libc.mallopt(-4, 0)
+    libc.mallopt(-1, 2**31 - 1)
+    libc.mallopt(-2, 10**8)
 
 
-def prepare_device(args: Args) -> torch.device:
+def prepare_device(args):
     """The device that the flags choose, set up for a run."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device here; leave the flag out for the CPU")
@@ -1528,7 +1508,7 @@ def prepare_device(args: Args) -> torch.device:
     return torch.device(name)
 
 
-def join_processes(args: Args, device: torch.device) -> torch.device:
+def join_processes(args, device):
     """Under torchrun, meet the other processes -> this process's device.
 
     Where torchrun has started all of them again because one died, args.resume becomes true.
@@ -1616,13 +1596,30 @@ class Meter(TorchDispatchMode):
     fails where parts are frozen, that is in every stage 1.
     """
 
-    def __init__(self, known):
+    def __init__(self, model, known):
         super().__init__()
         self.flops = Counter()  # of each part of the model
         self.part = None        # the part that computes just now
         self.now = 0            # bytes
         self.peak = 0
         self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
+        for part, module in model.named_children():
+            self.watch(part, module)
+
+    def watch(self, part, module):
+        """Notice when the model enters this part. One part follows the other in both directions."""
+        def enter(*_):
+            self.part = part
+
+        def watch_output(_, inputs, output):
+            # Going back, a part begins where the gradient of its output is there. (Hooks of modules
+            # would keep tensors alive.)
+            out = output[0] if isinstance(output, tuple) else output
+            if out.requires_grad:
+                out.register_hook(enter)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(watch_output)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -1637,29 +1634,14 @@ class Meter(TorchDispatchMode):
 
     def add(self, memory):
         # A view has the memory of what it is a view of.
-        if memory in self.seen:
-            return
-        self.seen.add(memory)
-        self.grow(memory.nbytes())
-        weakref.finalize(memory, self.grow, -memory.nbytes()).atexit = False
+        if memory not in self.seen:
+            self.seen.add(memory)
+            self.grow(memory.nbytes())
+            weakref.finalize(memory, self.grow, -memory.nbytes())
 
-    def grow(self, n: int):
+    def grow(self, n):
         self.now += n
         self.peak = max(self.peak, self.now)
-
-    def watch(self, part: str, module: nn.Module):
-        """Notice when the model enters this part. One part follows the other in both directions."""
-        def enter(*_):
-            self.part = part
-
-        def watch_output(_, inputs, output):
-            # Going back, a part begins where the gradient of its output is there.
-            out = output[0] if isinstance(output, tuple) else output
-            if out.requires_grad:
-                out.register_hook(enter)
-
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(watch_output)
 
 
 class Rehearsal(NamedTuple):
@@ -1670,19 +1652,20 @@ class Rehearsal(NamedTuple):
     backward: dict[str, int]  # the same; with checkpointing, including what is computed again
 
 
-def meta_batch(config: Config, rows: int, length: int, dtype: torch.dtype) -> dict:
+def meta_batch(config, rows, length, dtype):
     """`rows` samples of `length` tokens, each with an image, and a sound if the model hears."""
     size = config.vision.image_size
-    tokens = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    images = torch.empty(rows, 3, size, size, dtype=dtype, device="meta")
-    batch = {"tokens": tokens, "labels": tokens, "images": images}
-    if config.audio is not None:
-        batch["audio"] = torch.empty(rows, config.audio.n_mels, config.audio.n_frames, dtype=dtype,
-                                     device="meta")
+    ear = config.audio
+    with torch.device("meta"):
+        tokens = torch.zeros(rows, length, dtype=torch.long)
+        images = torch.empty(rows, 3, size, size, dtype=dtype)
+        batch = {"tokens": tokens, "labels": tokens, "images": images}
+        if ear is not None:
+            batch["audio"] = torch.empty(rows, ear.n_mels, ear.n_frames, dtype=dtype)
     return batch
 
 
-def meta_model(config: Config, trains, lora) -> CuMo:
+def meta_model(config, trains, lora):
     """A model that has shapes but no memory, with requires_grad set."""
     with torch.device("meta"):
         model = CuMo(config)
@@ -1693,8 +1676,7 @@ def meta_model(config: Config, trains, lora) -> CuMo:
 
 
 @functools.cache
-def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, checkpointing: bool,
-             grads: bool, dtype: torch.dtype) -> Rehearsal:
+def rehearse(config, trains, lora, rows, length, checkpointing, grads, dtype):
     """A forward and backward pass on meta, where tensors have shapes but no memory and no values.
 
     config: as JSON. The bytes are without weights and, with `grads`, without gradients, which are
@@ -1715,9 +1697,8 @@ def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, ch
             p.grad = torch.zeros_like(p)
             known.append(p.grad)
 
-    with Meter(known) as meter, mock.patch.object(F, "scaled_dot_product_attention", attention):
-        for part, module in model.named_children():
-            meter.watch(part, module)
+    with (Meter(model, known) as meter,
+          mock.patch.object(F, "scaled_dot_product_attention", attention)):
         loss = model(**batch).loss
         kept = meter.now
         forward = meter.flops
@@ -1726,15 +1707,14 @@ def rehearse(config: str, trains: tuple, lora: tuple, rows: int, length: int, ch
     return Rehearsal(kept, meter.peak, forward, meter.flops)
 
 
-def gradients_add_up(stage: Stage, gpus: int, fsdp: bool) -> bool:
+def gradients_add_up(stage, gpus, fsdp):
     """Are there gradients already when a backward pass begins? With several micro-batches, from the
     second on; and FSDP has its own place for them."""
     several = stage.batch_size > stage.micro_batch * gpus
     return several or (fsdp and gpus > 1)
 
 
-def rehearse_stage(args: Args, stage: Stage, config: Config, gpus: int, fsdp: bool,
-                   checkpointing: bool) -> Rehearsal:
+def rehearse_stage(args, stage, config, gpus, fsdp, checkpointing):
     """The rehearsal of one micro-batch of a stage, as a run with these flags computes it."""
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     grads = gradients_add_up(stage, gpus, fsdp)
@@ -1742,7 +1722,7 @@ def rehearse_stage(args: Args, stage: Stage, config: Config, gpus: int, fsdp: bo
                     stage.micro_batch, stage.max_length, checkpointing, grads, dtype)
 
 
-def planned(args: Args, stage: Stage) -> tuple[Config, CuMo]:
+def planned(args, stage):
     """The preset as a stage trains it, and its model without memory."""
     config = Config.from_preset(args.preset)
     if args.recipe == "cumo":
@@ -1759,40 +1739,42 @@ def planned(args: Args, stage: Stage) -> tuple[Config, CuMo]:
     return config, meta_model(config, stage.trains, stage.lora)
 
 
-def memory(args: Args, name: int | str, gpus: int, fsdp: bool, checkpointing: bool) -> dict:
+def memory(args, name, gpus, fsdp, checkpointing):
     """{kind: bytes on each GPU} in a step whose samples are all as long as can be, with an image
     each; "peak": the most at once."""
     stage = settings(args, name, gpus)
     config, model = planned(args, stage)
     fsdp = fsdp and gpus > 1
     in_bf16 = args.device != "cpu"
-    experts = {p for m in model.modules() if isinstance(m, MoE)
-               for weight, p in m.named_parameters() if weight != "router"}
 
-    def size(params):
-        """Their number, of experts those that one GPU holds."""
-        return sum(p.numel() / (args.expert_parallel if p in experts else 1) for p in params)
+    # The sizes of weights; of experts, what one GPU holds.
+    sizes = {p: p.numel() for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, MoE):
+            for weight, p in module.named_parameters():
+                if weight != "router":
+                    sizes[p] /= args.expert_parallel
+    everything = sum(sizes.values())
+    trained = [p for p in sizes if p.requires_grad]
+    n_trained = sum(sizes[p] for p in trained)
 
     # What a step begins with. Weights and AdamW's two moments are in float32.
-    all_weights = size(model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
     shards = gpus if fsdp else 1
-    fixed = {"weights": 4 * all_weights / shards, "optimizer": 8 * size(trained) / shards}
+    fixed = {"weights": 4 * everything / shards, "optimizer": 8 * n_trained / shards}
     if fsdp:
         # What is in no block stays gathered; of the blocks, this one and the next. One block's
         # gradients are on their way.
-        blocks = [size(block.parameters()) for m in model.modules() if type(m) is nn.ModuleList
-                  for block in m]
+        blocks = [sum(sizes[p] for p in block.parameters()) for block in blocks_of(model)]
         short = 2 if in_bf16 else 4
-        gathered = all_weights - sum(blocks) + 2 * max(blocks)
+        gathered = everything - sum(blocks) + 2 * max(blocks)
         fixed["gathered"] = short * gathered + (short + 4) * max(blocks)
     elif gpus > 1:
-        fixed["DDP buckets"] = 4 * size(trained)
+        fixed["DDP buckets"] = 4 * n_trained
     if in_bf16 and not fsdp:
-        fixed["bf16 copies"] = 2 * all_weights  # autocast's, of every weight
+        fixed["bf16 copies"] = 2 * everything  # autocast's, of every weight
 
     # What comes and goes. The peak is in the backward pass, or in AdamW where it is not fused.
-    grads = 4 * size(trained) / shards
+    grads = 4 * n_trained / shards
     update = 0 if in_bf16 else 8 * max(p.numel() for p in trained)
     rehearsal = rehearse_stage(args, stage, config, gpus, fsdp, checkpointing)
     in_backward = rehearsal.peak
@@ -1803,7 +1785,7 @@ def memory(args: Args, name: int | str, gpus: int, fsdp: bool, checkpointing: bo
                     "backward pass": rehearsal.peak - rehearsal.kept, "peak": peak}
 
 
-def plan(args: Args):
+def plan(args):
     """Print what the stages would cost."""
     names = [1, 2, 3]
     if args.stage is not None:
@@ -1818,7 +1800,7 @@ def plan(args: Args):
         print_fit(args, stage)
 
 
-def planned_steps(args: Args, stage: Stage) -> int:
+def planned_steps(args, stage):
     if not (args.data or args.steps or args.recipe in N_SAMPLES):
         raise ValueError("--plan: of how many steps? Give --steps or --data; "
                          f"{args.recipe}'s data sets are not on record here")
@@ -1835,7 +1817,7 @@ def planned_steps(args: Args, stage: Stage) -> int:
     return max(1, args.epochs * n_samples // stage.batch_size)
 
 
-def print_head(args: Args, stage: Stage):
+def print_head(args, stage):
     gpus = "1 GPU"
     if args.gpus > 1:
         way = "DDP"
@@ -1852,7 +1834,7 @@ def print_head(args: Args, stage: Stage):
           f"{senses}")
 
 
-def print_work(args: Args, stage: Stage) -> float:
+def print_work(args, stage):
     """Print parameters and FLOPs of the model's parts -> FLOPs of a sample."""
     config, model = planned(args, stage)
     plain = rehearse_stage(args, stage, config, args.gpus, args.fsdp, False)
@@ -1879,7 +1861,7 @@ def print_work(args: Args, stage: Stage) -> float:
     return (forward + backward) * 1e9
 
 
-def print_memory(args: Args, stage: Stage):
+def print_memory(args, stage):
     without = memory(args, stage.name, args.gpus, args.fsdp, False)
     checkpointed = memory(args, stage.name, args.gpus, args.fsdp, True)
     titles = "".join(f"{kind:>14}" for kind in without)
@@ -1889,7 +1871,7 @@ def print_memory(args: Args, stage: Stage):
         print(f"{title:42}" + "".join(f"{n / 1e9:14,.2f}" for n in kinds.values()))
 
 
-def print_hours(args: Args, stage: Stage, steps: int, flops: float):
+def print_hours(args, stage, steps, flops):
     flops *= stage.batch_size
     hours = steps * flops / (args.mfu * args.peak_tflops * 1e12) / 3600
     how = " with checkpointing" if args.checkpointing else ""
@@ -1898,7 +1880,7 @@ def print_hours(args: Args, stage: Stage, steps: int, flops: float):
           f"{args.peak_tflops:g} TFLOP/s")
 
 
-def print_fit(args: Args, stage: Stage):
+def print_fit(args, stage):
     def fits(gpus, fsdp, checkpointing):
         peak = memory(args, stage.name, gpus, fsdp, checkpointing)["peak"]
         return peak < args.gpu_gb * 1e9
@@ -1922,7 +1904,7 @@ def print_fit(args: Args, stage: Stage):
 # 12. Checks of flags, and of the model that a stage begins with
 
 
-def validate(args: Args):
+def validate(args):
     """ValueError where flags are out of range or do not go together: at once, not in stage 3."""
     for f in dataclasses.fields(Args):
         check_limits(f, getattr(args, f.name))
@@ -1939,19 +1921,18 @@ def validate(args: Args):
                          "for --init")
 
 
-def check_limits(f: dataclasses.Field, value):
-    name = "--" + f.name.replace("_", "-")
-    at_least = f.metadata["at_least"]
-    choices = f.metadata["choices"]
+def check_limits(f, value):
     if value is None:
         return
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{name} = {value} must be at least {at_least}")
-    if choices is not None and value not in choices:
-        raise ValueError(f"{name} {value}: known are {', '.join(choices)}")
+    at_least = f.metadata.get("at_least", value)
+    if value < at_least:
+        raise ValueError(f"{flag_name(f)} = {value} must be at least {at_least}")
+    choices = f.metadata.get("choices", (value,))
+    if value not in choices:
+        raise ValueError(f"{flag_name(f)} {value}: known are {', '.join(choices)}")
 
 
-def check_stages(args: Args):
+def check_stages(args):
     if args.stage not in (None, 1, 2, 3):
         raise ValueError(f"--stage {args.stage}: the stages are 1, 2 and 3 (backbones for tiny "
                          "presets: python assets/backbones.py)")
@@ -1967,12 +1948,12 @@ def check_stages(args: Args):
             raise ValueError(f"--{name} belongs to --recipe uni-moe")
 
 
-def check_expert_flags(args: Args):
+def check_expert_flags(args):
     try:
         numbers = [int(n) for n in args.n_experts.split(",")]
     except ValueError:
-        text = f"--n-experts {args.n_experts}: a number, or several with commas"
-        raise ValueError(text) from None
+        raise ValueError(f"--n-experts {args.n_experts}: a number, or several with "
+                         "commas") from None
     if args.recipe == "cumo" and len(numbers) > 1:
         raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have "
                          "one number")
@@ -1997,7 +1978,7 @@ def check_expert_flags(args: Args):
         raise ValueError(f"--n-experts {args.n_experts} is not a multiple of --expert-parallel {n}")
 
 
-def check_model(args: Args, model: nn.Module, tokenizer, source: str):
+def check_model(args, model, tokenizer, source):
     """Is it a model that these flags can train?"""
     if tokenizer is None:
         raise ValueError(f"{source}: has no tokenizer.json, which training needs; copy it there "
@@ -2014,7 +1995,7 @@ def check_model(args: Args, model: nn.Module, tokenizer, source: str):
         decoder_experts(args, text.n_layers)  # a wrong placement stops stage 1 already
 
 
-def check_experts(args: Args, part):
+def check_experts(args, part):
     """The model has experts. Flags that ask for others cannot be met."""
     default = args.n_experts == Args.n_experts and args.top_k == Args.top_k
     numbers = set(part.n_experts) - {0}
