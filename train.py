@@ -275,7 +275,7 @@ def main(argv=None):
     leave_processes()
 
 
-# ---- You can stop here on a first reading. Behind this line: the other recipes and all flags (4,
+# ---- You can stop here on a first reading. Below this line: the other recipes and all flags (4,
 # 5), what the loop and a stage call (6, 7, 8), checkpoints (9), several processes (10), what a run
 # would cost (11), and the checks of flags (12). ----
 
@@ -1612,8 +1612,8 @@ class Meter(TorchDispatchMode):
             self.part = part
 
         def watch_output(_, inputs, output):
-            # Going back, a part begins where the gradient of its output is there. (Hooks of modules
-            # would keep tensors alive.)
+            # Going back, a part begins where the gradient of its output is there. (With hooks of
+            # modules, the memory that was counted came out larger.)
             out = output[0] if isinstance(output, tuple) else output
             if out.requires_grad:
                 out.register_hook(enter)
