@@ -25,6 +25,8 @@ import re
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import asdict, replace
+from os.path import exists, join
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,42 +37,37 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from kernels import FFN, MoE
-from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, ConnectorConfig, CuMo,
-                   Resampler, TextConfig, VisionConfig, VisionTransformer, adapted, merge_state)
+from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connector, ConnectorConfig,
+                   CuMo, Resampler, TextConfig, VisionConfig, VisionTransformer, adapted,
+                   merge_state)
 
 # -------------------------------------------------------------------------------------------------
 # 1. Dense -> experts
 
 
 @torch.no_grad()
-def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Generator,
-                 real_router: bool = False, **limits) -> MoE:
+def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **limits) -> MoE:
     """A MoE whose experts are all copies of one dense FFN, on its device and in its dtype.
 
     The router is drawn from Normal(0, 0.02). real_router: put it on the CPU even if the dense FFN
     is on meta. limits: the capacities that kernels.MoE takes. Asserts that the output is unchanged.
     """
     ffn_dim, dim = dense.w_in.shape
-    device = dense.w_in.device
-    dtype = dense.w_in.dtype
 
     # a module on meta takes no memory: its weights are made below
     with torch.device("meta"):
         moe = MoE(dim, ffn_dim, dense.act, n_experts, top_k, dim_out=len(dense.w_out),
                   gated=dense.w_gate is not None, bias=dense.b_in is not None, **limits)
 
-    # every expert is a copy
-    state = {}
-    for name, weight in dense.named_parameters():
-        state[name] = torch.stack([weight] * n_experts)  # (F, D) -> (E, F, D)
+    # every expert is a copy: (F, D) -> (E, F, D)
+    state = {name: torch.stack([w] * n_experts) for name, w in dense.named_parameters()}
 
     # only the router is new, and small, so that in the beginning no expert is preferred by much
     router = torch.randn(n_experts, dim, generator=generator) * 0.02  # (E, D)
-    if real_router and dense.w_in.is_meta:
-        device = "cpu"
-    state["router"] = router.to(device, dtype)
+    state["router"] = router.to(dense.w_in.dtype)
+    if not (real_router and dense.w_in.is_meta):
+        state["router"] = router.to(dense.w_in)
     moe.load_state_dict(state, assign=True)
-    moe.requires_grad_(True)
 
     # drawn even where nothing can be compared, as the next layer's router depends on the generator
     x = torch.randn(16, dim, generator=generator)
@@ -83,11 +80,9 @@ def assert_same_output(dense, moe, x):
     # there is nothing to compare on meta, and experts with a capacity may drop tokens
     if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
         return
-
-    x = x.to(dense.w_in.device, dense.w_in.dtype)
+    x = x.to(dense.w_in)
     before = dense(x)[0].float()
-    after = moe(x)[0].float()
-    difference = (before - after).abs().max()
+    difference = (before - moe(x)[0].float()).abs().max()
 
     # Rounding is allowed: weights sum to 1 only nearly, and long sums are added in another order.
     # A real fault would be larger by far.
@@ -100,25 +95,19 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
             real_routers: bool = False, experts=None, average: bool = False) -> CuMo:
     """Turn dense FFNs into MoEs, in place, and return the model.
 
-    vision, connector, text: the number of experts. One number counts for all layers of the part; a
-    list (vision, text) has one for each layer; 0 leaves a layer dense. CuMo's third stage is
-    upcycle(model, vision=4, connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16).
-
+    vision, connector, text: the number of experts, for all layers of the part or as a list with one
+    for each layer; 0 leaves a layer dense. CuMo's third stage is upcycle(model, vision=4,
+    connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16).
     experts: models that were fine-tuned apart, to be put together as the decoder's experts (see
     `mix_experts`): folders or CuMos, of this model's architecture. Without `text`, all layers.
-
     real_routers: a model on meta, whose other weights come later, gets its routers now.
-
-    Raises ValueError for what cannot be done, before anything changes: a bad number of experts, a
-    layer that has experts already, a source that does not fit.
+    Raises ValueError for what cannot be done, before anything changes.
     """
     # Uni-MoE: as many experts as there are models to put together
     sources = []
     if experts is not None:
         sources = open_sources(model, experts, average)
         text = text or len(sources)
-
-    # all checks come before the first change
     wanted = {"vision": vision, "connector": connector, "text": text}
     counts = layer_counts(model, wanted, top_k, sources)
 
@@ -162,31 +151,19 @@ def mix_experts(model, sources, average):
                 params[name].lerp_(tensor.to(params[name]), 1 / (e + 1))
 
 
-PLACEMENTS = "every_other", "all", "first_half", "second_half"
-
-
-def moe_layers(where: str, n_layers: int) -> list[int]:
-    """The decoder layers that get experts, of n_layers.
-
-    where: one of PLACEMENTS, which MoE-LLaVA compares (every other layer is its choice), or layer
-    numbers with commas. Raises ValueError for anything else, and for layers that do not exist.
-    """
-    # a place by name
+def moe_layers(where, n_layers):
+    """The decoder layers that get experts: a place by name, as MoE-LLaVA compares them (every other
+    layer is its choice), or layer numbers with commas. Raises ValueError for anything else."""
     layers = list(range(n_layers))
     half = n_layers // 2
-    chosen = {
-        "every_other": layers[::2],
-        "all": layers,
-        "first_half": layers[:half],
-        "second_half": layers[half:],
-    }.get(where)
-
-    # or the layers one by one
+    places = {"every_other": layers[::2], "all": layers, "first_half": layers[:half],
+              "second_half": layers[half:]}
+    chosen = places.get(where)
     if chosen is None:
         try:
             chosen = [int(i) for i in where.split(",")]
         except ValueError:
-            raise ValueError(f"--moe-layers {where}: {', '.join(PLACEMENTS)}, or layer numbers "
+            raise ValueError(f"--moe-layers {where}: {', '.join(places)}, or layer numbers "
                              "with commas") from None
     if not chosen or not set(chosen) <= set(layers) or len(set(chosen)) < len(chosen):
         raise ValueError(f"--moe-layers {where}: the decoder has layers 0 to {n_layers - 1}; "
@@ -198,7 +175,7 @@ def moe_layers(where: str, n_layers: int) -> list[int]:
 # ---- programs' names and configurations, model folders in and out, and the command line.      ----
 
 
-def expert_counts(n_layers: int, where: str, n_experts: str) -> list[int]:
+def expert_counts(n_layers, where, n_experts):
     """The number of experts of each decoder layer, 0 where it stays dense.
 
     where: as for moe_layers. n_experts: one number for all of these layers, or one for each of
@@ -206,17 +183,18 @@ def expert_counts(n_layers: int, where: str, n_experts: str) -> list[int]:
     """
     layers = moe_layers(where, n_layers)
     numbers = [int(n) for n in n_experts.split(",")]
-    if len(numbers) == 1:
-        numbers = numbers * len(layers)
-    if len(numbers) != len(layers):
+    if len(numbers) not in (1, len(layers)):
         raise ValueError(f"--n-experts {n_experts} has {len(numbers)} numbers, --moe-layers "
                          f"{where} are {len(layers)} layers")
+    return spread(numbers, layers, n_layers)
 
-    # spread them over the decoder
-    counts = [0] * n_layers
-    for layer, number in zip(layers, numbers):
-        counts[layer] = number
-    return counts
+
+def spread(numbers, layers, n_layers):
+    """One number for each of these layers, or one for them all -> one for every layer, or 0."""
+    if len(numbers) == 1:
+        numbers = numbers * len(layers)
+    number_of = dict(zip(layers, numbers, strict=True))
+    return [number_of.get(layer, 0) for layer in range(n_layers)]
 
 
 def ffn_owners(model, part):
@@ -224,9 +202,7 @@ def ffn_owners(model, part):
     module = getattr(model, part)
     if module is None:
         return []
-    if part == "connector":
-        return [module]
-    return list(module.layers)
+    return getattr(module, "layers", [module])
 
 
 def open_sources(model, experts, average):
@@ -240,8 +216,8 @@ def open_sources(model, experts, average):
                          "that has its weights")
     streams = []
     for i, source in enumerate(experts):
+        where = f"expert {i}"
         if isinstance(source, CuMo):
-            where = f"expert {i}"
             state = merge_state(source.state_dict(), source)
             if source is model and average:
                 # averaging changes the model while the others still stream in
@@ -250,10 +226,9 @@ def open_sources(model, experts, average):
         else:
             where = os.fspath(source)
             source, _ = load(source, later=streams)
+            check_decoder(source, where)
 
         # what cannot become an expert of this model
-        if not isinstance(source, CuMo):
-            raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
         if any(source.config.text.n_experts):
             raise ValueError(f"{where}: has experts in its decoder; only dense models can become "
                              "experts")
@@ -269,8 +244,8 @@ def open_sources(model, experts, average):
 # RENAMES turns all of them into published names. TABLE says what we call each of these. It serves
 # loading, saving and the listing that `python upcycle.py` prints.
 #
-# {i} is a layer, {p} stands for weight and bias, {e} is an expert. Their experts have a tensor
-# each; ours are stacked, so w_in[{e}] is one slice of a tensor (E, F, D).
+# {i} is a layer, {e} an expert; {p} is weight or bias, and {w} our w or b. Their experts have a
+# tensor each; ours are stacked, so w_in[{e}] is one slice of a tensor (E, F, D).
 
 TOWER = "model.vision_tower.vision_model."
 PROJECTOR = "model.mm_projector."
@@ -281,8 +256,7 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         embeddings.class_embedding             cls
         embeddings.patch_embedding.weight      patch.weight
         embeddings.position_embedding.weight   pos
-        pre_layrnorm.{p}                       pre_norm.{p}
-     """),  # the typo is CLIP's
+        pre_layrnorm.{p}                       pre_norm.{p}"""),  # the typo is CLIP's
     (TOWER + "encoder.layers.{i}.", "vision.layers.{i}.", """
         layer_norm1.{p}                        norm1.{p}
         layer_norm2.{p}                        norm2.{p}
@@ -290,33 +264,22 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         self_attn.k_proj.{p}                   k.{p}
         self_attn.v_proj.{p}                   v.{p}
         self_attn.out_proj.{p}                 o.{p}
-        mlp.fc1.weight                         ffn.w_in
-        mlp.fc1.bias                           ffn.b_in
-        mlp.fc2.weight                         ffn.w_out
-        mlp.fc2.bias                           ffn.b_out
+        mlp.fc1.{p}                            ffn.{w}_in
+        mlp.fc2.{p}                            ffn.{w}_out
         gate.weight                            ffn.router
-        experts.{e}.fc1.weight                 ffn.w_in[{e}]
-        experts.{e}.fc1.bias                   ffn.b_in[{e}]
-        experts.{e}.fc2.weight                 ffn.w_out[{e}]
-        experts.{e}.fc2.bias                   ffn.b_out[{e}]
-     """),
+        experts.{e}.fc1.{p}                    ffn.{w}_in[{e}]
+        experts.{e}.fc2.{p}                    ffn.{w}_out[{e}]"""),
     (PROJECTOR, "connector.", """
-        0.weight                               ffn.w_in
-        0.bias                                 ffn.b_in
-        2.weight                               ffn.w_out
-        2.bias                                 ffn.b_out
+        0.{p}                                  ffn.{w}_in
+        2.{p}                                  ffn.{w}_out
         gate.weight                            ffn.router
-        experts.{e}.0.weight                   ffn.w_in[{e}]
-        experts.{e}.0.bias                     ffn.b_in[{e}]
-        experts.{e}.2.weight                   ffn.w_out[{e}]
-        experts.{e}.2.bias                     ffn.b_out[{e}]
-     """),
+        experts.{e}.0.{p}                      ffn.{w}_in[{e}]
+        experts.{e}.2.{p}                      ffn.{w}_out[{e}]"""),
     (WHISPER, "audio.", """
         conv1.{p}                              conv1.{p}
         conv2.{p}                              conv2.{p}
         embed_positions.weight                 pos
-        layer_norm.{p}                         norm.{p}
-     """),
+        layer_norm.{p}                         norm.{p}"""),
     (WHISPER + "layers.{i}.", "audio.layers.{i}.", """
         self_attn_layer_norm.{p}               norm1.{p}
         final_layer_norm.{p}                   norm2.{p}
@@ -324,16 +287,12 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         self_attn.k_proj.weight                k.weight
         self_attn.v_proj.{p}                   v.{p}
         self_attn.out_proj.{p}                 o.{p}
-        fc1.weight                             ffn.w_in
-        fc1.bias                               ffn.b_in
-        fc2.weight                             ffn.w_out
-        fc2.bias                               ffn.b_out
-     """),
+        fc1.{p}                                ffn.{w}_in
+        fc2.{p}                                ffn.{w}_out"""),
     ("", "text.", """
         model.embed_tokens.weight              embed.weight
         model.norm.weight                      norm.weight
-        lm_head.weight                         head.weight
-     """),
+        lm_head.weight                         head.weight"""),
     ("model.layers.{i}.", "text.layers.{i}.", """
         input_layernorm.weight                 norm1.weight
         post_attention_layernorm.weight        norm2.weight
@@ -347,24 +306,21 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         block_sparse_moe.gate.weight           ffn.router
         block_sparse_moe.experts.{e}.w1.weight ffn.w_gate[{e}]
         block_sparse_moe.experts.{e}.w3.weight ffn.w_in[{e}]
-        block_sparse_moe.experts.{e}.w2.weight ffn.w_out[{e}]
-     """),
+        block_sparse_moe.experts.{e}.w2.weight ffn.w_out[{e}]"""),
 ]
 PUBLISHED = {}  # our name -> the published one, with {i} and {e} in both
 for their_prefix, our_prefix, rows in TABLE:
     for row in rows.strip().splitlines():
-        theirs, ours = row.split()
         for kind in ("weight", "bias"):
-            our_name = (our_prefix + ours).replace("{p}", kind)
-            PUBLISHED[our_name] = (their_prefix + theirs).replace("{p}", kind)
+            theirs, ours = row.replace("{p}", kind).replace("{w}", kind[0]).split()
+            PUBLISHED[our_prefix + ours] = their_prefix + theirs
 
 RENAMES = [  # applied one after the other
     # the tower in LLaVA and MoE-LLaVA; in CLIP's folders, old and new, and in CuMo's clip.bin
     (r"^(model\.)?(vision|image)_tower\.((vision|image)_tower\.)?(vision_model\.)?", TOWER),
     (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", TOWER),
     # the connector in LLaVA and MoE-LLaVA
-    (r"^(model\.)?(mm_projector|multi_modal_projector)\.", PROJECTOR),
-    (r"^model\.mm_projector\.image_spatial_proj\.", PROJECTOR),
+    (r"^(model\.)?(mm_projector|multi_modal_projector)\.(image_spatial_proj\.)?", PROJECTOR),
     (r"^model\.mm_projector\.linear_1\.", PROJECTOR + "0."),
     (r"^model\.mm_projector\.linear_2\.", PROJECTOR + "2."),
     # MoE-LLaVA's experts
@@ -377,19 +333,12 @@ RENAMES = [  # applied one after the other
     (r"^(model\.)?language_model\.(?=lm_head)", ""),
     (r"^(model\.)?language_model\.(model\.)?", "model."),
 ]
-IGNORED = [  # what a checkpoint may hold and this model has no use for
-    # behind CLIP's last layer, which LLaVA does not use
-    r"\.post_layernorm\.",
-    # constants that old versions stored
-    r"\.position_ids$",
-    r"\.rotary_emb\.inv_freq$",
-    # CLIP's other half
-    r"^text_model\.",
-    r"^(visual|text)_projection\.",
-    r"^logit_scale$",
-    # Whisper's other half
-    r"^audio_tower\.(decoder|proj_out)\.",
-]
+# What a checkpoint may hold and this model has no place for: what is behind CLIP's last layer,
+# which LLaVA does not use; constants that old versions stored; CLIP's other half; Whisper's; and
+# a head that is tied to the embedding and stored there, under their name or ours.
+IGNORED = (r"\.post_layernorm\.|\.position_ids$|\.rotary_emb\.inv_freq$"
+           r"|^text_model\.|^(visual|text)_projection\.|^logit_scale$"
+           r"|^audio_tower\.(decoder|proj_out)\.|^lm_head\.weight$|^text\.head\.weight$")
 
 
 def published_name(name):
@@ -425,23 +374,16 @@ def published_places(state):
     """
     places = {}
     for ours, tensor in state.items():
-        layer = re.search(r"(?<=layers\.)\d+", ours)
         pattern = pattern_of(ours)
-        stacked = is_stacked(ours, state)
-        if stacked:
+        experts = [None]
+        if is_stacked(ours, state):
             pattern += "[{e}]"
+            experts = range(len(tensor))
 
-        # the layer's number is the same on both sides
-        theirs = PUBLISHED[pattern]
-        if layer:
-            theirs = theirs.replace("{i}", layer[0])
-
-        # theirs keep one tensor for each expert
-        if not stacked:
-            places[theirs] = (ours, None)
-            continue
-        for expert in range(len(tensor)):
-            places[theirs.replace("{e}", str(expert))] = (ours, expert)
+        # the layer's number, if there is one, is the same on both sides
+        layer = re.search(r"layers\.(\d+)|$", ours)[1]
+        for expert in experts:
+            places[PUBLISHED[pattern].format(i=layer, e=expert)] = (ours, expert)
     return places
 
 
@@ -449,9 +391,7 @@ def published(state):
     """Our state dict under the published names, experts one by one: views, no copies."""
     out = {}
     for theirs, (ours, expert) in published_places(state).items():
-        out[theirs] = state[ours]
-        if expert is not None:
-            out[theirs] = state[ours][expert]
+        out[theirs] = state[ours] if expert is None else state[ours][expert]
     return out
 
 
@@ -462,9 +402,7 @@ def moe_llava_name(name):
         (PROJECTOR, PROJECTOR + "image_spatial_proj."),
         (".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg."),
         (".block_sparse_moe.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts."),
-        (".w1.", ".gate_proj."),
-        (".w3.", ".up_proj."),
-        (".w2.", ".down_proj."),
+        (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."),
     ):
         name = name.replace(ours, theirs)
     return name
@@ -1250,7 +1188,7 @@ def match_tensors(tensors, wanted, where, rename=None, listing=None):
         published_as = theirs
         if rename is not None:
             published_as = rename(theirs)
-            if any(re.search(pattern, published_as) for pattern in IGNORED):
+            if re.search(IGNORED, published_as) and published_as not in places:
                 continue
         if published_as not in places:
             if published_as in ("lm_head.weight", "text.head.weight"):
@@ -1673,6 +1611,12 @@ def layer_counts(model, wanted, top_k, sources):
 # fields in which a source's decoder may differ from the model that it goes into
 ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
                  "noisy", "aux"}
+
+
+def check_decoder(model, where):
+    """Raise ValueError unless a folder's model has a decoder to take experts from."""
+    if not isinstance(model, CuMo):
+        raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
 
 
 def check_same_sizes(where, theirs, ours, average):
