@@ -415,20 +415,11 @@ def moe_llava_name(name):
 # all tensors, and the folder's path. What a config leaves out is read off the tensors' shapes, or
 # it is the default of transformers' class.
 
-DECODERS = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-}
+DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+            "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
 LLAVA_DECODERS = {  # model_type of a whole model -> its decoder's
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_mixtral": "mixtral",
-    "moe_llava_llama": "llama",
-    "moe_llava_mistral": "mistral",
-}
+    "llava": "llama", "llava_llama": "llama", "moe_llava_llama": "llama",
+    "llava_mistral": "mistral", "moe_llava_mistral": "mistral", "llava_mixtral": "mixtral"}
 SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, CLIPVisionModel, CLIPModel, "
              "WhisperModel, the published CuMo (llava_mistral, llava_mixtral), LLaVA-1.5 (llava, "
              "llava_llama) and MoE-LLaVA (moe_llava_mistral, moe_llava_llama)")
@@ -439,32 +430,27 @@ PATCHES_ONLY = ("only patch features without CLS, no image start and end tokens,
 
 # our field -> their key: read here, written in section 4
 CLIP_KEYS = dict(
-    image_size="image_size",
-    patch_size="patch_size",
-    dim="hidden_size",
-    n_layers="num_hidden_layers",
-    n_heads="num_attention_heads",
-    ffn_dim="intermediate_size",
-    act="hidden_act",
-    norm_eps="layer_norm_eps",
-)
+    image_size="image_size", patch_size="patch_size", dim="hidden_size",
+    n_layers="num_hidden_layers", n_heads="num_attention_heads", ffn_dim="intermediate_size",
+    act="hidden_act", norm_eps="layer_norm_eps")
 DECODER_KEYS = dict(
-    vocab_size="vocab_size",
-    dim="hidden_size",
-    n_layers="num_hidden_layers",
-    n_heads="num_attention_heads",
-    n_kv_heads="num_key_value_heads",
-    head_dim="head_dim",
-    ffn_dim="intermediate_size",
-    act="hidden_act",
-    norm_eps="rms_norm_eps",
-    tie_embeddings="tie_word_embeddings",
-)
+    vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers",
+    n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
+    ffn_dim="intermediate_size", act="hidden_act", norm_eps="rms_norm_eps",
+    tie_embeddings="tie_word_embeddings")
+LOSS_KEYS = dict(balance_coef="balance_loss_coef", z_coef="router_z_loss_coef")
+MOE_LLAVA_KEYS = dict(top_k="top_k_experts", capacity_factor="capacity_factor",
+                      eval_capacity_factor="eval_capacity_factor", min_capacity="min_capacity")
 
 
 def read_keys(theirs, keys):
     """{our field: its value in their config}; null there counts as left out."""
     return {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
+
+
+def write_keys(config, keys):
+    """{their key: the value of our field}"""
+    return {key: getattr(config, ours) for ours, key in keys.items()}
 
 
 def count(names, pattern):
@@ -475,21 +461,13 @@ def count(names, pattern):
 
 def first_dimension(shapes, pattern):
     """The first dimension of the first tensor whose name matches: how wide its output is."""
-    for name, shape in shapes.items():
-        if re.search(pattern, name):
-            return shape[0]
-    return None
+    return next((shape[0] for name, shape in shapes.items() if re.search(pattern, name)), None)
 
 
 def vision_config(theirs, shapes, **more):
     """The tower's config, from CLIP's (which may be empty) and the shapes. more: other fields."""
     dim, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]  # (D, 3, P, P)
     n_positions, _ = shapes[TOWER + "embeddings.position_embedding.weight"]  # (1 + N, D)
-
-    # CLIPVisionConfig's default is 12 heads. Without any config: every CLIP's heads are 64 wide.
-    n_heads = 12
-    if not theirs:
-        n_heads = max(1, dim // 64)
 
     # what the shapes say, and over it what the config says
     fields = dict(
@@ -498,7 +476,8 @@ def vision_config(theirs, shapes, **more):
         patch_size=patch_size,
         dim=dim,
         n_layers=count(shapes, TOWER + r"encoder\.layers\.(\d+)\."),
-        n_heads=n_heads,
+        # CLIPVisionConfig's default. Without any config: every CLIP's heads are 64 wide.
+        n_heads=12 if theirs else max(1, dim // 64),
         ffn_dim=first_dimension(shapes, TOWER + r"encoder\.layers\.0\..*fc1\.weight"),
     )
     return VisionConfig(**fields | read_keys(theirs, CLIP_KEYS) | more)
@@ -521,8 +500,7 @@ def text_config(theirs, shapes, kind):
     )
     if kind == "mixtral":
         in_files = count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")
-        fields["norm_eps"] = 1e-5
-        fields["n_experts"] = theirs.get("num_local_experts", in_files)
+        fields |= dict(norm_eps=1e-5, n_experts=theirs.get("num_local_experts", in_files))
     fields |= read_keys(theirs, DECODER_KEYS)
 
     # the projections' outputs are all heads side by side
@@ -531,13 +509,10 @@ def text_config(theirs, shapes, kind):
     if "n_kv_heads" not in fields:
         fields["n_kv_heads"] = shapes[attention + "k_proj.weight"][0] // fields["head_dim"]
 
-    return TextConfig(
-        **fields,
-        **rotary_fields(theirs, kind),
-        sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
-        qkv_bias=attention + "q_proj.bias" in shapes,
-        top_k=theirs.get("num_experts_per_tok", 2),
-    )
+    return TextConfig(**fields, **rotary_fields(theirs, kind),
+                      sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
+                      qkv_bias=attention + "q_proj.bias" in shapes,
+                      top_k=theirs.get("num_experts_per_tok", 2))
 
 
 def rotary_fields(theirs, kind):
@@ -549,8 +524,8 @@ def rotary_fields(theirs, kind):
     if scaling not in ("default", "llama3"):
         raise ValueError(f"rotary scaling {scaling!r} is not supported; known: default, llama3")
 
-    theta = 1e6 if kind == "mixtral" else 1e4
-    fields = dict(rope_theta=rope.get("rope_theta", theirs.get("rope_theta", theta)))
+    theta = theirs.get("rope_theta", 1e6 if kind == "mixtral" else 1e4)
+    fields = dict(rope_theta=rope.get("rope_theta", theta))
     if scaling == "llama3":
         fields["rope_scaling"] = {key: rope[key] for key in ROPE_SCALING if key in rope}
     return fields
@@ -560,10 +535,8 @@ def sliding_window(theirs, kind, n_layers):
     """How many tokens a token of the decoder attends to; None for all that came before it."""
     if kind == "llama":
         return None
-    if kind == "mixtral":
-        return theirs.get("sliding_window")
-    window = theirs.get("sliding_window", 4096)
-    if kind == "mistral":
+    window = theirs.get("sliding_window", None if kind == "mixtral" else 4096)
+    if kind != "qwen2":
         return window
 
     # Qwen2 switches it on by another key, and from some layer on
@@ -601,15 +574,13 @@ def read_whisper(theirs, shapes, path):
 def read_decoder(theirs, shapes, path):
     """A language model alone."""
     kind = theirs["model_type"]
-    template = "mistral" if kind in ("mistral", "mixtral") else "vicuna"
     return Config(vision=None, text=text_config(theirs, shapes, kind),
-                  template=theirs.get("template", template))
+                  template="mistral" if kind in ("mistral", "mixtral") else "vicuna")
 
 
-def read_transformers_llava(theirs, shapes, path):
+def read_transformers_llava(theirs, shapes):
     """LLaVA-1.5 as transformers writes it: the parts' configs inside one."""
-    text = dict(theirs["text_config"])
-    kind = text.get("model_type", "llama")
+    kind = theirs["text_config"].get("model_type", "llama")
     if kind not in DECODERS:
         raise ValueError(f"a decoder of type {kind} is not supported; supported: "
                          f"{', '.join(DECODERS.values())}")
@@ -617,21 +588,20 @@ def read_transformers_llava(theirs, shapes, path):
         raise ValueError(PATCHES_ONLY)
 
     # the whole model decides whether the head is tied, whatever the decoder's own config says
-    text["tie_word_embeddings"] = "lm_head.weight" not in shapes
-    vision = vision_config(theirs.get("vision_config") or {}, shapes,
-                           select_layer=theirs.get("vision_feature_layer", -2))
+    text = theirs["text_config"] | {"tie_word_embeddings": "lm_head.weight" not in shapes}
     return Config(
-        vision=vision,
+        vision=vision_config(theirs.get("vision_config") or {}, shapes,
+                             select_layer=theirs.get("vision_feature_layer", -2)),
         connector=ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu")),
         text=text_config(text, shapes, kind),
-        template=theirs.get("template", "vicuna" if kind == "llama" else "mistral"),
+        template="vicuna" if kind == "llama" else "mistral",
     )
 
 
 def read_llava(theirs, shapes, path):
     """CuMo, MoE-LLaVA and the first LLaVA-1.5: one flat config with mm_... for the senses."""
     if "text_config" in theirs:
-        return read_transformers_llava(theirs, shapes, path)
+        return read_transformers_llava(theirs, shapes)
 
     # refuse what this project has no code for
     projector = theirs.get("image_projector_type") or theirs.get("mm_projector_type")
@@ -644,62 +614,44 @@ def read_llava(theirs, shapes, path):
     n_experts = theirs.get("num_experts") or 0
     top_k = theirs.get("num_selected") or 2
     vision = vision_config(
-        tower_json(theirs, path), shapes,
+        tower_json(theirs, path), shapes, top_k=top_k,
         n_experts=n_experts if theirs.get("clip_smoe") else 0,
-        top_k=top_k,
-        **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")),
-    )
+        **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")))
     connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k)
 
     # the decoder's own keys stand in the same file
     kind = LLAVA_DECODERS.get(theirs["model_type"], theirs["model_type"])
-    config = Config(
-        vision=vision,
-        connector=connector,
-        text=text_config(theirs, shapes, kind),
-        template="vicuna" if kind == "llama" else "mistral",
-        **read_keys(theirs, dict(balance_coef="balance_loss_coef", z_coef="router_z_loss_coef")),
-    )
-    if theirs.get("moe"):
-        config = with_moe_llava_experts(config, theirs["moe"])
-    return dataclasses.replace(config, template=theirs.get("template", config.template))
+    text = text_config(theirs, shapes, kind)
+    losses = read_keys(theirs, LOSS_KEYS)
+    template = "vicuna" if kind == "llama" else "mistral"
+    moe = theirs.get("moe")
+    if moe:
+        text = with_moe_llava_experts(text, moe)
+        losses = dict(balance_coef=moe["router_aux_loss_coef"], z_coef=0.0)
+        # its Mistral is OpenChat
+        template = "vicuna" if kind == "llama" else "openchat"
+    return Config(vision, connector, text, template=template, **losses)
 
 
-def with_moe_llava_experts(config, moe):
-    """A config with the decoder's experts of MoE-LLaVA, whose config.json keeps them in `moe`."""
+def with_moe_llava_experts(text, moe):
+    """A decoder's config with MoE-LLaVA's experts, which its config.json keeps in `moe`."""
     if moe.get("use_residual"):
         raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
 
-    # every other layer by default; one number of experts, or one for each of these layers
+    # every other layer by default
     layers = moe.get("moe_layers_idx")
     if layers is None:
-        layers = range(0, config.text.n_layers, 2)
-    numbers = moe["num_experts"]
-    if len(numbers) == 1:
-        numbers = numbers * len(layers)
-    number_of = dict(zip(layers, numbers, strict=True))
-
-    text = dataclasses.replace(
-        config.text,
-        n_experts=[number_of.get(layer, 0) for layer in range(config.text.n_layers)],
-        top_k=moe["top_k_experts"],
-        capacity_factor=moe["capacity_factor"],
-        eval_capacity_factor=moe["eval_capacity_factor"],
-        min_capacity=moe["min_capacity"],
-        aux="sum",
-    )
-    # its Mistral is OpenChat
-    template = "vicuna" if config.template == "vicuna" else "openchat"
-    return dataclasses.replace(config, text=text, balance_coef=moe["router_aux_loss_coef"],
-                               z_coef=0.0, template=template)
+        layers = range(0, text.n_layers, 2)
+    return replace(text, n_experts=spread(moe["num_experts"], layers, text.n_layers), aux="sum",
+                   **{ours: moe[key] for ours, key in MOE_LLAVA_KEYS.items()})
 
 
 def tower_json(theirs, path):
     """The config of a LLaVA's tower, from the folder that it names or from clip_config.json beside
     its own config.json; {} where neither is there."""
-    tower = tower_folder(theirs)
-    for file in (os.path.join(tower, "config.json"), os.path.join(path, "clip_config.json")):
-        if os.path.dirname(file) and os.path.isfile(file):
+    for folder, name in ((tower_folder(theirs), "config.json"), (path, "clip_config.json")):
+        file = join(folder, name)
+        if folder and os.path.isfile(file):
             found = read_json(file)
             return found.get("vision_config", found)
     return {}
@@ -740,13 +692,17 @@ def read_config(theirs, shapes, path):
     if kind in DECODERS and is_multimodal(theirs):
         reader = read_llava
     if reader is None:
-        architecture = (theirs.get("architectures") or [""])[0]
-        raise ValueError(f"architecture {architecture or kind or '(none named)'} is not "
-                         f"supported; supported: {SUPPORTED}")
-    return reader(theirs, shapes, path)
+        architecture = (theirs.get("architectures") or [""])[0] or kind or "(none named)"
+        raise ValueError(f"architecture {architecture} is not supported; supported: {SUPPORTED}")
+    config = reader(theirs, shapes, path)
+
+    # our own key in the configs that section 4 writes
+    if "template" in theirs:
+        config.template = theirs["template"]
+    return config
 
 
-def read_json(file: str) -> dict:
+def read_json(file):
     """A JSON file that holds an object; ValueError for anything else."""
     with open(file, encoding="utf-8") as f:
         try:
@@ -767,14 +723,12 @@ CLIP_L = "openai/clip-vit-large-patch14-336"
 
 def clip_json(vision):
     """config.json of a CLIPVisionModel."""
-    sizes = {theirs: getattr(vision, ours) for ours, theirs in CLIP_KEYS.items()}
-    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **sizes,
-            "num_channels": 3}
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
+            **write_keys(vision, CLIP_KEYS), "num_channels": 3}
 
 
 def decoder_json(text, tokenizer, template):
     """config.json of a Hugging Face decoder. Raises ValueError where none has such a shape."""
-    # what no Hugging Face decoder has
     n_experts = max(text.n_experts)
     factor = text.capacity_factor or text.eval_capacity_factor
     if min(text.n_experts) != n_experts:
@@ -787,6 +741,7 @@ def decoder_json(text, tokenizer, template):
                          "drop tokens")
 
     # the family of decoders that this one belongs to
+    kind = "llama"
     more = {}
     if n_experts:
         kind = "mixtral"
@@ -798,17 +753,11 @@ def decoder_json(text, tokenizer, template):
         more = {"use_sliding_window": bool(text.sliding_window), "max_window_layers": first}
     elif text.sliding_window or template == "mistral":
         kind = "mistral"
-    else:
-        kind = "llama"
 
-    sizes = {theirs: getattr(text, ours) for ours, theirs in DECODER_KEYS.items()}
     described = {
-        "architectures": [DECODERS[kind]],
-        "model_type": kind,
-        **sizes,
-        **more,
-        "rope_theta": text.rope_theta,
-        "sliding_window": text.sliding_window,
+        "architectures": [DECODERS[kind]], "model_type": kind,
+        **write_keys(text, DECODER_KEYS), **more,
+        "rope_theta": text.rope_theta, "sliding_window": text.sliding_window,
         "max_position_embeddings": 32768,
         # ours; other programs pass over it
         "template": template,
@@ -817,27 +766,11 @@ def decoder_json(text, tokenizer, template):
     if text.rope_scaling:
         described["rope_scaling"] = {"rope_type": "llama3", **text.rope_scaling}
         stretched = text.rope_scaling["original_max_position_embeddings"]
-        stretched *= text.rope_scaling["factor"]
-        described["max_position_embeddings"] = int(stretched)
+        described["max_position_embeddings"] = int(stretched * text.rope_scaling["factor"])
 
     for key, token in (("bos_token_id", "<s>"), ("eos_token_id", "</s>")):
         described[key] = tokenizer.token_to_id(token) if tokenizer else None
     return described
-
-
-def senses_json(vision, tower_key):
-    """What the published layouts say about the tower and the connector."""
-    known = clip_json(vision) == clip_json(VisionConfig())
-    return {
-        tower_key: CLIP_L if known else "",
-        "mm_hidden_size": vision.dim,
-        "mm_vision_select_layer": vision.select_layer,
-        "mm_vision_select_feature": "patch",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "use_mm_proj": True,
-        "image_aspect_ratio": "pad",
-    }
 
 
 # Each layout has a writer. It takes our config, our state dict and the tokenizer (or None), and
@@ -850,10 +783,19 @@ def write_own(config, state, tokenizer):
     return {"config.json": config.to_dict()}, state
 
 
-def with_tower(described, vision):
-    """The JSON files of the two published layouts. Their codes load the tower from the hub by its
-    name, so its sizes are kept in a file of our own."""
-    return {"clip_config.json": clip_json(vision), "config.json": described}
+def published_json(decoder, vision, tower_key, more):
+    """The JSON files of the two published layouts: the decoder's keys, those of tower and
+    connector, and more. Their codes load the tower from the hub by its name, so its sizes are kept
+    in a file of our own."""
+    known = clip_json(vision) == clip_json(VisionConfig())
+    described = decoder | {
+        tower_key: CLIP_L if known else "",
+        "mm_hidden_size": vision.dim,
+        "mm_vision_select_layer": vision.select_layer, "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+        "use_mm_proj": True, "image_aspect_ratio": "pad",
+    }
+    return {"clip_config.json": clip_json(vision), "config.json": described | more}
 
 
 def write_cumo(config, state, tokenizer):
@@ -876,32 +818,24 @@ def write_cumo(config, state, tokenizer):
 
     # a decoder of LLaMA's shape is written as Mistral, which is what CuMo's code knows, unless its
     # rotary embedding is stretched
-    described = decoder_json(config.text, tokenizer, config.template)
-    kind = described["model_type"]
+    decoder = decoder_json(config.text, tokenizer, config.template)
+    kind = decoder["model_type"]
     if kind == "qwen2":
         raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; "
                          "this one has QKV bias")
     if kind == "llama" and not config.text.rope_scaling:
         kind = "mistral"
 
-    described |= senses_json(vision, "mm_vision_tower") | {
-        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
-        "model_type": f"llava_{kind}",
+    return published_json(decoder, vision, "mm_vision_tower", {
+        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"], "model_type": f"llava_{kind}",
         "mm_projector_type": "smoe_mlp" if connector.n_experts else "mlp2x_gelu",
         "scales": vision.scales,
-        "num_experts": max(counts, default=4),
-        "num_selected": top_k,
-        "clip_smoe": tower_has_experts,
-        "mlp_smoe": connector.n_experts > 0,
-        "balance_loss_coef": config.balance_coef,
-        "router_z_loss_coef": config.z_coef,
+        "num_experts": max(counts, default=4), "num_selected": top_k,
+        "clip_smoe": tower_has_experts, "mlp_smoe": connector.n_experts > 0,
+        **write_keys(config, LOSS_KEYS),
         # these have no meaning here, but the released code reads them
-        "num_layers": 3,
-        "dropout": False,
-        "training": False,
-        "local_rank": 0,
-    }
-    return with_tower(described, vision), published(state)
+        "num_layers": 3, "dropout": False, "training": False, "local_rank": 0,
+    }), published(state)
 
 
 def write_moe_llava(config, state, tokenizer):
@@ -919,35 +853,24 @@ def write_moe_llava(config, state, tokenizer):
         raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses "
                          "over the layers (text.aux sum); this model does not")
 
-    # the dense LLaVA around the experts
-    dense = dataclasses.replace(text, n_experts=[0] * text.n_layers, capacity_factor=None,
-                                eval_capacity_factor=None)
-    described = decoder_json(dense, tokenizer, config.template)
-    kind = described["model_type"]
-
-    # the experts
-    layers = [layer for layer, n_experts in enumerate(text.n_experts) if n_experts]
-    described |= senses_json(vision, "mm_image_tower") | {
+    # the dense decoder around the experts, and the layers that have them
+    dense = replace(text, n_experts=[0] * text.n_layers)
+    decoder = decoder_json(dense, tokenizer, config.template)
+    kind = decoder["model_type"]
+    counts = {layer: n for layer, n in enumerate(text.n_experts) if n}
+    files = published_json(decoder, vision, "mm_image_tower", {
         "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"],
-        "model_type": f"moe_llava_{kind}",
-        "image_projector_type": "mlp2x_gelu",
+        "model_type": f"moe_llava_{kind}", "image_projector_type": "mlp2x_gelu",
         "moe": {
-            "moe_enable": True,
-            "moe_mode": "custom",
-            "moe_layers_idx": layers,
-            "num_experts": [text.n_experts[layer] for layer in layers],
-            "top_k_experts": text.top_k,
-            "capacity_factor": text.capacity_factor,
-            "eval_capacity_factor": text.eval_capacity_factor,
-            "min_capacity": text.min_capacity,
+            "moe_enable": True, "moe_mode": "custom",
+            "moe_layers_idx": list(counts), "num_experts": list(counts.values()),
+            **write_keys(text, MOE_LLAVA_KEYS),
             "router_aux_loss_coef": config.balance_coef,
-            "ep_size": 1,
-            "use_residual": False,
+            "ep_size": 1, "use_residual": False,
             "train_modules": ["up_proj", "down_proj", "gate_proj", "wg"],
         },
-    }
-    tensors = {moe_llava_name(name): tensor for name, tensor in published(state).items()}
-    return with_tower(described, vision), tensors
+    })
+    return files, {moe_llava_name(name): tensor for name, tensor in published(state).items()}
 
 
 def write_hf_decoder(config, state, tokenizer):
@@ -974,13 +897,8 @@ def starting_with(prefix, state):
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-LAYOUTS = {
-    "own": write_own,
-    "cumo": write_cumo,
-    "moe-llava": write_moe_llava,
-    "hf-llm": write_hf_decoder,
-    "hf-clip": write_hf_tower,
-}
+LAYOUTS = {"own": write_own, "cumo": write_cumo, "moe-llava": write_moe_llava,
+           "hf-llm": write_hf_decoder, "hf-clip": write_hf_tower}
 
 
 def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "own"):
@@ -996,9 +914,7 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
 
     # adapters are added to the weights that they stand beside
-    if state is None:
-        state = model.state_dict()
-    state = merge_state(state, model)
+    state = merge_state(model.state_dict() if state is None else state, model)
     state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
     # a tower alone: give its tensors the names that they have in a model
@@ -1015,9 +931,9 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
     os.makedirs(folder, exist_ok=True)
     save_tensors(folder, tensors)
     if tokenizer is not None and layout != "hf-clip":
-        write_atomically(os.path.join(folder, "tokenizer.json"), tokenizer.save)
+        write_atomically(join(folder, "tokenizer.json"), tokenizer.save)
     for file, described in files.items():
-        write_json(os.path.join(folder, file), described)
+        write_json(join(folder, file), described)
 
 
 SHARD_BYTES = 5 * 10**9
@@ -1035,27 +951,26 @@ def save_tensors(folder, tensors):
         shards[-1][name] = tensor
         size += tensor.nbytes
 
-    # the files
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_atomically(os.path.join(folder, file),
+        write_atomically(join(folder, file),
                          lambda temporary: save_file(shard, temporary, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(shard, file)
 
     # which file holds a tensor
-    index = os.path.join(folder, "model.safetensors.index.json")
+    index = join(folder, "model.safetensors.index.json")
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    elif os.path.exists(index):
+    elif exists(index):
         # it belongs to an older, larger model, and loading would follow it
         os.remove(index)
 
 
-def write_atomically(path: str, write):
+def write_atomically(path, write):
     """Call write(temporary name), then rename: a kill in between leaves the old file whole."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -1067,11 +982,11 @@ def write_atomically(path: str, write):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
+        if exists(temporary):
             os.remove(temporary)
 
 
-def write_json(path: str, value):
+def write_json(path, value):
     """Write a value as JSON, atomically."""
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as f:
