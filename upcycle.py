@@ -15,7 +15,6 @@ Shapes: N tokens, D width, F FFN width, E experts.
 """
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -32,13 +31,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from kernels import FFN, MoE
 from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connector, ConnectorConfig,
-                   CuMo, Resampler, TextConfig, VisionConfig, VisionTransformer, adapted,
+                   CuMo, Decoder, Resampler, TextConfig, VisionConfig, VisionTransformer, adapted,
                    merge_state)
 
 # -------------------------------------------------------------------------------------------------
@@ -1015,7 +1013,7 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     or not readable.
     """
     path = local_folder(os.fspath(path))
-    config_file = os.path.join(path, "config.json")
+    config_file = join(path, "config.json")
     theirs = read_json(config_file)
     files = weight_files(path, theirs)
 
@@ -1023,110 +1021,108 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     rename = None
     shapes = {}
     if not is_own(theirs):
-        rename = published_name
-        if theirs.get("model_type") == "whisper":
-            rename = published_whisper_name
+        is_whisper = theirs.get("model_type") == "whisper"
+        rename = published_whisper_name if is_whisper else published_name
         shapes = shapes_in(files, rename)
 
-    # the model without weights; values of a wrong kind lead to errors of many kinds
+    # values of a wrong kind lead to errors of many kinds
     try:
-        model, named = build_on_meta(read_config(theirs, shapes, path))
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
-            RuntimeError) as e:
+        model = build_on_meta(read_config(theirs, shapes, path))
+    except Exception as e:
         raise ValueError(f"{config_file}: {e}") from None
 
-    # the weights
-    stream = match_tensors(tensors_in(files), named.state_dict(), path, rename, listing)
+    stream = match_tensors(files, state_of(model), path, rename, listing)
     if later is not None:
         later.append(stream)
     else:
-        fill_from(stream, named, dtype, device)
-    if isinstance(model, CuMo) and model.vision:
-        # files stored apart may differ in dtype
-        model.connector.to(model.vision.patch.weight.dtype)
+        fill_from(stream, model, dtype, device)
 
     tokenizer = None
-    tokenizer_file = os.path.join(path, "tokenizer.json")
-    if os.path.exists(tokenizer_file):
+    tokenizer_file = join(path, "tokenizer.json")
+    if exists(tokenizer_file):
         tokenizer = read_tokenizer(tokenizer_file)
     return model.eval(), tokenizer
 
 
 def build_on_meta(config):
-    """(the model of this config, the same under the names that it has as a part of a CuMo), without
-    memory for the weights."""
+    """The model of this config, without memory for the weights."""
     with torch.device("meta"):
         if isinstance(config, VisionConfig):
             # through Config, which checks the fields
-            model = VisionTransformer(Config(vision=config).vision)
-            return model, torch.nn.ModuleDict({"vision": model})
+            return VisionTransformer(Config(vision=config).vision)
         if isinstance(config, AudioConfig):
-            model = AudioTransformer(config)
-            return model, torch.nn.ModuleDict({"audio": model})
-        model = CuMo(config)
-        return model, model
+            return AudioTransformer(config)
+        return CuMo(config)
+
+
+# how the names of a part's tensors begin in a whole model
+PREFIXES = {CuMo: "", VisionTransformer: "vision.", AudioTransformer: "audio.",
+            Connector: "connector."}
+
+
+def state_of(model):
+    """The state dict of a model, or of a part of one under the names it has in the whole."""
+    return model.state_dict(prefix=PREFIXES[type(model)])
 
 
 def fill_from(stream, model, dtype=None, device="cpu"):
-    """Give a model on meta its weights from a stream of (our name, expert or None, tensor)."""
-    wanted = model.state_dict()
+    """Give a model its weights from a stream of (our name, expert or None, tensor)."""
+    wanted = state_of(model)
     state = {}
     for name, expert, tensor in stream:
         if name not in state:
-            state[name] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype,
-                                      device=device)
+            state[name] = torch.empty_like(wanted[name], dtype=dtype or tensor.dtype, device=device)
         copy_into_shard(state[name], expert, tensor)
         # free it before the next one is read
         del tensor
+
     # what is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
+    prefix = PREFIXES[type(model)]
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
-    model.requires_grad_(True)
+
+    # files stored apart may differ in dtype; a bridge has that of the sense before it
+    if isinstance(model, CuMo) and model.vision:
+        model.connector.to(model.vision.patch.weight.dtype)
+    if isinstance(model, CuMo) and model.audio:
+        model.resampler.to(model.audio.conv1.weight.dtype)
 
 
-def match_tensors(tensors, wanted, where, rename=None, listing=None):
-    """Yield (our name, expert or None, tensor) for (their name, tensor) pairs.
+def match_tensors(files, wanted, where, rename=None, listing=None):
+    """Yield (our name, expert or None, tensor) for all tensors of these files.
 
     wanted: our state dict (on meta). where: their folder or file, for messages. rename: gives their
     names' published form; None where they are ours already. Every tensor is used or ignored on
     purpose, and every parameter filled; else a ValueError names it.
     """
     # where each of their tensors goes
-    if rename is None:
-        places = {name: (name, None) for name in wanted}
-    else:
+    places = {name: (name, None) for name in wanted}
+    if rename:
         places = published_places(wanted)
-    missing = dict.fromkeys(places)
+    missing = dict(places)
 
-    for theirs, tensor in tqdm(tensors, desc=f"loading {os.path.basename(where)}", unit=" tensors",
-                               delay=2, leave=False, mininterval=0.5):
-        # what is left out on purpose
-        published_as = theirs
-        if rename is not None:
-            published_as = rename(theirs)
-            if re.search(IGNORED, published_as) and published_as not in places:
-                continue
-        if published_as not in places:
-            if published_as in ("lm_head.weight", "text.head.weight"):
-                # a head that is tied to the embedding is stored there
+    for theirs, tensor in tqdm(tensors_in(files), desc=f"loading {os.path.basename(where)}",
+                               unit=" tensors", delay=2, leave=False, mininterval=0.5):
+        name = rename(theirs) if rename else theirs
+        if name not in places:
+            if re.search(IGNORED, name):
                 continue
             raise ValueError(f"{where}: tensor {theirs} has no place in this model")
 
         # the place must have its shape
-        name, expert = places[published_as]
-        ours = name
-        target = wanted[name]
+        ours, expert = places[name]
+        shape = wanted[ours].shape
         if expert is not None:
-            ours = f"{name}[{expert}]"
-            target = target[expert]  # (E, F, D) -> (F, D)
-        shape = tuple(target.shape)
-        if tensor.shape != target.shape:
+            shape = shape[1:]  # (E, F, D) -> (F, D)
+        if tensor.shape != shape:
             raise ValueError(f"{where}: tensor {theirs} has shape {tuple(tensor.shape)}, the "
-                             f"config asks for {shape}")
+                             f"config asks for {tuple(shape)}")
 
-        missing.pop(published_as, None)
+        missing.pop(name, None)
         if listing is not None:
-            listing.append((theirs, ours, shape, tensor.dtype))
-        yield name, expert, tensor
+            place = ours if expert is None else f"{ours}[{expert}]"
+            listing.append((theirs, place, shape, tensor.dtype))
+        yield ours, expert, tensor
         # free it before the next one is read
         del tensor
 
@@ -1136,7 +1132,7 @@ def match_tensors(tensors, wanted, where, rename=None, listing=None):
 
 
 @torch.no_grad()
-def copy_into_shard(param: Tensor, expert: int | None, tensor: Tensor):
+def copy_into_shard(param, expert, tensor):
     """Copy a tensor into a parameter, or as much of it as this process's FSDP shard holds.
 
     expert: copy into that slice of stacked experts; None: into the whole parameter. Without it, a
@@ -1170,9 +1166,9 @@ def copy_into_shard(param: Tensor, expert: int | None, tensor: Tensor):
 def local_folder(path):
     """The folder itself, or where huggingface_hub keeps a model that it has downloaded for a name
     on the hub ("shi-labs/CuMo-mistral-7b")."""
-    if os.path.isfile(os.path.join(path, "config.json")):
+    if os.path.isfile(join(path, "config.json")):
         return path
-    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
                          "train.py`, or check the path")
 
@@ -1191,8 +1187,7 @@ def local_folder(path):
 
 def first_line(error):
     """What an exception says, in one line; of a silent one, its type."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def weight_files(path, theirs):
@@ -1204,20 +1199,20 @@ def weight_files(path, theirs):
     files = main_files(path)
     if not is_multimodal(theirs):
         if not files:
-            raise ValueError(f"{os.path.join(path, 'model.safetensors')}: missing")
+            raise ValueError(f"{join(path, 'model.safetensors')}: missing")
         return files
 
     # of a LLaVA, what the folder's main files lack
     names = shapes_in(files)
-    if not any(name.startswith(TOWER) for name in names):
-        tower = os.path.join(path, "clip.bin")
-        if os.path.exists(tower):
+    if not starting_with(TOWER, names):
+        tower = join(path, "clip.bin")
+        if exists(tower):
             files.append(tower)
         else:
             tower = tower_folder(theirs) or "(no mm_vision_tower in the config)"
             files += weight_files(local_folder(tower), {})
-    connector = os.path.join(path, "mm_projector.bin")
-    if not any(name.startswith(PROJECTOR) for name in names) and os.path.exists(connector):
+    connector = join(path, "mm_projector.bin")
+    if not starting_with(PROJECTOR, names) and exists(connector):
         files.append(connector)
     return files
 
@@ -1225,11 +1220,11 @@ def weight_files(path, theirs):
 def main_files(path):
     """A folder's one file of weights, or the shards that its index names; [] without either."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        file = os.path.join(path, name)
+        file = join(path, name)
         index = file + ".index.json"
-        if os.path.exists(index):
+        if exists(index):
             return shards_of(path, index)
-        if os.path.exists(file):
+        if exists(file):
             return [file]
     return []
 
@@ -1238,22 +1233,22 @@ def shards_of(path, index):
     """The files of a folder that an index of shards names."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
-        files = [os.path.join(path, name) for name in names]
+        files = [join(path, name) for name in names]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index}: not an index of shards: {e!r}") from None
     # say so now, not when the other shards have been read
     for file in files:
-        if not os.path.exists(file):
+        if not exists(file):
             raise ValueError(f"{file}: missing; the index names it. Copy or download it again")
     return files
 
 
-def tensors_in(files):
-    """Yield (name, tensor) of .safetensors and .bin files."""
+def tensors_in(files, device="cpu"):
+    """Yield (name, tensor) of .safetensors and .bin files. On "meta", only shapes are read."""
     for file in files:
         with errors_that_name(file):
             if not file.endswith(".safetensors"):
-                state = read_bin(file)
+                state = read_bin(file, device)
                 for name in list(state):
                     yield name, state.pop(name)
                 continue
@@ -1264,7 +1259,10 @@ def tensors_in(files):
                 names = list(f.keys())
             for name in names:
                 with safe_open(file, framework="pt") as f:
-                    tensor = f.get_tensor(name)
+                    if device == "meta":
+                        tensor = torch.empty(f.get_slice(name).get_shape(), device=device)
+                    else:
+                        tensor = f.get_tensor(name)
                 yield name, tensor
                 del tensor
 
@@ -1278,20 +1276,10 @@ class Shapes(dict):
 
 def shapes_in(files, rename=published_name):
     """The shapes of all tensors in these files, read off their headers."""
-    shapes = Shapes()
-    for file in files:
-        with errors_that_name(file):
-            if file.endswith(".safetensors"):
-                with safe_open(file, framework="pt") as f:
-                    for name in f.keys():
-                        shapes[rename(name)] = tuple(f.get_slice(name).get_shape())
-            else:
-                for name, tensor in read_bin(file, "meta").items():
-                    shapes[rename(name)] = tuple(tensor.shape)
-    return shapes
+    return Shapes((rename(name), tensor.shape) for name, tensor in tensors_in(files, "meta"))
 
 
-def read_bin(file, device="cpu"):
+def read_bin(file, device):
     """The tensors of a .bin, which is a pickle. weights_only refuses one that would run code."""
     # where shapes are enough, the file is mapped and its tensors are not read
     mmap = device == "meta" and zipfile.is_zipfile(file)
@@ -1315,7 +1303,7 @@ def errors_that_name(file):
         raise ValueError(f"{file}: cannot be read, truncated perhaps: {first_line(e)}") from None
 
 
-def read_tokenizer(file: str) -> Tokenizer:
+def read_tokenizer(file):
     """A tokenizer.json, without the truncation and padding that it may ask for: data.py pads and
     cuts."""
     try:
@@ -1332,8 +1320,8 @@ def read_tokenizer(file: str) -> Tokenizer:
 # 6. Models put together, and the tiny presets' backbones
 
 
-def assemble(vision: str, llm: str, connector=None, scales=(1,), template=None, seed: int = 0,
-             dtype=None, listing=None, later=None, audio=None):
+def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dtype=None,
+             listing=None, later=None, audio=None):
     """A model that stage 1 can start from -> (CuMo in eval mode, the decoder's tokenizer or None).
 
     vision: the tower of this folder, or CuMo's clip.bin. llm: the decoder of this folder.
@@ -1342,31 +1330,30 @@ def assemble(vision: str, llm: str, connector=None, scales=(1,), template=None, 
     """
     # sizes first: the parts are on meta, and their weights are streams
     streams = []
-    tower = open_tower(vision, listing, streams)
-    decoder, tokenizer = open_part(llm, "text.", listing, streams)
-    if not isinstance(decoder, CuMo):
-        raise ValueError(f"{llm}: has no decoder; --llm wants a language model's folder")
+    if os.path.isfile(vision):
+        tower = build_on_meta(vision_config({}, shapes_in([vision])))
+        streams.append(match_tensors([vision], state_of(tower), vision, published_name, listing))
+    else:
+        tower, _, _ = open_part(vision, "vision", listing, streams)
+    decoder, config, tokenizer = open_part(llm, "text", listing, streams)
     shapes = shapes_in([connector]) if connector else {}
-    config = Config(
-        vision=dataclasses.replace(tower.config, scales=list(scales)),
+    model = build_on_meta(Config(
+        vision=replace(tower.config, scales=list(scales)),
         connector=ConnectorConfig(n_experts=count(shapes, r"mm_projector\.experts\.(\d+)\.")),
-        text=decoder.config.text,
-        template=template or decoder.config.template,
-    )
-    with torch.device("meta"):
-        model = CuMo(config)
+        text=decoder.config,
+        template=template or config.template,
+    ))
 
     # the connector
     if connector:
-        named = torch.nn.ModuleDict({"connector": model.connector})
-        tensors = tensors_in([connector])
         try:
-            fill_from(match_tensors(tensors, named.state_dict(), connector, published_name,
-                                    listing), named, dtype or torch.float32)
+            fill_from(match_tensors([connector], state_of(model.connector), connector,
+                                    published_name, listing), model.connector,
+                      dtype or torch.float32)
         except ValueError as e:
             plural = "" if len(scales) == 1 else "s"
             raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} "
-                             f"scale{plural}, the decoder {config.text.dim}") from None
+                             f"scale{plural}, the decoder {decoder.config.dim}") from None
     else:
         model.connector.to_empty(device="cpu")
         torch.manual_seed(seed)
@@ -1374,61 +1361,51 @@ def assemble(vision: str, llm: str, connector=None, scales=(1,), template=None, 
 
     # the ear, and a new resampler
     if audio:
-        ear, _ = open_part(audio, "audio.", listing, streams)
-        if not isinstance(ear, AudioTransformer):
-            raise ValueError(f"{audio}: is no ear; --audio wants a Whisper folder")
+        ear, _, _ = open_part(audio, "audio", listing, streams)
         add_audio(model, ear, seed)
 
-    # the weights, now or later; a bridge has the dtype of the sense before it
+    # the weights, now or later
     if later is not None:
         later.extend(streams)
-        return model.eval(), tokenizer
-    fill_from(itertools.chain(*streams), model, dtype)
-    model.connector.to(model.vision.patch.weight.dtype)
-    if audio:
-        model.resampler.to(model.audio.conv1.weight.dtype)
+    else:
+        fill_from(itertools.chain(*streams), model, dtype)
     return model.eval(), tokenizer
 
 
-def open_part(folder, prefix, listing, streams):
-    """`load` on meta. Of the folder's weights, only those with this prefix join the streams."""
+PARTS = {  # what a folder that is to give a part must hold, alone or in a whole model
+    "vision": (VisionTransformer, "has no vision tower; --vision wants a CLIP folder"),
+    "text": (Decoder, "has no decoder; --llm wants a language model's folder"),
+    "audio": (AudioTransformer, "is no ear; --audio wants a Whisper folder"),
+}
+
+
+def open_part(folder, part, listing, streams):
+    """(a part of the model in a folder, on meta; the model's config; its tokenizer). Of the
+    folder's weights, only those of this part join the streams."""
     found = []
     model, tokenizer = load(folder, listing=listing, later=found)
-    streams.append(item for item in found[0] if item[0].startswith(prefix))
-    return model, tokenizer
+    streams.append(item for item in found[0] if item[0].startswith(part + "."))
+    module = getattr(model, part, model)
+    kind, complaint = PARTS[part]
+    if not isinstance(module, kind):
+        raise ValueError(f"{folder}: {complaint}")
+    return module, model.config, tokenizer
 
 
-def open_tower(source, listing, streams):
-    """The tower of a folder, or the one in CuMo's clip.bin, likewise."""
-    if os.path.isfile(source):
-        tower, named = build_on_meta(vision_config({}, shapes_in([source])))
-        streams.append(match_tensors(tensors_in([source]), named.state_dict(), source,
-                                     published_name, listing))
-        return tower
-
-    model, _ = open_part(source, "vision.", listing, streams)
-    if isinstance(model, VisionTransformer):
-        return model
-    if not isinstance(model, CuMo) or model.vision is None:
-        raise ValueError(f"{source}: has no vision tower; --vision wants a CLIP folder")
-    return model.vision
-
-
-def add_audio(model: CuMo, audio: AudioTransformer, seed: int = 0) -> CuMo:
+def add_audio(model: CuMo, audio: AudioTransformer, seed=0) -> CuMo:
     """Give a model an ear, in place: this encoder, and a new resampler behind it."""
     if model.config.audio:
         raise ValueError("this model hears already")
 
     # through Config, which checks the fields; the ear's config and the model's are then one
-    config = dataclasses.replace(model.config, audio=dataclasses.replace(audio.config))
-    audio.config = config.audio
-    model.config.audio = config.audio
+    model.config.audio = replace(model.config, audio=replace(audio.config)).audio
+    audio.config = model.config.audio
 
     # an ear on meta gets its weights later; the resampler is new and has them now
-    weight = next(audio.parameters())
+    weight = audio.conv1.weight
     device = "cpu" if weight.is_meta else weight.device
     with torch.device(device):
-        resampler = Resampler(config.audio, config.text.dim).to(weight.dtype)
+        resampler = Resampler(audio.config, model.config.text.dim).to(weight.dtype)
 
     # the decoder comes last, as in a model that was born with ears
     text = model.text
@@ -1444,10 +1421,9 @@ def add_audio(model: CuMo, audio: AudioTransformer, seed: int = 0) -> CuMo:
 # What CLIP, Mistral and Whisper are to the real presets, a shipped file of pre-trained backbones is
 # to the tiny ones. The bridges between them are not in it: these begin as new.
 BACKBONES = "vision.", "audio.", "text."
-BRIDGES = "connector.", "resampler."
 
 
-def save_backbones(model: CuMo, file: str, tokenizer: Tokenizer):
+def save_backbones(model, file, tokenizer):
     """Write tower, ear and decoder into one file, with config and tokenizer in its header."""
     state = starting_with(BACKBONES, model.state_dict())
     state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
@@ -1457,12 +1433,11 @@ def save_backbones(model: CuMo, file: str, tokenizer: Tokenizer):
     write_atomically(file, lambda temporary: save_file(state, temporary, metadata=header))
 
 
-def load_backbones(file: str):
+def load_backbones(file):
     """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer)."""
     again = "make it again with `python assets/backbones.py`"
     try:
         with safe_open(file, framework="pt") as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
             header = f.metadata() or {}
     except (FileNotFoundError, SafetensorError) as e:
         raise ValueError(f"{file}: cannot be read ({e}); {again}") from None
@@ -1471,9 +1446,8 @@ def load_backbones(file: str):
 
     # a CuMo is born with new weights; the bridges keep theirs
     model = CuMo(Config.from_dict(json.loads(header["config"])))
-    bridges = starting_with(BRIDGES, model.state_dict())
-    tensors = (bridges | tensors).items()
-    fill_from(match_tensors(tensors, model.state_dict(), file), model)
+    wanted = starting_with(BACKBONES, state_of(model))
+    fill_from(match_tensors([file], wanted, file), model)
     return model, Tokenizer.from_str(header["tokenizer"])
 
 
@@ -1523,35 +1497,32 @@ def layer_counts(model, wanted, top_k, sources):
     return counts
 
 
-# fields in which a source's decoder may differ from the model that it goes into
-ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
-                 "noisy", "aux"}
-
-
 def check_decoder(model, where):
     """Raise ValueError unless a folder's model has a decoder to take experts from."""
     if not isinstance(model, CuMo):
         raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
 
 
+# fields in which a source's decoder may differ from the model that it goes into
+ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
+                 "noisy", "aux"}
+
+
 def check_same_sizes(where, theirs, ours, average):
     """Raise ValueError unless a source's parts have the sizes of the model that they go into."""
-    theirs = dataclasses.asdict(theirs)
-    ours = dataclasses.asdict(ours)
     # field by field; a part that is not there has none
     for part in ("text", "vision", "connector", "audio"):
-        our_part = ours[part] or {}
-        their_part = theirs[part] or {}
+        our_part = asdict(ours)[part] or {}
+        their_part = asdict(theirs)[part] or {}
 
         # where only FFNs are taken, a decoder without senses will do
         if part != "text" and not average and not (our_part and their_part):
             continue
         for key in our_part | their_part:
-            if part == "text" and key in ABOUT_EXPERTS:
-                continue
-            if our_part.get(key) != their_part.get(key):
-                raise ValueError(f"{where}: {part}.{key} = {their_part.get(key)}, the model "
-                                 f"that it goes into has {our_part.get(key)}")
+            value = their_part.get(key)
+            if value != our_part.get(key) and not (part == "text" and key in ABOUT_EXPERTS):
+                raise ValueError(f"{where}: {part}.{key} = {value}, the model that it goes into "
+                                 f"has {our_part.get(key)}")
 
 
 NO_TOWER = "a language model alone has no tower to write as {}; --to hf-llm writes the decoder"
@@ -1592,6 +1563,7 @@ def parse(argv=None):
     """The command's flags; ValueError where they do not go together."""
     parser = argparse.ArgumentParser(description=ABOUT,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     for flag, metavar, what in (
         ("--vision", "DIR", "take the tower from this folder (CLIP), or from CuMo's clip.bin"),
         ("--llm", "DIR", "take the decoder and the tokenizer from this folder"),
@@ -1605,8 +1577,7 @@ def parse(argv=None):
         ("--tokenizer", "FILE", "a tokenizer.json, for folders that have only the older "
          "tokenizer.model"),
     ):
-        parser.add_argument(flag, metavar=metavar, help=what)
-    add = parser.add_argument
+        add(flag, metavar=metavar, help=what)
     add("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
     add("--average", action="store_true", help="with --experts: all else is the mean over them")
     add("--every-other", action="store_true",
@@ -1629,7 +1600,7 @@ def parse(argv=None):
             (args.average or args.every_other) and not args.experts):
         raise ValueError("--audio goes with --vision and --llm; --average and --every-other go "
                          "with --experts")
-    if os.path.exists(os.path.join(args.out, "config.json")):
+    if exists(join(args.out, "config.json")):
         raise ValueError(f"{args.out} holds a model already: choose another --out")
     try:
         args.scales = [int(scale) for scale in args.scales.split(",")]
@@ -1678,8 +1649,7 @@ def put_together(args, listing):
     """--experts: the first folder's model, with the FFNs of all folders as experts."""
     folders = args.experts.split(",")
     model, tokenizer = load(folders[0], dtype=args.dtype, listing=listing)
-    if not isinstance(model, CuMo):
-        raise ValueError(f"{folders[0]}: an encoder alone; experts come from models with a decoder")
+    check_decoder(model, folders[0])
 
     where = "every_other" if args.every_other else "all"
     counts = expert_counts(model.config.text.n_layers, where, str(len(folders)))
@@ -1693,13 +1663,13 @@ def print_listing(listing):
     # numbers of layers and experts become {i} and {e}
     groups = Counter()
     for theirs, ours, shape, dtype in listing:
-        sizes = " x ".join(str(size) for size in shape)
-        groups[pattern_of(theirs), pattern_of(ours), sizes, str(dtype)] += 1
+        groups[pattern_of(theirs), pattern_of(ours), shape, dtype] += 1
 
     width = max((len(theirs) for theirs, *_ in groups), default=0)
-    for (theirs, ours, sizes, dtype), n in groups.items():
+    for (theirs, ours, shape, dtype), n in groups.items():
+        sizes = " x ".join(map(str, shape))
         alike = "" if n == 1 else f"  ({n} of them)"
-        dtype = dtype.removeprefix("torch.")
+        dtype = str(dtype).removeprefix("torch.")
         print(f"{theirs:{width}}  ->  {ours:36} {sizes:18} {dtype}{alike}")
 
 
