@@ -471,8 +471,7 @@ def vision_config(theirs, shapes, **more):
     fields = dict(
         # a square of patches, and CLS
         image_size=math.isqrt(n_positions - 1) * patch_size,
-        patch_size=patch_size,
-        dim=dim,
+        patch_size=patch_size, dim=dim,
         n_layers=count(shapes, TOWER + r"encoder\.layers\.(\d+)\."),
         # CLIPVisionConfig's default. Without any config: every CLIP's heads are 64 wide.
         n_heads=12 if theirs else max(1, dim // 64),
@@ -488,12 +487,9 @@ def text_config(theirs, shapes, kind):
 
     # what the shapes and transformers' defaults say, and over it what the config says
     fields = dict(
-        vocab_size=vocab_size,
-        dim=dim,
+        vocab_size=vocab_size, dim=dim, n_heads=32, norm_eps=1e-6,
         n_layers=count(shapes, r"^model\.layers\.(\d+)\."),
-        n_heads=32,
         ffn_dim=first_dimension(shapes, r"^model\.layers\.0\..*(up_proj|\.w3)\.weight"),
-        norm_eps=1e-6,
         tie_embeddings="lm_head.weight" not in shapes,
     )
     if kind == "mixtral":
@@ -558,10 +554,9 @@ def read_whisper(theirs, shapes, path):
     """WhisperModel's encoder."""
     dim, n_mels, _ = shapes[WHISPER + "conv1.weight"]  # (D, mels, 3)
     return AudioConfig(
-        n_mels=n_mels,
+        n_mels=n_mels, dim=dim,
         # the second convolution halves the frames
         n_frames=2 * shapes[WHISPER + "embed_positions.weight"][0],
-        dim=dim,
         n_layers=count(shapes, WHISPER + r"layers\.(\d+)\."),
         n_heads=theirs.get("encoder_attention_heads", dim // 64),
         ffn_dim=shapes[WHISPER + "layers.0.fc1.weight"][0],
@@ -666,13 +661,8 @@ def is_multimodal(theirs):
     return bool(keys & theirs.keys())
 
 
-READERS = {
-    "clip": read_clip,
-    "clip_vision_model": read_clip,
-    "whisper": read_whisper,
-    **dict.fromkeys(DECODERS, read_decoder),
-    **dict.fromkeys(LLAVA_DECODERS, read_llava),
-}
+READERS = {"clip": read_clip, "clip_vision_model": read_clip, "whisper": read_whisper,
+           **dict.fromkeys(DECODERS, read_decoder), **dict.fromkeys(LLAVA_DECODERS, read_llava)}
 
 
 def is_own(theirs):
@@ -913,7 +903,6 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
 
     # adapters are added to the weights that they stand beside
     state = merge_state(model.state_dict() if state is None else state, model)
-    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
     # a tower alone: give its tensors the names that they have in a model
     config = model.config
@@ -954,8 +943,7 @@ def save_tensors(folder, tensors):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_atomically(join(folder, file),
-                         lambda temporary: save_file(shard, temporary, metadata={"format": "pt"}))
+        write_tensors(join(folder, file), shard)
         weight_map |= dict.fromkeys(shard, file)
 
     # which file holds a tensor
@@ -966,6 +954,13 @@ def save_tensors(folder, tensors):
     elif exists(index):
         # it belongs to an older, larger model, and loading would follow it
         os.remove(index)
+
+
+def write_tensors(file, tensors, **header):
+    """Write a .safetensors file, atomically."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    header = {"format": "pt", **header}
+    write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata=header))
 
 
 def write_atomically(path, write):
@@ -1037,11 +1032,8 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     else:
         fill_from(stream, model, dtype, device)
 
-    tokenizer = None
-    tokenizer_file = join(path, "tokenizer.json")
-    if exists(tokenizer_file):
-        tokenizer = read_tokenizer(tokenizer_file)
-    return model.eval(), tokenizer
+    file = join(path, "tokenizer.json")
+    return model.eval(), read_tokenizer(file) if exists(file) else None
 
 
 def build_on_meta(config):
@@ -1255,10 +1247,8 @@ def tensors_in(files, device="cpu"):
 
             # The file is opened anew for each tensor: it is mapped into memory, and pages that
             # were read count as memory as long as it is open
-            with safe_open(file, framework="pt") as f:
-                names = list(f.keys())
-            for name in names:
-                with safe_open(file, framework="pt") as f:
+            for name in safe_open(file, "pt").keys():
+                with safe_open(file, "pt") as f:
                     if device == "meta":
                         tensor = torch.empty(f.get_slice(name).get_shape(), device=device)
                     else:
@@ -1425,19 +1415,16 @@ BACKBONES = "vision.", "audio.", "text."
 
 def save_backbones(model, file, tokenizer):
     """Write tower, ear and decoder into one file, with config and tokenizer in its header."""
-    state = starting_with(BACKBONES, model.state_dict())
-    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    header = {"format": "pt", "tokenizer": tokenizer.to_str(),
-              "config": json.dumps(model.config.to_dict())}
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    write_atomically(file, lambda temporary: save_file(state, temporary, metadata=header))
+    write_tensors(file, starting_with(BACKBONES, model.state_dict()),
+                  tokenizer=tokenizer.to_str(), config=json.dumps(model.config.to_dict()))
 
 
 def load_backbones(file):
     """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer)."""
     again = "make it again with `python assets/backbones.py`"
     try:
-        with safe_open(file, framework="pt") as f:
+        with safe_open(file, "pt") as f:
             header = f.metadata() or {}
     except (FileNotFoundError, SafetensorError) as e:
         raise ValueError(f"{file}: cannot be read ({e}); {again}") from None
@@ -1467,11 +1454,9 @@ def layer_counts(model, wanted, top_k, sources):
     for part, given in wanted.items():
         # one number for each layer
         owners = ffn_owners(model, part)
-        numbers = [given] if isinstance(given, int) else list(given)
-        if any(numbers) and not owners:
+        if given and not owners:
             raise ValueError(f"{part}: this model has no such part to upcycle")
-        if isinstance(given, int):
-            numbers = numbers * len(owners)
+        numbers = [given] * len(owners) if isinstance(given, int) else list(given)
         if len(numbers) != len(owners):
             raise ValueError(f"{part}: {len(numbers)} expert counts for {len(owners)} layers")
         counts[part] = numbers
@@ -1661,9 +1646,8 @@ def print_listing(listing):
     """(their name, our name, shape, dtype) of each tensor, a line for all layers and experts that
     are alike."""
     # numbers of layers and experts become {i} and {e}
-    groups = Counter()
-    for theirs, ours, shape, dtype in listing:
-        groups[pattern_of(theirs), pattern_of(ours), shape, dtype] += 1
+    groups = Counter((pattern_of(theirs), pattern_of(ours), shape, dtype)
+                     for theirs, ours, shape, dtype in listing)
 
     width = max((len(theirs) for theirs, *_ in groups), default=0)
     for (theirs, ours, shape, dtype), n in groups.items():
