@@ -47,11 +47,10 @@ from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connecto
 def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **limits) -> MoE:
     """A MoE whose experts are all copies of one dense FFN, on its device and in its dtype.
 
-    The router is drawn from Normal(0, 0.02). real_router: put it on the CPU even if the dense FFN
-    is on meta. limits: the capacities that kernels.MoE takes. Asserts that the output is unchanged.
+    real_router: put the router on the CPU even if the dense FFN is on meta. limits: the capacities
+    that kernels.MoE takes. Asserts that the output is unchanged.
     """
     ffn_dim, dim = dense.w_in.shape
-
     # a module on meta takes no memory: its weights are made below
     with torch.device("meta"):
         moe = MoE(dim, ffn_dim, dense.act, n_experts, top_k, dim_out=len(dense.w_out),
@@ -68,8 +67,7 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
     moe.load_state_dict(state, assign=True)
 
     # drawn even where nothing can be compared, as the next layer's router depends on the generator
-    x = torch.randn(16, dim, generator=generator)
-    assert_same_output(dense, moe, x)
+    assert_same_output(dense, moe, torch.randn(16, dim, generator=generator))
     return moe
 
 
@@ -84,8 +82,7 @@ def assert_same_output(dense, moe, x):
 
     # Rounding is allowed: weights sum to 1 only nearly, and long sums are added in another order.
     # A real fault would be larger by far.
-    tolerance = 8 * torch.finfo(x.dtype).eps + 1e-4
-    tolerance = tolerance * before.abs().max().clamp(min=1e-3)
+    tolerance = (8 * torch.finfo(x.dtype).eps + 1e-4) * before.abs().max().clamp(min=1e-3)
     assert difference <= tolerance, f"upcycling changed the output by {difference}"
 
 
@@ -96,9 +93,9 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     vision, connector, text: the number of experts, for all layers of the part or as a list with one
     for each layer; 0 leaves a layer dense. CuMo's third stage is upcycle(model, vision=4,
     connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16).
-    experts: models that were fine-tuned apart, to be put together as the decoder's experts (see
-    `mix_experts`): folders or CuMos, of this model's architecture. Without `text`, all layers.
-    real_routers: a model on meta, whose other weights come later, gets its routers now.
+    experts: folders or CuMos of this architecture, fine-tuned apart, to be put together as the
+    decoder's experts (`mix_experts`). Without `text`, in all layers. real_routers: a model on meta,
+    whose other weights come later, gets its routers now.
     Raises ValueError for what cannot be done, before anything changes.
     """
     # Uni-MoE: as many experts as there are models to put together
@@ -126,7 +123,6 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
                 config.n_experts = n_experts
             else:
                 config.n_experts[layer] = n_experts
-
     mix_experts(model, sources, average)
     return model
 
@@ -135,8 +131,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
 def mix_experts(model, sources, average):
     """Uni-MoE's mixture: expert e of every decoder MoE becomes the FFN of the e-th source.
 
-    All else stays the model's own, or with `average` becomes the mean over the sources. The
-    sources' weights stream through one by one, so they are never all in memory.
+    All else stays the model's own, or with `average` becomes the mean over the sources, whose
+    weights stream through one by one.
     """
     params = dict(model.named_parameters())
     # a source is dense: its FFN (F, D) becomes slice e of the model's (E, F, D)
@@ -154,8 +150,8 @@ def moe_layers(where, n_layers):
     layer is its choice), or layer numbers with commas. Raises ValueError for anything else."""
     layers = list(range(n_layers))
     half = n_layers // 2
-    places = {"every_other": layers[::2], "all": layers, "first_half": layers[:half],
-              "second_half": layers[half:]}
+    places = {"every_other": layers[::2], "all": layers,
+              "first_half": layers[:half], "second_half": layers[half:]}
     chosen = places.get(where)
     if chosen is None:
         try:
@@ -892,11 +888,10 @@ LAYOUTS = {"own": write_own, "cumo": write_cumo, "moe-llava": write_moe_llava,
 def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "own"):
     """Write a model folder, with the tokenizer if there is one, and with LoRA adapters merged.
 
-    state: replaces model.state_dict() where the weights are gathered elsewhere (FSDP).
-    layout: "own"; "cumo" and "moe-llava", which the released codes load; "hf-llm" and "hf-clip",
-    the decoder or the (dense) tower alone for transformers. A VisionTransformer can be given as
-    model for "hf-clip". Raises ValueError, before anything is written, where a layout cannot hold
-    this model.
+    state: replaces model.state_dict() where the weights are gathered elsewhere (FSDP). layout:
+    "own"; "cumo" and "moe-llava", which the released codes load; "hf-llm" and "hf-clip", the
+    decoder or the (dense) tower alone for transformers, the latter also of a VisionTransformer.
+    Raises ValueError, before anything is written, where a layout cannot hold this model.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
@@ -994,18 +989,15 @@ def write_json(path, value):
 def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     """A model folder, or a model's name on the Hugging Face hub -> (model, tokenizer or None).
 
-    Understands the layouts in SUPPORTED; config.json says which it is, never the folder's name. The
-    model is a CuMo (without senses if the folder holds a decoder: model(tokens) works), of CLIP a
-    VisionTransformer, of Whisper an AudioTransformer; in eval mode.
+    Of the layouts in SUPPORTED, config.json says which it is. The model is a CuMo (without senses
+    if the folder holds a decoder), of CLIP a VisionTransformer, of Whisper an AudioTransformer; in
+    eval mode. Weights stream one by one into their final place, in the dtype that they are stored
+    in unless one is given, so memory peaks little above the model's size.
 
-    Weights stream one by one into their final place, in the dtype that they are stored in unless
-    one is given, so memory peaks little above the model's size.
-    listing: collects (their name, our name, shape, dtype) of each tensor.
-    later: the model stays on meta, and the stream of its weights is appended to this list, for
-    `copy_into_shard`. So a process that shards the model first never holds the whole.
-
-    Raises ValueError naming the file, key or tensor that is missing, left over, of the wrong shape
-    or not readable.
+    listing: collects (their name, our name, shape, dtype) of each tensor. later: the model stays on
+    meta, and the stream of its weights is appended to this list, for `copy_into_shard`: a process
+    that shards the model first never holds the whole. Raises ValueError naming the file, key or
+    tensor that is missing, left over, of the wrong shape or not readable.
     """
     path = local_folder(os.fspath(path))
     config_file = join(path, "config.json")
@@ -1088,9 +1080,7 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
     purpose, and every parameter filled; else a ValueError names it.
     """
     # where each of their tensors goes
-    places = {name: (name, None) for name in wanted}
-    if rename:
-        places = published_places(wanted)
+    places = published_places(wanted) if rename else {name: (name, None) for name in wanted}
     missing = dict(places)
 
     for theirs, tensor in tqdm(tensors_in(files), desc=f"loading {os.path.basename(where)}",
@@ -1138,10 +1128,9 @@ def copy_into_shard(param, expert, tensor):
     if isinstance(param, DTensor):
         here = param.to_local()
         dim = param.placements[0].dim
-        mesh = param.device_mesh
         n_rows = param.shape[dim]
-        chunk = -(-n_rows // mesh.size())
-        start = min(n_rows, chunk * mesh.get_local_rank())
+        chunk = math.ceil(n_rows / param.device_mesh.size())
+        start = min(n_rows, chunk * param.device_mesh.get_local_rank())
         source = source.narrow(dim, start, here.shape[dim])
         if dim == 0:
             first_expert = start
@@ -1201,8 +1190,8 @@ def weight_files(path, theirs):
         if exists(tower):
             files.append(tower)
         else:
-            tower = tower_folder(theirs) or "(no mm_vision_tower in the config)"
-            files += weight_files(local_folder(tower), {})
+            named = tower_folder(theirs) or "(no mm_vision_tower in the config)"
+            files += weight_files(local_folder(named), {})
     connector = join(path, "mm_projector.bin")
     if not starting_with(PROJECTOR, names) and exists(connector):
         files.append(connector)
@@ -1525,20 +1514,14 @@ def check_senses(config, layout):
 # -------------------------------------------------------------------------------------------------
 # 8. `python upcycle.py`: put a model together or convert one, and see where each tensor goes
 
-ABOUT = """Weights in and out.
+ABOUT = """Weights in and out: python upcycle.py ... --out DIR, where ... is one of these.
 
-  python upcycle.py --vision CLIP_DIR --llm LLM_DIR --scales 1,3 --out DIR
-      tower + decoder + new connector: where stage 1 starts
-  python upcycle.py --vision CLIP_DIR --llm LLM_DIR --audio WHISPER_DIR --out DIR
-      the same + ear + new resampler: where Uni-MoE's stage 1 starts
-  python upcycle.py --experts DIR_A,DIR_B,DIR_C,DIR_D --out DIR
-      decoders trained apart -> the experts of one
-  python upcycle.py --from CUMO_DIR --out DIR
-      any layout that is understood -> this project's
-  python upcycle.py --from DIR --to cumo --out DIR
-      -> the published CuMo layout
-  python upcycle.py --from DIR --to hf-llm --out DIR
-      the decoder alone, for transformers (hf-clip: the tower)
+  --vision CLIP_DIR --llm LLM_DIR --scales 1,3     tower + decoder + new connector: for stage 1
+  --vision CLIP_DIR --llm LLM_DIR --audio WHISPER_DIR     + ear + new resampler: for Uni-MoE's
+  --experts DIR_A,DIR_B,DIR_C,DIR_D     decoders trained apart -> the experts of one
+  --from CUMO_DIR             any layout that is understood -> this project's
+  --from DIR --to cumo        -> the published CuMo layout
+  --from DIR --to hf-llm      the decoder alone, for transformers (hf-clip: the tower)
 
 A name on the Hugging Face hub can stand in a folder's place. Every tensor's two names are printed;
 one that is missing, left over or of the wrong shape is an error."""
@@ -1553,14 +1536,11 @@ def parse(argv=None):
         ("--vision", "DIR", "take the tower from this folder (CLIP), or from CuMo's clip.bin"),
         ("--llm", "DIR", "take the decoder and the tokenizer from this folder"),
         ("--audio", "DIR", "take an ear from this folder (Whisper)"),
-        ("--connector", "FILE", "take the connector from this mm_projector.bin; default: a new "
-         "one"),
-        ("--experts", "DIRS", "models, with commas: their decoders' FFNs become experts, all else "
-         "is the first's"),
-        ("--template", None, "chat template: mistral, vicuna, openchat, plain or tiny; default: by "
-         "the decoder's architecture"),
-        ("--tokenizer", "FILE", "a tokenizer.json, for folders that have only the older "
-         "tokenizer.model"),
+        ("--connector", "FILE", "take the connector from this mm_projector.bin; default: new"),
+        ("--experts", "DIRS", "with commas: their decoders' FFNs become the first one's experts"),
+        ("--template", None, "chat template: mistral, vicuna, openchat, plain or tiny; default: "
+         "by the decoder's architecture"),
+        ("--tokenizer", "FILE", "a tokenizer.json, for folders with an older tokenizer.model"),
     ):
         add(flag, metavar=metavar, help=what)
     add("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
@@ -1569,12 +1549,9 @@ def parse(argv=None):
         help="with --experts: in layers 0, 2, 4... only; the others stay dense")
     add("--out", required=True, metavar="DIR", help="folder to write; must not hold a model yet")
     add("--to", choices=LAYOUTS, default="own", help="layout to write (default: own)")
-    add("--scales", default="1",
-        help="S2 scales of a model put together, for example 1,3 (CuMo; default: 1)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="store weights so; default: as they are")
-    add("--seed", type=int, default=0,
-        help="of a new connector, resampler or routers (default: 0)")
+    add("--scales", default="1", help="S2 scales of a new model, for example 1,3 (default: 1)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are stored")
+    add("--seed", type=int, default=0, help="of a new connector, resampler or routers (default: 0)")
     args = parser.parse_args(argv)
 
     # which flags go together
@@ -1610,7 +1587,7 @@ def main(argv=None):
                                     audio=args.audio)
     print_listing(listing)
 
-    # our own layout holds no encoder alone; of the others, one holds a tower
+    # one layout holds a tower, and none holds an ear alone
     is_tower = isinstance(model, VisionTransformer)
     if isinstance(model, AudioTransformer) or (is_tower and args.to == "own"):
         raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: "
