@@ -15,7 +15,6 @@ Shapes: N tokens, D width, F FFN width, E experts.
 """
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -25,56 +24,50 @@ import re
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import asdict, replace
+from os.path import exists, join
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from kernels import FFN, MoE
-from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, ConnectorConfig, CuMo,
-                   Resampler, TextConfig, VisionConfig, VisionTransformer, adapted, merge_state)
+from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connector, ConnectorConfig,
+                   CuMo, Decoder, Resampler, TextConfig, VisionConfig, VisionTransformer, adapted,
+                   merge_state)
 
 # -------------------------------------------------------------------------------------------------
 # 1. Dense -> experts
 
 
 @torch.no_grad()
-def experts_from(dense: FFN, n_experts: int, top_k: int, generator: torch.Generator,
-                 real_router: bool = False, **limits) -> MoE:
+def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **limits) -> MoE:
     """A MoE whose experts are all copies of one dense FFN, on its device and in its dtype.
 
-    The router is drawn from Normal(0, 0.02). real_router: put it on the CPU even if the dense FFN
-    is on meta. limits: the capacities that kernels.MoE takes. Asserts that the output is unchanged.
+    real_router: put the router on the CPU even if the dense FFN is on meta. limits: the capacities
+    that kernels.MoE takes. Asserts that the output is unchanged.
     """
     ffn_dim, dim = dense.w_in.shape
-    device = dense.w_in.device
-    dtype = dense.w_in.dtype
-
     # a module on meta takes no memory: its weights are made below
     with torch.device("meta"):
         moe = MoE(dim, ffn_dim, dense.act, n_experts, top_k, dim_out=len(dense.w_out),
                   gated=dense.w_gate is not None, bias=dense.b_in is not None, **limits)
 
-    # every expert is a copy
-    state = {}
-    for name, weight in dense.named_parameters():
-        state[name] = torch.stack([weight] * n_experts)  # (F, D) -> (E, F, D)
+    # every expert is a copy: (F, D) -> (E, F, D)
+    state = {name: torch.stack([w] * n_experts) for name, w in dense.named_parameters()}
 
     # only the router is new, and small, so that in the beginning no expert is preferred by much
     router = torch.randn(n_experts, dim, generator=generator) * 0.02  # (E, D)
-    if real_router and dense.w_in.is_meta:
-        device = "cpu"
-    state["router"] = router.to(device, dtype)
+    state["router"] = router.to(dense.w_in.dtype)
+    if not (real_router and dense.w_in.is_meta):
+        state["router"] = router.to(dense.w_in)
     moe.load_state_dict(state, assign=True)
-    moe.requires_grad_(True)
 
     # drawn even where nothing can be compared, as the next layer's router depends on the generator
-    x = torch.randn(16, dim, generator=generator)
-    assert_same_output(dense, moe, x)
+    assert_same_output(dense, moe, torch.randn(16, dim, generator=generator))
     return moe
 
 
@@ -83,16 +76,13 @@ def assert_same_output(dense, moe, x):
     # there is nothing to compare on meta, and experts with a capacity may drop tokens
     if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
         return
-
-    x = x.to(dense.w_in.device, dense.w_in.dtype)
+    x = x.to(dense.w_in)
     before = dense(x)[0].float()
-    after = moe(x)[0].float()
-    difference = (before - after).abs().max()
+    difference = (before - moe(x)[0].float()).abs().max()
 
     # Rounding is allowed: weights sum to 1 only nearly, and long sums are added in another order.
     # A real fault would be larger by far.
-    tolerance = 8 * torch.finfo(x.dtype).eps + 1e-4
-    tolerance = tolerance * before.abs().max().clamp(min=1e-3)
+    tolerance = (8 * torch.finfo(x.dtype).eps + 1e-4) * before.abs().max().clamp(min=1e-3)
     assert difference <= tolerance, f"upcycling changed the output by {difference}"
 
 
@@ -100,25 +90,19 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
             real_routers: bool = False, experts=None, average: bool = False) -> CuMo:
     """Turn dense FFNs into MoEs, in place, and return the model.
 
-    vision, connector, text: the number of experts. One number counts for all layers of the part; a
-    list (vision, text) has one for each layer; 0 leaves a layer dense. CuMo's third stage is
-    upcycle(model, vision=4, connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16).
-
-    experts: models that were fine-tuned apart, to be put together as the decoder's experts (see
-    `mix_experts`): folders or CuMos, of this model's architecture. Without `text`, all layers.
-
-    real_routers: a model on meta, whose other weights come later, gets its routers now.
-
-    Raises ValueError for what cannot be done, before anything changes: a bad number of experts, a
-    layer that has experts already, a source that does not fit.
+    vision, connector, text: the number of experts, for all layers of the part or as a list with one
+    for each layer; 0 leaves a layer dense. CuMo's third stage is upcycle(model, vision=4,
+    connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16).
+    experts: folders or CuMos of this architecture, fine-tuned apart, to be put together as the
+    decoder's experts (`mix_experts`). Without `text`, in all layers. real_routers: a model on meta,
+    whose other weights come later, gets its routers now.
+    Raises ValueError for what cannot be done, before anything changes.
     """
     # Uni-MoE: as many experts as there are models to put together
     sources = []
     if experts is not None:
         sources = open_sources(model, experts, average)
         text = text or len(sources)
-
-    # all checks come before the first change
     wanted = {"vision": vision, "connector": connector, "text": text}
     counts = layer_counts(model, wanted, top_k, sources)
 
@@ -139,7 +123,6 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
                 config.n_experts = n_experts
             else:
                 config.n_experts[layer] = n_experts
-
     mix_experts(model, sources, average)
     return model
 
@@ -148,8 +131,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
 def mix_experts(model, sources, average):
     """Uni-MoE's mixture: expert e of every decoder MoE becomes the FFN of the e-th source.
 
-    All else stays the model's own, or with `average` becomes the mean over the sources. The
-    sources' weights stream through one by one, so they are never all in memory.
+    All else stays the model's own, or with `average` becomes the mean over the sources, whose
+    weights stream through one by one.
     """
     params = dict(model.named_parameters())
     # a source is dense: its FFN (F, D) becomes slice e of the model's (E, F, D)
@@ -162,31 +145,19 @@ def mix_experts(model, sources, average):
                 params[name].lerp_(tensor.to(params[name]), 1 / (e + 1))
 
 
-PLACEMENTS = "every_other", "all", "first_half", "second_half"
-
-
-def moe_layers(where: str, n_layers: int) -> list[int]:
-    """The decoder layers that get experts, of n_layers.
-
-    where: one of PLACEMENTS, which MoE-LLaVA compares (every other layer is its choice), or layer
-    numbers with commas. Raises ValueError for anything else, and for layers that do not exist.
-    """
-    # a place by name
+def moe_layers(where, n_layers):
+    """The decoder layers that get experts: a place by name, as MoE-LLaVA compares them (every other
+    layer is its choice), or layer numbers with commas. Raises ValueError for anything else."""
     layers = list(range(n_layers))
     half = n_layers // 2
-    chosen = {
-        "every_other": layers[::2],
-        "all": layers,
-        "first_half": layers[:half],
-        "second_half": layers[half:],
-    }.get(where)
-
-    # or the layers one by one
+    places = {"every_other": layers[::2], "all": layers,
+              "first_half": layers[:half], "second_half": layers[half:]}
+    chosen = places.get(where)
     if chosen is None:
         try:
             chosen = [int(i) for i in where.split(",")]
         except ValueError:
-            raise ValueError(f"--moe-layers {where}: {', '.join(PLACEMENTS)}, or layer numbers "
+            raise ValueError(f"--moe-layers {where}: {', '.join(places)}, or layer numbers "
                              "with commas") from None
     if not chosen or not set(chosen) <= set(layers) or len(set(chosen)) < len(chosen):
         raise ValueError(f"--moe-layers {where}: the decoder has layers 0 to {n_layers - 1}; "
@@ -198,7 +169,7 @@ def moe_layers(where: str, n_layers: int) -> list[int]:
 # ---- programs' names and configurations, model folders in and out, and the command line.      ----
 
 
-def expert_counts(n_layers: int, where: str, n_experts: str) -> list[int]:
+def expert_counts(n_layers, where, n_experts):
     """The number of experts of each decoder layer, 0 where it stays dense.
 
     where: as for moe_layers. n_experts: one number for all of these layers, or one for each of
@@ -206,17 +177,18 @@ def expert_counts(n_layers: int, where: str, n_experts: str) -> list[int]:
     """
     layers = moe_layers(where, n_layers)
     numbers = [int(n) for n in n_experts.split(",")]
-    if len(numbers) == 1:
-        numbers = numbers * len(layers)
-    if len(numbers) != len(layers):
+    if len(numbers) not in (1, len(layers)):
         raise ValueError(f"--n-experts {n_experts} has {len(numbers)} numbers, --moe-layers "
                          f"{where} are {len(layers)} layers")
+    return spread(numbers, layers, n_layers)
 
-    # spread them over the decoder
-    counts = [0] * n_layers
-    for layer, number in zip(layers, numbers):
-        counts[layer] = number
-    return counts
+
+def spread(numbers, layers, n_layers):
+    """One number for each of these layers, or one for them all -> one for every layer, or 0."""
+    if len(numbers) == 1:
+        numbers = numbers * len(layers)
+    number_of = dict(zip(layers, numbers, strict=True))
+    return [number_of.get(layer, 0) for layer in range(n_layers)]
 
 
 def ffn_owners(model, part):
@@ -224,9 +196,7 @@ def ffn_owners(model, part):
     module = getattr(model, part)
     if module is None:
         return []
-    if part == "connector":
-        return [module]
-    return list(module.layers)
+    return getattr(module, "layers", [module])
 
 
 def open_sources(model, experts, average):
@@ -240,8 +210,8 @@ def open_sources(model, experts, average):
                          "that has its weights")
     streams = []
     for i, source in enumerate(experts):
+        where = f"expert {i}"
         if isinstance(source, CuMo):
-            where = f"expert {i}"
             state = merge_state(source.state_dict(), source)
             if source is model and average:
                 # averaging changes the model while the others still stream in
@@ -250,10 +220,9 @@ def open_sources(model, experts, average):
         else:
             where = os.fspath(source)
             source, _ = load(source, later=streams)
+            check_decoder(source, where)
 
         # what cannot become an expert of this model
-        if not isinstance(source, CuMo):
-            raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
         if any(source.config.text.n_experts):
             raise ValueError(f"{where}: has experts in its decoder; only dense models can become "
                              "experts")
@@ -269,8 +238,8 @@ def open_sources(model, experts, average):
 # RENAMES turns all of them into published names. TABLE says what we call each of these. It serves
 # loading, saving and the listing that `python upcycle.py` prints.
 #
-# {i} is a layer, {p} stands for weight and bias, {e} is an expert. Their experts have a tensor
-# each; ours are stacked, so w_in[{e}] is one slice of a tensor (E, F, D).
+# {i} is a layer, {e} an expert; {p} is weight or bias, and {w} our w or b. Their experts have a
+# tensor each; ours are stacked, so w_in[{e}] is one slice of a tensor (E, F, D).
 
 TOWER = "model.vision_tower.vision_model."
 PROJECTOR = "model.mm_projector."
@@ -281,8 +250,7 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         embeddings.class_embedding             cls
         embeddings.patch_embedding.weight      patch.weight
         embeddings.position_embedding.weight   pos
-        pre_layrnorm.{p}                       pre_norm.{p}
-     """),  # the typo is CLIP's
+        pre_layrnorm.{p}                       pre_norm.{p}"""),  # the typo is CLIP's
     (TOWER + "encoder.layers.{i}.", "vision.layers.{i}.", """
         layer_norm1.{p}                        norm1.{p}
         layer_norm2.{p}                        norm2.{p}
@@ -290,33 +258,22 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         self_attn.k_proj.{p}                   k.{p}
         self_attn.v_proj.{p}                   v.{p}
         self_attn.out_proj.{p}                 o.{p}
-        mlp.fc1.weight                         ffn.w_in
-        mlp.fc1.bias                           ffn.b_in
-        mlp.fc2.weight                         ffn.w_out
-        mlp.fc2.bias                           ffn.b_out
+        mlp.fc1.{p}                            ffn.{w}_in
+        mlp.fc2.{p}                            ffn.{w}_out
         gate.weight                            ffn.router
-        experts.{e}.fc1.weight                 ffn.w_in[{e}]
-        experts.{e}.fc1.bias                   ffn.b_in[{e}]
-        experts.{e}.fc2.weight                 ffn.w_out[{e}]
-        experts.{e}.fc2.bias                   ffn.b_out[{e}]
-     """),
+        experts.{e}.fc1.{p}                    ffn.{w}_in[{e}]
+        experts.{e}.fc2.{p}                    ffn.{w}_out[{e}]"""),
     (PROJECTOR, "connector.", """
-        0.weight                               ffn.w_in
-        0.bias                                 ffn.b_in
-        2.weight                               ffn.w_out
-        2.bias                                 ffn.b_out
+        0.{p}                                  ffn.{w}_in
+        2.{p}                                  ffn.{w}_out
         gate.weight                            ffn.router
-        experts.{e}.0.weight                   ffn.w_in[{e}]
-        experts.{e}.0.bias                     ffn.b_in[{e}]
-        experts.{e}.2.weight                   ffn.w_out[{e}]
-        experts.{e}.2.bias                     ffn.b_out[{e}]
-     """),
+        experts.{e}.0.{p}                      ffn.{w}_in[{e}]
+        experts.{e}.2.{p}                      ffn.{w}_out[{e}]"""),
     (WHISPER, "audio.", """
         conv1.{p}                              conv1.{p}
         conv2.{p}                              conv2.{p}
         embed_positions.weight                 pos
-        layer_norm.{p}                         norm.{p}
-     """),
+        layer_norm.{p}                         norm.{p}"""),
     (WHISPER + "layers.{i}.", "audio.layers.{i}.", """
         self_attn_layer_norm.{p}               norm1.{p}
         final_layer_norm.{p}                   norm2.{p}
@@ -324,16 +281,12 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         self_attn.k_proj.weight                k.weight
         self_attn.v_proj.{p}                   v.{p}
         self_attn.out_proj.{p}                 o.{p}
-        fc1.weight                             ffn.w_in
-        fc1.bias                               ffn.b_in
-        fc2.weight                             ffn.w_out
-        fc2.bias                               ffn.b_out
-     """),
+        fc1.{p}                                ffn.{w}_in
+        fc2.{p}                                ffn.{w}_out"""),
     ("", "text.", """
         model.embed_tokens.weight              embed.weight
         model.norm.weight                      norm.weight
-        lm_head.weight                         head.weight
-     """),
+        lm_head.weight                         head.weight"""),
     ("model.layers.{i}.", "text.layers.{i}.", """
         input_layernorm.weight                 norm1.weight
         post_attention_layernorm.weight        norm2.weight
@@ -347,24 +300,21 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         block_sparse_moe.gate.weight           ffn.router
         block_sparse_moe.experts.{e}.w1.weight ffn.w_gate[{e}]
         block_sparse_moe.experts.{e}.w3.weight ffn.w_in[{e}]
-        block_sparse_moe.experts.{e}.w2.weight ffn.w_out[{e}]
-     """),
+        block_sparse_moe.experts.{e}.w2.weight ffn.w_out[{e}]"""),
 ]
 PUBLISHED = {}  # our name -> the published one, with {i} and {e} in both
 for their_prefix, our_prefix, rows in TABLE:
     for row in rows.strip().splitlines():
-        theirs, ours = row.split()
         for kind in ("weight", "bias"):
-            our_name = (our_prefix + ours).replace("{p}", kind)
-            PUBLISHED[our_name] = (their_prefix + theirs).replace("{p}", kind)
+            theirs, ours = row.replace("{p}", kind).replace("{w}", kind[0]).split()
+            PUBLISHED[our_prefix + ours] = their_prefix + theirs
 
 RENAMES = [  # applied one after the other
     # the tower in LLaVA and MoE-LLaVA; in CLIP's folders, old and new, and in CuMo's clip.bin
     (r"^(model\.)?(vision|image)_tower\.((vision|image)_tower\.)?(vision_model\.)?", TOWER),
     (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", TOWER),
     # the connector in LLaVA and MoE-LLaVA
-    (r"^(model\.)?(mm_projector|multi_modal_projector)\.", PROJECTOR),
-    (r"^model\.mm_projector\.image_spatial_proj\.", PROJECTOR),
+    (r"^(model\.)?(mm_projector|multi_modal_projector)\.(image_spatial_proj\.)?", PROJECTOR),
     (r"^model\.mm_projector\.linear_1\.", PROJECTOR + "0."),
     (r"^model\.mm_projector\.linear_2\.", PROJECTOR + "2."),
     # MoE-LLaVA's experts
@@ -377,19 +327,12 @@ RENAMES = [  # applied one after the other
     (r"^(model\.)?language_model\.(?=lm_head)", ""),
     (r"^(model\.)?language_model\.(model\.)?", "model."),
 ]
-IGNORED = [  # what a checkpoint may hold and this model has no use for
-    # behind CLIP's last layer, which LLaVA does not use
-    r"\.post_layernorm\.",
-    # constants that old versions stored
-    r"\.position_ids$",
-    r"\.rotary_emb\.inv_freq$",
-    # CLIP's other half
-    r"^text_model\.",
-    r"^(visual|text)_projection\.",
-    r"^logit_scale$",
-    # Whisper's other half
-    r"^audio_tower\.(decoder|proj_out)\.",
-]
+# What a checkpoint may hold and this model has no place for: what is behind CLIP's last layer,
+# which LLaVA does not use; constants that old versions stored; CLIP's other half; Whisper's; and
+# a head that is tied to the embedding and stored there, under their name or ours.
+IGNORED = (r"\.post_layernorm\.|\.position_ids$|\.rotary_emb\.inv_freq$"
+           r"|^text_model\.|^(visual|text)_projection\.|^logit_scale$"
+           r"|^audio_tower\.(decoder|proj_out)\.|^lm_head\.weight$|^text\.head\.weight$")
 
 
 def published_name(name):
@@ -425,23 +368,16 @@ def published_places(state):
     """
     places = {}
     for ours, tensor in state.items():
-        layer = re.search(r"(?<=layers\.)\d+", ours)
         pattern = pattern_of(ours)
-        stacked = is_stacked(ours, state)
-        if stacked:
+        experts = [None]
+        if is_stacked(ours, state):
             pattern += "[{e}]"
+            experts = range(len(tensor))
 
-        # the layer's number is the same on both sides
-        theirs = PUBLISHED[pattern]
-        if layer:
-            theirs = theirs.replace("{i}", layer[0])
-
-        # theirs keep one tensor for each expert
-        if not stacked:
-            places[theirs] = (ours, None)
-            continue
-        for expert in range(len(tensor)):
-            places[theirs.replace("{e}", str(expert))] = (ours, expert)
+        # the layer's number, if there is one, is the same on both sides
+        layer = re.search(r"layers\.(\d+)|$", ours)[1]
+        for expert in experts:
+            places[PUBLISHED[pattern].format(i=layer, e=expert)] = (ours, expert)
     return places
 
 
@@ -449,9 +385,7 @@ def published(state):
     """Our state dict under the published names, experts one by one: views, no copies."""
     out = {}
     for theirs, (ours, expert) in published_places(state).items():
-        out[theirs] = state[ours]
-        if expert is not None:
-            out[theirs] = state[ours][expert]
+        out[theirs] = state[ours] if expert is None else state[ours][expert]
     return out
 
 
@@ -462,9 +396,7 @@ def moe_llava_name(name):
         (PROJECTOR, PROJECTOR + "image_spatial_proj."),
         (".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg."),
         (".block_sparse_moe.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts."),
-        (".w1.", ".gate_proj."),
-        (".w3.", ".up_proj."),
-        (".w2.", ".down_proj."),
+        (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."),
     ):
         name = name.replace(ours, theirs)
     return name
@@ -477,20 +409,11 @@ def moe_llava_name(name):
 # all tensors, and the folder's path. What a config leaves out is read off the tensors' shapes, or
 # it is the default of transformers' class.
 
-DECODERS = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-}
+DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+            "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
 LLAVA_DECODERS = {  # model_type of a whole model -> its decoder's
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_mixtral": "mixtral",
-    "moe_llava_llama": "llama",
-    "moe_llava_mistral": "mistral",
-}
+    "llava": "llama", "llava_llama": "llama", "moe_llava_llama": "llama",
+    "llava_mistral": "mistral", "moe_llava_mistral": "mistral", "llava_mixtral": "mixtral"}
 SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, CLIPVisionModel, CLIPModel, "
              "WhisperModel, the published CuMo (llava_mistral, llava_mixtral), LLaVA-1.5 (llava, "
              "llava_llama) and MoE-LLaVA (moe_llava_mistral, moe_llava_llama)")
@@ -501,32 +424,27 @@ PATCHES_ONLY = ("only patch features without CLS, no image start and end tokens,
 
 # our field -> their key: read here, written in section 4
 CLIP_KEYS = dict(
-    image_size="image_size",
-    patch_size="patch_size",
-    dim="hidden_size",
-    n_layers="num_hidden_layers",
-    n_heads="num_attention_heads",
-    ffn_dim="intermediate_size",
-    act="hidden_act",
-    norm_eps="layer_norm_eps",
-)
+    image_size="image_size", patch_size="patch_size", dim="hidden_size",
+    n_layers="num_hidden_layers", n_heads="num_attention_heads", ffn_dim="intermediate_size",
+    act="hidden_act", norm_eps="layer_norm_eps")
 DECODER_KEYS = dict(
-    vocab_size="vocab_size",
-    dim="hidden_size",
-    n_layers="num_hidden_layers",
-    n_heads="num_attention_heads",
-    n_kv_heads="num_key_value_heads",
-    head_dim="head_dim",
-    ffn_dim="intermediate_size",
-    act="hidden_act",
-    norm_eps="rms_norm_eps",
-    tie_embeddings="tie_word_embeddings",
-)
+    vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers",
+    n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
+    ffn_dim="intermediate_size", act="hidden_act", norm_eps="rms_norm_eps",
+    tie_embeddings="tie_word_embeddings")
+LOSS_KEYS = dict(balance_coef="balance_loss_coef", z_coef="router_z_loss_coef")
+MOE_LLAVA_KEYS = dict(top_k="top_k_experts", capacity_factor="capacity_factor",
+                      eval_capacity_factor="eval_capacity_factor", min_capacity="min_capacity")
 
 
 def read_keys(theirs, keys):
     """{our field: its value in their config}; null there counts as left out."""
     return {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
+
+
+def write_keys(config, keys):
+    """{their key: the value of our field}"""
+    return {key: getattr(config, ours) for ours, key in keys.items()}
 
 
 def count(names, pattern):
@@ -537,10 +455,7 @@ def count(names, pattern):
 
 def first_dimension(shapes, pattern):
     """The first dimension of the first tensor whose name matches: how wide its output is."""
-    for name, shape in shapes.items():
-        if re.search(pattern, name):
-            return shape[0]
-    return None
+    return next((shape[0] for name, shape in shapes.items() if re.search(pattern, name)), None)
 
 
 def vision_config(theirs, shapes, **more):
@@ -548,19 +463,14 @@ def vision_config(theirs, shapes, **more):
     dim, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]  # (D, 3, P, P)
     n_positions, _ = shapes[TOWER + "embeddings.position_embedding.weight"]  # (1 + N, D)
 
-    # CLIPVisionConfig's default is 12 heads. Without any config: every CLIP's heads are 64 wide.
-    n_heads = 12
-    if not theirs:
-        n_heads = max(1, dim // 64)
-
     # what the shapes say, and over it what the config says
     fields = dict(
         # a square of patches, and CLS
         image_size=math.isqrt(n_positions - 1) * patch_size,
-        patch_size=patch_size,
-        dim=dim,
+        patch_size=patch_size, dim=dim,
         n_layers=count(shapes, TOWER + r"encoder\.layers\.(\d+)\."),
-        n_heads=n_heads,
+        # CLIPVisionConfig's default. Without any config: every CLIP's heads are 64 wide.
+        n_heads=12 if theirs else max(1, dim // 64),
         ffn_dim=first_dimension(shapes, TOWER + r"encoder\.layers\.0\..*fc1\.weight"),
     )
     return VisionConfig(**fields | read_keys(theirs, CLIP_KEYS) | more)
@@ -573,18 +483,14 @@ def text_config(theirs, shapes, kind):
 
     # what the shapes and transformers' defaults say, and over it what the config says
     fields = dict(
-        vocab_size=vocab_size,
-        dim=dim,
+        vocab_size=vocab_size, dim=dim, n_heads=32, norm_eps=1e-6,
         n_layers=count(shapes, r"^model\.layers\.(\d+)\."),
-        n_heads=32,
         ffn_dim=first_dimension(shapes, r"^model\.layers\.0\..*(up_proj|\.w3)\.weight"),
-        norm_eps=1e-6,
         tie_embeddings="lm_head.weight" not in shapes,
     )
     if kind == "mixtral":
         in_files = count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")
-        fields["norm_eps"] = 1e-5
-        fields["n_experts"] = theirs.get("num_local_experts", in_files)
+        fields |= dict(norm_eps=1e-5, n_experts=theirs.get("num_local_experts", in_files))
     fields |= read_keys(theirs, DECODER_KEYS)
 
     # the projections' outputs are all heads side by side
@@ -593,13 +499,10 @@ def text_config(theirs, shapes, kind):
     if "n_kv_heads" not in fields:
         fields["n_kv_heads"] = shapes[attention + "k_proj.weight"][0] // fields["head_dim"]
 
-    return TextConfig(
-        **fields,
-        **rotary_fields(theirs, kind),
-        sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
-        qkv_bias=attention + "q_proj.bias" in shapes,
-        top_k=theirs.get("num_experts_per_tok", 2),
-    )
+    return TextConfig(**fields, **rotary_fields(theirs, kind),
+                      sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
+                      qkv_bias=attention + "q_proj.bias" in shapes,
+                      top_k=theirs.get("num_experts_per_tok", 2))
 
 
 def rotary_fields(theirs, kind):
@@ -611,8 +514,8 @@ def rotary_fields(theirs, kind):
     if scaling not in ("default", "llama3"):
         raise ValueError(f"rotary scaling {scaling!r} is not supported; known: default, llama3")
 
-    theta = 1e6 if kind == "mixtral" else 1e4
-    fields = dict(rope_theta=rope.get("rope_theta", theirs.get("rope_theta", theta)))
+    theta = theirs.get("rope_theta", 1e6 if kind == "mixtral" else 1e4)
+    fields = dict(rope_theta=rope.get("rope_theta", theta))
     if scaling == "llama3":
         fields["rope_scaling"] = {key: rope[key] for key in ROPE_SCALING if key in rope}
     return fields
@@ -622,10 +525,8 @@ def sliding_window(theirs, kind, n_layers):
     """How many tokens a token of the decoder attends to; None for all that came before it."""
     if kind == "llama":
         return None
-    if kind == "mixtral":
-        return theirs.get("sliding_window")
-    window = theirs.get("sliding_window", 4096)
-    if kind == "mistral":
+    window = theirs.get("sliding_window", None if kind == "mixtral" else 4096)
+    if kind != "qwen2":
         return window
 
     # Qwen2 switches it on by another key, and from some layer on
@@ -649,10 +550,9 @@ def read_whisper(theirs, shapes, path):
     """WhisperModel's encoder."""
     dim, n_mels, _ = shapes[WHISPER + "conv1.weight"]  # (D, mels, 3)
     return AudioConfig(
-        n_mels=n_mels,
+        n_mels=n_mels, dim=dim,
         # the second convolution halves the frames
         n_frames=2 * shapes[WHISPER + "embed_positions.weight"][0],
-        dim=dim,
         n_layers=count(shapes, WHISPER + r"layers\.(\d+)\."),
         n_heads=theirs.get("encoder_attention_heads", dim // 64),
         ffn_dim=shapes[WHISPER + "layers.0.fc1.weight"][0],
@@ -663,15 +563,13 @@ def read_whisper(theirs, shapes, path):
 def read_decoder(theirs, shapes, path):
     """A language model alone."""
     kind = theirs["model_type"]
-    template = "mistral" if kind in ("mistral", "mixtral") else "vicuna"
     return Config(vision=None, text=text_config(theirs, shapes, kind),
-                  template=theirs.get("template", template))
+                  template="mistral" if kind in ("mistral", "mixtral") else "vicuna")
 
 
-def read_transformers_llava(theirs, shapes, path):
+def read_transformers_llava(theirs, shapes):
     """LLaVA-1.5 as transformers writes it: the parts' configs inside one."""
-    text = dict(theirs["text_config"])
-    kind = text.get("model_type", "llama")
+    kind = theirs["text_config"].get("model_type", "llama")
     if kind not in DECODERS:
         raise ValueError(f"a decoder of type {kind} is not supported; supported: "
                          f"{', '.join(DECODERS.values())}")
@@ -679,21 +577,20 @@ def read_transformers_llava(theirs, shapes, path):
         raise ValueError(PATCHES_ONLY)
 
     # the whole model decides whether the head is tied, whatever the decoder's own config says
-    text["tie_word_embeddings"] = "lm_head.weight" not in shapes
-    vision = vision_config(theirs.get("vision_config") or {}, shapes,
-                           select_layer=theirs.get("vision_feature_layer", -2))
+    text = theirs["text_config"] | {"tie_word_embeddings": "lm_head.weight" not in shapes}
     return Config(
-        vision=vision,
+        vision=vision_config(theirs.get("vision_config") or {}, shapes,
+                             select_layer=theirs.get("vision_feature_layer", -2)),
         connector=ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu")),
         text=text_config(text, shapes, kind),
-        template=theirs.get("template", "vicuna" if kind == "llama" else "mistral"),
+        template="vicuna" if kind == "llama" else "mistral",
     )
 
 
 def read_llava(theirs, shapes, path):
     """CuMo, MoE-LLaVA and the first LLaVA-1.5: one flat config with mm_... for the senses."""
     if "text_config" in theirs:
-        return read_transformers_llava(theirs, shapes, path)
+        return read_transformers_llava(theirs, shapes)
 
     # refuse what this project has no code for
     projector = theirs.get("image_projector_type") or theirs.get("mm_projector_type")
@@ -706,62 +603,44 @@ def read_llava(theirs, shapes, path):
     n_experts = theirs.get("num_experts") or 0
     top_k = theirs.get("num_selected") or 2
     vision = vision_config(
-        tower_json(theirs, path), shapes,
+        tower_json(theirs, path), shapes, top_k=top_k,
         n_experts=n_experts if theirs.get("clip_smoe") else 0,
-        top_k=top_k,
-        **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")),
-    )
+        **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")))
     connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k)
 
     # the decoder's own keys stand in the same file
     kind = LLAVA_DECODERS.get(theirs["model_type"], theirs["model_type"])
-    config = Config(
-        vision=vision,
-        connector=connector,
-        text=text_config(theirs, shapes, kind),
-        template="vicuna" if kind == "llama" else "mistral",
-        **read_keys(theirs, dict(balance_coef="balance_loss_coef", z_coef="router_z_loss_coef")),
-    )
-    if theirs.get("moe"):
-        config = with_moe_llava_experts(config, theirs["moe"])
-    return dataclasses.replace(config, template=theirs.get("template", config.template))
+    text = text_config(theirs, shapes, kind)
+    losses = read_keys(theirs, LOSS_KEYS)
+    template = "vicuna" if kind == "llama" else "mistral"
+    moe = theirs.get("moe")
+    if moe:
+        text = with_moe_llava_experts(text, moe)
+        losses = dict(balance_coef=moe["router_aux_loss_coef"], z_coef=0.0)
+        # its Mistral is OpenChat
+        template = "vicuna" if kind == "llama" else "openchat"
+    return Config(vision, connector, text, template=template, **losses)
 
 
-def with_moe_llava_experts(config, moe):
-    """A config with the decoder's experts of MoE-LLaVA, whose config.json keeps them in `moe`."""
+def with_moe_llava_experts(text, moe):
+    """A decoder's config with MoE-LLaVA's experts, which its config.json keeps in `moe`."""
     if moe.get("use_residual"):
         raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
 
-    # every other layer by default; one number of experts, or one for each of these layers
+    # every other layer by default
     layers = moe.get("moe_layers_idx")
     if layers is None:
-        layers = range(0, config.text.n_layers, 2)
-    numbers = moe["num_experts"]
-    if len(numbers) == 1:
-        numbers = numbers * len(layers)
-    number_of = dict(zip(layers, numbers, strict=True))
-
-    text = dataclasses.replace(
-        config.text,
-        n_experts=[number_of.get(layer, 0) for layer in range(config.text.n_layers)],
-        top_k=moe["top_k_experts"],
-        capacity_factor=moe["capacity_factor"],
-        eval_capacity_factor=moe["eval_capacity_factor"],
-        min_capacity=moe["min_capacity"],
-        aux="sum",
-    )
-    # its Mistral is OpenChat
-    template = "vicuna" if config.template == "vicuna" else "openchat"
-    return dataclasses.replace(config, text=text, balance_coef=moe["router_aux_loss_coef"],
-                               z_coef=0.0, template=template)
+        layers = range(0, text.n_layers, 2)
+    return replace(text, n_experts=spread(moe["num_experts"], layers, text.n_layers), aux="sum",
+                   **{ours: moe[key] for ours, key in MOE_LLAVA_KEYS.items()})
 
 
 def tower_json(theirs, path):
     """The config of a LLaVA's tower, from the folder that it names or from clip_config.json beside
     its own config.json; {} where neither is there."""
-    tower = tower_folder(theirs)
-    for file in (os.path.join(tower, "config.json"), os.path.join(path, "clip_config.json")):
-        if os.path.dirname(file) and os.path.isfile(file):
+    for folder, name in ((tower_folder(theirs), "config.json"), (path, "clip_config.json")):
+        file = join(folder, name)
+        if folder and os.path.isfile(file):
             found = read_json(file)
             return found.get("vision_config", found)
     return {}
@@ -778,13 +657,8 @@ def is_multimodal(theirs):
     return bool(keys & theirs.keys())
 
 
-READERS = {
-    "clip": read_clip,
-    "clip_vision_model": read_clip,
-    "whisper": read_whisper,
-    **dict.fromkeys(DECODERS, read_decoder),
-    **dict.fromkeys(LLAVA_DECODERS, read_llava),
-}
+READERS = {"clip": read_clip, "clip_vision_model": read_clip, "whisper": read_whisper,
+           **dict.fromkeys(DECODERS, read_decoder), **dict.fromkeys(LLAVA_DECODERS, read_llava)}
 
 
 def is_own(theirs):
@@ -802,13 +676,17 @@ def read_config(theirs, shapes, path):
     if kind in DECODERS and is_multimodal(theirs):
         reader = read_llava
     if reader is None:
-        architecture = (theirs.get("architectures") or [""])[0]
-        raise ValueError(f"architecture {architecture or kind or '(none named)'} is not "
-                         f"supported; supported: {SUPPORTED}")
-    return reader(theirs, shapes, path)
+        architecture = (theirs.get("architectures") or [""])[0] or kind or "(none named)"
+        raise ValueError(f"architecture {architecture} is not supported; supported: {SUPPORTED}")
+    config = reader(theirs, shapes, path)
+
+    # our own key in the configs that section 4 writes
+    if "template" in theirs:
+        config.template = theirs["template"]
+    return config
 
 
-def read_json(file: str) -> dict:
+def read_json(file):
     """A JSON file that holds an object; ValueError for anything else."""
     with open(file, encoding="utf-8") as f:
         try:
@@ -829,14 +707,12 @@ CLIP_L = "openai/clip-vit-large-patch14-336"
 
 def clip_json(vision):
     """config.json of a CLIPVisionModel."""
-    sizes = {theirs: getattr(vision, ours) for ours, theirs in CLIP_KEYS.items()}
-    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **sizes,
-            "num_channels": 3}
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
+            **write_keys(vision, CLIP_KEYS), "num_channels": 3}
 
 
 def decoder_json(text, tokenizer, template):
     """config.json of a Hugging Face decoder. Raises ValueError where none has such a shape."""
-    # what no Hugging Face decoder has
     n_experts = max(text.n_experts)
     factor = text.capacity_factor or text.eval_capacity_factor
     if min(text.n_experts) != n_experts:
@@ -849,6 +725,7 @@ def decoder_json(text, tokenizer, template):
                          "drop tokens")
 
     # the family of decoders that this one belongs to
+    kind = "llama"
     more = {}
     if n_experts:
         kind = "mixtral"
@@ -860,17 +737,11 @@ def decoder_json(text, tokenizer, template):
         more = {"use_sliding_window": bool(text.sliding_window), "max_window_layers": first}
     elif text.sliding_window or template == "mistral":
         kind = "mistral"
-    else:
-        kind = "llama"
 
-    sizes = {theirs: getattr(text, ours) for ours, theirs in DECODER_KEYS.items()}
     described = {
-        "architectures": [DECODERS[kind]],
-        "model_type": kind,
-        **sizes,
-        **more,
-        "rope_theta": text.rope_theta,
-        "sliding_window": text.sliding_window,
+        "architectures": [DECODERS[kind]], "model_type": kind,
+        **write_keys(text, DECODER_KEYS), **more,
+        "rope_theta": text.rope_theta, "sliding_window": text.sliding_window,
         "max_position_embeddings": 32768,
         # ours; other programs pass over it
         "template": template,
@@ -879,27 +750,11 @@ def decoder_json(text, tokenizer, template):
     if text.rope_scaling:
         described["rope_scaling"] = {"rope_type": "llama3", **text.rope_scaling}
         stretched = text.rope_scaling["original_max_position_embeddings"]
-        stretched *= text.rope_scaling["factor"]
-        described["max_position_embeddings"] = int(stretched)
+        described["max_position_embeddings"] = int(stretched * text.rope_scaling["factor"])
 
     for key, token in (("bos_token_id", "<s>"), ("eos_token_id", "</s>")):
         described[key] = tokenizer.token_to_id(token) if tokenizer else None
     return described
-
-
-def senses_json(vision, tower_key):
-    """What the published layouts say about the tower and the connector."""
-    known = clip_json(vision) == clip_json(VisionConfig())
-    return {
-        tower_key: CLIP_L if known else "",
-        "mm_hidden_size": vision.dim,
-        "mm_vision_select_layer": vision.select_layer,
-        "mm_vision_select_feature": "patch",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "use_mm_proj": True,
-        "image_aspect_ratio": "pad",
-    }
 
 
 # Each layout has a writer. It takes our config, our state dict and the tokenizer (or None), and
@@ -912,10 +767,19 @@ def write_own(config, state, tokenizer):
     return {"config.json": config.to_dict()}, state
 
 
-def with_tower(described, vision):
-    """The JSON files of the two published layouts. Their codes load the tower from the hub by its
-    name, so its sizes are kept in a file of our own."""
-    return {"clip_config.json": clip_json(vision), "config.json": described}
+def published_json(decoder, vision, tower_key, more):
+    """The JSON files of the two published layouts: the decoder's keys, those of tower and
+    connector, and more. Their codes load the tower from the hub by its name, so its sizes are kept
+    in a file of our own."""
+    known = clip_json(vision) == clip_json(VisionConfig())
+    described = decoder | {
+        tower_key: CLIP_L if known else "",
+        "mm_hidden_size": vision.dim,
+        "mm_vision_select_layer": vision.select_layer, "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+        "use_mm_proj": True, "image_aspect_ratio": "pad",
+    }
+    return {"clip_config.json": clip_json(vision), "config.json": described | more}
 
 
 def write_cumo(config, state, tokenizer):
@@ -938,32 +802,24 @@ def write_cumo(config, state, tokenizer):
 
     # a decoder of LLaMA's shape is written as Mistral, which is what CuMo's code knows, unless its
     # rotary embedding is stretched
-    described = decoder_json(config.text, tokenizer, config.template)
-    kind = described["model_type"]
+    decoder = decoder_json(config.text, tokenizer, config.template)
+    kind = decoder["model_type"]
     if kind == "qwen2":
         raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; "
                          "this one has QKV bias")
     if kind == "llama" and not config.text.rope_scaling:
         kind = "mistral"
 
-    described |= senses_json(vision, "mm_vision_tower") | {
-        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
-        "model_type": f"llava_{kind}",
+    return published_json(decoder, vision, "mm_vision_tower", {
+        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"], "model_type": f"llava_{kind}",
         "mm_projector_type": "smoe_mlp" if connector.n_experts else "mlp2x_gelu",
         "scales": vision.scales,
-        "num_experts": max(counts, default=4),
-        "num_selected": top_k,
-        "clip_smoe": tower_has_experts,
-        "mlp_smoe": connector.n_experts > 0,
-        "balance_loss_coef": config.balance_coef,
-        "router_z_loss_coef": config.z_coef,
+        "num_experts": max(counts, default=4), "num_selected": top_k,
+        "clip_smoe": tower_has_experts, "mlp_smoe": connector.n_experts > 0,
+        **write_keys(config, LOSS_KEYS),
         # these have no meaning here, but the released code reads them
-        "num_layers": 3,
-        "dropout": False,
-        "training": False,
-        "local_rank": 0,
-    }
-    return with_tower(described, vision), published(state)
+        "num_layers": 3, "dropout": False, "training": False, "local_rank": 0,
+    }), published(state)
 
 
 def write_moe_llava(config, state, tokenizer):
@@ -981,35 +837,24 @@ def write_moe_llava(config, state, tokenizer):
         raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses "
                          "over the layers (text.aux sum); this model does not")
 
-    # the dense LLaVA around the experts
-    dense = dataclasses.replace(text, n_experts=[0] * text.n_layers, capacity_factor=None,
-                                eval_capacity_factor=None)
-    described = decoder_json(dense, tokenizer, config.template)
-    kind = described["model_type"]
-
-    # the experts
-    layers = [layer for layer, n_experts in enumerate(text.n_experts) if n_experts]
-    described |= senses_json(vision, "mm_image_tower") | {
+    # the dense decoder around the experts, and the layers that have them
+    dense = replace(text, n_experts=[0] * text.n_layers)
+    decoder = decoder_json(dense, tokenizer, config.template)
+    kind = decoder["model_type"]
+    counts = {layer: n for layer, n in enumerate(text.n_experts) if n}
+    files = published_json(decoder, vision, "mm_image_tower", {
         "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"],
-        "model_type": f"moe_llava_{kind}",
-        "image_projector_type": "mlp2x_gelu",
+        "model_type": f"moe_llava_{kind}", "image_projector_type": "mlp2x_gelu",
         "moe": {
-            "moe_enable": True,
-            "moe_mode": "custom",
-            "moe_layers_idx": layers,
-            "num_experts": [text.n_experts[layer] for layer in layers],
-            "top_k_experts": text.top_k,
-            "capacity_factor": text.capacity_factor,
-            "eval_capacity_factor": text.eval_capacity_factor,
-            "min_capacity": text.min_capacity,
+            "moe_enable": True, "moe_mode": "custom",
+            "moe_layers_idx": list(counts), "num_experts": list(counts.values()),
+            **write_keys(text, MOE_LLAVA_KEYS),
             "router_aux_loss_coef": config.balance_coef,
-            "ep_size": 1,
-            "use_residual": False,
+            "ep_size": 1, "use_residual": False,
             "train_modules": ["up_proj", "down_proj", "gate_proj", "wg"],
         },
-    }
-    tensors = {moe_llava_name(name): tensor for name, tensor in published(state).items()}
-    return with_tower(described, vision), tensors
+    })
+    return files, {moe_llava_name(name): tensor for name, tensor in published(state).items()}
 
 
 def write_hf_decoder(config, state, tokenizer):
@@ -1036,32 +881,23 @@ def starting_with(prefix, state):
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-LAYOUTS = {
-    "own": write_own,
-    "cumo": write_cumo,
-    "moe-llava": write_moe_llava,
-    "hf-llm": write_hf_decoder,
-    "hf-clip": write_hf_tower,
-}
+LAYOUTS = {"own": write_own, "cumo": write_cumo, "moe-llava": write_moe_llava,
+           "hf-llm": write_hf_decoder, "hf-clip": write_hf_tower}
 
 
 def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "own"):
     """Write a model folder, with the tokenizer if there is one, and with LoRA adapters merged.
 
-    state: replaces model.state_dict() where the weights are gathered elsewhere (FSDP).
-    layout: "own"; "cumo" and "moe-llava", which the released codes load; "hf-llm" and "hf-clip",
-    the decoder or the (dense) tower alone for transformers. A VisionTransformer can be given as
-    model for "hf-clip". Raises ValueError, before anything is written, where a layout cannot hold
-    this model.
+    state: replaces model.state_dict() where the weights are gathered elsewhere (FSDP). layout:
+    "own"; "cumo" and "moe-llava", which the released codes load; "hf-llm" and "hf-clip", the
+    decoder or the (dense) tower alone for transformers, the latter also of a VisionTransformer.
+    Raises ValueError, before anything is written, where a layout cannot hold this model.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
 
     # adapters are added to the weights that they stand beside
-    if state is None:
-        state = model.state_dict()
-    state = merge_state(state, model)
-    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    state = merge_state(model.state_dict() if state is None else state, model)
 
     # a tower alone: give its tensors the names that they have in a model
     config = model.config
@@ -1077,9 +913,9 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
     os.makedirs(folder, exist_ok=True)
     save_tensors(folder, tensors)
     if tokenizer is not None and layout != "hf-clip":
-        write_atomically(os.path.join(folder, "tokenizer.json"), tokenizer.save)
+        write_atomically(join(folder, "tokenizer.json"), tokenizer.save)
     for file, described in files.items():
-        write_json(os.path.join(folder, file), described)
+        write_json(join(folder, file), described)
 
 
 SHARD_BYTES = 5 * 10**9
@@ -1097,27 +933,32 @@ def save_tensors(folder, tensors):
         shards[-1][name] = tensor
         size += tensor.nbytes
 
-    # the files
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_atomically(os.path.join(folder, file),
-                         lambda temporary: save_file(shard, temporary, metadata={"format": "pt"}))
+        write_tensors(join(folder, file), shard)
         weight_map |= dict.fromkeys(shard, file)
 
     # which file holds a tensor
-    index = os.path.join(folder, "model.safetensors.index.json")
+    index = join(folder, "model.safetensors.index.json")
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    elif os.path.exists(index):
+    elif exists(index):
         # it belongs to an older, larger model, and loading would follow it
         os.remove(index)
 
 
-def write_atomically(path: str, write):
+def write_tensors(file, tensors, **header):
+    """Write a .safetensors file, atomically."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    header = {"format": "pt", **header}
+    write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def write_atomically(path, write):
     """Call write(temporary name), then rename: a kill in between leaves the old file whole."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -1129,11 +970,11 @@ def write_atomically(path: str, write):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
+        if exists(temporary):
             os.remove(temporary)
 
 
-def write_json(path: str, value):
+def write_json(path, value):
     """Write a value as JSON, atomically."""
     def write(temporary):
         with open(temporary, "w", encoding="utf-8") as f:
@@ -1148,21 +989,18 @@ def write_json(path: str, value):
 def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     """A model folder, or a model's name on the Hugging Face hub -> (model, tokenizer or None).
 
-    Understands the layouts in SUPPORTED; config.json says which it is, never the folder's name. The
-    model is a CuMo (without senses if the folder holds a decoder: model(tokens) works), of CLIP a
-    VisionTransformer, of Whisper an AudioTransformer; in eval mode.
+    Of the layouts in SUPPORTED, config.json says which it is. The model is a CuMo (without senses
+    if the folder holds a decoder), of CLIP a VisionTransformer, of Whisper an AudioTransformer; in
+    eval mode. Weights stream one by one into their final place, in the dtype that they are stored
+    in unless one is given, so memory peaks little above the model's size.
 
-    Weights stream one by one into their final place, in the dtype that they are stored in unless
-    one is given, so memory peaks little above the model's size.
-    listing: collects (their name, our name, shape, dtype) of each tensor.
-    later: the model stays on meta, and the stream of its weights is appended to this list, for
-    `copy_into_shard`. So a process that shards the model first never holds the whole.
-
-    Raises ValueError naming the file, key or tensor that is missing, left over, of the wrong shape
-    or not readable.
+    listing: collects (their name, our name, shape, dtype) of each tensor. later: the model stays on
+    meta, and the stream of its weights is appended to this list, for `copy_into_shard`: a process
+    that shards the model first never holds the whole. Raises ValueError naming the file, key or
+    tensor that is missing, left over, of the wrong shape or not readable.
     """
     path = local_folder(os.fspath(path))
-    config_file = os.path.join(path, "config.json")
+    config_file = join(path, "config.json")
     theirs = read_json(config_file)
     files = weight_files(path, theirs)
 
@@ -1170,110 +1008,103 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     rename = None
     shapes = {}
     if not is_own(theirs):
-        rename = published_name
-        if theirs.get("model_type") == "whisper":
-            rename = published_whisper_name
+        is_whisper = theirs.get("model_type") == "whisper"
+        rename = published_whisper_name if is_whisper else published_name
         shapes = shapes_in(files, rename)
 
-    # the model without weights; values of a wrong kind lead to errors of many kinds
+    # values of a wrong kind lead to errors of many kinds
     try:
-        model, named = build_on_meta(read_config(theirs, shapes, path))
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
-            RuntimeError) as e:
+        model = build_on_meta(read_config(theirs, shapes, path))
+    except Exception as e:
         raise ValueError(f"{config_file}: {e}") from None
 
-    # the weights
-    stream = match_tensors(tensors_in(files), named.state_dict(), path, rename, listing)
+    stream = match_tensors(files, state_of(model), path, rename, listing)
     if later is not None:
         later.append(stream)
     else:
-        fill_from(stream, named, dtype, device)
-    if isinstance(model, CuMo) and model.vision:
-        # files stored apart may differ in dtype
-        model.connector.to(model.vision.patch.weight.dtype)
+        fill_from(stream, model, dtype, device)
 
-    tokenizer = None
-    tokenizer_file = os.path.join(path, "tokenizer.json")
-    if os.path.exists(tokenizer_file):
-        tokenizer = read_tokenizer(tokenizer_file)
-    return model.eval(), tokenizer
+    file = join(path, "tokenizer.json")
+    return model.eval(), read_tokenizer(file) if exists(file) else None
 
 
 def build_on_meta(config):
-    """(the model of this config, the same under the names that it has as a part of a CuMo), without
-    memory for the weights."""
+    """The model of this config, without memory for the weights."""
     with torch.device("meta"):
         if isinstance(config, VisionConfig):
             # through Config, which checks the fields
-            model = VisionTransformer(Config(vision=config).vision)
-            return model, torch.nn.ModuleDict({"vision": model})
+            return VisionTransformer(Config(vision=config).vision)
         if isinstance(config, AudioConfig):
-            model = AudioTransformer(config)
-            return model, torch.nn.ModuleDict({"audio": model})
-        model = CuMo(config)
-        return model, model
+            return AudioTransformer(config)
+        return CuMo(config)
+
+
+# how the names of a part's tensors begin in a whole model
+PREFIXES = {CuMo: "", VisionTransformer: "vision.", AudioTransformer: "audio.",
+            Connector: "connector."}
+
+
+def state_of(model):
+    """The state dict of a model, or of a part of one under the names it has in the whole."""
+    return model.state_dict(prefix=PREFIXES[type(model)])
 
 
 def fill_from(stream, model, dtype=None, device="cpu"):
-    """Give a model on meta its weights from a stream of (our name, expert or None, tensor)."""
-    wanted = model.state_dict()
+    """Give a model its weights from a stream of (our name, expert or None, tensor)."""
+    wanted = state_of(model)
     state = {}
     for name, expert, tensor in stream:
         if name not in state:
-            state[name] = torch.empty(wanted[name].shape, dtype=dtype or tensor.dtype,
-                                      device=device)
+            state[name] = torch.empty_like(wanted[name], dtype=dtype or tensor.dtype, device=device)
         copy_into_shard(state[name], expert, tensor)
         # free it before the next one is read
         del tensor
+
     # what is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
+    prefix = PREFIXES[type(model)]
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
-    model.requires_grad_(True)
+
+    # files stored apart may differ in dtype; a bridge has that of the sense before it
+    if isinstance(model, CuMo) and model.vision:
+        model.connector.to(model.vision.patch.weight.dtype)
+    if isinstance(model, CuMo) and model.audio:
+        model.resampler.to(model.audio.conv1.weight.dtype)
 
 
-def match_tensors(tensors, wanted, where, rename=None, listing=None):
-    """Yield (our name, expert or None, tensor) for (their name, tensor) pairs.
+def match_tensors(files, wanted, where, rename=None, listing=None):
+    """Yield (our name, expert or None, tensor) for all tensors of these files.
 
     wanted: our state dict (on meta). where: their folder or file, for messages. rename: gives their
     names' published form; None where they are ours already. Every tensor is used or ignored on
     purpose, and every parameter filled; else a ValueError names it.
     """
     # where each of their tensors goes
-    if rename is None:
-        places = {name: (name, None) for name in wanted}
-    else:
-        places = published_places(wanted)
-    missing = dict.fromkeys(places)
+    places = published_places(wanted) if rename else {name: (name, None) for name in wanted}
+    missing = dict(places)
 
-    for theirs, tensor in tqdm(tensors, desc=f"loading {os.path.basename(where)}", unit=" tensors",
-                               delay=2, leave=False, mininterval=0.5):
-        # what is left out on purpose
-        published_as = theirs
-        if rename is not None:
-            published_as = rename(theirs)
-            if any(re.search(pattern, published_as) for pattern in IGNORED):
-                continue
-        if published_as not in places:
-            if published_as in ("lm_head.weight", "text.head.weight"):
-                # a head that is tied to the embedding is stored there
+    for theirs, tensor in tqdm(tensors_in(files), desc=f"loading {os.path.basename(where)}",
+                               unit=" tensors", delay=2, leave=False, mininterval=0.5):
+        name = rename(theirs) if rename else theirs
+        if name not in places:
+            if re.search(IGNORED, name):
                 continue
             raise ValueError(f"{where}: tensor {theirs} has no place in this model")
 
         # the place must have its shape
-        name, expert = places[published_as]
-        ours = name
-        target = wanted[name]
+        ours, expert = places[name]
+        shape = wanted[ours].shape
         if expert is not None:
-            ours = f"{name}[{expert}]"
-            target = target[expert]  # (E, F, D) -> (F, D)
-        shape = tuple(target.shape)
-        if tensor.shape != target.shape:
+            shape = shape[1:]  # (E, F, D) -> (F, D)
+        if tensor.shape != shape:
             raise ValueError(f"{where}: tensor {theirs} has shape {tuple(tensor.shape)}, the "
-                             f"config asks for {shape}")
+                             f"config asks for {tuple(shape)}")
 
-        missing.pop(published_as, None)
+        missing.pop(name, None)
         if listing is not None:
-            listing.append((theirs, ours, shape, tensor.dtype))
-        yield name, expert, tensor
+            place = ours if expert is None else f"{ours}[{expert}]"
+            listing.append((theirs, place, shape, tensor.dtype))
+        yield ours, expert, tensor
         # free it before the next one is read
         del tensor
 
@@ -1283,7 +1114,7 @@ def match_tensors(tensors, wanted, where, rename=None, listing=None):
 
 
 @torch.no_grad()
-def copy_into_shard(param: Tensor, expert: int | None, tensor: Tensor):
+def copy_into_shard(param, expert, tensor):
     """Copy a tensor into a parameter, or as much of it as this process's FSDP shard holds.
 
     expert: copy into that slice of stacked experts; None: into the whole parameter. Without it, a
@@ -1297,10 +1128,9 @@ def copy_into_shard(param: Tensor, expert: int | None, tensor: Tensor):
     if isinstance(param, DTensor):
         here = param.to_local()
         dim = param.placements[0].dim
-        mesh = param.device_mesh
         n_rows = param.shape[dim]
-        chunk = -(-n_rows // mesh.size())
-        start = min(n_rows, chunk * mesh.get_local_rank())
+        chunk = math.ceil(n_rows / param.device_mesh.size())
+        start = min(n_rows, chunk * param.device_mesh.get_local_rank())
         source = source.narrow(dim, start, here.shape[dim])
         if dim == 0:
             first_expert = start
@@ -1317,9 +1147,9 @@ def copy_into_shard(param: Tensor, expert: int | None, tensor: Tensor):
 def local_folder(path):
     """The folder itself, or where huggingface_hub keeps a model that it has downloaded for a name
     on the hub ("shi-labs/CuMo-mistral-7b")."""
-    if os.path.isfile(os.path.join(path, "config.json")):
+    if os.path.isfile(join(path, "config.json")):
         return path
-    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
                          "train.py`, or check the path")
 
@@ -1338,8 +1168,7 @@ def local_folder(path):
 
 def first_line(error):
     """What an exception says, in one line; of a silent one, its type."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def weight_files(path, theirs):
@@ -1351,20 +1180,20 @@ def weight_files(path, theirs):
     files = main_files(path)
     if not is_multimodal(theirs):
         if not files:
-            raise ValueError(f"{os.path.join(path, 'model.safetensors')}: missing")
+            raise ValueError(f"{join(path, 'model.safetensors')}: missing")
         return files
 
     # of a LLaVA, what the folder's main files lack
     names = shapes_in(files)
-    if not any(name.startswith(TOWER) for name in names):
-        tower = os.path.join(path, "clip.bin")
-        if os.path.exists(tower):
+    if not starting_with(TOWER, names):
+        tower = join(path, "clip.bin")
+        if exists(tower):
             files.append(tower)
         else:
-            tower = tower_folder(theirs) or "(no mm_vision_tower in the config)"
-            files += weight_files(local_folder(tower), {})
-    connector = os.path.join(path, "mm_projector.bin")
-    if not any(name.startswith(PROJECTOR) for name in names) and os.path.exists(connector):
+            named = tower_folder(theirs) or "(no mm_vision_tower in the config)"
+            files += weight_files(local_folder(named), {})
+    connector = join(path, "mm_projector.bin")
+    if not starting_with(PROJECTOR, names) and exists(connector):
         files.append(connector)
     return files
 
@@ -1372,11 +1201,11 @@ def weight_files(path, theirs):
 def main_files(path):
     """A folder's one file of weights, or the shards that its index names; [] without either."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        file = os.path.join(path, name)
+        file = join(path, name)
         index = file + ".index.json"
-        if os.path.exists(index):
+        if exists(index):
             return shards_of(path, index)
-        if os.path.exists(file):
+        if exists(file):
             return [file]
     return []
 
@@ -1385,33 +1214,34 @@ def shards_of(path, index):
     """The files of a folder that an index of shards names."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
-        files = [os.path.join(path, name) for name in names]
+        files = [join(path, name) for name in names]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index}: not an index of shards: {e!r}") from None
     # say so now, not when the other shards have been read
     for file in files:
-        if not os.path.exists(file):
+        if not exists(file):
             raise ValueError(f"{file}: missing; the index names it. Copy or download it again")
     return files
 
 
-def tensors_in(files):
-    """Yield (name, tensor) of .safetensors and .bin files."""
+def tensors_in(files, device="cpu"):
+    """Yield (name, tensor) of .safetensors and .bin files. On "meta", only shapes are read."""
     for file in files:
         with errors_that_name(file):
             if not file.endswith(".safetensors"):
-                state = read_bin(file)
+                state = read_bin(file, device)
                 for name in list(state):
                     yield name, state.pop(name)
                 continue
 
             # The file is opened anew for each tensor: it is mapped into memory, and pages that
             # were read count as memory as long as it is open
-            with safe_open(file, framework="pt") as f:
-                names = list(f.keys())
-            for name in names:
-                with safe_open(file, framework="pt") as f:
-                    tensor = f.get_tensor(name)
+            for name in safe_open(file, "pt").keys():
+                with safe_open(file, "pt") as f:
+                    if device == "meta":
+                        tensor = torch.empty(f.get_slice(name).get_shape(), device=device)
+                    else:
+                        tensor = f.get_tensor(name)
                 yield name, tensor
                 del tensor
 
@@ -1425,20 +1255,10 @@ class Shapes(dict):
 
 def shapes_in(files, rename=published_name):
     """The shapes of all tensors in these files, read off their headers."""
-    shapes = Shapes()
-    for file in files:
-        with errors_that_name(file):
-            if file.endswith(".safetensors"):
-                with safe_open(file, framework="pt") as f:
-                    for name in f.keys():
-                        shapes[rename(name)] = tuple(f.get_slice(name).get_shape())
-            else:
-                for name, tensor in read_bin(file, "meta").items():
-                    shapes[rename(name)] = tuple(tensor.shape)
-    return shapes
+    return Shapes((rename(name), tensor.shape) for name, tensor in tensors_in(files, "meta"))
 
 
-def read_bin(file, device="cpu"):
+def read_bin(file, device):
     """The tensors of a .bin, which is a pickle. weights_only refuses one that would run code."""
     # where shapes are enough, the file is mapped and its tensors are not read
     mmap = device == "meta" and zipfile.is_zipfile(file)
@@ -1462,7 +1282,7 @@ def errors_that_name(file):
         raise ValueError(f"{file}: cannot be read, truncated perhaps: {first_line(e)}") from None
 
 
-def read_tokenizer(file: str) -> Tokenizer:
+def read_tokenizer(file):
     """A tokenizer.json, without the truncation and padding that it may ask for: data.py pads and
     cuts."""
     try:
@@ -1479,8 +1299,8 @@ def read_tokenizer(file: str) -> Tokenizer:
 # 6. Models put together, and the tiny presets' backbones
 
 
-def assemble(vision: str, llm: str, connector=None, scales=(1,), template=None, seed: int = 0,
-             dtype=None, listing=None, later=None, audio=None):
+def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dtype=None,
+             listing=None, later=None, audio=None):
     """A model that stage 1 can start from -> (CuMo in eval mode, the decoder's tokenizer or None).
 
     vision: the tower of this folder, or CuMo's clip.bin. llm: the decoder of this folder.
@@ -1489,31 +1309,30 @@ def assemble(vision: str, llm: str, connector=None, scales=(1,), template=None, 
     """
     # sizes first: the parts are on meta, and their weights are streams
     streams = []
-    tower = open_tower(vision, listing, streams)
-    decoder, tokenizer = open_part(llm, "text.", listing, streams)
-    if not isinstance(decoder, CuMo):
-        raise ValueError(f"{llm}: has no decoder; --llm wants a language model's folder")
+    if os.path.isfile(vision):
+        tower = build_on_meta(vision_config({}, shapes_in([vision])))
+        streams.append(match_tensors([vision], state_of(tower), vision, published_name, listing))
+    else:
+        tower, _, _ = open_part(vision, "vision", listing, streams)
+    decoder, config, tokenizer = open_part(llm, "text", listing, streams)
     shapes = shapes_in([connector]) if connector else {}
-    config = Config(
-        vision=dataclasses.replace(tower.config, scales=list(scales)),
+    model = build_on_meta(Config(
+        vision=replace(tower.config, scales=list(scales)),
         connector=ConnectorConfig(n_experts=count(shapes, r"mm_projector\.experts\.(\d+)\.")),
-        text=decoder.config.text,
-        template=template or decoder.config.template,
-    )
-    with torch.device("meta"):
-        model = CuMo(config)
+        text=decoder.config,
+        template=template or config.template,
+    ))
 
     # the connector
     if connector:
-        named = torch.nn.ModuleDict({"connector": model.connector})
-        tensors = tensors_in([connector])
         try:
-            fill_from(match_tensors(tensors, named.state_dict(), connector, published_name,
-                                    listing), named, dtype or torch.float32)
+            fill_from(match_tensors([connector], state_of(model.connector), connector,
+                                    published_name, listing), model.connector,
+                      dtype or torch.float32)
         except ValueError as e:
             plural = "" if len(scales) == 1 else "s"
             raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} "
-                             f"scale{plural}, the decoder {config.text.dim}") from None
+                             f"scale{plural}, the decoder {decoder.config.dim}") from None
     else:
         model.connector.to_empty(device="cpu")
         torch.manual_seed(seed)
@@ -1521,61 +1340,51 @@ def assemble(vision: str, llm: str, connector=None, scales=(1,), template=None, 
 
     # the ear, and a new resampler
     if audio:
-        ear, _ = open_part(audio, "audio.", listing, streams)
-        if not isinstance(ear, AudioTransformer):
-            raise ValueError(f"{audio}: is no ear; --audio wants a Whisper folder")
+        ear, _, _ = open_part(audio, "audio", listing, streams)
         add_audio(model, ear, seed)
 
-    # the weights, now or later; a bridge has the dtype of the sense before it
+    # the weights, now or later
     if later is not None:
         later.extend(streams)
-        return model.eval(), tokenizer
-    fill_from(itertools.chain(*streams), model, dtype)
-    model.connector.to(model.vision.patch.weight.dtype)
-    if audio:
-        model.resampler.to(model.audio.conv1.weight.dtype)
+    else:
+        fill_from(itertools.chain(*streams), model, dtype)
     return model.eval(), tokenizer
 
 
-def open_part(folder, prefix, listing, streams):
-    """`load` on meta. Of the folder's weights, only those with this prefix join the streams."""
+PARTS = {  # what a folder that is to give a part must hold, alone or in a whole model
+    "vision": (VisionTransformer, "has no vision tower; --vision wants a CLIP folder"),
+    "text": (Decoder, "has no decoder; --llm wants a language model's folder"),
+    "audio": (AudioTransformer, "is no ear; --audio wants a Whisper folder"),
+}
+
+
+def open_part(folder, part, listing, streams):
+    """(a part of the model in a folder, on meta; the model's config; its tokenizer). Of the
+    folder's weights, only those of this part join the streams."""
     found = []
     model, tokenizer = load(folder, listing=listing, later=found)
-    streams.append(item for item in found[0] if item[0].startswith(prefix))
-    return model, tokenizer
+    streams.append(item for item in found[0] if item[0].startswith(part + "."))
+    module = getattr(model, part, model)
+    kind, complaint = PARTS[part]
+    if not isinstance(module, kind):
+        raise ValueError(f"{folder}: {complaint}")
+    return module, model.config, tokenizer
 
 
-def open_tower(source, listing, streams):
-    """The tower of a folder, or the one in CuMo's clip.bin, likewise."""
-    if os.path.isfile(source):
-        tower, named = build_on_meta(vision_config({}, shapes_in([source])))
-        streams.append(match_tensors(tensors_in([source]), named.state_dict(), source,
-                                     published_name, listing))
-        return tower
-
-    model, _ = open_part(source, "vision.", listing, streams)
-    if isinstance(model, VisionTransformer):
-        return model
-    if not isinstance(model, CuMo) or model.vision is None:
-        raise ValueError(f"{source}: has no vision tower; --vision wants a CLIP folder")
-    return model.vision
-
-
-def add_audio(model: CuMo, audio: AudioTransformer, seed: int = 0) -> CuMo:
+def add_audio(model: CuMo, audio: AudioTransformer, seed=0) -> CuMo:
     """Give a model an ear, in place: this encoder, and a new resampler behind it."""
     if model.config.audio:
         raise ValueError("this model hears already")
 
     # through Config, which checks the fields; the ear's config and the model's are then one
-    config = dataclasses.replace(model.config, audio=dataclasses.replace(audio.config))
-    audio.config = config.audio
-    model.config.audio = config.audio
+    model.config.audio = replace(model.config, audio=replace(audio.config)).audio
+    audio.config = model.config.audio
 
     # an ear on meta gets its weights later; the resampler is new and has them now
-    weight = next(audio.parameters())
+    weight = audio.conv1.weight
     device = "cpu" if weight.is_meta else weight.device
     with torch.device(device):
-        resampler = Resampler(config.audio, config.text.dim).to(weight.dtype)
+        resampler = Resampler(audio.config, model.config.text.dim).to(weight.dtype)
 
     # the decoder comes last, as in a model that was born with ears
     text = model.text
@@ -1591,25 +1400,20 @@ def add_audio(model: CuMo, audio: AudioTransformer, seed: int = 0) -> CuMo:
 # What CLIP, Mistral and Whisper are to the real presets, a shipped file of pre-trained backbones is
 # to the tiny ones. The bridges between them are not in it: these begin as new.
 BACKBONES = "vision.", "audio.", "text."
-BRIDGES = "connector.", "resampler."
 
 
-def save_backbones(model: CuMo, file: str, tokenizer: Tokenizer):
+def save_backbones(model, file, tokenizer):
     """Write tower, ear and decoder into one file, with config and tokenizer in its header."""
-    state = starting_with(BACKBONES, model.state_dict())
-    state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-    header = {"format": "pt", "tokenizer": tokenizer.to_str(),
-              "config": json.dumps(model.config.to_dict())}
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    write_atomically(file, lambda temporary: save_file(state, temporary, metadata=header))
+    write_tensors(file, starting_with(BACKBONES, model.state_dict()),
+                  tokenizer=tokenizer.to_str(), config=json.dumps(model.config.to_dict()))
 
 
-def load_backbones(file: str):
+def load_backbones(file):
     """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer)."""
     again = "make it again with `python assets/backbones.py`"
     try:
-        with safe_open(file, framework="pt") as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
+        with safe_open(file, "pt") as f:
             header = f.metadata() or {}
     except (FileNotFoundError, SafetensorError) as e:
         raise ValueError(f"{file}: cannot be read ({e}); {again}") from None
@@ -1618,9 +1422,8 @@ def load_backbones(file: str):
 
     # a CuMo is born with new weights; the bridges keep theirs
     model = CuMo(Config.from_dict(json.loads(header["config"])))
-    bridges = starting_with(BRIDGES, model.state_dict())
-    tensors = (bridges | tensors).items()
-    fill_from(match_tensors(tensors, model.state_dict(), file), model)
+    wanted = starting_with(BACKBONES, state_of(model))
+    fill_from(match_tensors([file], wanted, file), model)
     return model, Tokenizer.from_str(header["tokenizer"])
 
 
@@ -1640,11 +1443,9 @@ def layer_counts(model, wanted, top_k, sources):
     for part, given in wanted.items():
         # one number for each layer
         owners = ffn_owners(model, part)
-        numbers = [given] if isinstance(given, int) else list(given)
-        if any(numbers) and not owners:
+        if given and not owners:
             raise ValueError(f"{part}: this model has no such part to upcycle")
-        if isinstance(given, int):
-            numbers = numbers * len(owners)
+        numbers = [given] * len(owners) if isinstance(given, int) else list(given)
         if len(numbers) != len(owners):
             raise ValueError(f"{part}: {len(numbers)} expert counts for {len(owners)} layers")
         counts[part] = numbers
@@ -1670,6 +1471,12 @@ def layer_counts(model, wanted, top_k, sources):
     return counts
 
 
+def check_decoder(model, where):
+    """Raise ValueError unless a folder's model has a decoder to take experts from."""
+    if not isinstance(model, CuMo):
+        raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
+
+
 # fields in which a source's decoder may differ from the model that it goes into
 ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
                  "noisy", "aux"}
@@ -1677,22 +1484,19 @@ ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor"
 
 def check_same_sizes(where, theirs, ours, average):
     """Raise ValueError unless a source's parts have the sizes of the model that they go into."""
-    theirs = dataclasses.asdict(theirs)
-    ours = dataclasses.asdict(ours)
     # field by field; a part that is not there has none
     for part in ("text", "vision", "connector", "audio"):
-        our_part = ours[part] or {}
-        their_part = theirs[part] or {}
+        our_part = asdict(ours)[part] or {}
+        their_part = asdict(theirs)[part] or {}
 
         # where only FFNs are taken, a decoder without senses will do
         if part != "text" and not average and not (our_part and their_part):
             continue
         for key in our_part | their_part:
-            if part == "text" and key in ABOUT_EXPERTS:
-                continue
-            if our_part.get(key) != their_part.get(key):
-                raise ValueError(f"{where}: {part}.{key} = {their_part.get(key)}, the model "
-                                 f"that it goes into has {our_part.get(key)}")
+            value = their_part.get(key)
+            if value != our_part.get(key) and not (part == "text" and key in ABOUT_EXPERTS):
+                raise ValueError(f"{where}: {part}.{key} = {value}, the model that it goes into "
+                                 f"has {our_part.get(key)}")
 
 
 NO_TOWER = "a language model alone has no tower to write as {}; --to hf-llm writes the decoder"
@@ -1710,20 +1514,14 @@ def check_senses(config, layout):
 # -------------------------------------------------------------------------------------------------
 # 8. `python upcycle.py`: put a model together or convert one, and see where each tensor goes
 
-ABOUT = """Weights in and out.
+ABOUT = """Weights in and out: python upcycle.py ... --out DIR, where ... is one of these.
 
-  python upcycle.py --vision CLIP_DIR --llm LLM_DIR --scales 1,3 --out DIR
-      tower + decoder + new connector: where stage 1 starts
-  python upcycle.py --vision CLIP_DIR --llm LLM_DIR --audio WHISPER_DIR --out DIR
-      the same + ear + new resampler: where Uni-MoE's stage 1 starts
-  python upcycle.py --experts DIR_A,DIR_B,DIR_C,DIR_D --out DIR
-      decoders trained apart -> the experts of one
-  python upcycle.py --from CUMO_DIR --out DIR
-      any layout that is understood -> this project's
-  python upcycle.py --from DIR --to cumo --out DIR
-      -> the published CuMo layout
-  python upcycle.py --from DIR --to hf-llm --out DIR
-      the decoder alone, for transformers (hf-clip: the tower)
+  --vision CLIP_DIR --llm LLM_DIR --scales 1,3     tower + decoder + new connector: for stage 1
+  --vision CLIP_DIR --llm LLM_DIR --audio WHISPER_DIR     + ear + new resampler: for Uni-MoE's
+  --experts DIR_A,DIR_B,DIR_C,DIR_D     decoders trained apart -> the experts of one
+  --from CUMO_DIR             any layout that is understood -> this project's
+  --from DIR --to cumo        -> the published CuMo layout
+  --from DIR --to hf-llm      the decoder alone, for transformers (hf-clip: the tower)
 
 A name on the Hugging Face hub can stand in a folder's place. Every tensor's two names are printed;
 one that is missing, left over or of the wrong shape is an error."""
@@ -1733,33 +1531,27 @@ def parse(argv=None):
     """The command's flags; ValueError where they do not go together."""
     parser = argparse.ArgumentParser(description=ABOUT,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     for flag, metavar, what in (
         ("--vision", "DIR", "take the tower from this folder (CLIP), or from CuMo's clip.bin"),
         ("--llm", "DIR", "take the decoder and the tokenizer from this folder"),
         ("--audio", "DIR", "take an ear from this folder (Whisper)"),
-        ("--connector", "FILE", "take the connector from this mm_projector.bin; default: a new "
-         "one"),
-        ("--experts", "DIRS", "models, with commas: their decoders' FFNs become experts, all else "
-         "is the first's"),
-        ("--template", None, "chat template: mistral, vicuna, openchat, plain or tiny; default: by "
-         "the decoder's architecture"),
-        ("--tokenizer", "FILE", "a tokenizer.json, for folders that have only the older "
-         "tokenizer.model"),
+        ("--connector", "FILE", "take the connector from this mm_projector.bin; default: new"),
+        ("--experts", "DIRS", "with commas: their decoders' FFNs become the first one's experts"),
+        ("--template", None, "chat template: mistral, vicuna, openchat, plain or tiny; default: "
+         "by the decoder's architecture"),
+        ("--tokenizer", "FILE", "a tokenizer.json, for folders with an older tokenizer.model"),
     ):
-        parser.add_argument(flag, metavar=metavar, help=what)
-    add = parser.add_argument
+        add(flag, metavar=metavar, help=what)
     add("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
     add("--average", action="store_true", help="with --experts: all else is the mean over them")
     add("--every-other", action="store_true",
         help="with --experts: in layers 0, 2, 4... only; the others stay dense")
     add("--out", required=True, metavar="DIR", help="folder to write; must not hold a model yet")
     add("--to", choices=LAYOUTS, default="own", help="layout to write (default: own)")
-    add("--scales", default="1",
-        help="S2 scales of a model put together, for example 1,3 (CuMo; default: 1)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="store weights so; default: as they are")
-    add("--seed", type=int, default=0,
-        help="of a new connector, resampler or routers (default: 0)")
+    add("--scales", default="1", help="S2 scales of a new model, for example 1,3 (default: 1)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are stored")
+    add("--seed", type=int, default=0, help="of a new connector, resampler or routers (default: 0)")
     args = parser.parse_args(argv)
 
     # which flags go together
@@ -1770,7 +1562,7 @@ def parse(argv=None):
             (args.average or args.every_other) and not args.experts):
         raise ValueError("--audio goes with --vision and --llm; --average and --every-other go "
                          "with --experts")
-    if os.path.exists(os.path.join(args.out, "config.json")):
+    if exists(join(args.out, "config.json")):
         raise ValueError(f"{args.out} holds a model already: choose another --out")
     try:
         args.scales = [int(scale) for scale in args.scales.split(",")]
@@ -1795,7 +1587,7 @@ def main(argv=None):
                                     audio=args.audio)
     print_listing(listing)
 
-    # our own layout holds no encoder alone; of the others, one holds a tower
+    # one layout holds a tower, and none holds an ear alone
     is_tower = isinstance(model, VisionTransformer)
     if isinstance(model, AudioTransformer) or (is_tower and args.to == "own"):
         raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: "
@@ -1819,8 +1611,7 @@ def put_together(args, listing):
     """--experts: the first folder's model, with the FFNs of all folders as experts."""
     folders = args.experts.split(",")
     model, tokenizer = load(folders[0], dtype=args.dtype, listing=listing)
-    if not isinstance(model, CuMo):
-        raise ValueError(f"{folders[0]}: an encoder alone; experts come from models with a decoder")
+    check_decoder(model, folders[0])
 
     where = "every_other" if args.every_other else "all"
     counts = expert_counts(model.config.text.n_layers, where, str(len(folders)))
@@ -1832,15 +1623,14 @@ def print_listing(listing):
     """(their name, our name, shape, dtype) of each tensor, a line for all layers and experts that
     are alike."""
     # numbers of layers and experts become {i} and {e}
-    groups = Counter()
-    for theirs, ours, shape, dtype in listing:
-        sizes = " x ".join(str(size) for size in shape)
-        groups[pattern_of(theirs), pattern_of(ours), sizes, str(dtype)] += 1
+    groups = Counter((pattern_of(theirs), pattern_of(ours), shape, dtype)
+                     for theirs, ours, shape, dtype in listing)
 
     width = max((len(theirs) for theirs, *_ in groups), default=0)
-    for (theirs, ours, sizes, dtype), n in groups.items():
+    for (theirs, ours, shape, dtype), n in groups.items():
+        sizes = " x ".join(map(str, shape))
         alike = "" if n == 1 else f"  ({n} of them)"
-        dtype = dtype.removeprefix("torch.")
+        dtype = str(dtype).removeprefix("torch.")
         print(f"{theirs:{width}}  ->  {ours:36} {sizes:18} {dtype}{alike}")
 
 
