@@ -488,7 +488,7 @@ def total_loss(parts, balance_coef, z_coef, share=None):
     gradient. Only the decoder's routing losses depend on it: balance is a product of two means over
     the tokens of a micro-batch, and a mean of products is not the product of the means.
     """
-    # Two sums, added at the end. (In another order, the last digit would be another.)
+    # Two sums, added at the end. (In another order, the last digit would be another.).
     task = 0.0
     routing = 0.0
     for name, value in parts.items():
@@ -767,7 +767,7 @@ def sample(logits, temperature, top_p, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Behind this line: images read at several scales, the ear,
+# You can stop here on a first reading. Below this line: images read at several scales, the ear,
 # videos, the cache, compiled generation, LoRA, which weights train, checks, presets, counting.
 # ------------------------------------------------------------------------------------------------
 # 6. S2: the image once more, enlarged
@@ -923,7 +923,7 @@ def init_weight(p, name, part):
     size. (With 0.02, a width of 128 begins with attention that is nearly uniform, and learns late.)
     """
     if name.split(".")[-1].startswith("b"):
-        # A bias. (This comes first: a MoE's are stacked, and look like matrices.)
+        # A bias. (This comes first: a MoE's are stacked, and look like matrices.).
         nn.init.zeros_(p)
     elif name == "audio.pos":
         p.copy_(sinusoids(*p.shape, device=p.device))
@@ -986,7 +986,7 @@ def average_frames(embeds, frames, may_wait):
     """
     if may_wait or frames.is_cpu:
         check_frames(frames, len(embeds))
-    # frames [3, 1, 2] -> video [0, 0, 0, 1, 2, 2]
+    # Frames [3, 1, 2] -> video [0, 0, 0, 1, 2, 2]
     index = torch.arange(len(frames), device=embeds.device)
     video = index.repeat_interleave(frames, output_size=len(embeds))  # (n,)
     share = embeds / frames[video].to(embeds.dtype)[:, None, None]  # (n, N, D)
@@ -1115,7 +1115,7 @@ def compiled(backend, on_cuda, cuda_graphs):
 
     # Prefill is big enough to go without a CUDA graph. (With "coordinate_descent_tuning" the steps
     # of a 7B decoder were 1.16 times faster on an H100, batch 1. But the search for the tiles took
-    # over a minute and a half.)
+    # over a minute and a half.).
     options = None
     if on_cuda and backend == "inductor":
         options = {"triton.cudagraphs": cuda_graphs}
@@ -1195,7 +1195,7 @@ def add_lora(model, rank, alpha, which="all", seed=0, real=False):
             w = getattr(module, name).requires_grad_(False)
             device = "cpu" if w.is_meta and real else w.device
             lora = LoRA(w, rank, alpha, generator, device)
-            # unsafe: without a trial run, which would read weights that are not there on meta.
+            # Unsafe: without a trial run, which would read weights that are not there on meta.
             parametrize.register_parametrization(module, name, lora, unsafe=True)
     return model
 
@@ -1226,7 +1226,7 @@ def drop_lora(model):
     for module in list(model.modules()):
         if not parametrize.is_parametrized(module):
             continue
-        # torch has given the module a class of its own, derived from its plain class. torch's
+        # Torch has given the module a class of its own, derived from its plain class. torch's
         # remove_parametrizations would take the weight out of that class; but deep copies of the
         # module share the class, and would lose theirs. So the module returns to its plain class.
         weights = {name: w.original for name, w in module.parametrizations.items()}

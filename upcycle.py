@@ -51,29 +51,29 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
     that kernels.MoE takes. Asserts that the output is unchanged.
     """
     ffn_dim, dim = dense.w_in.shape
-    # a module on meta takes no memory: its weights are made below
+    # A module on meta takes no memory: its weights are made below.
     with torch.device("meta"):
         moe = MoE(dim, ffn_dim, dense.act, n_experts, top_k, dim_out=len(dense.w_out),
                   gated=dense.w_gate is not None, bias=dense.b_in is not None, **limits)
 
-    # every expert is a copy: (F, D) -> (E, F, D)
+    # Every expert is a copy: (F, D) -> (E, F, D).
     state = {name: torch.stack([w] * n_experts) for name, w in dense.named_parameters()}
 
-    # only the router is new, and small, so that in the beginning no expert is preferred by much
+    # Only the router is new, and small, so that in the beginning no expert is preferred by much.
     router = torch.randn(n_experts, dim, generator=generator) * 0.02  # (E, D)
     state["router"] = router.to(dense.w_in.dtype)
     if not (real_router and dense.w_in.is_meta):
         state["router"] = router.to(dense.w_in)
     moe.load_state_dict(state, assign=True)
 
-    # drawn even where nothing can be compared, as the next layer's router depends on the generator
+    # Drawn even where nothing can be compared, as the next layer's router depends on the generator.
     assert_same_output(dense, moe, torch.randn(16, dim, generator=generator))
     return moe
 
 
 def assert_same_output(dense, moe, x):
     """Stop if the MoE does not give what the dense FFN gives for x (N, D)."""
-    # there is nothing to compare on meta, and experts with a capacity may drop tokens
+    # There is nothing to compare on meta, and experts with a capacity may drop tokens.
     if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
         return
     x = x.to(dense.w_in)
@@ -98,7 +98,7 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     whose other weights come later, gets its routers now.
     Raises ValueError for what cannot be done, before anything changes.
     """
-    # Uni-MoE: as many experts as there are models to put together
+    # Uni-MoE: as many experts as there are models to put together.
     sources = []
     if experts is not None:
         sources = open_sources(model, experts, average)
@@ -106,18 +106,18 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     wanted = {"vision": vision, "connector": connector, "text": text}
     counts = layer_counts(model, wanted, top_k, sources)
 
-    # a generator of its own: the same routers in every process
+    # A generator of its own: the same routers in every process.
     generator = torch.Generator().manual_seed(seed)
     for part, numbers in counts.items():
         config = getattr(model.config, part)
-        # only the decoder's experts can have a capacity
+        # Only the decoder's experts can have a capacity.
         limits = config.expert_limits if part == "text" else {}
         for layer, (owner, n_experts) in enumerate(zip(ffn_owners(model, part), numbers)):
             if n_experts == 0:
                 continue
             owner.ffn = experts_from(owner.ffn, n_experts, top_k, generator, real_routers, **limits)
 
-            # the config follows, so that a saved model is built with these experts
+            # The config follows, so that a saved model is built with these experts.
             config.top_k = top_k
             if part == "connector":
                 config.n_experts = n_experts
@@ -135,13 +135,13 @@ def mix_experts(model, sources, average):
     weights stream through one by one.
     """
     params = dict(model.named_parameters())
-    # a source is dense: its FFN (F, D) becomes slice e of the model's (E, F, D)
+    # A source is dense: its FFN (F, D) becomes slice e of the model's (E, F, D).
     for e, tensors in enumerate(sources):
         for name, _, tensor in tensors:
             if name.startswith("text.") and is_stacked(name, params):
                 copy_into_shard(params[name], e, tensor)
             elif average:
-                # a running mean: the first counts 1/1, the second 1/2, the third 1/3...
+                # A running mean: the first counts 1/1, the second 1/2, the third 1/3...
                 params[name].lerp_(tensor.to(params[name]), 1 / (e + 1))
 
 
@@ -165,7 +165,7 @@ def moe_layers(where, n_layers):
     return chosen
 
 
-# ---- You can stop here on a first reading. Behind this line: the checks behind upcycle, other ----
+# ---- You can stop here on a first reading. Below this line: the checks behind upcycle, other ----
 # ---- programs' names and configurations, model folders in and out, and the command line.      ----
 
 
@@ -214,7 +214,7 @@ def open_sources(model, experts, average):
         if isinstance(source, CuMo):
             state = merge_state(source.state_dict(), source)
             if source is model and average:
-                # averaging changes the model while the others still stream in
+                # Averaging changes the model while the others still stream in.
                 state = {name: tensor.clone() for name, tensor in state.items()}
             streams.append((name, None, tensor) for name, tensor in state.items())
         else:
@@ -222,7 +222,7 @@ def open_sources(model, experts, average):
             source, _ = load(source, later=streams)
             check_decoder(source, where)
 
-        # what cannot become an expert of this model
+        # What cannot become an expert of this model.
         if any(source.config.text.n_experts):
             raise ValueError(f"{where}: has experts in its decoder; only dense models can become "
                              "experts")
@@ -310,20 +310,20 @@ for their_prefix, our_prefix, rows in TABLE:
             PUBLISHED[our_prefix + ours] = their_prefix + theirs
 
 RENAMES = [  # applied one after the other
-    # the tower in LLaVA and MoE-LLaVA; in CLIP's folders, old and new, and in CuMo's clip.bin
+    # The tower in LLaVA and MoE-LLaVA; in CLIP's folders, old and new, and in CuMo's clip.bin.
     (r"^(model\.)?(vision|image)_tower\.((vision|image)_tower\.)?(vision_model\.)?", TOWER),
     (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", TOWER),
-    # the connector in LLaVA and MoE-LLaVA
+    # The connector in LLaVA and MoE-LLaVA.
     (r"^(model\.)?(mm_projector|multi_modal_projector)\.(image_spatial_proj\.)?", PROJECTOR),
     (r"^model\.mm_projector\.linear_1\.", PROJECTOR + "0."),
     (r"^model\.mm_projector\.linear_2\.", PROJECTOR + "2."),
-    # MoE-LLaVA's experts
+    # MoE-LLaVA's experts.
     (r"\.mlp\.deepspeed_moe\.gate\.wg\.", ".block_sparse_moe.gate."),
     (r"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.", ".block_sparse_moe.experts."),
     (r"(\.experts\.\d+\.)gate_proj\.", r"\1w1."),
     (r"(\.experts\.\d+\.)up_proj\.", r"\1w3."),
     (r"(\.experts\.\d+\.)down_proj\.", r"\1w2."),
-    # the decoder in LLaVA
+    # The decoder in LLaVA.
     (r"^(model\.)?language_model\.(?=lm_head)", ""),
     (r"^(model\.)?language_model\.(model\.)?", "model."),
 ]
@@ -374,7 +374,7 @@ def published_places(state):
             pattern += "[{e}]"
             experts = range(len(tensor))
 
-        # the layer's number, if there is one, is the same on both sides
+        # The layer's number, if there is one, is the same on both sides.
         layer = re.search(r"layers\.(\d+)|$", ours)[1]
         for expert in experts:
             places[PUBLISHED[pattern].format(i=layer, e=expert)] = (ours, expert)
@@ -422,7 +422,7 @@ PATCHES_ONLY = ("only patch features without CLS, no image start and end tokens,
                 "and connectors of type mlp2x_gelu and smoe_mlp are supported; the config asks "
                 "for others")
 
-# our field -> their key: read here, written in section 4
+# Our field -> their key: read here, written in section 4.
 CLIP_KEYS = dict(
     image_size="image_size", patch_size="patch_size", dim="hidden_size",
     n_layers="num_hidden_layers", n_heads="num_attention_heads", ffn_dim="intermediate_size",
@@ -463,9 +463,9 @@ def vision_config(theirs, shapes, **more):
     dim, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]  # (D, 3, P, P)
     n_positions, _ = shapes[TOWER + "embeddings.position_embedding.weight"]  # (1 + N, D)
 
-    # what the shapes say, and over it what the config says
+    # What the shapes say, and over it what the config says.
     fields = dict(
-        # a square of patches, and CLS
+        # A square of patches, and CLS.
         image_size=math.isqrt(n_positions - 1) * patch_size,
         patch_size=patch_size, dim=dim,
         n_layers=count(shapes, TOWER + r"encoder\.layers\.(\d+)\."),
@@ -481,7 +481,7 @@ def text_config(theirs, shapes, kind):
     vocab_size, dim = shapes["model.embed_tokens.weight"]
     attention = "model.layers.0.self_attn."
 
-    # what the shapes and transformers' defaults say, and over it what the config says
+    # What the shapes and transformers' defaults say, and over it what the config says.
     fields = dict(
         vocab_size=vocab_size, dim=dim, n_heads=32, norm_eps=1e-6,
         n_layers=count(shapes, r"^model\.layers\.(\d+)\."),
@@ -493,7 +493,7 @@ def text_config(theirs, shapes, kind):
         fields |= dict(norm_eps=1e-5, n_experts=theirs.get("num_local_experts", in_files))
     fields |= read_keys(theirs, DECODER_KEYS)
 
-    # the projections' outputs are all heads side by side
+    # The projections' outputs are all heads side by side.
     if "head_dim" not in fields:
         fields["head_dim"] = shapes[attention + "q_proj.weight"][0] // fields["n_heads"]
     if "n_kv_heads" not in fields:
@@ -508,7 +508,7 @@ def text_config(theirs, shapes, kind):
 def rotary_fields(theirs, kind):
     """rope_theta and rope_scaling, from the older style of config (rope_theta and rope_scaling
     apart) or the current one (rope_parameters)."""
-    # the type had another key in early files
+    # The type had another key in early files.
     rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling not in ("default", "llama3"):
@@ -529,7 +529,7 @@ def sliding_window(theirs, kind, n_layers):
     if kind != "qwen2":
         return window
 
-    # Qwen2 switches it on by another key, and from some layer on
+    # Qwen2 switches it on by another key, and from some layer on.
     first = theirs.get("max_window_layers", 28)
     if not theirs.get("use_sliding_window") or first >= n_layers:
         return None
@@ -551,7 +551,7 @@ def read_whisper(theirs, shapes, path):
     dim, n_mels, _ = shapes[WHISPER + "conv1.weight"]  # (D, mels, 3)
     return AudioConfig(
         n_mels=n_mels, dim=dim,
-        # the second convolution halves the frames
+        # The second convolution halves the frames.
         n_frames=2 * shapes[WHISPER + "embed_positions.weight"][0],
         n_layers=count(shapes, WHISPER + r"layers\.(\d+)\."),
         n_heads=theirs.get("encoder_attention_heads", dim // 64),
@@ -576,7 +576,7 @@ def read_transformers_llava(theirs, shapes):
     if theirs.get("vision_feature_select_strategy", "default") != "default":
         raise ValueError(PATCHES_ONLY)
 
-    # the whole model decides whether the head is tied, whatever the decoder's own config says
+    # The whole model decides whether the head is tied, whatever the decoder's own config says.
     text = theirs["text_config"] | {"tie_word_embeddings": "lm_head.weight" not in shapes}
     return Config(
         vision=vision_config(theirs.get("vision_config") or {}, shapes,
@@ -592,14 +592,14 @@ def read_llava(theirs, shapes, path):
     if "text_config" in theirs:
         return read_transformers_llava(theirs, shapes)
 
-    # refuse what this project has no code for
+    # Refuse what this project has no code for.
     projector = theirs.get("image_projector_type") or theirs.get("mm_projector_type")
     if (theirs.get("mm_vision_select_feature", "patch") != "patch"
             or theirs.get("mm_use_im_start_end") or theirs.get("mm_video_tower")
             or projector not in (None, "", "mlp2x_gelu", "smoe_mlp")):
         raise ValueError(PATCHES_ONLY)
 
-    # CuMo: one number of experts, and two switches for where they are
+    # CuMo: one number of experts, and two switches for where they are.
     n_experts = theirs.get("num_experts") or 0
     top_k = theirs.get("num_selected") or 2
     vision = vision_config(
@@ -608,7 +608,7 @@ def read_llava(theirs, shapes, path):
         **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")))
     connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k)
 
-    # the decoder's own keys stand in the same file
+    # The decoder's own keys stand in the same file.
     kind = LLAVA_DECODERS.get(theirs["model_type"], theirs["model_type"])
     text = text_config(theirs, shapes, kind)
     losses = read_keys(theirs, LOSS_KEYS)
@@ -617,7 +617,7 @@ def read_llava(theirs, shapes, path):
     if moe:
         text = with_moe_llava_experts(text, moe)
         losses = dict(balance_coef=moe["router_aux_loss_coef"], z_coef=0.0)
-        # its Mistral is OpenChat
+        # Its Mistral is OpenChat.
         template = "vicuna" if kind == "llama" else "openchat"
     return Config(vision, connector, text, template=template, **losses)
 
@@ -627,7 +627,7 @@ def with_moe_llava_experts(text, moe):
     if moe.get("use_residual"):
         raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
 
-    # every other layer by default
+    # Every other layer by default.
     layers = moe.get("moe_layers_idx")
     if layers is None:
         layers = range(0, text.n_layers, 2)
@@ -680,7 +680,7 @@ def read_config(theirs, shapes, path):
         raise ValueError(f"architecture {architecture} is not supported; supported: {SUPPORTED}")
     config = reader(theirs, shapes, path)
 
-    # our own key in the configs that section 4 writes
+    # Our own key in the configs that section 4 writes.
     if "template" in theirs:
         config.template = theirs["template"]
     return config
@@ -701,7 +701,7 @@ def read_json(file):
 # -------------------------------------------------------------------------------------------------
 # 4. Configurations out, and saving
 
-# the tower that VisionConfig's defaults describe
+# The tower that VisionConfig's defaults describe.
 CLIP_L = "openai/clip-vit-large-patch14-336"
 
 
@@ -724,7 +724,7 @@ def decoder_json(text, tokenizer, template):
         raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
                          "drop tokens")
 
-    # the family of decoders that this one belongs to
+    # The family of decoders that this one belongs to.
     kind = "llama"
     more = {}
     if n_experts:
@@ -732,7 +732,7 @@ def decoder_json(text, tokenizer, template):
         more = {"num_local_experts": n_experts, "num_experts_per_tok": text.top_k}
     elif text.qkv_bias:
         kind = "qwen2"
-        # the layers from this one on have the window
+        # The layers from this one on have the window.
         first = 0 if text.sliding_window else text.n_layers
         more = {"use_sliding_window": bool(text.sliding_window), "max_window_layers": first}
     elif text.sliding_window or template == "mistral":
@@ -743,10 +743,10 @@ def decoder_json(text, tokenizer, template):
         **write_keys(text, DECODER_KEYS), **more,
         "rope_theta": text.rope_theta, "sliding_window": text.sliding_window,
         "max_position_embeddings": 32768,
-        # ours; other programs pass over it
+        # ours; other programs pass over it.
         "template": template,
     }
-    # the stretched rotary embedding of Llama 3.1
+    # The stretched rotary embedding of Llama 3.1.
     if text.rope_scaling:
         described["rope_scaling"] = {"rope_type": "llama3", **text.rope_scaling}
         stretched = text.rope_scaling["original_max_position_embeddings"]
@@ -788,7 +788,7 @@ def write_cumo(config, state, tokenizer):
     vision = config.vision
     connector = config.connector
 
-    # one number of experts and one top-k say it all there
+    # One number of experts and one top-k say it all there.
     tower_has_experts = any(vision.n_experts)
     top_k = vision.top_k if tower_has_experts else connector.top_k
     counts = {n for n in (*vision.n_experts, connector.n_experts) if n}
@@ -800,8 +800,8 @@ def write_cumo(config, state, tokenizer):
         raise ValueError("the published layout's connector has activation gelu, not "
                          f"{connector.act}")
 
-    # a decoder of LLaMA's shape is written as Mistral, which is what CuMo's code knows, unless its
-    # rotary embedding is stretched
+    # A decoder of LLaMA's shape is written as Mistral, which is what CuMo's code knows, unless its
+    # rotary embedding is stretched.
     decoder = decoder_json(config.text, tokenizer, config.template)
     kind = decoder["model_type"]
     if kind == "qwen2":
@@ -817,7 +817,7 @@ def write_cumo(config, state, tokenizer):
         "num_experts": max(counts, default=4), "num_selected": top_k,
         "clip_smoe": tower_has_experts, "mlp_smoe": connector.n_experts > 0,
         **write_keys(config, LOSS_KEYS),
-        # these have no meaning here, but the released code reads them
+        # These have no meaning here, but the released code reads them.
         "num_layers": 3, "dropout": False, "training": False, "local_rank": 0,
     }), published(state)
 
@@ -837,7 +837,7 @@ def write_moe_llava(config, state, tokenizer):
         raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses "
                          "over the layers (text.aux sum); this model does not")
 
-    # the dense decoder around the experts, and the layers that have them
+    # The dense decoder around the experts, and the layers that have them.
     dense = replace(text, n_experts=[0] * text.n_layers)
     decoder = decoder_json(dense, tokenizer, config.template)
     kind = decoder["model_type"]
@@ -896,10 +896,10 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
 
-    # adapters are added to the weights that they stand beside
+    # Adapters are added to the weights that they stand beside.
     state = merge_state(model.state_dict() if state is None else state, model)
 
-    # a tower alone: give its tensors the names that they have in a model
+    # A tower alone: give its tensors the names that they have in a model.
     config = model.config
     if isinstance(model, VisionTransformer):
         if layout != "hf-clip":
@@ -909,7 +909,7 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
         state = {f"vision.{name}": tensor for name, tensor in state.items()}
     files, tensors = LAYOUTS[layout](config, state, tokenizer)
 
-    # a layout that cannot hold the model has raised its error by now
+    # A layout that cannot hold the model has raised its error by now.
     os.makedirs(folder, exist_ok=True)
     save_tensors(folder, tensors)
     if tokenizer is not None and layout != "hf-clip":
@@ -923,7 +923,7 @@ SHARD_BYTES = 5 * 10**9
 
 def save_tensors(folder, tensors):
     """Write model.safetensors; above SHARD_BYTES, several shards and an index of what is where."""
-    # a shard is full when the next tensor would make it larger than that
+    # A shard is full when the next tensor would make it larger than that.
     shards = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -941,13 +941,13 @@ def save_tensors(folder, tensors):
         write_tensors(join(folder, file), shard)
         weight_map |= dict.fromkeys(shard, file)
 
-    # which file holds a tensor
+    # Which file holds a tensor.
     index = join(folder, "model.safetensors.index.json")
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     elif exists(index):
-        # it belongs to an older, larger model, and loading would follow it
+        # It belongs to an older, larger model, and loading would follow it.
         os.remove(index)
 
 
@@ -963,10 +963,10 @@ def write_atomically(path, write):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         write(temporary)
-        # the content must be on the disk before the name points to it
+        # The content must be on the disk before the name points to it.
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        # safetensors writes files that others cannot read
+        # Safetensors writes files that others cannot read.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
@@ -1004,7 +1004,7 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     theirs = read_json(config_file)
     files = weight_files(path, theirs)
 
-    # how their names become the published ones, unless they are ours
+    # How their names become the published ones, unless they are ours.
     rename = None
     shapes = {}
     if not is_own(theirs):
@@ -1012,7 +1012,7 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
         rename = published_whisper_name if is_whisper else published_name
         shapes = shapes_in(files, rename)
 
-    # values of a wrong kind lead to errors of many kinds
+    # Values of a wrong kind lead to errors of many kinds.
     try:
         model = build_on_meta(read_config(theirs, shapes, path))
     except Exception as e:
@@ -1032,14 +1032,14 @@ def build_on_meta(config):
     """The model of this config, without memory for the weights."""
     with torch.device("meta"):
         if isinstance(config, VisionConfig):
-            # through Config, which checks the fields
+            # Through Config, which checks the fields.
             return VisionTransformer(Config(vision=config).vision)
         if isinstance(config, AudioConfig):
             return AudioTransformer(config)
         return CuMo(config)
 
 
-# how the names of a part's tensors begin in a whole model
+# How the names of a part's tensors begin in a whole model.
 PREFIXES = {CuMo: "", VisionTransformer: "vision.", AudioTransformer: "audio.",
             Connector: "connector."}
 
@@ -1057,15 +1057,15 @@ def fill_from(stream, model, dtype=None, device="cpu"):
         if name not in state:
             state[name] = torch.empty_like(wanted[name], dtype=dtype or tensor.dtype, device=device)
         copy_into_shard(state[name], expert, tensor)
-        # free it before the next one is read
+        # Free it before the next one is read.
         del tensor
 
-    # what is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
+    # What is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
     prefix = PREFIXES[type(model)]
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
 
-    # files stored apart may differ in dtype; a bridge has that of the sense before it
+    # Files stored apart may differ in dtype; a bridge has that of the sense before it.
     if isinstance(model, CuMo) and model.vision:
         model.connector.to(model.vision.patch.weight.dtype)
     if isinstance(model, CuMo) and model.audio:
@@ -1079,7 +1079,7 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
     names' published form; None where they are ours already. Every tensor is used or ignored on
     purpose, and every parameter filled; else a ValueError names it.
     """
-    # where each of their tensors goes
+    # Where each of their tensors goes.
     places = published_places(wanted) if rename else {name: (name, None) for name in wanted}
     missing = dict(places)
 
@@ -1091,7 +1091,7 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
                 continue
             raise ValueError(f"{where}: tensor {theirs} has no place in this model")
 
-        # the place must have its shape
+        # The place must have its shape.
         ours, expert = places[name]
         shape = wanted[ours].shape
         if expert is not None:
@@ -1105,10 +1105,10 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
             place = ours if expert is None else f"{ours}[{expert}]"
             listing.append((theirs, place, shape, tensor.dtype))
         yield ours, expert, tensor
-        # free it before the next one is read
+        # Free it before the next one is read.
         del tensor
 
-    # naming the first one is enough
+    # Naming the first one is enough.
     for name in missing:
         raise ValueError(f"{where}: tensor {name} is missing")
 
@@ -1135,7 +1135,7 @@ def copy_into_shard(param, expert, tensor):
         if dim == 0:
             first_expert = start
 
-    # a process whose shard has no part of this expert copies nothing
+    # A process whose shard has no part of this expert copies nothing.
     if expert is None:
         here.copy_(source)
         return
@@ -1153,7 +1153,7 @@ def local_folder(path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
                          "train.py`, or check the path")
 
-    # it comes with tokenizers, and is needed here only
+    # It comes with tokenizers, and is needed here only.
     from huggingface_hub import snapshot_download
     try:
         folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
@@ -1161,7 +1161,7 @@ def local_folder(path):
             folder = snapshot_download(path, allow_patterns=["*.json", "*.bin"])
         return folder
     except Exception as e:
-        # no network, no such repository, no permission...
+        # No network, no such repository, no permission...
         raise ValueError(f"{path}: no such folder here, and downloading it from the Hugging Face "
                          f"hub failed: {first_line(e)}") from None
 
@@ -1183,7 +1183,7 @@ def weight_files(path, theirs):
             raise ValueError(f"{join(path, 'model.safetensors')}: missing")
         return files
 
-    # of a LLaVA, what the folder's main files lack
+    # Of a LLaVA, what the folder's main files lack.
     names = shapes_in(files)
     if not starting_with(TOWER, names):
         tower = join(path, "clip.bin")
@@ -1217,7 +1217,7 @@ def shards_of(path, index):
         files = [join(path, name) for name in names]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{index}: not an index of shards: {e!r}") from None
-    # say so now, not when the other shards have been read
+    # Say so now, not when the other shards have been read.
     for file in files:
         if not exists(file):
             raise ValueError(f"{file}: missing; the index names it. Copy or download it again")
@@ -1235,7 +1235,7 @@ def tensors_in(files, device="cpu"):
                 continue
 
             # The file is opened anew for each tensor: it is mapped into memory, and pages that
-            # were read count as memory as long as it is open
+            # were read count as memory as long as it is open.
             for name in safe_open(file, "pt").keys():
                 with safe_open(file, "pt") as f:
                     if device == "meta":
@@ -1260,7 +1260,7 @@ def shapes_in(files, rename=published_name):
 
 def read_bin(file, device):
     """The tensors of a .bin, which is a pickle. weights_only refuses one that would run code."""
-    # where shapes are enough, the file is mapped and its tensors are not read
+    # Where shapes are enough, the file is mapped and its tensors are not read.
     mmap = device == "meta" and zipfile.is_zipfile(file)
     state = torch.load(file, map_location=device, weights_only=True, mmap=mmap)
     if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
@@ -1288,7 +1288,7 @@ def read_tokenizer(file):
     try:
         tokenizer = Tokenizer.from_file(file)
     except Exception as e:
-        # tokenizers raises bare Exceptions
+        # Tokenizers raises bare Exceptions.
         raise ValueError(f"{file}: cannot be read as a tokenizer: {e}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -1307,7 +1307,7 @@ def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dt
     connector: an mm_projector.bin of CuMo or LLaVA; without it, a new one. audio: a folder of
     Whisper, for an ear and a new resampler. dtype, listing, later: as for `load`.
     """
-    # sizes first: the parts are on meta, and their weights are streams
+    # Sizes first: the parts are on meta, and their weights are streams.
     streams = []
     if os.path.isfile(vision):
         tower = build_on_meta(vision_config({}, shapes_in([vision])))
@@ -1323,7 +1323,7 @@ def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dt
         template=template or config.template,
     ))
 
-    # the connector
+    # The connector.
     if connector:
         try:
             fill_from(match_tensors([connector], state_of(model.connector), connector,
@@ -1338,12 +1338,12 @@ def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dt
         torch.manual_seed(seed)
         model.init_weights(parts=("connector",))
 
-    # the ear, and a new resampler
+    # The ear, and a new resampler.
     if audio:
         ear, _, _ = open_part(audio, "audio", listing, streams)
         add_audio(model, ear, seed)
 
-    # the weights, now or later
+    # The weights, now or later.
     if later is not None:
         later.extend(streams)
     else:
@@ -1376,17 +1376,17 @@ def add_audio(model: CuMo, audio: AudioTransformer, seed=0) -> CuMo:
     if model.config.audio:
         raise ValueError("this model hears already")
 
-    # through Config, which checks the fields; the ear's config and the model's are then one
+    # Through Config, which checks the fields; the ear's config and the model's are then one.
     model.config.audio = replace(model.config, audio=replace(audio.config)).audio
     audio.config = model.config.audio
 
-    # an ear on meta gets its weights later; the resampler is new and has them now
+    # An ear on meta gets its weights later; the resampler is new and has them now.
     weight = audio.conv1.weight
     device = "cpu" if weight.is_meta else weight.device
     with torch.device(device):
         resampler = Resampler(audio.config, model.config.text.dim).to(weight.dtype)
 
-    # the decoder comes last, as in a model that was born with ears
+    # The decoder comes last, as in a model that was born with ears.
     text = model.text
     del model.text
     model.audio = audio
@@ -1420,7 +1420,7 @@ def load_backbones(file):
     if not {"config", "tokenizer"} <= header.keys():
         raise ValueError(f"{file}: has no config and tokenizer in its header; {again}")
 
-    # a CuMo is born with new weights; the bridges keep theirs
+    # A CuMo is born with new weights; the bridges keep theirs.
     model = CuMo(Config.from_dict(json.loads(header["config"])))
     wanted = starting_with(BACKBONES, state_of(model))
     fill_from(match_tensors([file], wanted, file), model)
@@ -1441,7 +1441,7 @@ def layer_counts(model, wanted, top_k, sources):
 
     counts = {}
     for part, given in wanted.items():
-        # one number for each layer
+        # One number for each layer.
         owners = ffn_owners(model, part)
         if given and not owners:
             raise ValueError(f"{part}: this model has no such part to upcycle")
@@ -1450,7 +1450,7 @@ def layer_counts(model, wanted, top_k, sources):
             raise ValueError(f"{part}: {len(numbers)} expert counts for {len(owners)} layers")
         counts[part] = numbers
 
-        # what a layer cannot become, or is already
+        # What a layer cannot become, or is already.
         config = getattr(model.config, part)
         has_experts = any(isinstance(owner.ffn, MoE) for owner in owners)
         for layer, (owner, n_experts) in enumerate(zip(owners, numbers)):
@@ -1477,19 +1477,19 @@ def check_decoder(model, where):
         raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
 
 
-# fields in which a source's decoder may differ from the model that it goes into
+# Fields in which a source's decoder may differ from the model that it goes into.
 ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
                  "noisy", "aux"}
 
 
 def check_same_sizes(where, theirs, ours, average):
     """Raise ValueError unless a source's parts have the sizes of the model that they go into."""
-    # field by field; a part that is not there has none
+    # Field by field; a part that is not there has none.
     for part in ("text", "vision", "connector", "audio"):
         our_part = asdict(ours)[part] or {}
         their_part = asdict(theirs)[part] or {}
 
-        # where only FFNs are taken, a decoder without senses will do
+        # Where only FFNs are taken, a decoder without senses will do.
         if part != "text" and not average and not (our_part and their_part):
             continue
         for key in our_part | their_part:
@@ -1554,7 +1554,7 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of a new connector, resampler or routers (default: 0)")
     args = parser.parse_args(argv)
 
-    # which flags go together
+    # Which flags go together.
     ways = [args.source, args.vision and args.llm, args.experts]
     if len([way for way in ways if way]) != 1:
         raise ValueError("give either --from DIR, or --vision DIR and --llm DIR, or --experts DIRS")
@@ -1587,13 +1587,13 @@ def main(argv=None):
                                     audio=args.audio)
     print_listing(listing)
 
-    # one layout holds a tower, and none holds an ear alone
+    # One layout holds a tower, and none holds an ear alone.
     is_tower = isinstance(model, VisionTransformer)
     if isinstance(model, AudioTransformer) or (is_tower and args.to == "own"):
         raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: "
                          "--vision DIR --llm DIR")
 
-    # flags override what the folders say
+    # Flags override what the folders say.
     if args.template and not is_tower:
         model.config.template = args.template
     if args.tokenizer:
@@ -1622,7 +1622,7 @@ def put_together(args, listing):
 def print_listing(listing):
     """(their name, our name, shape, dtype) of each tensor, a line for all layers and experts that
     are alike."""
-    # numbers of layers and experts become {i} and {e}
+    # Numbers of layers and experts become {i} and {e}
     groups = Counter((pattern_of(theirs), pattern_of(ours), shape, dtype)
                      for theirs, ours, shape, dtype in listing)
 
