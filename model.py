@@ -74,7 +74,7 @@ class VisionConfig:
     scales: list = field(default_factory=lambda: [1])
     # A number for each layer, or one number for all of them. 0 is dense.
     n_experts: list | int = 0
-    top_k: int = 2
+    top_k: int = 2  # upcycling writes it (train.py --top-k)
 
     @property
     def side(self) -> int:
@@ -548,8 +548,9 @@ class CuMo(nn.Module):
         of appearance, blank ones last; labels (B, T) int64, IGNORE where nothing is learnt.
 
         The labels stand where the tokens stand; they are shifted here. image_embeds (n, N, D) and
-        audio_embeds (m, Q, D) take the place of what was encoded before. frames: see average_frames.
-        slots: what count_slots gives for these tokens; with it, nothing here waits for the device.
+        audio_embeds (m, Q, D) take the place of what was encoded before. frames: see
+        average_frames. slots: what count_slots gives for these tokens; with it, nothing here waits
+        for the device.
         ValueError where the slots and the features do not match.
         """
         # 1. How many slots are there? Counting on a GPU means waiting for it. So it is done by a
