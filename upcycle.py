@@ -1228,7 +1228,7 @@ def tensors_in(files, device="cpu"):
     """Yield (name, tensor) of .safetensors and .bin files. On "meta", only shapes are read."""
     for file in files:
         with errors_that_name(file):
-            if not file.endswith(".safetensors"):
+            if not str(file).endswith(".safetensors"):
                 state = read_bin(file, device)
                 for name in list(state):
                     yield name, state.pop(name)
