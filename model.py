@@ -18,8 +18,7 @@ rows, where an image has four slots (in CuMo 576):
     What   is     IMAGE  IMAGE  IMAGE  IMAGE  ?      A      ball
     Name   three  colors PAD    PAD    PAD    PAD    PAD    PAD
 
-The features are written over the slots of all rows at once. So there is no loop over the samples,
-and the shapes do not depend on what is in the batch.
+The features are written over the slots of all rows at once, so nothing loops over the samples.
 
 Letters for shapes, in all of this file: B batch, T tokens in a sequence, V vocabulary, n images,
 S side of an image in pixels, N patches of an image or states of a sound, m chunks of sound, Q slots
@@ -43,7 +42,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from kernels import ACTIVATIONS, FFN, MoE, feed_forward  # FFN: for those who import it from here
+from kernels import ACTIVATIONS, MoE, feed_forward
 
 # Marks in `tokens` and `labels`; data.py has the same.
 IMAGE = -200
@@ -52,7 +51,7 @@ PAD = -1
 IGNORE = -100  # the label of a token that is not learnt
 
 # ------------------------------------------------------------------------------------------------
-# 1. Configuration. The defaults are CuMo's around Mistral-7B, before it gets its experts. The
+# 1. Configuration. The defaults are CuMo's around Mistral-7B, without experts and S2 scales. The
 #    presets stand near the end of this file, and so do the checks of these numbers.
 
 
@@ -942,7 +941,7 @@ def init_weight(p, name, part):
 def add_blank_images(model, tokens, images, frames, slots):
     """A blank image for each row that has none, behind the others -> (images, frames).
 
-    It fills no slot. The released code does so, and counts the blanks in the auxiliary losses.
+    It fills no slot. The released code also adds one, and counts it in the auxiliary losses.
     It also makes every process run every module: otherwise DDP and FSDP would wait for each
     other for ever. data.collate appends them; this is for a caller that did not.
     """

@@ -22,8 +22,9 @@ Training has three stages, and each begins with the folder that the stage before
               everything trains on questions
 
 --recipe moe-llava and --recipe uni-moe have other rows for these stages (section 4). A run writes
-to --out: checkpoint/, stage1/, stage2/, at last the model itself, and log.jsonl, loss.png and
-routing.png. `torchrun --max-restarts 3 ... train.py` goes on by itself after a process died.
+to --out: checkpoint/, stage1/, stage2/, at last the model itself, and log.jsonl, scores.jsonl,
+loss.png and routing.png. `torchrun --max-restarts 3 ... train.py` goes on by itself after a process
+died.
 """
 from __future__ import annotations
 
@@ -93,7 +94,7 @@ LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 class Stage:
     """What trains, on what, and how. Presets and flags change these values (see `settings`)."""
     trains: tuple = ()            # parts of the model
-    kind: str = "caption"         # of drawn samples: captions, or questions ("chat")
+    kind: str = "caption"         # of drawn samples: captions, questions ("chat"), see data.Drawn
     template: str | None = None   # how a conversation is written; None: as the model knows
     lr: float = 1e-3              # the learning rate at its peak
     batch_size: int = 64          # samples a step, over all processes
@@ -301,7 +302,7 @@ UNI_MOE = {
 }
 RECIPES = {"cumo": CUMO, "moe-llava": MOE_LLAVA, "uni-moe": UNI_MOE}
 
-# Models four thousand times smaller want larger steps, and fewer.
+# Models two thousand times smaller want larger steps, and fewer.
 TINY = {
     1: dict(lr=2e-3, batch_size=64, steps=100, max_length=256),
     2: dict(lr=5e-4, batch_size=64, steps=120, max_length=256),
@@ -309,7 +310,7 @@ TINY = {
 }
 TINY_MOE_LLAVA = {
     1: TINY[1],
-    2: TINY[3],
+    2: TINY[3],  # it learns from questions already, as CuMo's stage 3 does
     3: dict(lr=3e-4, batch_size=64, steps=200, max_length=256),
 }
 TINY_UNI_MOE = {
@@ -324,7 +325,7 @@ PRESET_VALUES = {
     ("uni-moe", "uni-moe-tiny"): TINY_UNI_MOE,
 }
 
-# In the drawn world, Uni-MoE's stage 2 runs once for each of these, with these questions.
+# In the drawn world, Uni-MoE's stage 2 runs three times: for images, for sounds, and for both.
 SENSES = {"2 image": "chat", "2 sound": "sound chat", "2 both": "both chat"}
 # What a stage leaves in --out. The last one leaves the model itself.
 FOLDERS = {1: "stage1", 2: "stage2", 3: "", "2 image": "stage2-image", "2 sound": "stage2-sound",
@@ -428,7 +429,8 @@ class Args:
     n_experts: str = flag(
         "4", "experts in each FFN that is upcycled; in the decoder also one number for "
         "each of --moe-layers: 4,2,4")
-    top_k: int = flag(2, "experts that each token is sent to")
+    top_k: int = flag(2, "experts that each token is sent to; with 1, only the balance loss trains "
+                      "the router")
     moe_layers: str | None = flag(
         None, "decoder layers that get experts: every_other (moe-llava's), all "
         "(uni-moe's), first_half, second_half, or 0,3,5")
@@ -1376,8 +1378,8 @@ def clip_gradients(params, experts, limit):
     of_experts = [p.grad for p in params if p in dealt_out]
     of_others = [p.grad for p in params if p not in dealt_out]
 
-    # DDP does not look at experts, so their mean over processes is taken here. Each process has its
-    # row's tokens, and a column has all.
+    # DDP does not look at experts, so their mean over processes is taken here. Each process has
+    # seen its row's tokens; summed down a column, the tokens of all processes are in it.
     for grad in of_experts:
         dist.all_reduce(grad, group=experts.mesh.get_group("column"))
         grad /= WORLD

@@ -47,8 +47,9 @@ from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connecto
 def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **limits) -> MoE:
     """A MoE whose experts are all copies of one dense FFN, on its device and in its dtype.
 
-    real_router: put the router on the CPU even if the dense FFN is on meta. limits: the capacities
-    that kernels.MoE takes. Asserts that the output is unchanged.
+    real_router: draw the router now, on the CPU, even if the dense FFN is on meta and gets its
+    weights later (FSDP). limits: the capacities that kernels.MoE takes. Asserts that the output is
+    unchanged.
     """
     ffn_dim, dim = dense.w_in.shape
     # A module on meta takes no memory: its weights are made below.

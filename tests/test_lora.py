@@ -4,7 +4,8 @@ import copy
 import pytest
 import torch
 
-from model import FFN, MoE, CuMo, adapted, add_lora, count_parameters, drop_lora, merge_lora, merge_state, plain_name, rope_table
+from kernels import FFN
+from model import MoE, CuMo, adapted, add_lora, count_parameters, drop_lora, merge_lora, merge_state, plain_name, rope_table
 from upcycle import load, save, upcycle
 
 TOKENS = torch.tensor([[7, 1, 2, 30, 9, 3], [5, 6, 2, 2, 11, 8]])

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import upcycle as U
-from model import FFN, IGNORE, IMAGE, PAD, Config, CuMo, MoE
+from kernels import FFN
+from model import IGNORE, IMAGE, PAD, Config, CuMo, MoE
 from upcycle import load, load_backbones, save, save_backbones, upcycle, write_atomically
 
 TOKENS = torch.tensor([[7] + [IMAGE] * 4 + [3, 9], [5, 6] + [PAD] * 5])
