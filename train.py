@@ -1156,8 +1156,10 @@ def identity(args, stage):
 def resume(args, stage, model, optimizer, experts):
     """Go on from the newest checkpoint if it is this stage's -> the first step, and the counts."""
     new = 0, dict.fromkeys(("skipped", "skipped in a row", "broken", "truncated", "samples"), 0)
+    if not args.resume:
+        return new
     path, saved = newest_checkpoint(args.out)
-    if not args.resume or path is None or saved["identity"]["stage"] != stage.name:
+    if path is None or saved["identity"]["stage"] != stage.name:
         return new
 
     # Two different runs must not become one.
