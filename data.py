@@ -36,7 +36,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# `tokens` holds ids of text, which are >= 0, and these. (model.py knows the same numbers.).
+# `tokens` holds ids of text, which are >= 0, and these. (model.py knows the same numbers.)
 IMAGE = -200  # the slot of one of an image's features
 AUDIO = -201  # the slot of one of a sound's features
 PAD = -1  # nothing: the row has ended

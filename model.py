@@ -487,7 +487,7 @@ def total_loss(parts, balance_coef, z_coef, share=None):
     gradient. Only the decoder's routing losses depend on it: balance is a product of two means over
     the tokens of a micro-batch, and a mean of products is not the product of the means.
     """
-    # Two sums, added at the end. (In another order, the last digit would be another.).
+    # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
     routing = 0.0
     for name, value in parts.items():
@@ -923,7 +923,7 @@ def init_weight(p, name, part):
     size. (With 0.02, a width of 128 begins with attention that is nearly uniform, and learns late.)
     """
     if name.split(".")[-1].startswith("b"):
-        # A bias. (This comes first: a MoE's are stacked, and look like matrices.).
+        # A bias. (This comes first: a MoE's are stacked, and look like matrices.)
         nn.init.zeros_(p)
     elif name == "audio.pos":
         p.copy_(sinusoids(*p.shape, device=p.device))
@@ -1115,7 +1115,7 @@ def compiled(backend, on_cuda, cuda_graphs):
 
     # Prefill is big enough to go without a CUDA graph. (With "coordinate_descent_tuning" the steps
     # of a 7B decoder were 1.16 times faster on an H100, batch 1. But the search for the tiles took
-    # over a minute and a half.).
+    # over a minute and a half.)
     options = None
     if on_cuda and backend == "inductor":
         options = {"triton.cudagraphs": cuda_graphs}

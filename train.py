@@ -1498,7 +1498,7 @@ def prepare_device(args):
     torch.set_float32_matmul_precision(args.matmul)
     if args.matmul == "medium":
         # The CPU's flash kernel multiplies small blocks, for which AMX is slow. (This switch is the
-        # CPU's too.).
+        # CPU's too.)
         torch.backends.cuda.enable_flash_sdp(False)
 
     name = args.device
@@ -1558,7 +1558,7 @@ N_SAMPLES = {
 
 # FLOPs of operators for which torch has no formula, by the shapes of their inputs: two for every
 # multiply-add. (Going back, a product becomes two, the gradient of either factor. So a frozen
-# weight costs only one there, and what lies before the first weight that trains costs nothing.).
+# weight costs only one there, and what lies before the first weight that trains costs nothing.)
 
 
 def grouped_flops(a, b, *_, **__):
@@ -1617,7 +1617,7 @@ class Meter(TorchDispatchMode):
 
         def watch_output(_, inputs, output):
             # Going back, a part begins where the gradient of its output is there. (With hooks of
-            # modules, the memory that was counted came out larger.).
+            # modules, the memory that was counted came out larger.)
             out = output[0] if isinstance(output, tuple) else output
             if out.requires_grad:
                 out.register_hook(enter)
