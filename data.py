@@ -523,9 +523,10 @@ def whisper_ear():
     return torch.hann_window(FFT), torch.from_numpy(filters).float()
 
 
-def read_wav(path, max_seconds=math.inf):
+def read_wav(path, max_seconds=math.inf, content=None):
     """A WAV file of 8, 16, 24 or 32 bit PCM -> (wave (n,) float32 in [-1, 1], sample rate).
 
+    content: what is in the file, as an mmap, where it is in memory already; then path is a name.
     Channels are averaged. Raises ValueError, naming the file and what to do, if it is missing, of
     another format, truncated, without a sample, or longer than max_seconds.
     """
@@ -533,8 +534,9 @@ def read_wav(path, max_seconds=math.inf):
               "most files")
     try:
         # The file is mapped, not read: its header comes first, and may promise hours.
-        with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if content is None:
+            with open(path, "rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         call_plain_pcm(content)
         reader = wave.open(content)
         channels, width, rate, n, _, _ = reader.getparams()

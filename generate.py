@@ -6,6 +6,8 @@
         a chat (Ctrl-D ends it)
     python generate.py --model out/uni-moe --image X.png --audio Y.wav --video FRAMES_DIR
         a chat about all of them
+    python generate.py --model out/tiny --serve
+        a window in the browser: talk, and watch the experts choose
     python generate.py --model out/tiny --image X.png --routing routing.png
         a picture: which expert took which patch (or token)
     python generate.py --model out/tiny --eval-drawn 1200
@@ -26,24 +28,38 @@ How the model comes to an answer is model.py's business (CuMo.generate). Here ar
 it: a question and its files become tensors, and tokens become text again.
 """
 import argparse
+import base64
 import glob
+import hashlib
+import io
+import ipaddress
 import json
 import math
+import mmap
 import os
 import random
 import re
+import socket
 import sys
+import time
+import traceback
+import wave
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
+from kernels import MoE
 from model import CuMo
 from upcycle import load, write_atomically
 
@@ -120,8 +136,10 @@ def streamer(tokenizer, write):
         tokens.append(int(token[0]))
         text = tokenizer.decode(tokens).lstrip()
 
-        # This is how a character looks whose last token is still missing: wait for it.
+        # This is how a character looks whose last token is still missing: wait for it. (But write
+        # something: who counts the pieces counts the tokens.)
         if text.endswith("\ufffd"):
+            write("")
             return
         write(text[len(written):])
         written = text
@@ -977,22 +995,91 @@ def load_images(model, images):
     return torch.stack([data.load_image(image, size) for image in images]).to(device_of(model))
 
 
+@contextmanager
+def watch(model):
+    """Inside of `with watch(model) as watched:`, the model may do whatever it does, and is watched:
+
+    watched.choices: for each time that a layer with experts ran (name of its module, Routing,
+    probabilities (..., N, E)); watched.images: for each time that the tower ran (n, 3, S, S)."""
+    watched = SimpleNamespace(choices=[], images=[])
+
+    def keep_choices(name, moe, inputs, outputs):
+        # A Routing has no probabilities. The router is a small matrix: ask it once more.
+        tokens = inputs[0].to(moe.router.dtype)  # (..., N, D)
+        probabilities = F.linear(tokens, moe.router).float().softmax(-1)  # (..., N, E)
+        watched.choices.append((name, outputs[1], probabilities))
+
+    def keep_images(tower, inputs):
+        watched.images.append(inputs[0])
+
+    hooks = []
+    if model.vision is not None:
+        hooks.append(model.vision.register_forward_pre_hook(keep_images))
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            hooks.append(module.register_forward_hook(partial(keep_choices, name)))
+    try:
+        yield watched
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def watched_layers(model, choices, n_tokens=None):
+    """What `watch` kept -> plain lists, a layer after the other, as they ran: [{
+    "part": "vision", "connector" or "text", "name": "layer 0" or "connector", "scale": 1,
+    "experts": [n][N][K] best first, "weights": [n][N][K], "probabilities": [n][N][E]}, ...]
+
+    In vision and connector, n is images and N patches, row by row, without CLS (at scale 3 nine
+    times as many). In the decoder n is 1, and N the tokens, of which n_tokens are no padding."""
+    layers = []
+    n_runs = Counter()
+    for module, routing, probabilities in choices:
+        part = module.split(".")[0]
+        layer = {"part": part, "name": part, "scale": 1}
+        if part != "connector":
+            layer["name"] = f"layer {module.split('.')[2]}"
+
+        # At each of its scales the tower runs anew.
+        if part == "vision":
+            scales = model.config.vision.scales
+            layer["scale"] = scales[n_runs[module] % len(scales)]
+            n_runs[module] += 1
+
+        decided = {"experts": routing.experts, "weights": routing.weights,
+                   "probabilities": probabilities}
+        for key, tensor in decided.items():
+            if part == "vision":
+                tensor = join_crops(tensor[:, 1:], layer["scale"])  # (n, N, K or E)
+            if part == "text":
+                tensor = tensor[:n_tokens].unsqueeze(0)  # (1, N, K or E)
+            if key != "experts":
+                tensor = tensor.double().round(decimals=4)
+            layer[key] = tensor.tolist()
+        layers.append(layer)
+    return layers
+
+
+def join_crops(tensor, scale):
+    """(n * scale^2, N, C) of the crops of n images, see encode_enlarged -> (n, scale^2 * N, C) of
+    the patches of these images, row by row."""
+    side = math.isqrt(tensor.shape[1])
+    n_channels = tensor.shape[2]
+    crops = tensor.view(-1, scale, scale, side, side, n_channels)  # (n, row, column, y, x, C)
+    return crops.transpose(2, 3).reshape(-1, (scale * side) ** 2, n_channels)
+
+
 @torch.no_grad()
 def routing_of(model, images):
-    """{"layer 0": (n, N, K) experts of each patch, best first, ..., "connector": the same}.
+    """{"layer 0": (n, N, K) experts of each patch, best first, ..., "connector": the same}, at the
+    base scale.
 
     Dense layers are left out, layers whose output is not used (see seeing_layers), and CLS."""
-    aux = {"vision": [], "connector": []}
-    model.eval().encode_images(load_images(model, images), aux)
-
-    # With several scales, aux["vision"] has every layer once a scale. The base scale comes first,
-    # and zip stops at the end of its layers.
-    routing = {}
-    for i, r in zip(seeing_layers(model), aux["vision"]):
-        routing[f"layer {i}"] = r.experts[:, 1:].cpu()  # (n, N, K)
-    for r in aux["connector"]:
-        routing["connector"] = r.experts.cpu()  # (n, N, K)
-    return routing
+    with watch(model) as watched:
+        model.eval().encode_images(load_images(model, images))
+    layers = watched_layers(model, watched.choices)
+    return {layer["name"]: torch.tensor(layer["experts"])
+            for layer in layers if layer["scale"] == 1}
 
 
 def expert_load(model, images, n_experts):
@@ -1072,19 +1159,25 @@ def spread_over_depth(names, n_layers):
     return [layers[i] for i in which.round().int()] + names[len(layers):]
 
 
-def as_seen(tensor):
-    """data.load_image's (3, S, S) -> a panel. These are the very pixels that the tower gets; a
-    small image is enlarged without smoothing, so that one can see how little that is."""
+def pixels_of(tensor):
+    """data.load_image's (3, S, S) -> an image of the very pixels that the tower gets."""
     # Undo the normalisation.
     mean = torch.tensor(data.CLIP_MEAN).view(3, 1, 1)
     std = torch.tensor(data.CLIP_STD).view(3, 1, 1)
     pixels = (tensor.float() * std + mean).clamp(0, 1) * 255  # (3, S, S)
     pixels = pixels.round().byte().permute(1, 2, 0)  # (S, S, 3)
+    return Image.fromarray(pixels.cpu().numpy())
+
+
+def as_seen(tensor):
+    """data.load_image's (3, S, S) -> a panel. A small image is enlarged without smoothing, so that
+    one can see how few pixels the tower gets."""
+    pixels = pixels_of(tensor)
 
     # A tower that reads more pixels than a panel has loses some in the picture, smoothly.
-    smooth = len(pixels) > PANEL
+    smooth = pixels.width > PANEL
     resampling = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return Image.fromarray(pixels.numpy()).resize((PANEL, PANEL), resampling)
+    return pixels.resize((PANEL, PANEL), resampling)
 
 
 def paint_patches(seen, experts, colors):
@@ -1429,7 +1522,341 @@ def draw_curve(draw, x, stage, losses):
 
 
 # -------------------------------------------------------------------------------------------------
-# 10. The command line
+# 10. A window: talk to the model in a browser, and watch its experts choose
+#
+# The page, assets/page.html, asks for three things: GET /model, what the model can do; POST /draw,
+# a new scene or sound of the drawn world; POST /ask, the answer to a conversation, as lines of
+# JSON. It sends the whole conversation each time, so the server keeps nothing.
+
+PAGE = Path(__file__).with_name("assets") / "page.html"
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads more, some with other programs
+
+# What a visitor may send.
+MAX_BYTES = 20_000_000  # with all pictures and sounds
+MAX_PIXELS = 50_000_000  # in a picture
+MAX_FILES = 8  # pictures and sounds in a conversation
+MAX_LETTERS = 4_000  # in a turn
+MAX_TOKENS = 8_192  # in a conversation
+MAX_WAITING = 50  # visitors
+
+
+def serve(model, tokenizer, name, port, host="127.0.0.1", **options):
+    """Open the window, until Ctrl-C. options: of `answer`. ValueError if it does not open."""
+    try:
+        server = ThreadingHTTPServer((host, port), Visit)
+    except (OSError, OverflowError) as e:
+        raise ValueError(f"--serve {port} on {host}: {e}; try another port") from None
+    server.talker = (model.eval(), tokenizer, name, options)
+    server.queue = []
+    server.closing = False
+
+    print(f"{name}: http://{host}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
+    if host not in ("127.0.0.1", "localhost"):
+        print(f"--host {host}: whoever reaches this machine over the network can talk to the model "
+              "without a password, and what is said travels unencrypted", flush=True)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+        # Answers stop at their next token. (To leave while the model computes would crash.)
+        server.closing = True
+        patience = time.monotonic() + 10
+        while server.queue and time.monotonic() < patience:
+            time.sleep(0.05)
+
+
+class Refused(ValueError):
+    """Refused(status of HTTP, why)"""
+
+
+class Visit(BaseHTTPRequestHandler):
+    """A request, in a thread of its own. Nothing in it is written to disk or taken for a path."""
+    timeout = 20  # seconds that a visitor may neither talk nor listen
+    disable_nagle_algorithm = True  # a token is sent at once, not together with the next ones
+
+    def do_GET(self):
+        self.respond({"/": self.send_page, "/model": self.send_model})
+
+    def do_POST(self):
+        self.respond({"/draw": self.send_drawing, "/ask": self.send_answer})
+
+    def respond(self, rooms):
+        """Do what is asked for, or say in a line why not."""
+        try:
+            check_visitor(self.headers, self.server.server_address[0])
+            if self.path not in rooms:
+                raise Refused(404, "there is no such page")
+            rooms[self.path]()
+        except Refused as e:
+            status, why = e.args
+            self.begin(status, "application/json")
+            self.say({"error": why})
+        except (ConnectionError, TimeoutError):
+            pass  # the visitor has left
+
+    def begin(self, status, kind, policy="default-src 'none'"):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Content-Security-Policy", policy)
+        self.end_headers()
+
+    def say(self, line):
+        """Send a line. If the visitor has left, a ConnectionError ends the answer at this token."""
+        if self.server.closing:
+            raise ConnectionAbortedError
+        self.wfile.write(json.dumps(line).encode() + b"\n")
+
+    def send_page(self):
+        """The page may run its own script and no other, and talk to this server and no other."""
+        page = PAGE.read_bytes()
+        script = page.split(b"<script>")[1].split(b"</script>")[0]
+        known = base64.b64encode(hashlib.sha256(script).digest()).decode()
+        self.begin(200, "text/html; charset=utf-8",
+                   f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; "
+                   "img-src data:; media-src data:; connect-src 'self'; frame-ancestors 'none'")
+        self.wfile.write(page)
+
+    def send_model(self):
+        model, _, name, _ = self.server.talker
+        self.begin(200, "application/json")
+        self.say(introduce(model, name))
+
+    def send_drawing(self):
+        world = self.read_json().get("world")
+        if world not in worlds_of(self.server.talker[0]):
+            raise Refused(400, "this model has no senses for such a world")
+        self.begin(200, "application/json")
+        self.say(draw_for_page(world))
+
+    def send_answer(self):
+        """From here on, whatever happens is a line of the answer."""
+        asked = self.read_json()
+        self.begin(200, "application/x-ndjson")
+        model, tokenizer, _, options = self.server.talker
+        try:
+            with in_turn(self.server.queue, self.say):
+                sample, temperature = read_question(asked)
+                options = {**options, "temperature": temperature}
+                answer_watched(model, tokenizer, sample, self.say, **options)
+        except (ConnectionError, TimeoutError):
+            raise
+        except ValueError as e:
+            self.say({"error": str(e)})
+        except Exception:
+            # A fault of ours, or no memory left. Other visitors must not suffer from it.
+            traceback.print_exc()
+            self.say({"error": "the server failed at this; its terminal says why"})
+
+    def read_json(self):
+        """The object that the visitor sent."""
+        try:
+            length = int(self.headers["Content-Length"])
+            if 0 <= length <= MAX_BYTES:
+                return dict(json.loads(self.rfile.read(length)))
+        except (ValueError, TypeError, RecursionError):
+            raise Refused(400, "this is not a JSON object") from None
+        raise Refused(413, f"{length:,} bytes, over the limit of {MAX_BYTES:,} for a conversation "
+                           "with its pictures and sounds")
+
+    def log_message(self, *args):
+        """What visitors do is not written down."""
+
+
+def check_visitor(headers, own_name):
+    """Only the page itself may ask, and no other page that is open in somebody's browser.
+
+    Such a page's requests carry its Origin. If its domain was made to point to this machine (DNS
+    rebinding), they carry the domain as Host; an address as Host cannot be forged like that."""
+    host = headers.get("Host", "")
+    name = host.rsplit(":", 1)[0].strip("[]")
+    if name not in ("localhost", socket.gethostname(), own_name):
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            raise Refused(403, "this server goes by another name") from None
+    if headers.get("Origin", f"http://{host}") not in (f"http://{host}", f"https://{host}"):
+        raise Refused(403, "this server talks to its own page only")
+
+
+@contextmanager
+def in_turn(queue, say):
+    """Wait in the queue for one's turn. Who waits is told the place again and again, which also
+    shows who has left."""
+    if len(queue) > MAX_WAITING:
+        raise ValueError(f"{MAX_WAITING} visitors are waiting already; try again later")
+    visitor = object()
+    queue.append(visitor)
+    try:
+        while queue[0] is not visitor:
+            say({"queue": queue.index(visitor)})
+            time.sleep(0.1)
+        yield
+    finally:
+        queue.remove(visitor)
+
+
+def worlds_of(model):
+    """The drawn worlds that the model has the senses for."""
+    worlds = []
+    if model.vision is not None:
+        worlds.append("image")
+    if model.audio is not None:
+        worlds.append("sound")
+    if len(worlds) == 2:
+        worlds.append("both")
+    return worlds
+
+
+def introduce(model, name):
+    """What the page must know about the model."""
+    examples = ["Who are you?", "What can you see?", "Describe the image in detail."]
+    if model.config.template == "tiny":
+        examples = ["How many circles are there?", "What does the sign say?", "Describe the scene."]
+    dense = not any(isinstance(module, MoE) for module in model.modules())
+    return {"name": name, "worlds": worlds_of(model), "examples": examples, "dense": dense,
+            "colors": EXPERT_COLORS, "max_bytes": MAX_BYTES}
+
+
+def draw_for_page(world):
+    """A new scene, sound, or both, with its true description and questions about it."""
+    what = draw_world(random.randrange(10**9, 2 * 10**9), world)
+    sample = drawn_sample(what, "")
+    truth = drawn_sample(what, "", in_words=True)["conversations"][0]["value"]
+    scene = what if sample["images"] else None
+    questions = data.ask_many(scene, 4, random.Random(), what.get("sound"))
+    return {"images": [as_png(image) for image in sample["images"]],
+            "sounds": [as_wav(*sound) for sound in sample["audio"]],
+            "truth": truth.strip(), "examples": [question for _, question, _ in questions]}
+
+
+def as_png(image):
+    """An image as a PNG file in base64."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def as_wav(samples, rate):
+    """(n,) float32 in [-1, 1] as a 16-bit WAV file in base64."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setparams((1, 2, rate, 0, "NONE", None))  # one channel of two bytes
+        writer.writeframes((samples * 32767).astype("<i2").tobytes())
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def read_question(asked):
+    """{"temperature": ..., "turns": [{"from": "human", "text": ..., "images": [...], "sounds":
+    [...]}, {"from": "gpt", ...}, ...]}, files in base64 -> (a sample, temperature)."""
+    sample = {"images": [], "audio": [], "conversations": []}
+    try:
+        if sum(len(turn["images"] + turn["sounds"]) for turn in asked["turns"]) > MAX_FILES:
+            raise ValueError(f"over {MAX_FILES} pictures and sounds; clear the conversation")
+        for turn in asked["turns"]:
+            if len(turn["text"]) > MAX_LETTERS:
+                raise ValueError(f"a text of over {MAX_LETTERS:,} letters; make it shorter")
+
+            # Each turn brings its own files along, as the first one does in `chat`.
+            images = [read_picture(base64.b64decode(file)) for file in turn["images"]]
+            sounds = [read_sound(base64.b64decode(file)) for file in turn["sounds"]]
+            part = sample_of(turn["text"], images, audio=sounds)
+            sample["images"] += images
+            sample["audio"] += sounds
+            sample["conversations"].append(part["conversations"][0] | {"from": turn["from"]})
+        return sample, float(asked["temperature"])
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"this is not what the page would send: {e!r}") from None
+
+
+def read_picture(content):
+    """The bytes of a file -> an RGB image."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=PICTURES)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise ValueError(f"a picture cannot be read as {', '.join(PICTURES)}") from None
+
+    # Until here only the header was read, which says how much memory the pixels will take.
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels, over the limit of "
+                         f"{MAX_PIXELS:,}; make it smaller")
+    return data.open_image(image)
+
+
+def read_sound(content):
+    """The bytes of a WAV file -> (wave (n,) float32, samples a second)."""
+    memory = mmap.mmap(-1, max(1, len(content)))  # like a file to read_wav, but on no disk
+    memory[:len(content)] = content
+    return data.read_wav("a sound", content=memory)
+
+
+def answer_watched(model, tokenizer, sample, say, **options):
+    """Answer a sample, and say(line) for each step of it:
+
+    {"pieces": [...], "seen": [...]}: the tokens of the prompt, IMAGE and AUDIO among them; and the
+        images as the tower got them, as PNGs
+    {"text": a piece of the answer, which is one token}
+    {"layers": [...]}: watched_layers in plain lists, of what the model has read since the last such
+        line: first of the prompt, then of one token, the last but one that it wrote
+    {"reply": the whole answer}"""
+    with watch(model) as watched:
+        conversations, slots, embeds = encode_senses(model, sample)
+        tokens = tokens_of(model, tokenizer, [(conversations, slots)])[0]  # (T,)
+        ids = tokens[tokens != data.PAD].tolist()
+        if len(ids) > MAX_TOKENS:
+            raise ValueError(f"{len(ids):,} tokens, over the limit of {MAX_TOKENS:,}; clear the "
+                             "conversation to begin a new one")
+        seen = [as_png(pixels_of(image)) for images in watched.images for image in images]
+        say({"pieces": pieces_of(tokenizer, ids), "seen": seen})
+
+        def tell_layers():
+            layers = watched_layers(model, watched.choices, len(ids))
+            watched.choices.clear()
+            if layers:
+                say({"layers": layers})
+
+        def stream(piece):
+            say({"text": piece})
+            tell_layers()
+
+        asked = {"images": [], "conversations": conversations, "slots": slots}
+        reply = answer(model, tokenizer, [asked], stream=stream, **embeds, **options)[0]
+        tell_layers()
+    say({"reply": reply})
+
+
+def pieces_of(tokenizer, ids):
+    """Tokens -> the text of each; IMAGE and AUDIO stay what they are."""
+    pieces = []
+    before = []
+    for token in ids:
+        if token < 0:
+            pieces.append(token)
+            before = []
+            continue
+
+        # A token alone does not know whether a blank belongs before it; behind another it does.
+        alone = tokenizer.decode(before, skip_special_tokens=False)
+        both = tokenizer.decode([*before, token], skip_special_tokens=False)
+        pieces.append(both[len(alone):])
+        before = [token]
+    return pieces
+
+
+def check_serve(args):
+    """Raises ValueError for flags that --serve would not heed."""
+    given = {"--image": args.image, "--audio": args.audio, "--video": args.video,
+             "--prompt": args.prompt, "--routing": args.routing, "--compile": args.compile,
+             "--eval-drawn": args.eval_drawn, "--eval": args.eval}
+    for flag, value in given.items():
+        if value:
+            raise ValueError(f"--serve opens a window in which all is asked; leave out {flag}")
+
+
+# -------------------------------------------------------------------------------------------------
+# 11. The command line
 
 
 def parse(argv=None):
@@ -1468,6 +1895,11 @@ def parse(argv=None):
     add("--eval-drawn", type=int, metavar="N",
         help="ask N questions about held-out drawn scenes; a model that hears, N also about sounds "
              "and about both")
+    add("--serve", nargs="?", type=int, const=7860, metavar="PORT",
+        help="open a window in the browser: talk, and watch the experts (default: port 7860)")
+    add("--host", default="127.0.0.1",
+        help="of --serve: who can reach it; 0.0.0.0 lets the whole network in (default: 127.0.0.1, "
+             "this machine alone)")
     add_file_flags(parser)
 
     # A prompt of blanks is no prompt; and a video is from now on the list of its frames.
@@ -1542,6 +1974,10 @@ def main(argv=None):
     generator = torch.Generator(args.device).manual_seed(args.seed + RANK)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                "top_p": args.top_p, "compile": args.compile, "generator": generator}
+
+    if args.serve is not None:
+        serve(model, tokenizer, model_id, args.serve, args.host, **options)
+        return
 
     # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw.
     talk = args.prompt is not None or not (args.routing or args.eval_drawn or args.eval)
@@ -1633,6 +2069,8 @@ def check_flags(args):
     if args.eval and args.routing and args.eval_drawn:
         raise ValueError("--routing averages over --eval or over --eval-drawn; "
                          "ask for one of them at a time")
+    if args.serve is not None:
+        check_serve(args)
 
 
 def folder_and_number(words):
