@@ -1542,6 +1542,26 @@ MAX_WAITING = 50  # visitors
 
 def serve(model, tokenizer, name, port, host="127.0.0.1", **options):
     """Open the window, until Ctrl-C. options: of `answer`. ValueError if it does not open."""
+    server = open_window(model, tokenizer, name, port, host, **options)
+    print(f"{name}: http://{host}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
+    if host not in ("127.0.0.1", "localhost"):
+        print(f"--host {host}: whoever reaches this machine over the network can talk to the model "
+              "without a password, and what is said travels unencrypted", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+
+    # Answers stop at their next token. (To leave while the model computes would crash.)
+    server.closing = True
+    patience = time.monotonic() + 10
+    while server.queue and time.monotonic() < patience:
+        time.sleep(0.05)
+    server.server_close()
+
+
+def open_window(model, tokenizer, name, port, host="127.0.0.1", **options):
+    """-> a server that is ready to serve_forever()."""
     try:
         server = ThreadingHTTPServer((host, port), Visit)
     except (OSError, OverflowError) as e:
@@ -1549,22 +1569,7 @@ def serve(model, tokenizer, name, port, host="127.0.0.1", **options):
     server.talker = (model.eval(), tokenizer, name, options)
     server.queue = []
     server.closing = False
-
-    print(f"{name}: http://{host}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
-    if host not in ("127.0.0.1", "localhost"):
-        print(f"--host {host}: whoever reaches this machine over the network can talk to the model "
-              "without a password, and what is said travels unencrypted", flush=True)
-    with server:
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
-
-        # Answers stop at their next token. (To leave while the model computes would crash.)
-        server.closing = True
-        patience = time.monotonic() + 10
-        while server.queue and time.monotonic() < patience:
-            time.sleep(0.05)
+    return server
 
 
 class Refused(ValueError):
@@ -1766,9 +1771,12 @@ def read_question(asked):
             sample["images"] += images
             sample["audio"] += sounds
             sample["conversations"].append(part["conversations"][0] | {"from": turn["from"]})
-        return sample, float(asked["temperature"])
+        temperature = float(asked["temperature"])
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"this is not what the page would send: {e!r}") from None
+    if not 0 <= temperature <= 2:
+        raise ValueError(f"a temperature of {temperature}; it may be 0 to 2")
+    return sample, temperature
 
 
 def read_picture(content):

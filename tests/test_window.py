@@ -1,0 +1,493 @@
+"""The window of generate.py: the page in a real browser, and the server without one.
+
+In the browser: what is shown is what `answer` says and what the routers choose. Without: what strangers may send."""
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data as d
+import generate
+from model import Config, CuMo
+from upcycle import load, save
+from test_audio import write_wav
+from test_generate import build, picture, prompt
+from test_routing import EAR, TEXT, talker
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium")
+QUESTION = "What color is the ring?"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return d.train_tokenizer([t["value"] for s in d.Drawn("chat", 50) for t in s["conversations"]], 320)
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer):
+    """Small models with loud weights, each with its experts where the system of its name has them."""
+    size = tokenizer.get_vocab_size()
+    return {"tiny": build(size, scales=(1, 2)), "moe-llava": talker(size, eval_capacity_factor=2.0), "uni-moe": talker(size, audio=EAR),
+            "dense": build(size, n_experts=0, connector=0), "words": CuMo(Config(vision=None, text=TEXT | dict(vocab_size=size), template="tiny"))}
+
+
+@pytest.fixture(scope="module")
+def windows(models, tokenizer):
+    """-> window(name): the port of a server in this process, as `serve` opens it."""
+    with contextlib.ExitStack() as stack:
+        ports = {}
+
+        def window(name, **options):
+            if name not in ports or options:
+                server = generate.open_window(models[name], tokenizer, name, 0, **{"max_new_tokens": 12, **options})
+                thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+                thread.start()
+                stack.callback(thread.join)
+                stack.callback(server.server_close)
+                stack.callback(server.shutdown)
+                if options:
+                    return server.server_port
+                ports[name] = server.server_port
+            return ports[name]
+        yield window
+
+
+def png(image):
+    return generate.as_png(image)
+
+
+def question(*images, text=QUESTION, sounds=(), **more):
+    turn = {"from": "human", "text": text, "images": list(images), "sounds": list(sounds)}
+    return {"turns": [turn], "temperature": 0, **more}
+
+
+def send(port, method, path, body=b"", **headers):
+    """-> (status, body)."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+def ask(port, asked):
+    """-> the lines of the answer."""
+    status, body = send(port, "POST", "/ask", asked)
+    assert status == 200
+    return [json.loads(line) for line in body.splitlines()]
+
+
+def only(lines, key):
+    found, = [line[key] for line in lines if key in line]
+    return found
+
+
+def error(port, asked):
+    message = only(ask(port, asked), "error")
+    assert "\n" not in message and len(message) < 300
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the lines of an answer say
+
+
+def decoder_choices(model, tokenizer, sample):
+    """For each layer of the decoder with experts the choices of all tokens that were read, by one forward pass over everything."""
+    texts, senses = generate.sense(model, [sample])
+    prompt = generate.tokens_of(model, tokenizer, texts)
+    said = model.generate(prompt, eos=tokenizer.token_to_id("</s>"), max_new_tokens=12, **senses)
+    tokens = torch.cat([prompt[prompt != d.PAD], said[0, :-1]]).unsqueeze(0)                 # the last one is never read
+    with torch.no_grad():
+        return [r.experts.tolist() for r in model(tokens, **senses).routing["text"]]
+
+
+@pytest.mark.parametrize("name", ["tiny", "moe-llava", "uni-moe", "dense"])
+def test_lines_tell_the_answer_and_what_the_routers_chose(name, models, windows, tokenizer):
+    model, sound = models[name], d.draw_sound(d.make_sound(3)) if name == "uni-moe" else None
+    wav = [generate.as_wav(*sound)] if sound else []
+    lines = ask(windows(name), question(png(picture(0)), sounds=wav))
+    heard = [generate.read_sound(base64.b64decode(file)) for file in wav]
+    sample = generate.sample_of(QUESTION, [picture(0)], audio=heard)
+    reply = generate.answer(model, tokenizer, [sample], max_new_tokens=12)[0]
+    pieces = "".join(line.get("text", "") for line in lines)
+    assert only(lines, "reply") == reply and reply.rstrip("\ufffd") == pieces.strip() != ""              # half a character is not streamed
+
+    # The prompt's tokens, and what the tower got.
+    turns = sample["conversations"]
+    ids = d.encode_chat(turns, tokenizer, "tiny", 36, 4 if sound else 0)[0]
+    pieces = only(lines, "pieces")
+    assert [p for p in pieces if not isinstance(p, str)] == [i for i in ids if i < 0] and len(pieces) == len(ids)
+    assert "".join(p for p in pieces if isinstance(p, str)).endswith(f"{QUESTION}<a>")
+    seen, = [Image.open(io.BytesIO(base64.b64decode(file))) for line in lines for file in line.get("seen", [])]
+    assert seen.tobytes() == picture(0).tobytes()
+
+    # Where experts see, the choices are those of routing_of; where they read, those of a forward pass.
+    layers = [layer for line in lines for layer in line.get("layers", [])]
+    assert bool(layers) == (name != "dense")
+    seeing = {layer["name"]: torch.tensor(layer["experts"]) for layer in layers if layer["part"] != "text" and layer["scale"] == 1}
+    want = generate.routing_of(model, [picture(0)])
+    assert list(seeing) == list(want) and all(torch.equal(seeing[key], want[key]) for key in want)
+    reading = {}
+    for layer in layers:
+        if layer["part"] == "text":
+            reading.setdefault(layer["name"], []).extend(layer["experts"][0])
+    assert list(reading) == [f"layer {i}" for i, e in enumerate(model.config.text.n_experts) if e]
+    assert list(reading.values()) == decoder_choices(model, tokenizer, sample)
+
+    # Probabilities sum to 1, the choices are the largest, and the weights are theirs, rescaled.
+    for layer in layers:
+        p, experts, weights = (torch.tensor(layer[key]) for key in ("probabilities", "experts", "weights"))
+        torch.testing.assert_close(p.sum(-1), torch.ones(p.shape[:-1]), atol=5e-4, rtol=0)
+        chosen = p.gather(-1, experts)
+        torch.testing.assert_close(chosen, p.topk(experts.shape[-1]).values)
+        torch.testing.assert_close(chosen / chosen.sum(-1, keepdim=True), weights, atol=1e-3, rtol=0)
+
+
+def test_patches_of_an_enlarged_image_lie_where_they_lie_in_the_image(models):
+    model, aux = models["tiny"], {"vision": [], "connector": []}
+    with torch.no_grad(), generate.watch(model) as watched:
+        model.encode_images(generate.load_images(model, [picture(1), picture(2)]), aux)
+    layer = [layer for layer in generate.watched_layers(model, watched.choices) if layer["scale"] == 2][0]
+    r = aux["vision"][2]                                        # two layers at scale 1, then the first at scale 2: 2 x 4 crops
+    for image in range(2):
+        for y in range(12):
+            for x in range(12):
+                crop, patch = 4 * image + y // 6 * 2 + x // 6, 1 + y % 6 * 6 + x % 6                   # 1: behind CLS
+                assert layer["experts"][image][12 * y + x] == r.experts[crop, patch].tolist()
+
+
+def test_watching_changes_nothing_and_ends(models, tokenizer):
+    model = models["uni-moe"]
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    plain = generate.answer(model, tokenizer, [prompt("Why?")], max_new_tokens=6)
+    with pytest.raises(KeyError), generate.watch(model):
+        assert generate.answer(model, tokenizer, [prompt("Why?")], max_new_tokens=6) == plain and hooks() == 3
+        raise KeyError
+    assert hooks() == 0
+
+
+def test_what_an_expert_turned_away_has_no_weight(tokenizer):
+    model = talker(tokenizer.get_vocab_size(), eval_capacity_factor=0.5)
+    with torch.no_grad(), generate.watch(model) as watched:
+        model(torch.arange(40).view(1, -1))
+    layer = generate.watched_layers(model, watched.choices)[0]
+    assert sum(weights == [0, 0] for weights in layer["weights"][0]) > 3
+
+
+def test_each_turn_brings_its_files_along(models, windows, tokenizer):
+    first = question(png(picture(0)))
+    reply = only(ask(windows("tiny"), first), "reply")
+    first["turns"] += [{"from": "gpt", "text": reply, "images": [], "sounds": []},
+                       {"from": "human", "text": "And here?", "images": [png(picture(1)), png(picture(2))], "sounds": []}]
+    lines = ask(windows("tiny"), first)
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": reply},
+             {"from": "human", "value": "<image>\n<image>\nAnd here?"}]
+    sample = {"images": [picture(0), picture(1), picture(2)], "conversations": turns}
+    assert only(lines, "reply") == generate.answer(models["tiny"], tokenizer, [sample], max_new_tokens=12)[0]
+    assert len(only(lines, "seen")) == 3 and only(lines, "pieces").count(d.IMAGE) == 3 * 36
+
+
+def test_temperature_is_heeded(windows):
+    replies = {only(ask(windows("words"), question(text="Why?", temperature=t)), "reply") for t in (0, 0, 1.5, 1.5)}
+    assert len(replies) == 3
+
+
+def test_the_pieces_of_a_text_are_whole(tokenizer):
+    ids = [d.IMAGE, d.IMAGE, *tokenizer.encode("<q> How  many rings, 猫 or é?<a>").ids, d.AUDIO]
+    pieces = generate.pieces_of(tokenizer, ids)
+    assert pieces[:2] == [d.IMAGE] * 2 and pieces[-1] == d.AUDIO and len(pieces) == len(ids)
+    assert "".join(pieces[2:-1]).replace("\ufffd", "").startswith("<q> How  many rings, ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the page gets besides
+
+
+def test_the_page_runs_its_own_script_and_no_other(windows):
+    connection = http.client.HTTPConnection("127.0.0.1", windows("tiny"))
+    connection.request("GET", "/")
+    response = connection.getresponse()
+    page, policy = response.read(), response.headers["Content-Security-Policy"]
+    assert page == (ROOT / "assets/page.html").read_bytes() and page.count(b"<script>") == 1
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "connect-src 'self'" in policy
+    assert not re.search(rb"https?://|innerHTML|eval\(|document\.write|insertAdjacent", page)
+
+
+def test_the_page_is_told_about_the_model(windows):
+    told = {name: json.loads(send(windows(name), "GET", "/model")[1]) for name in ("tiny", "uni-moe", "dense", "words")}
+    assert [told[name]["dense"] for name in told] == [False, False, True, False]
+    assert [told[name]["worlds"] for name in told] == [["image"], ["image", "sound", "both"], ["image"], []]
+    assert told["tiny"]["colors"] == [list(color) for color in generate.EXPERT_COLORS] and told["tiny"]["name"] == "tiny"
+    assert all(told[name]["examples"] for name in told)
+
+
+def test_worlds_are_drawn_anew_with_their_description(windows):
+    for world, n_images, n_sounds in (("image", 1, 0), ("sound", 0, 1), ("both", 1, 1)):
+        drawn = [json.loads(send(windows("uni-moe"), "POST", "/draw", {"world": world})[1]) for _ in range(2)]
+        assert drawn[0] != drawn[1]
+        for one in drawn:
+            assert (len(one["images"]), len(one["sounds"])) == (n_images, n_sounds) and one["truth"].endswith(".")
+            assert 1 <= len(one["examples"]) <= 4
+            assert all(Image.open(io.BytesIO(base64.b64decode(file))).size == (48, 48) for file in one["images"])
+            assert all(len(generate.read_sound(base64.b64decode(file))[0]) == 24_000 for file in one["sounds"])
+    assert send(windows("tiny"), "POST", "/draw", {"world": "sound"})[0] == 400
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What strangers send
+
+
+def big_png(width, height):
+    """The header of a picture of that size, and no pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + struct.pack(">I", 9) + b"IDAT"
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "PNG"), (b"hello", "PNG"), (base64.b64decode(png(picture(0)))[:900], "cannot be read as an image"),
+    (big_png(9000, 9000), "9000 x 9000 pixels"), (big_png(60_000, 60_000), "PNG"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PNG"),
+    (base64.b64decode(png(Image.new("RGB", (1, 1)))), "too small")])
+def test_broken_pictures_get_one_line(content, words, windows):
+    assert words in error(windows("tiny"), question(base64.b64encode(content).decode()))
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF", b"hello", os.urandom(1000)])
+def test_broken_sounds_get_one_line(content, windows):
+    assert "a sound: cannot be read" in error(windows("uni-moe"), question(sounds=[base64.b64encode(content).decode()]))
+
+
+def test_files_for_senses_that_the_model_lacks_get_one_line(windows):
+    assert "hears nothing" in error(windows("tiny"), question(sounds=[generate.as_wav(*d.draw_sound(d.make_sound(3)))]))
+    assert error(windows("words"), question(png(picture(0))))
+
+
+@pytest.mark.parametrize("body, status", [
+    (b"", 400), (b"{", 400), (b"[1]", 400), (b"7", 400), (b"\xff\xfe", 400), (b"[" * 100_000, 400), (b'"' + b"x" * 1000 + b'"', 400)])
+def test_what_is_no_json_object_is_refused(body, status, windows):
+    for path in ("/ask", "/draw"):
+        got, said = send(windows("tiny"), "POST", path, body)
+        assert got == status and "JSON" in json.loads(said)["error"]
+
+
+@pytest.mark.parametrize("asked", [
+    {}, {"turns": 3}, {"turns": []}, {"turns": [3], "temperature": 0}, {"turns": [{"from": "human"}], "temperature": 0},
+    question(3), question("/etc/passwd"), question("../../assets/scene.png"), question({"path": "assets/scene.png"}), question("file:///etc/passwd"),
+    question(temperature="hot"), question(temperature=None), question(temperature=-1), question(temperature=float("nan")), question(text=7),
+    {"turns": question()["turns"] * 2, "temperature": 0}, {"turns": [{**question()["turns"][0], "from": "gpt"}], "temperature": 0},
+    question(text="<image> and nothing to see"), question(text="<video>")])
+def test_what_is_no_conversation_gets_one_line(asked, windows):
+    error(windows("tiny"), asked)
+
+
+def test_limits(windows, monkeypatch):
+    port = windows("tiny")
+    assert "4,000 letters" in error(port, question(text="x" * 4001))
+    assert "8 pictures" in error(port, question(*[png(picture(0))] * 9))
+    monkeypatch.setattr(generate, "MAX_TOKENS", 30)
+    assert "limit of 30" in error(port, question(png(picture(0))))
+    monkeypatch.setattr(generate, "MAX_WAITING", -1)
+    assert "try again later" in error(port, question())
+
+
+def test_an_upload_of_100_mb_is_refused_unread(windows):
+    for length, status in (("100000000", 413), ("9" * 30, 413), ("-1", 413), ("many", 400)):
+        with socket.create_connection(("127.0.0.1", windows("tiny")), timeout=10) as s:
+            s.sendall(f"POST /ask HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode() + b"x" * 1000)
+            assert f" {status} " in s.makefile().readline()
+    with contextlib.suppress(ConnectionError):                  # who sends it all in spite of that
+        assert send(windows("tiny"), "POST", "/ask", bytes(100_000_000))[0] == 413
+    assert only(ask(windows("tiny"), question()), "reply")
+
+
+@pytest.mark.parametrize("host, origin, status", [
+    ("127.0.0.1:{}", None, 200), ("localhost:{}", "http://localhost:{}", 200), ("[::1]:{}", None, 200), ("192.168.1.7:{}", "http://192.168.1.7:{}", 200),
+    ("localhost:8888", "http://localhost:8888", 200), ("evil.example", None, 403), ("evil.example:{}", "http://evil.example:{}", 403),
+    ("localhost.evil.example:{}", None, 403), ("", None, 403), ("127.0.0.1:{}", "http://evil.example", 403), ("127.0.0.1:{}", "null", 403),
+    ("127.0.0.1:{}", "http://127.0.0.1:1", 403), ("127.0.0.1:{}", "http://localhost:{}", 403)])
+def test_only_the_page_itself_may_ask(host, origin, status, windows):
+    port = windows("words")
+    headers = {"Host": host.format(port)} | ({"Origin": origin.format(port)} if origin else {})
+    assert send(port, "GET", "/model", **headers)[0] == status
+    assert send(port, "POST", "/ask", question(text="Why?"), **headers)[0] == status
+
+
+@pytest.mark.parametrize("path", ["/assets/page.html", "/generate.py", "/../generate.py", "/%2e%2e/generate.py", "//etc/passwd", "/ask", "/?x", "/model/.."])
+def test_no_path_leads_to_a_file(path, windows):
+    status, said = send(windows("words"), "GET", path)
+    assert status == 404 and json.loads(said)["error"]
+
+
+def test_nothing_is_written(windows):
+    written = []
+    watching = [True]
+
+    def hook(event, args):
+        if watching and event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            written.append(args[0])
+    sys.addaudithook(hook)
+    ask(windows("uni-moe"), question(png(picture(0)), sounds=[generate.as_wav(*d.draw_sound(d.make_sound(3)))]))
+    error(windows("uni-moe"), question("aGVsbG8=", sounds=["aGVsbG8="]))
+    watching.clear()
+    assert not written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several visitors
+
+
+def test_twenty_at_once_are_answered_one_after_the_other(windows, models, monkeypatch):
+    port, alone, inside, most = windows("tiny"), only(ask(windows("tiny"), question(png(picture(0)))), "reply"), [], []
+    generate_ = CuMo.generate
+
+    def counted(*args, **options):
+        inside.append(1)
+        most.append(len(inside))
+        try:
+            return generate_(*args, **options)
+        finally:
+            inside.pop()
+    monkeypatch.setattr(CuMo, "generate", counted)
+    answers = [None] * 20
+
+    def visit(i):
+        answers[i] = ask(port, question(png(picture(0))))
+    threads = [threading.Thread(target=visit, args=(i,)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [only(lines, "reply") for lines in answers] == [alone] * 20 and max(most) == 1 and len(most) == 20
+    places = [[line["queue"] for line in lines if "queue" in line] for lines in answers]
+    assert all(told == sorted(told, reverse=True) for told in places) and max(max(told, default=0) for told in places) > 3
+
+
+@pytest.fixture(scope="module")
+def endless(models, tokenizer, windows):
+    """The port of a model that never comes to an end: the end mark is the one token whose logit is 0."""
+    model = talker(tokenizer.get_vocab_size())
+    with torch.no_grad():
+        model.text.head.weight[tokenizer.token_to_id("</s>")] = 0
+    models["endless"] = model
+    return windows("endless", max_new_tokens=20_000)
+
+
+def begin(port, n_lines=4):
+    """A visitor who has read the first lines of a long answer -> (connection, reader of the lines)."""
+    s = socket.create_connection(("127.0.0.1", port), timeout=20)
+    body = json.dumps(question(text="Why?")).encode()
+    s.sendall(b"POST /ask HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    lines = s.makefile("rb")
+    while lines.readline().strip():
+        pass                                                    # the head
+    for _ in range(n_lines):
+        assert lines.readline()
+    return s, lines
+
+
+def leave(visitor):
+    for end in visitor[::-1]:
+        end.close()
+
+
+def test_who_leaves_stops_his_answer_and_the_next_one_comes_in(endless):
+    first = begin(endless)
+    second = begin(endless, 2)
+    third = begin(endless, 2)
+    assert json.loads(third[1].readline()) == {"queue": 2}
+    leave(second)                                               # one who only waited
+    while json.loads(third[1].readline()) == {"queue": 2}:
+        pass
+    assert json.loads(third[1].readline()) == {"queue": 1}
+    leave(first)                                                # one who is being answered
+    start = time.monotonic()
+    while "text" not in json.loads(third[1].readline()):
+        pass
+    assert time.monotonic() - start < 5
+    leave(third)
+
+
+def test_who_does_not_listen_is_not_waited_for(endless, monkeypatch):
+    monkeypatch.setattr(generate.Visit, "timeout", 0.3)
+    monkeypatch.setattr(generate, "watched_layers", lambda *_: ["x" * 1_000_000])
+    deaf = begin(endless, 1)                                    # reads no more, and the line fills up
+    start = time.monotonic()
+    patient = begin(endless, 1)
+    while "queue" in json.loads(patient[1].readline()):
+        assert time.monotonic() - start < 30
+    leave(patient)
+    leave(deaf)
+
+
+def test_a_fault_is_said_and_does_not_stop_the_others(windows, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "encode_senses", lambda *_: 1 / 0)
+        assert "its terminal says why" in error(windows("tiny"), question())
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert only(ask(windows("tiny"), question()), "reply")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_ctrl_c_ends_it_in_the_midst_of_an_answer(endless, models, tokenizer, tmp_path):
+    save(models["endless"], str(tmp_path / "m"), tokenizer)
+    command = [sys.executable, str(ROOT / "generate.py"), "--model", str(tmp_path / "m"), "--device", "cpu", "--serve", "0", "--max-new-tokens", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as p:
+        shown = p.stdout.readline()
+        visitor = begin(int(re.search(r"http://127\.0\.0\.1:(\d+)/  \(Ctrl-C", shown)[1]))
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=20)
+    assert p.returncode == 0 and not err.strip() and not out.strip()
+    leave(visitor)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--image", "x.png"], "--image"), (["--prompt", "Why?"], "--prompt"), (["--routing", "r.png"], "--routing"), (["--eval-drawn", "3"], "--eval-drawn"),
+    (["--compile"], "--compile")])
+def test_serve_goes_alone(flags, words):
+    with pytest.raises(ValueError, match=f"--serve.*{words}"):
+        generate.check_flags(generate.parse(["--serve", *flags]))
+
+
+def test_a_port_that_is_taken_or_none_is_an_error_in_words(windows, models, tokenizer):
+    for port, host in ((windows("tiny"), "127.0.0.1"), (70_000, "127.0.0.1"), (0, "no.such.host.invalid")):
+        with pytest.raises(ValueError, match=f"--serve {port} on {host}.*another port"):
+            generate.open_window(models["tiny"], tokenizer, "tiny", port, host)
+
+
+def test_an_open_host_says_what_that_means(models, tokenizer, monkeypatch, capsys):
+    def stop(self):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(generate.ThreadingHTTPServer, "serve_forever", stop)
+    for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
+        generate.serve(models["tiny"], tokenizer, "tiny", 0, host)
+        assert ("without a password" in capsys.readouterr().out) == warned
