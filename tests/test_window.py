@@ -491,3 +491,300 @@ def test_an_open_host_says_what_that_means(models, tokenizer, monkeypatch, capsy
     for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
         generate.serve(models["tiny"], tokenizer, "tiny", 0, host)
         assert ("without a password" in capsys.readouterr().out) == warned
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+class Browser:
+    """Chromium without a screen, driven by its DevTools protocol: JSON over a websocket."""
+
+    def __init__(self, folder):
+        self.process = subprocess.Popen(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        port_file, end = Path(folder, "DevToolsActivePort"), time.monotonic() + 60
+        while not port_file.exists() or len(port_file.read_text().split()) < 2:
+            assert self.process.poll() is None and time.monotonic() < end, "chromium does not start"
+            time.sleep(0.05)
+        port = int(port_file.read_text().split()[0])
+        pages = http.client.HTTPConnection("127.0.0.1", port)
+        pages.request("GET", "/json/list")
+        page, = [page for page in json.load(pages.getresponse()) if page["type"] == "page"]
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.socket.sendall(f"GET /devtools/page/{page['id']} HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                            "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode())
+        self.incoming, self.n_calls, self.faults = self.socket.makefile("rb"), 0, []
+        while self.incoming.readline().strip():
+            pass
+        self.call("Runtime.enable")
+        self.call("Log.enable")
+
+    def call(self, method, **params):
+        self.n_calls += 1
+        text = json.dumps({"id": self.n_calls, "method": method, "params": params}).encode()
+        # One frame: final text; masked, as a client's must be (by zeros); the length in 7 bits, or in 16 or 64 that follow.
+        length = bytes([0xFE]) + struct.pack(">H", len(text)) if len(text) < 1 << 16 else bytes([0xFF]) + struct.pack(">Q", len(text))
+        self.socket.sendall(b"\x81" + (bytes([0x80 | len(text)]) if len(text) < 126 else length) + bytes(4) + text)
+        while True:
+            message = self.receive()
+            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.faults.append(message["params"])
+            if message.get("id") == self.n_calls:
+                return message["result"]
+
+    def receive(self):
+        text, is_last = b"", False
+        while not is_last:
+            first, length = self.incoming.read(2)
+            if length > 125:
+                size = 2 if length == 126 else 8
+                length = int.from_bytes(self.incoming.read(size), "big")
+            text += self.incoming.read(length)
+            is_last = first & 0x80
+        return json.loads(text)
+
+    def js(self, code):
+        """The value of an expression in the page, as soon as the page shows what it is to show."""
+        shown = "(async () => { while (typeof frame != 'undefined' && frame) await new Promise(requestAnimationFrame); })()"
+        self.call("Runtime.evaluate", expression=shown, awaitPromise=True)
+        result = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
+
+    def wait(self, code):
+        end = time.monotonic() + 40
+        while not self.js(code):
+            assert time.monotonic() < end, f"in vain: {code}"
+            time.sleep(0.03)
+
+    def open(self, port):
+        self.faults.clear()
+        self.call("Page.navigate", url=f"http://127.0.0.1:{port}/")
+        self.wait("location.port == '%d' && typeof watched == 'object' && !!watched" % port)
+
+    def choose(self, *files):
+        """Files for the page, as by its button."""
+        chooser = self.call("Runtime.evaluate", expression="$('chooser')")["result"]["objectId"]
+        self.call("DOM.setFileInputFiles", files=[str(file) for file in files], objectId=chooser)
+        self.wait(f"$('files').children.length == {len(files)}")
+
+    def ask(self, text):
+        """-> the answer that is shown."""
+        self.js(f"$('question').value = {json.dumps(text)}; $('ask').click()")
+        self.wait("!stopper")
+        return self.js("$('log').lastChild.textContent")
+
+    def key(self, name):
+        for kind in ("keyDown", "keyUp"):
+            code = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13}[name]
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, text="\r" * (name == "Enter"))
+
+    def point(self, selector):
+        """Move the mouse to the middle of an element."""
+        x, y = self.js("(e => { e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect();"
+                       f"return [b.x + b.width / 2, b.y + b.height / 2]; }})(document.querySelector({json.dumps(selector)}))")
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def colors(self, selector):
+        """What elements are painted with: experts, or None."""
+        found = self.js(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.style.background)")
+        known = {f"rgb({r}, {g}, {b})": i for i, (r, g, b) in enumerate(generate.EXPERT_COLORS)}
+        return [known.get(color) for color in found]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here (Debian's package of that name)")
+    browser = Browser(str(tmp_path_factory.mktemp("chromium")))
+    yield browser
+    browser.process.terminate()
+    browser.process.wait()
+
+
+def bars(browser):
+    """-> (probabilities by the text, by the width, ranks of those that are marked)."""
+    notes = browser.js("[...document.querySelectorAll('#bars .bar')].map(e => e.lastChild.textContent)")
+    widths = browser.js("[...document.querySelectorAll('#bars i')].map(e => e.style.width)")
+    ranks = [re.search(r"choice (\d)", note) for note in notes]
+    return [float(note.split("%")[0]) / 100 for note in notes], [float(w[:-1]) / 100 for w in widths], [r and int(r[1]) for r in ranks]
+
+
+@pytest.mark.parametrize("name", ["tiny", "moe-llava", "uni-moe", "dense"])
+def test_the_page_shows_the_answer_and_the_choices(name, browser, windows, models, tokenizer):
+    model, hears = models[name], name == "uni-moe"
+    files = [ROOT / "assets/scene.png"] + [ROOT / "assets/sound.wav"] * hears
+    sample = generate.sample_of(QUESTION, [str(files[0])], audio=[str(file) for file in files[1:]])
+    browser.open(windows(name))
+    browser.choose(*files)
+    assert browser.ask(QUESTION) == generate.answer(model, tokenizer, [sample], max_new_tokens=12)[0]
+    assert browser.js("document.querySelectorAll('#log .human img').length") == 1
+    assert browser.js("document.querySelectorAll('#log .human audio').length") == hears
+    if name == "dense":
+        assert browser.js("$('watch').hidden") and "dense" in browser.js("$('hint').textContent") and not browser.faults
+        return
+
+    # The slider goes through all layers; each patch has the color of its first choice, and so has each token in the decoder.
+    seeing = generate.routing_of(model, [str(files[0])])
+    reading = decoder_choices(model, tokenizer, sample)
+    want = [experts[0, :, 0].tolist() for experts in seeing.values()]
+    if name == "tiny":
+        want[1:1] = [None]                                      # the layer at scale 2, tested without a browser
+    ids = d.encode_chat(sample["conversations"], tokenizer, "tiny", 36, 4)[0]
+    want += [[rows[i][0] for i, token in enumerate(ids) if token == d.IMAGE] for rows in reading]
+    browser.js("$('layer').focus()")
+    for _ in want:
+        browser.key("ArrowLeft")
+    for i, experts in enumerate(want):
+        assert browser.js("Number($('layer').value)") == i
+        colors = browser.colors("#map i")
+        assert colors == experts or (experts is None and len(colors) == 144)
+        if reading:
+            assert browser.colors("#tokens span")[:len(reading[i])] == [row[0] for row in reading[i]]
+        else:
+            assert set(browser.colors("#tokens span")) == {None}
+
+        # The router's probabilities at the patch that is pointed at, its choices marked, and its path.
+        browser.point(f"#map i:nth-child({7 + i})")
+        numbers, widths, ranks = bars(browser)
+        assert abs(sum(numbers) - 1) < 0.003 and sum(widths) == pytest.approx(1, abs=5e-4)
+        assert sorted(filter(None, ranks)) == [1, 2] and ranks.index(1) == colors[6 + i] == numbers.index(max(numbers))
+        path = browser.js("[...document.querySelectorAll('#path span')].map(e => Number(e.textContent))")
+        assert len(path) == len(want) and path[i] == colors[6 + i] and browser.colors("#path span") == path
+        browser.key("ArrowRight")
+
+    # The load is the share of first choices, beside an even one.
+    loads = browser.js("[...$('loads').children].map(row => [...row.children[0].children].map(e => parseFloat(e.style.width) / 100))")
+    last = torch.tensor([row[0] for row in reading[-1]] if reading else want[-1])
+    assert loads[0] == pytest.approx([1 / len(loads[0])] * len(loads[0]), abs=1e-4) and len(loads) == 1 + len(want)
+    assert loads[-1] == pytest.approx((torch.bincount(last, minlength=len(loads[-1])) / len(last)).tolist(), abs=1e-4)
+    assert not browser.faults
+
+
+def test_a_token_that_is_pointed_at_shows_its_own_choices(browser, windows, models, tokenizer):
+    browser.open(windows("moe-llava"))
+    browser.choose(ROOT / "assets/scene.png")
+    browser.ask(QUESTION)
+    sample = generate.sample_of(QUESTION, [str(ROOT / "assets/scene.png")])
+    first, second = decoder_choices(models["moe-llava"], tokenizer, sample)
+    browser.js("show({layer: 1})")
+    for i in (0, 40, 20):                                       # a mark, a word, a patch of the picture
+        browser.point(f"#tokens span:nth-child({i + 1})")
+        assert browser.js("shown.at.token") == i
+        assert bars(browser)[2].index(1) == second[i][0] and browser.colors("#path span") == [first[i][0], second[i][0]]
+    assert not browser.js("document.querySelector('#map b').hidden")              # that patch is framed in the picture
+    browser.js("$('tokens').focus()")
+    for key, i in (("ArrowRight", 21), ("ArrowLeft", 20), ("ArrowLeft", 19)):
+        browser.key(key)
+        assert browser.js("shown.at.token") == i
+
+
+def test_only_what_one_expert_took(browser, windows, models):
+    browser.open(windows("tiny"))
+    browser.choose(ROOT / "assets/scene.png")
+    browser.ask(QUESTION)
+    experts = generate.routing_of(models["tiny"], [str(ROOT / "assets/scene.png")])["layer 0"][0, :, 0].tolist()
+    for expert in range(4):
+        browser.js(f"$('only').children[{expert + 1}].focus()")
+        browser.key("Enter")                                    # by keyboard, which does not lose its place
+        faint = browser.js("[...document.querySelectorAll('#map i')].map(e => getComputedStyle(e).opacity == 0)")
+        assert faint == [e != expert for e in experts]
+        assert browser.js(f"document.activeElement == $('only').children[{expert + 1}] && document.activeElement.ariaPressed == 'true'")
+
+
+def test_arrow_keys_move_over_the_patches_and_stop_at_the_edge(browser, windows):
+    browser.open(windows("tiny"))
+    browser.choose(ROOT / "assets/scene.png")
+    browser.ask(QUESTION)
+    browser.js("$('map').focus()")
+    at = lambda: browser.js("place(watched.layers[0])")
+    start = at()
+    for key, step in (("ArrowRight", 1), ("ArrowDown", 6), ("ArrowLeft", -1), ("ArrowUp", -6)):
+        browser.key(key)
+        start += step
+        assert at() == start
+    for _ in range(8):
+        browser.key("ArrowLeft")
+        browser.key("ArrowUp")
+    assert at() == 0
+
+
+def test_several_turns_pictures_and_a_new_beginning(browser, windows, models, tokenizer):
+    scene = str(ROOT / "assets/scene.png")
+    browser.open(windows("tiny"))
+    browser.choose(scene)
+    first = browser.ask(QUESTION)
+    browser.choose(scene, ROOT / "assets/loss.png")
+    second = browser.ask("And here?")
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": first}, {"from": "human", "value": "<image>\n<image>\nAnd here?"}]
+    sample = {"images": [scene, scene, str(ROOT / "assets/loss.png")], "conversations": turns}
+    assert second == generate.answer(models["tiny"], tokenizer, [sample], max_new_tokens=12)[0]
+    for i in range(3):
+        browser.js(f"$('pictures').children[{i}].click()")
+        assert browser.colors("#map i") == generate.routing_of(models["tiny"], sample["images"])["layer 0"][i, :, 0].tolist()
+    browser.js("$('clear').click()")
+    assert browser.js("turns.length + files.length + $('log').children.length") == 0 and browser.js("$('watch').hidden")
+
+
+def test_a_scene_is_drawn_with_its_description_behind_a_click(browser, windows):
+    browser.open(windows("uni-moe"))
+    buttons = "[...$('bring').querySelectorAll('button')].slice(1)"
+    assert browser.js(f"{buttons}.map(b => b.textContent)") == ["Draw a scene", "Draw a sound", "Draw a scene and a sound"]
+    browser.js(f"{buttons}[2].click()")
+    browser.wait("files.length == 2")
+    assert browser.js("!$('truth').hidden && !$('truth').open && $('truth').lastChild.textContent.endsWith('.')")
+    browser.js("$('examples').children[0].click()")
+    browser.wait("!stopper && turns.length == 2")
+    assert browser.js("$('log').children[0].textContent == $('examples').children[0].textContent")
+    assert browser.js("document.querySelector('#log img').naturalWidth") == 48
+
+
+def test_an_answer_streams_and_stops(browser, endless):
+    browser.open(endless)
+    browser.js("$('question').value = 'Why?'; $('question').focus()")
+    browser.key("Enter")
+    browser.wait("$('log').lastChild.textContent.length > 20")
+    assert not browser.js("$('stop').disabled")
+    browser.js("$('stop').click()")
+    browser.wait("!stopper")
+    assert browser.js("$('log').lastChild.textContent") == "stopped"
+    assert browser.js("turns.length") == 2 and browser.js("turns[1].text == $('log').children[1].textContent && turns[1].text.length > 20")
+
+
+def test_whatever_is_said_is_text(browser, windows, models, monkeypatch, tmp_path):
+    evil = "<img src=x onerror=alert(1)><script>window.hacked = 1</script>"
+
+    def answer(*_, stream, **__):
+        stream(evil)
+        return [evil]
+    monkeypatch.setattr(generate, "answer", answer)
+    file = tmp_path / "<script>window.hacked = 1<|script>.png"
+    picture(0).save(file)
+    browser.open(windows("tiny"))
+    browser.choose(file)
+    assert browser.ask(evil) == evil and browser.js("$('log').children[0].textContent") == evil
+    assert browser.js("[...$('tokens').children].at(-1).textContent") == evil
+    assert browser.js("document.querySelector('#log img').title") == file.name
+    assert browser.js("document.scripts.length") == 1 and browser.js("window.hacked") is None and not browser.faults
+
+
+def test_what_cannot_be_read_gets_a_line_and_does_not_count(browser, windows, tmp_path):
+    (tmp_path / "broken.png").write_text("hello")
+    browser.open(windows("tiny"))
+    browser.choose(tmp_path / "broken.png")
+    assert "cannot be read" in browser.ask(QUESTION) and browser.js("turns.length") == 0
+    browser.js("$('clear').click()")
+    browser.choose(ROOT / "assets/scene.png")
+    assert "cannot" not in browser.ask(QUESTION) and browser.js("turns.length") == 2
+    browser.js("model.max_bytes = 1000")
+    assert "too large" in browser.ask(QUESTION)
+
+
+def test_files_are_dropped_and_pasted(browser, windows):
+    browser.open(windows("tiny"))
+    for event in ("new DragEvent('drop', {dataTransfer: files})", "new ClipboardEvent('paste', {clipboardData: files})"):
+        browser.js(f"(() => {{ const files = new DataTransfer(); files.items.add(new File(['x'], 'a.png', {{type: 'image/png'}}));"
+                   f"document.dispatchEvent({event}); }})()")
+    browser.wait("files.length == 2 && files.every(file => file.kind == 'images' && file.title == 'a.png')")
