@@ -750,7 +750,18 @@ def test_an_answer_streams_and_stops(browser, endless):
     browser.js("$('stop').click()")
     browser.wait("!stopper")
     assert browser.js("$('log').lastChild.textContent") == "stopped"
-    assert browser.js("turns.length") == 2 and browser.js("turns[1].text == $('log').children[1].textContent && turns[1].text.length > 20")
+    assert browser.js("turns.length") == 2
+    assert browser.js("turns[1].text == $('log').children[1].textContent && turns[1].text.length > 20")
+
+    # Who comes second is told the place. To clear is to stop, too, and nothing of it comes back.
+    visitor = begin(endless)
+    browser.js("$('question').value = 'Why?'; $('ask').click()")
+    browser.wait("$('log').lastChild.dataset.wait == '1 before you'")
+    leave(visitor)
+    browser.wait("$('log').lastChild.textContent.length > 20")
+    browser.js("$('clear').click()")
+    browser.wait("!stopper")
+    assert browser.js("turns.length + $('log').children.length") == 0 and browser.js("$('watch').hidden")
 
 
 def test_whatever_is_said_is_text(browser, windows, models, monkeypatch, tmp_path):
