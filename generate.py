@@ -997,10 +997,10 @@ def load_images(model, images):
 
 @contextmanager
 def watch(model):
-    """Inside of `with watch(model) as watched:`, the model may do whatever it does, and is watched:
+    """Inside of `with watch(model) as watched:`, this is kept of whatever the model does:
 
-    watched.choices: for each time that a layer with experts ran (name of its module, Routing,
-    probabilities (..., N, E)); watched.images: for each time that the tower ran (n, 3, S, S)."""
+    watched.choices: each time that a layer with experts runs, (name of its module, Routing,
+    probabilities (..., N, E)); watched.images: each time that the tower runs, (n, 3, S, S)."""
     watched = SimpleNamespace(choices=[], images=[])
 
     def keep_choices(name, moe, inputs, outputs):
@@ -1164,9 +1164,9 @@ def pixels_of(tensor):
     # Undo the normalisation.
     mean = torch.tensor(data.CLIP_MEAN).view(3, 1, 1)
     std = torch.tensor(data.CLIP_STD).view(3, 1, 1)
-    pixels = (tensor.float() * std + mean).clamp(0, 1) * 255  # (3, S, S)
+    pixels = (tensor.float().cpu() * std + mean).clamp(0, 1) * 255  # (3, S, S)
     pixels = pixels.round().byte().permute(1, 2, 0)  # (S, S, 3)
-    return Image.fromarray(pixels.cpu().numpy())
+    return Image.fromarray(pixels.numpy())
 
 
 def as_seen(tensor):
@@ -1567,6 +1567,7 @@ def open_window(model, tokenizer, name, port, host="127.0.0.1", **options):
     except (OSError, OverflowError) as e:
         raise ValueError(f"--serve {port} on {host}: {e}; try another port") from None
     server.talker = (model.eval(), tokenizer, name, options)
+    server.names = {"localhost", host.lower(), socket.gethostname().lower()}
     server.queue = []
     server.closing = False
     return server
@@ -1590,7 +1591,7 @@ class Visit(BaseHTTPRequestHandler):
     def respond(self, rooms):
         """Do what is asked for, or say in a line why not."""
         try:
-            check_visitor(self.headers, self.server.server_address[0])
+            check_visitor(self.headers, self.server.names)
             if self.path not in rooms:
                 raise Refused(404, "there is no such page")
             rooms[self.path]()
@@ -1625,9 +1626,9 @@ class Visit(BaseHTTPRequestHandler):
         self.wfile.write(page)
 
     def send_model(self):
-        model, _, name, _ = self.server.talker
+        model, _, name, options = self.server.talker
         self.begin(200, "application/json")
-        self.say(introduce(model, name))
+        self.say(introduce(model, name, options))
 
     def send_drawing(self):
         world = self.read_json().get("world")
@@ -1670,18 +1671,19 @@ class Visit(BaseHTTPRequestHandler):
         """What visitors do is not written down."""
 
 
-def check_visitor(headers, own_name):
+def check_visitor(headers, names):
     """Only the page itself may ask, and no other page that is open in somebody's browser.
 
     Such a page's requests carry its Origin. If its domain was made to point to this machine (DNS
     rebinding), they carry the domain as Host; an address as Host cannot be forged like that."""
     host = headers.get("Host", "")
-    name = host.rsplit(":", 1)[0].strip("[]")
-    if name not in ("localhost", socket.gethostname(), own_name):
+    name = re.sub(r":\d+$", "", host).strip("[]")
+    if name not in names:
         try:
             ipaddress.ip_address(name)
         except ValueError:
-            raise Refused(403, "this server goes by another name") from None
+            raise Refused(403, "the server does not know itself by this name; open it by its "
+                               "address, or start it with --host NAME") from None
     if headers.get("Origin", f"http://{host}") not in (f"http://{host}", f"https://{host}"):
         raise Refused(403, "this server talks to its own page only")
 
@@ -1715,14 +1717,15 @@ def worlds_of(model):
     return worlds
 
 
-def introduce(model, name):
+def introduce(model, name, options):
     """What the page must know about the model."""
     examples = ["Who are you?", "What can you see?", "Describe the image in detail."]
     if model.config.template == "tiny":
         examples = ["How many circles are there?", "What does the sign say?", "Describe the scene."]
     dense = not any(isinstance(module, MoE) for module in model.modules())
     return {"name": name, "worlds": worlds_of(model), "examples": examples, "dense": dense,
-            "colors": EXPERT_COLORS, "max_bytes": MAX_BYTES}
+            "colors": EXPERT_COLORS, "max_bytes": MAX_BYTES,
+            "temperature": options.get("temperature", 0)}
 
 
 def draw_for_page(world):

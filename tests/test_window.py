@@ -246,7 +246,9 @@ def test_the_page_is_told_about_the_model(windows):
     assert [told[name]["dense"] for name in told] == [False, False, True, False]
     assert [told[name]["worlds"] for name in told] == [["image"], ["image", "sound", "both"], ["image"], []]
     assert told["tiny"]["colors"] == [list(color) for color in generate.EXPERT_COLORS] and told["tiny"]["name"] == "tiny"
-    assert all(told[name]["examples"] for name in told)
+    assert all(told[name]["examples"] for name in told) and told["tiny"]["temperature"] == 0
+    port = windows("words", temperature=0.7)
+    assert json.loads(send(port, "GET", "/model")[1])["temperature"] == 0.7
 
 
 def test_worlds_are_drawn_anew_with_their_description(windows):
@@ -337,6 +339,16 @@ def test_only_the_page_itself_may_ask(host, origin, status, windows):
     headers = {"Host": host.format(port)} | ({"Origin": origin.format(port)} if origin else {})
     assert send(port, "GET", "/model", **headers)[0] == status
     assert send(port, "POST", "/ask", question(text="Why?"), **headers)[0] == status
+
+
+def test_the_name_that_was_given_to_it_is_its_own(models, tokenizer):
+    server = generate.open_window(models["words"], tokenizer, "words", 0, "127.0.0.1")
+    server.server_close()
+    for name in ("localhost:1", "[::1]:80", "[::1]", socket.gethostname().lower()):
+        generate.check_visitor({"Host": name}, server.names)
+    with pytest.raises(generate.Refused):
+        generate.check_visitor({"Host": "gpu.lan:7860"}, server.names)
+    generate.check_visitor({"Host": "gpu.lan:7860", "Origin": "http://gpu.lan:7860"}, {"gpu.lan"})
 
 
 @pytest.mark.parametrize("path", ["/assets/page.html", "/generate.py", "/../generate.py", "/%2e%2e/generate.py", "//etc/passwd", "/ask", "/?x", "/model/.."])
