@@ -721,10 +721,10 @@ class CuMo(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, parts=("vision", "connector", "audio", "resampler", "text")):
-        """New weights for these parts, see section 8."""
+        """New weights for these parts, see section 8. Weights on meta have no values to set."""
         for name, p in self.named_parameters():
             part = name.split(".")[0]
-            if part in parts:
+            if part in parts and not p.is_meta:
                 init_weight(p, name, getattr(self, part))
 
 

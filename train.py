@@ -1892,14 +1892,18 @@ def print_fit(args, stage):
     if fits(args.gpus, args.fsdp, args.checkpointing):
         print(f"fits into {args.gpu_gb} GB")
         return
-    # From many to few, so that the fewest that do are left.
+    # The smallest number of GPUs that does; with checkpointing only where it must be.
     least = "none. Try a smaller --micro-batch"
-    for exponent in reversed(range(12)):
+    for exponent in range(12):
         gpus = 2**exponent
-        if stage.batch_size % gpus == 0 and fits(gpus, True, True):
+        if stage.batch_size % gpus:
+            continue
+        if not args.checkpointing and fits(gpus, True, False):
+            least = f"{gpus} GPUs with --fsdp"
+            break
+        if fits(gpus, True, True):
             least = f"{gpus} GPUs with --fsdp --checkpointing"
-            if not args.checkpointing and fits(gpus, True, False):
-                least = f"{gpus} GPUs with --fsdp"
+            break
     print(f"does NOT fit into {args.gpu_gb} GB; the smallest number (1, 2, 4, 8...) that does: "
           f"{least}")
 
