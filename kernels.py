@@ -111,19 +111,22 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
         capacity = slots_per_expert(experts, mask, n_experts, capacity_factor, min_capacity)
         weights = weights * within_capacity(experts, mask, n_experts, capacity)
 
-    # 6. What is left of a token's weights sums to 1 again. (Where nothing is left they stay 0. A
-    #    clamp of the sum to a tiny number would do that too, but its gradient overflows.) A token
-    #    that has one expert keeps its probability. Rescaled, it would be 1 whatever the router
-    #    says, and the router would learn nothing from the task. So do the Switch Transformer
-    #    (arXiv 2101.03961, equation 2) and DeepSpeed's top-1 gate.
-    if renormalise is None:
-        renormalise = top_k > 1
-    if renormalise:
-        total = weights.sum(-1, keepdim=True)
-        weights = weights / torch.where(total > 0, total, 1)
+    # 6. What is left of a token's weights sums to 1 again. But with top_k = 1 the one weight stays
+    #    the probability: rescaled it would be 1 whatever the router says, and the router would
+    #    learn nothing from the task. So do the Switch Transformer (arXiv 2101.03961, equation 2)
+    #    and DeepSpeed's top-1 gate.
+    if renormalise or (renormalise is None and top_k > 1):
+        weights = sum_to_1(weights)
 
     balance = mean_over_rows(balance, mask)
     return Routing(weights, experts, balance, mean_over_rows(z, mask), n_experts)
+
+
+def sum_to_1(weights: Tensor) -> Tensor:
+    """weights (..., N, K) rescaled; where nothing is left of a token's weights they stay 0."""
+    # A clamp of the sum to a tiny number would do that too, but its gradient overflows.
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total > 0, total, 1)
 
 
 def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
