@@ -482,8 +482,8 @@ def within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int,
 
     As in DeepSpeed's top-2 gate, which MoE-LLaVA uses: slots fill in token order, all first
     choices before any second choice. (Its top-1 gate draws lots for the slots, unless it is told
-    not to with use_rts=False; here an answer can be repeated.) Three tokens with first choices 0 0 1 and second choices 1
-    1 0, and two slots an expert: they queue as
+    not to with use_rts=False; here an answer can be repeated.) Three tokens with first choices 0 0
+    1 and second choices 1 1 0, and two slots an expert: they queue as
 
         choice           0  0  1  1  1  0        first choices, then second ones
         queue at 0       1  2  .  .  .  3        a running count of those who want expert 0
