@@ -667,7 +667,7 @@ def with_moe_llava_experts(text, moe):
 def tower_json(theirs, path):
     """The config of a LLaVA's tower, from the folder that it names or from clip_config.json beside
     its own config.json; {} where neither is there."""
-    for folder, name in ((tower_folder(theirs), "config.json"), (path, "clip_config.json")):
+    for folder, name in ((tower_folder(theirs, path), "config.json"), (path, "clip_config.json")):
         file = join(folder, name)
         if folder and os.path.isfile(file):
             found = read_json(file)
@@ -675,11 +675,12 @@ def tower_json(theirs, path):
     return {}
 
 
-def tower_folder(theirs):
+def tower_folder(theirs, path):
     """The folder or hub name that a LLaVA's config gives for its tower, "" for none."""
     named = theirs.get("mm_vision_tower") or theirs.get("mm_image_tower") or ""
     if not isinstance(named, str):
-        raise ValueError(f"config.json: mm_vision_tower = {named!r} must be text in quotes")
+        raise ValueError(f"{join(path, 'config.json')}: mm_vision_tower = {named!r:.60} must be "
+                         "text in quotes")
     return named
 
 
@@ -1311,7 +1312,7 @@ def weight_files(path, theirs):
         if exists(tower):
             files.append(tower)
         else:
-            named = tower_folder(theirs) or "(no mm_vision_tower in the config)"
+            named = tower_folder(theirs, path) or "(no mm_vision_tower in the config)"
             files += weight_files(local_folder(named), {})
     connector = join(path, "mm_projector.bin")
     if not starting_with(PROJECTOR, names) and exists(connector):
