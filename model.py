@@ -53,11 +53,11 @@ IGNORE = -100  # the label of a token that is not learnt
 
 # ------------------------------------------------------------------------------------------------
 # 1. Configuration. The defaults are CuMo's around Mistral-7B, without experts and S2 scales. The
-#    presets stand near the end of this file. The types, and the limits that some of them have, are
-#    checked in section 12: Size is a whole number above 0.
+#    presets stand near the end of this file. Section 12 checks each value against the type of its
+#    field; Annotated adds the lowest and the highest number.
 
 Size = Annotated[int, 1, 10**9]
-Layers = Annotated[int, 1, 1000]  # a slip of the finger should not take a day to build
+Layers = Annotated[int, 1, 1000]  # a billion layers, a typing error, would take days to build
 Positive = Annotated[float, 1e-12, 1e12]
 Activation = Literal[tuple(ACTIVATIONS)]
 

@@ -2,8 +2,8 @@
 
 Sparse upcycling (arXiv 2212.05055) does not train experts from scratch. Every expert starts as a
 copy of the trained dense FFN, and only the router is new. The weights of a token's experts sum to
-1, so at first the upcycled block computes exactly what the dense one did: training goes on where
-it was, and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision tower
+1 (where it has two or more), so at first the upcycled block computes exactly what the dense one
+did: training goes on where it was, and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision tower
 and in the connector at once, between its second and third stage. Uni-MoE's experts are no copies
 of one FFN: they were fine-tuned apart, each on one modality or task, and meet in one decoder.
 
@@ -50,7 +50,7 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
 
     real_router: draw the router now, on the CPU, even if the dense FFN is on meta and gets its
     weights later (FSDP). limits: what else kernels.MoE takes. Asserts that the output is unchanged,
-    or with top-1 the dense one times the router's probability.
+    or at top-1 the dense one times the router's probability.
     """
     ffn_dim, dim = dense.w_in.shape
     # A module on meta takes no memory: its weights are made below.
@@ -726,6 +726,7 @@ def read_config(theirs, shapes, path):
 
     # Our own key in the configs that section 4 writes.
     if "template" in theirs:
+        check_fields("", Config, {"template": theirs["template"]})
         config.template = theirs["template"]
     return config
 
@@ -1198,8 +1199,9 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
                 continue
             raise ValueError(f"{where}: tensor {theirs} has no place in this model")
 
-        # The place must have its shape.
         check_values(where, theirs, tensor)
+
+        # The place must have its shape.
         ours, expert = places[name]
         shape = wanted[ours].shape
         if expert is not None:
@@ -1618,10 +1620,10 @@ def layer_counts(model, wanted, top_k, sources):
 def warn_of_top_1(config, counts):
     """Say that upcycling changes the output, where each token gets one expert of several.
 
-    Its weight is the router's probability, at first about 1 / E: without that the router would
-    learn from the auxiliary losses alone (kernels.route). So training begins worse than where the
-    dense model ended. The released CuMo has the weight 1; to have that too, set `renormalise` of
-    the part's config to True before.
+    Its weight is the router's probability, at first about 1 / E; if it were 1, the router would
+    learn from the auxiliary losses alone (kernels.route). The price is that training begins worse
+    than the dense model ended. The released CuMo has the weight 1: to have that too, set
+    `renormalise` in the part's config to True before.
     """
     for part, numbers in counts.items():
         if max(numbers, default=0) > 1 and not getattr(config, part).renormalise:

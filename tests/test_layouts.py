@@ -829,6 +829,7 @@ BROKEN = {                                                       # name: (how to
     "activation": (config(hidden_act="relu2"), ["config.json", "relu2", "silu"]),
     "heads": (config(num_attention_heads=3), ["config.json", "n_heads = 3"]),
     "type of a value": (config(hidden_size="wide"), ["config.json", "text.dim = 'wide' must be a whole number"]),
+    "type of our own key": (config(template=5), ["config.json", "template = 5 must be text in quotes"]),
     "zero heads": (config(num_attention_heads=0), ["config.json", "text.n_heads = 0 must be a whole number"]),
     "rope scaling that is a number": (config(rope_scaling=5), ["config.json", "rope_scaling = 5 must be an object"]),
     "architecture that is a list": (config(model_type=["mixtral"]), ["config.json", "TypeError"]),
