@@ -1055,8 +1055,8 @@ def is_alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
-        return True  # somebody else's
+    except PermissionError:
+        pass  # it is somebody else's
     return True
 
 
@@ -1229,12 +1229,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_values(where, name, tensor):
     """Raise ValueError for a tensor that is no plain array of floating-point numbers."""
     if tensor.is_meta or tensor.layout != torch.strided:
-        kind = "empty (on meta)" if tensor.is_meta else "sparse"
-        raise ValueError(f"{where}: tensor {name} is {kind}; save it as a dense one")
+        raise ValueError(f"{where}: tensor {name} is sparse, or without values (on meta); save it "
+                         "as a dense one")
     if tensor.dtype not in FLOATS:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise ValueError(f"{where}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}; "
-                         f"weights are {known}. Quantized weights must be converted first")
+        raise ValueError(f"{where}: tensor {name} is {tensor.dtype}; weights are float32, bfloat16 "
+                         "or float16. Quantized ones must be converted first")
 
 
 @torch.no_grad()
