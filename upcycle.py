@@ -2,8 +2,8 @@
 
 Sparse upcycling (arXiv 2212.05055) does not train experts from scratch. Every expert starts as a
 copy of the trained dense FFN, and only the router is new. The weights of a token's experts sum to
-1, so at first the upcycled block computes exactly what the dense one did: training goes on where
-it was, and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision tower
+1 (where it has two or more), so at first the upcycled block computes exactly what the dense one
+did: training goes on where it was, and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision tower
 and in the connector at once, between its second and third stage. Uni-MoE's experts are no copies
 of one FFN: they were fine-tuned apart, each on one modality or task, and meet in one decoder.
 
@@ -22,8 +22,9 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from os.path import exists, join
 
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from kernels import FFN, MoE
 from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connector, ConnectorConfig,
                    CuMo, Decoder, Resampler, TextConfig, VisionConfig, VisionTransformer, adapted,
-                   merge_state)
+                   check_fields, merge_state)
 
 # -------------------------------------------------------------------------------------------------
 # 1. Dense -> experts
@@ -45,11 +46,11 @@ from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connecto
 
 @torch.no_grad()
 def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **limits) -> MoE:
-    """A MoE whose experts are all copies of one dense FFN, on its device and in its dtype.
+    """A MoE whose experts are all copies of one dense FFN, on its device, in its dtype and mode.
 
     real_router: draw the router now, on the CPU, even if the dense FFN is on meta and gets its
-    weights later (FSDP). limits: the capacities that kernels.MoE takes. Asserts that the output is
-    unchanged.
+    weights later (FSDP). limits: what else kernels.MoE takes. Asserts that the output is unchanged,
+    or at top-1 the dense one times the router's probability.
     """
     ffn_dim, dim = dense.w_in.shape
     # A module on meta takes no memory: its weights are made below.
@@ -66,6 +67,7 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
     if not (real_router and dense.w_in.is_meta):
         state["router"] = router.to(dense.w_in)
     moe.load_state_dict(state, assign=True)
+    moe.train(dense.training)
 
     # Drawn even where nothing can be compared, as the next layer's router depends on the generator.
     assert_same_output(dense, moe, torch.randn(16, dim, generator=generator))
@@ -73,13 +75,16 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
 
 
 def assert_same_output(dense, moe, x):
-    """Stop if the MoE does not give what the dense FFN gives for x (N, D)."""
+    """Stop if the MoE does not give what the dense FFN gives for x (N, D), weighted at top-1."""
     # There is nothing to compare on meta, and experts with a capacity may drop tokens.
     if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
         return
     x = x.to(dense.w_in)
     before = dense(x)[0].float()
-    difference = (before - moe(x)[0].float()).abs().max()
+    after, routing = moe(x)
+    if moe.top_k == 1:
+        before = before * routing.weights  # (N, D) * (N, 1)
+    difference = (before - after.float()).abs().max()
 
     # Rounding is allowed: weights sum to 1 only nearly, and long sums are added in another order.
     # A real fault would be larger by far.
@@ -97,6 +102,7 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     experts: folders or CuMos of this architecture, fine-tuned apart, to be put together as the
     decoder's experts (`mix_experts`). Without `text`, in all layers. real_routers: a model on meta,
     whose other weights come later, gets its routers now.
+    With top_k=1 the output changes, see warn_of_top_1.
     Raises ValueError for what cannot be done, before anything changes.
     """
     # Uni-MoE: as many experts as there are models to put together.
@@ -106,13 +112,17 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
         text = text or len(sources)
     wanted = {"vision": vision, "connector": connector, "text": text}
     counts = layer_counts(model, wanted, top_k, sources)
+    if top_k == 1:
+        warn_of_top_1(model.config, counts)
 
     # A generator of its own: the same routers in every process.
     generator = torch.Generator().manual_seed(seed)
     for part, numbers in counts.items():
         config = getattr(model.config, part)
         # Only the decoder's experts can have a capacity.
-        limits = config.expert_limits if part == "text" else {}
+        limits = {"renormalise": config.renormalise}
+        if part == "text":
+            limits = config.expert_limits
         for layer, (owner, n_experts) in enumerate(zip(ffn_owners(model, part), numbers)):
             if n_experts == 0:
                 continue
@@ -438,6 +448,14 @@ MOE_LLAVA_KEYS = dict(top_k="top_k_experts", capacity_factor="capacity_factor",
                       eval_capacity_factor="eval_capacity_factor", min_capacity="min_capacity")
 
 
+def read_object(theirs, key):
+    """An object inside their config; {} where there is none."""
+    value = theirs.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} = {value!r:.60} must be an object")
+    return value
+
+
 def read_keys(theirs, keys):
     """{our field: its value in their config}; null there counts as left out."""
     return {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
@@ -493,6 +511,7 @@ def text_config(theirs, shapes, kind):
         in_files = count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")
         fields |= dict(norm_eps=1e-5, n_experts=theirs.get("num_local_experts", in_files))
     fields |= read_keys(theirs, DECODER_KEYS)
+    check_fields("text.", TextConfig, fields)
 
     # The projections' outputs are all heads side by side.
     if "head_dim" not in fields:
@@ -500,17 +519,23 @@ def text_config(theirs, shapes, kind):
     if "n_kv_heads" not in fields:
         fields["n_kv_heads"] = shapes[attention + "k_proj.weight"][0] // fields["head_dim"]
 
+    top_k = theirs.get("num_experts_per_tok", 2)
     return TextConfig(**fields, **rotary_fields(theirs, kind),
                       sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
                       qkv_bias=attention + "q_proj.bias" in shapes,
-                      top_k=theirs.get("num_experts_per_tok", 2))
+                      top_k=top_k, renormalise=rescaled(top_k))
+
+
+def rescaled(top_k):
+    """`renormalise` of CuMo's and Mixtral's codes: they rescale a single weight too, to 1."""
+    return True if top_k == 1 else None
 
 
 def rotary_fields(theirs, kind):
     """rope_theta and rope_scaling, from the older style of config (rope_theta and rope_scaling
     apart) or the current one (rope_parameters)."""
     # The type had another key in early files.
-    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
+    rope = read_object(theirs, "rope_scaling") | read_object(theirs, "rope_parameters")
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling not in ("default", "llama3"):
         raise ValueError(f"rotary scaling {scaling!r} is not supported; known: default, llama3")
@@ -543,7 +568,7 @@ def sliding_window(theirs, kind, n_layers):
 def read_clip(theirs, shapes, path):
     """CLIPVisionModel, or CLIPModel, which keeps the tower's config inside its own."""
     if theirs["model_type"] == "clip":
-        theirs = theirs.get("vision_config") or {}
+        theirs = read_object(theirs, "vision_config")
     return vision_config(theirs, shapes)
 
 
@@ -570,7 +595,8 @@ def read_decoder(theirs, shapes, path):
 
 def read_transformers_llava(theirs, shapes):
     """LLaVA-1.5 as transformers writes it: the parts' configs inside one."""
-    kind = theirs["text_config"].get("model_type", "llama")
+    text = read_object(theirs, "text_config")
+    kind = text.get("model_type", "llama")
     if kind not in DECODERS:
         raise ValueError(f"a decoder of type {kind} is not supported; supported: "
                          f"{', '.join(DECODERS.values())}")
@@ -578,9 +604,9 @@ def read_transformers_llava(theirs, shapes):
         raise ValueError(PATCHES_ONLY)
 
     # The whole model decides whether the head is tied, whatever the decoder's own config says.
-    text = theirs["text_config"] | {"tie_word_embeddings": "lm_head.weight" not in shapes}
+    text = text | {"tie_word_embeddings": "lm_head.weight" not in shapes}
     return Config(
-        vision=vision_config(theirs.get("vision_config") or {}, shapes,
+        vision=vision_config(read_object(theirs, "vision_config"), shapes,
                              select_layer=theirs.get("vision_feature_layer", -2)),
         connector=ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu")),
         text=text_config(text, shapes, kind),
@@ -604,17 +630,18 @@ def read_llava(theirs, shapes, path):
     n_experts = theirs.get("num_experts") or 0
     top_k = theirs.get("num_selected") or 2
     vision = vision_config(
-        tower_json(theirs, path), shapes, top_k=top_k,
+        tower_json(theirs, path), shapes, top_k=top_k, renormalise=rescaled(top_k),
         n_experts=n_experts if theirs.get("clip_smoe") else 0,
         **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")))
-    connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k)
+    connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k,
+                                renormalise=rescaled(top_k))
 
     # The decoder's own keys stand in the same file.
     kind = LLAVA_DECODERS.get(theirs["model_type"], theirs["model_type"])
     text = text_config(theirs, shapes, kind)
     losses = read_keys(theirs, LOSS_KEYS)
     template = "vicuna" if kind == "llama" else "mistral"
-    moe = theirs.get("moe")
+    moe = read_object(theirs, "moe")
     if moe:
         text = with_moe_llava_experts(text, moe)
         losses = dict(balance_coef=moe["router_aux_loss_coef"], z_coef=0.0)
@@ -632,14 +659,15 @@ def with_moe_llava_experts(text, moe):
     layers = moe.get("moe_layers_idx")
     if layers is None:
         layers = range(0, text.n_layers, 2)
+    # DeepSpeed's top-1 gate weights by the probability, which is our default.
     return replace(text, n_experts=spread(moe["num_experts"], layers, text.n_layers), aux="sum",
-                   **{ours: moe[key] for ours, key in MOE_LLAVA_KEYS.items()})
+                   renormalise=None, **{ours: moe[key] for ours, key in MOE_LLAVA_KEYS.items()})
 
 
 def tower_json(theirs, path):
     """The config of a LLaVA's tower, from the folder that it names or from clip_config.json beside
     its own config.json; {} where neither is there."""
-    for folder, name in ((tower_folder(theirs), "config.json"), (path, "clip_config.json")):
+    for folder, name in ((tower_folder(theirs, path), "config.json"), (path, "clip_config.json")):
         file = join(folder, name)
         if folder and os.path.isfile(file):
             found = read_json(file)
@@ -647,9 +675,13 @@ def tower_json(theirs, path):
     return {}
 
 
-def tower_folder(theirs):
+def tower_folder(theirs, path):
     """The folder or hub name that a LLaVA's config gives for its tower, "" for none."""
-    return theirs.get("mm_vision_tower") or theirs.get("mm_image_tower") or ""
+    named = theirs.get("mm_vision_tower") or theirs.get("mm_image_tower") or ""
+    if not isinstance(named, str):
+        raise ValueError(f"{join(path, 'config.json')}: mm_vision_tower = {named!r:.60} must be "
+                         "text in quotes")
+    return named
 
 
 def is_multimodal(theirs):
@@ -667,10 +699,21 @@ def is_own(theirs):
     return not {"model_type", "architectures"} & theirs.keys()
 
 
+def read_own(theirs):
+    """This project's own config.json."""
+    config = Config.from_dict(theirs)
+    # Before there was a field that says so, a single weight was rescaled to 1 like any others.
+    for name in ("vision", "connector", "text"):
+        part = getattr(config, name)
+        if part is not None and "renormalise" not in read_object(theirs, name):
+            part.renormalise = rescaled(part.top_k)
+    return config
+
+
 def read_config(theirs, shapes, path):
     """The configuration of the model in a folder. Its kind says which class it belongs to."""
     if is_own(theirs):
-        return Config.from_dict(theirs)
+        return read_own(theirs)
 
     kind = theirs.get("model_type", "")
     reader = READERS.get(kind)
@@ -683,17 +726,20 @@ def read_config(theirs, shapes, path):
 
     # Our own key in the configs that section 4 writes.
     if "template" in theirs:
+        check_fields("", Config, {"template": theirs["template"]})
         config.template = theirs["template"]
     return config
 
 
 def read_json(file):
     """A JSON file that holds an object; ValueError for anything else."""
-    with open(file, encoding="utf-8") as f:
+    check_is_file(file)
+    # Windows' editors put a byte order mark in front, which utf-8-sig passes over.
+    with open(file, encoding="utf-8-sig") as f:
         try:
             value = json.load(f)
-        except ValueError as e:
-            raise ValueError(f"{file}: malformed JSON: {e}") from None
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{file}: malformed JSON: {first_line(e)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must hold an object, not {str(value)[:40]}")
     return value
@@ -712,6 +758,13 @@ def clip_json(vision):
             **write_keys(vision, CLIP_KEYS), "num_channels": 3}
 
 
+def rescales(part):
+    """Do the weights of a token's experts sum to 1? See kernels.route."""
+    if part.renormalise is None:
+        return part.top_k > 1
+    return part.renormalise
+
+
 def decoder_json(text, tokenizer, template):
     """config.json of a Hugging Face decoder. Raises ValueError where none has such a shape."""
     n_experts = max(text.n_experts)
@@ -724,6 +777,9 @@ def decoder_json(text, tokenizer, template):
     if n_experts and factor:
         raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
                          "drop tokens")
+    if n_experts and not rescales(text):
+        raise ValueError(f"text: top_k = {text.top_k} without rescaling; Mixtral's code rescales "
+                         "the weights to sum to 1")
 
     # The family of decoders that this one belongs to.
     kind = "llama"
@@ -797,6 +853,10 @@ def write_cumo(config, state, tokenizer):
             or (connector.n_experts and connector.top_k != top_k)):
         raise ValueError("the published layout has one number of experts and one top-k, for all "
                          "layers of the tower and the connector")
+    if (tower_has_experts and not rescales(vision)) or (
+            connector.n_experts and not rescales(connector)):
+        raise ValueError(f"top_k = {top_k} without rescaling; CuMo's released code rescales the "
+                         "weights to sum to 1")
     if connector.act != "gelu":
         raise ValueError("the published layout's connector has activation gelu, not "
                          f"{connector.act}")
@@ -834,6 +894,9 @@ def write_moe_llava(config, state, tokenizer):
             or connector.act != "gelu" or text.qkv_bias or config.z_coef):
         raise ValueError("MoE-LLaVA's layout has a dense tower of one scale, a dense connector "
                          "with gelu, a LLaMA or Mistral decoder and no z loss")
+    if rescales(text) != (text.top_k > 1):
+        raise ValueError(f"text.renormalise = {text.renormalise}: DeepSpeed's gate, which "
+                         "MoE-LLaVA's layout stands for, rescales from top-2 on")
     if text.aux != "sum" or not (text.capacity_factor and text.eval_capacity_factor):
         raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses "
                          "over the layers (text.aux sum); this model does not")
@@ -961,6 +1024,7 @@ def write_tensors(file, tensors, **header):
 
 def write_atomically(path, write):
     """Call write(temporary name), then rename: a kill in between leaves the old file whole."""
+    remove_leftovers(os.path.dirname(path) or ".")
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         write(temporary)
@@ -973,6 +1037,27 @@ def write_atomically(path, write):
     finally:
         if exists(temporary):
             os.remove(temporary)
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of processes that were killed while they wrote."""
+    for name in os.listdir(folder):
+        match = re.fullmatch(r".+\.(\d{1,9})\.tmp", name)
+        if match and not is_alive(int(match[1])):
+            # Another process may have been faster.
+            with contextlib.suppress(OSError):
+                os.remove(join(folder, name))
+
+
+def is_alive(pid):
+    """Is there a process of this number? (Signal 0 is not sent; it only asks.)"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is somebody else's
+    return True
 
 
 def write_json(path, value):
@@ -1016,8 +1101,10 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     # Values of a wrong kind lead to errors of many kinds.
     try:
         model = build_on_meta(read_config(theirs, shapes, path))
-    except Exception as e:
+    except ValueError as e:
         raise ValueError(f"{config_file}: {e}") from None
+    except Exception as e:
+        raise ValueError(f"{config_file}: {type(e).__name__}: {first_line(e)}") from None
 
     stream = match_tensors(files, state_of(model), path, rename, listing)
     if later is not None:
@@ -1026,7 +1113,11 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
         fill_from(stream, model, dtype, device)
 
     file = join(path, "tokenizer.json")
-    return model.eval(), read_tokenizer(file) if exists(file) else None
+    tokenizer = None
+    if exists(file):
+        tokenizer = read_tokenizer(file)
+        check_vocabulary(tokenizer, model, file)
+    return model.eval(), tokenizer
 
 
 def build_on_meta(config):
@@ -1036,7 +1127,7 @@ def build_on_meta(config):
             # Through Config, which checks the fields.
             return VisionTransformer(Config(vision=config).vision)
         if isinstance(config, AudioConfig):
-            return AudioTransformer(config)
+            return AudioTransformer(Config(audio=config).audio)
         return CuMo(config)
 
 
@@ -1063,6 +1154,7 @@ def fill_from(stream, model, dtype=None, device="cpu"):
 
     # What is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
     prefix = PREFIXES[type(model)]
+    unify_types(state)
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
 
@@ -1071,6 +1163,21 @@ def fill_from(stream, model, dtype=None, device="cpu"):
         model.connector.to(model.vision.patch.weight.dtype)
     if isinstance(model, CuMo) and model.audio:
         model.resampler.to(model.audio.conv1.weight.dtype)
+
+
+def unify_types(state):
+    """Give each part of a model, in place, the float type that most of its numbers have.
+
+    Some programs leave norms in float32 in a bfloat16 model, and products of two types are an
+    error. transformers has one type for a whole model. Routers keep theirs: see MoE.logits.
+    """
+    sizes = defaultdict(Counter)  # part -> {type: how many numbers}
+    for name, tensor in state.items():
+        sizes[name.split(".")[0]][tensor.dtype] += tensor.numel()
+    for name, tensor in state.items():
+        [(dtype, _)] = sizes[name.split(".")[0]].most_common(1)
+        if not name.endswith(".router"):
+            state[name] = tensor.to(dtype)
 
 
 def match_tensors(files, wanted, where, rename=None, listing=None):
@@ -1092,6 +1199,8 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
                 continue
             raise ValueError(f"{where}: tensor {theirs} has no place in this model")
 
+        check_values(where, theirs, tensor)
+
         # The place must have its shape.
         ours, expert = places[name]
         shape = wanted[ours].shape
@@ -1112,6 +1221,19 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
     # Naming the first one is enough.
     for name in missing:
         raise ValueError(f"{where}: tensor {name} is missing")
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_values(where, name, tensor):
+    """Raise ValueError for a tensor that is no plain array of floating-point numbers."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(f"{where}: tensor {name} is sparse, or without values (on meta); save it "
+                         "as a dense one")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{where}: tensor {name} is {tensor.dtype}; weights are float32, bfloat16 "
+                         "or float16. Quantized ones must be converted first")
 
 
 @torch.no_grad()
@@ -1191,7 +1313,7 @@ def weight_files(path, theirs):
         if exists(tower):
             files.append(tower)
         else:
-            named = tower_folder(theirs) or "(no mm_vision_tower in the config)"
+            named = tower_folder(theirs, path) or "(no mm_vision_tower in the config)"
             files += weight_files(local_folder(named), {})
     connector = join(path, "mm_projector.bin")
     if not starting_with(PROJECTOR, names) and exists(connector):
@@ -1264,7 +1386,8 @@ def read_bin(file, device):
     # Where shapes are enough, the file is mapped and its tensors are not read.
     mmap = device == "meta" and zipfile.is_zipfile(file)
     state = torch.load(file, map_location=device, weights_only=True, mmap=mmap)
-    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and torch.is_tensor(t) for name, t in state.items()):
         raise ValueError("must hold a dictionary of tensors")
     return state
 
@@ -1272,6 +1395,7 @@ def read_bin(file, device):
 @contextlib.contextmanager
 def errors_that_name(file):
     """Turn whatever goes wrong while a file is read into one line that names the file."""
+    check_is_file(file)
     try:
         yield
     except FileNotFoundError:
@@ -1283,17 +1407,37 @@ def errors_that_name(file):
         raise ValueError(f"{file}: cannot be read, truncated perhaps: {first_line(e)}") from None
 
 
+def check_is_file(file):
+    """Raise ValueError for a folder, or for a pipe, which would be waited for for ever."""
+    if exists(file) and not os.path.isfile(file):
+        raise ValueError(f"{file}: a folder or a pipe stands in the file's place")
+
+
 def read_tokenizer(file):
     """A tokenizer.json, without the truncation and padding that it may ask for: data.py pads and
     cuts."""
+    check_is_file(file)
     try:
-        tokenizer = Tokenizer.from_file(file)
+        with open(file, encoding="utf-8-sig") as f:
+            tokenizer = Tokenizer.from_str(f.read())
     except Exception as e:
         # Tokenizers raises bare Exceptions.
         raise ValueError(f"{file}: cannot be read as a tokenizer: {e}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def check_vocabulary(tokenizer, model, file):
+    """Raise ValueError where the tokenizer of a file has tokens that a CuMo has no embedding of."""
+    if not isinstance(model, CuMo):
+        return
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    n_rows = model.config.text.vocab_size
+    if highest >= n_rows:
+        raise ValueError(f"{file}: its ids go up to {highest}, the decoder's embedding has "
+                         f"{n_rows} rows, 0 to {n_rows - 1}; it belongs to another model, or has "
+                         "tokens that were added later")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1472,6 +1616,21 @@ def layer_counts(model, wanted, top_k, sources):
     return counts
 
 
+def warn_of_top_1(config, counts):
+    """Say that upcycling changes the output, where each token gets one expert of several.
+
+    Its weight is the router's probability, at first about 1 / E; if it were 1, the router would
+    learn from the auxiliary losses alone (kernels.route). The price is that training begins worse
+    than the dense model ended. The released CuMo has the weight 1: to have that too, set
+    `renormalise` in the part's config to True before.
+    """
+    for part, numbers in counts.items():
+        if max(numbers, default=0) > 1 and not getattr(config, part).renormalise:
+            warnings.warn(f"top_k = 1 changes the output of {part}: an expert counts as much as "
+                          f"its probability, at first about 1 / {max(numbers)} instead of 1",
+                          stacklevel=3)
+
+
 def check_decoder(model, where):
     """Raise ValueError unless a folder's model has a decoder to take experts from."""
     if not isinstance(model, CuMo):
@@ -1479,8 +1638,8 @@ def check_decoder(model, where):
 
 
 # Fields in which a source's decoder may differ from the model that it goes into.
-ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
-                 "noisy", "aux"}
+ABOUT_EXPERTS = {"n_experts", "top_k", "renormalise", "capacity_factor", "eval_capacity_factor",
+                 "min_capacity", "noisy", "aux"}
 
 
 def check_same_sizes(where, theirs, ours, average):
@@ -1599,6 +1758,7 @@ def main(argv=None):
         model.config.template = args.template
     if args.tokenizer:
         tokenizer = read_tokenizer(args.tokenizer)
+        check_vocabulary(tokenizer, model, args.tokenizer)
     save(model, args.out, tokenizer, layout=args.to)
 
     n_params = sum(p.numel() for p in model.parameters())

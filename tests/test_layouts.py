@@ -282,6 +282,18 @@ def test_keys_that_a_decoders_config_leaves_out_have_transformers_defaults(hf, t
         assert (ours.top_k, ours.n_experts) == (theirs.num_experts_per_tok, [theirs.num_local_experts] * 2)
 
 
+@torch.no_grad()
+def test_a_mixtral_of_one_expert_a_token_rescales_its_weight_to_1_as_transformers_does(hf, tmp_path):
+    reference = hf("mixtral")
+    store(reference.model, tmp_path, STORES[0])
+    edit_json(tmp_path / "config.json", lambda cfg: cfg.update(num_experts_per_tok=1))
+    theirs, (ours, _) = type(reference.model).from_pretrained(tmp_path).eval(), load(tmp_path)
+    want = reference.ask(theirs, n_new=0)[0][0]
+    assert (ours(reference.tokens).logits[0] - want).abs().max() < 1e-4
+    again = there_and_back(ours, tmp_path / "again", "hf-llm")
+    assert again.config.text == ours.config.text and again.config.text.renormalise is True
+
+
 @pytest.mark.parametrize("begin", [0, 1, 2, 28])
 @torch.no_grad()
 def test_qwen2s_window_begins_at_its_layer_or_is_refused(hf, begin, tmp_path):
@@ -352,7 +364,7 @@ TEXTS = {
 SIGHTS = {
     "dense": {},
     "experts": dict(vision=dict(n_experts=4, scales=[1, 2]), connector=dict(n_experts=4)),
-    "one-of-three": dict(vision=dict(n_experts=3, top_k=1), connector=dict(n_experts=3, top_k=1)),
+    "one-of-three": dict(vision=dict(n_experts=3, top_k=1, renormalise=True), connector=dict(n_experts=3, top_k=1, renormalise=True)),
     "connector-only": dict(connector=dict(n_experts=2), vision=dict(scales=[1, 3], select_layer=-1)),
     "tower-only": dict(vision=dict(n_experts=4, act="gelu", norm_eps=1e-6), balance_coef=0.5, z_coef=0.25),
 }
@@ -418,6 +430,8 @@ def test_a_foreign_model_comes_back_bit_for_bit_from_every_layout_that_can_hold_
     (dict(vision=dict(n_experts=4), connector=dict(n_experts=2)), "cumo", "one number of experts"),
     (dict(vision=dict(n_experts=[4, 0, 4])), "cumo", "one number of experts"), (dict(connector=dict(act="silu")), "cumo", "silu"),
     (dict(vision=dict(n_experts=4, top_k=1), connector=dict(n_experts=4)), "cumo", "top-k"),
+    (dict(connector=dict(n_experts=4, top_k=1)), "cumo", "top_k = 1 without rescaling"),
+    (dict(text=dict(n_experts=4, top_k=1)), "hf-llm", "top_k = 1 without rescaling"),
     (dict(vision=None), "cumo", "no tower"), (dict(vision=None), "hf-clip", "no tower"), ({}, "gguf", "unknown layout")])
 def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(tiny_model, kw, layout, words, tmp_path):
     with pytest.raises(ValueError, match=words):
@@ -814,7 +828,30 @@ BROKEN = {                                                       # name: (how to
                              ["config.json", "original_max_position_embeddings"]),
     "activation": (config(hidden_act="relu2"), ["config.json", "relu2", "silu"]),
     "heads": (config(num_attention_heads=3), ["config.json", "n_heads = 3"]),
-    "type of a value": (config(hidden_size="wide"), ["config.json", "'wide'"]),
+    "type of a value": (config(hidden_size="wide"), ["config.json", "text.dim = 'wide' must be a whole number"]),
+    "type of our own key": (config(template=5), ["config.json", "template = 5 must be text in quotes"]),
+    "zero heads": (config(num_attention_heads=0), ["config.json", "text.n_heads = 0 must be a whole number"]),
+    "rope scaling that is a number": (config(rope_scaling=5), ["config.json", "rope_scaling = 5 must be an object"]),
+    "architecture that is a list": (config(model_type=["mixtral"]), ["config.json", "TypeError"]),
+    "tower that is a number": (config(mm_vision_tower=5), ["config.json", "mm_vision_tower = 5"]),
+    "config nested too deep": (lambda f: (f / "config.json").write_text('{"a": ' + "[" * 100000 + "]" * 100000 + "}"),
+                               ["config.json: malformed JSON"]),
+    "sparse tensor": (lambda f: to_bin(f, {**read(f), Q: read(f)[Q].to_sparse()}), [Q, "is sparse, or without values"]),
+    "tensor on meta": (tensors(lambda t: t.update({Q: t[Q].to("meta")}), "bin"), [Q, "is sparse, or without values (on meta)"]),
+    "tensor without a name": (lambda f: to_bin(f, {1: torch.zeros(1)}), ["must hold a dictionary of tensors"]),
+    "integers": (tensors(lambda t: t.update({Q: t[Q].char()})), [Q, "is torch.int8; weights are float32", "converted first"]),
+    "booleans": (tensors(lambda t: t.update({Q: t[Q] > 0})), [Q, "is torch.bool"]),
+    "float8": (tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), [Q, "is torch.float8_e4m3fn"]),
+    "complex": (tensors(lambda t: t.update({Q: t[Q].to(torch.complex64)}), "bin"), [Q, "is torch.complex64"]),
+    "folder for a file": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
+                          ["model.safetensors: a folder or a pipe"]),
+    "pipe for a file": (lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")),
+                        ["model.safetensors: a folder or a pipe"]),
+    "pipe for a tokenizer": (lambda f: ((f / "tokenizer.json").unlink(), os.mkfifo(f / "tokenizer.json")),
+                             ["tokenizer.json: a folder or a pipe"]),
+    "pipe for an index": (lambda f: os.mkfifo(f / "model.safetensors.index.json"), ["model.safetensors.index.json: a folder or a pipe"]),
+    "tokenizer of a larger model": (lambda f: Tokenizer(models.WordLevel({"?": 40}, unk_token="?")).save(str(f / "tokenizer.json")),
+                                    ["tokenizer.json: its ids go up to 40", "has 40 rows"]),
     "config cut short": (cut("config.json", 0.5), ["config.json: malformed JSON"]),
     "config missing": (lambda f: (f / "config.json").unlink(), ["no config.json in it"]),
     "weights missing": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors: missing"]),

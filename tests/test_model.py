@@ -1,4 +1,5 @@
 """model.py: parameter counts, vision, connector, decoder, the splice, losses, decoding."""
+import dataclasses
 import json
 
 import pytest
@@ -100,10 +101,48 @@ def test_presets_do_not_share_lists(monkeypatch):
     (dict(vision=5), "vision"),
     (dict(text=dict(n_heads=0)), "text.n_heads"),
     (dict(vision=dict(patch_size=0)), "vision.patch_size"),
+    (dict(text=dict(norm_eps="abc")), "text.norm_eps = 'abc' must be a number from"),
+    (dict(text=dict(norm_eps=float("nan"))), "text.norm_eps = nan must be"),
+    (dict(text=dict(n_experts=4, top_k=1.5)), "text.top_k = 1.5 must be a whole number"),
+    (dict(template=5), "template = 5 must be text"),
+    (dict(frames_apart=1), "frames_apart = 1 must be true or false"),
+    (dict(balance_coef="a"), "balance_coef = 'a' must be a number"),
+    (dict(text=dict(sliding_window=[])), r"text.sliding_window = \[\] must be a whole number from 1 to 1e\+09 or null"),
+    (dict(text=dict(rope_theta=None)), "text.rope_theta = None"),
+    (dict(text=dict(rope_scaling=5)), "text.rope_scaling = 5 must be an object, each value a number"),
+    (dict(text=dict(rope_scaling=dict(factor="a"))), "text.rope_scaling = {'factor': 'a'}"),
+    (dict(text=dict(rope_scaling=dict(factor=8, low_freq_factor=4, high_freq_factor=4, original_max_position_embeddings=64))), "low_freq"),
+    (dict(text=dict(head_dim=3)), "text.head_dim = 3 must be even"),
+    (dict(text=dict(n_heads=True)), "text.n_heads = True"),
+    (dict(text=dict(n_layers=10**9)), "text.n_layers = 1000000000 must be a whole number from 1 to 1000"),
+    (dict(text=dict(n_experts="4")), "text.n_experts = '4' must be a whole number or a list, each entry a whole number"),
+    (dict(text=dict(n_experts=[4.0] * 32)), "text.n_experts = .4.0"),
+    (dict(text=dict(act=[])), r"text.act = \[\] must be one of gelu, quick_gelu, silu"),
+    (dict(text=dict(capacity_factor="1")), "text.capacity_factor = '1'"),
+    (dict(text=dict(min_capacity=-1)), "text.min_capacity = -1"),
+    (dict(text=dict(qkv_bias="no")), "text.qkv_bias = 'no' must be true or false"),
+    (dict(vision=dict(scales=5)), "vision.scales = 5 must be a list"),
+    (dict(vision=dict(scales=[1, True])), "vision.scales"),
+    (dict(vision=dict(select_layer="x")), "vision.select_layer = 'x'"),
+    (dict(audio=5), "audio must be an object"),
 ])
 def test_config_errors_name_the_field(d, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as e:
         Config.from_dict(d)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 200
+
+
+def test_a_field_without_limits_needs_only_its_annotation():
+    @dataclasses.dataclass
+    class Part:
+        mean: list[float] = None
+        end: int | list[int] | None = None
+        anything: list = None
+    M.check_fields("new.", Part, dict(mean=[0.5, 1], end=[2, 7], anything=["a", 1]))
+    M.check_fields("new.", Part, dict(end=None))
+    for name, value in (("mean", [0.5, "1"]), ("mean", 0.5), ("end", "2"), ("anything", 1)):
+        with pytest.raises(ValueError, match=f"new.{name} = "):
+            M.check_fields("new.", Part, {name: value})
 
 
 def test_unknown_preset_is_an_error_that_lists_the_known():
