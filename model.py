@@ -74,6 +74,11 @@ class VisionConfig:
     # A number for each layer, or one number for all of them. 0 is dense.
     n_experts: list | int = 0
     top_k: int = 2  # upcycling writes it (train.py --top-k)
+    # How it wants its pictures, see data.PictureFormat: the mean and standard deviation of red,
+    # green and blue, and whether a picture becomes a square by "pad" or by "crop".
+    image_mean: list = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    image_aspect: str = "pad"
 
     @property
     def side(self) -> int:
@@ -1322,7 +1327,7 @@ POSITIVE = {
     "image_size", "patch_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size",
     "n_mels", "n_frames", "n_queries", "n_query_layers",
 }
-CHOICES = {"act": ACTIVATIONS, "aux": ("mean", "sum")}
+CHOICES = {"act": ACTIVATIONS, "aux": ("mean", "sum"), "image_aspect": ("pad", "crop")}
 MULTIPLES = [("dim", "n_heads"), ("n_heads", "n_kv_heads"), ("image_size", "patch_size")]
 
 
@@ -1417,6 +1422,12 @@ def validate_vision(vision):
     if not whole or vision.scales[:1] != [1]:
         raise ValueError(f"vision.scales = {vision.scales} must be whole numbers that begin with "
                          "1, for example [1, 3]")
+    for name in ("image_mean", "image_std"):
+        colors = getattr(vision, name)
+        numbers = isinstance(colors, list) and all(isinstance(c, (int, float)) for c in colors)
+        if not numbers or len(colors) != 3 or (name == "image_std" and min(colors) <= 0):
+            raise ValueError(f"vision.{name} = {colors} must be three numbers, of red, green and "
+                             "blue; image_std's above 0")
 
 
 def check_shape(what, x, shape):
