@@ -96,33 +96,6 @@ def pad_to_square(image, mean=CLIP_MEAN):
     return square
 
 
-def crop_to_square(image, size):
-    """The middle of the image, size x size: its shorter side becomes `size` pixels long, and what
-    the longer one has too many of is cut off at both ends (as by CLIP's own preprocessing)."""
-    shorter = min(image.size)
-    width = size * image.width // shorter
-    height = size * image.height // shorter
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-
-    left = (width - size) // 2
-    top = (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def as_format(wanted):
-    """A PictureFormat, from one, or from the size of pictures for CLIP."""
-    return PictureFormat(wanted) if isinstance(wanted, int) else wanted
-
-
-def picture_format(vision):
-    """The PictureFormat of a model, from its config.vision (model.VisionConfig). A model that sees
-    nothing, whose vision is None, gets one that nothing will ask for."""
-    if vision is None:
-        return PictureFormat(1)
-    return PictureFormat(vision.image_size, vision.image_mean, vision.image_std,
-                         vision.image_aspect)
-
-
 # ------------------------------------------------------------------------------------------------
 # 2. A conversation
 #
@@ -636,7 +609,7 @@ def wav_header(content):
         if name == b"fmt ":
             form, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content, start)
             if form == EXTENSIBLE:
-                form, = struct.unpack_from("<H", content, start + 24)
+                form = struct.unpack_from("<H", content, start + 24)[0]
         start += size + size % 2
     if form is None:
         raise ValueError("its data come before their format")
@@ -832,6 +805,33 @@ def frames_in(folder, where):
         raise ValueError(f"{where}: {folder}: no folder of frames; `ffmpeg -i FILE -r 1 "
                          "FOLDER/%04d.png` fills one")
     return [os.path.join(folder, name) for name in sorted(names, key=text_and_numbers)]
+
+
+def crop_to_square(image, size):
+    """The middle of the image, size x size: its shorter side becomes `size` pixels long, and what
+    the longer one has too many of is cut off at both ends (as by CLIP's own preprocessing)."""
+    shorter = min(image.size)
+    width = size * image.width // shorter
+    height = size * image.height // shorter
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+
+    left = (width - size) // 2
+    top = (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def as_format(wanted):
+    """A PictureFormat, from one, or from the size of pictures for CLIP."""
+    return wanted if isinstance(wanted, PictureFormat) else PictureFormat(wanted)
+
+
+def picture_format(vision):
+    """The PictureFormat of a model, from its config.vision (model.VisionConfig). A model that sees
+    nothing, whose vision is None, gets one that nothing will ask for."""
+    if vision is None:
+        return PictureFormat(1)
+    return PictureFormat(vision.image_size, vision.image_mean, vision.image_std,
+                         vision.image_aspect)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1615,10 +1615,11 @@ def open_image(image):
 
 def check_file(path):
     """A path leads to a file. (To open a pipe would wait for somebody to write into it.)"""
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file; check the path, and --images")
-    if not os.path.isfile(path):
+    if os.path.isfile(path):
+        return
+    if os.path.exists(path):
         raise ValueError(f"{path}: is a folder, a pipe or a device; a file is wanted")
+    raise ValueError(f"{path}: no such file; check the path, and --images")
 
 
 def check_picture_size(width, height):
