@@ -26,14 +26,15 @@ import mmap
 import os
 import random
 import re
-import wave
+import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 # `tokens` holds ids of text, which are >= 0, and these. (model.py knows the same numbers.)
@@ -50,33 +51,47 @@ IGNORE = -100
 # The mean and standard deviation of the pixels that CLIP was trained on: red, green, blue, 0 to 1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MEAN_COLOR = tuple(int(255 * mean) for mean in CLIP_MEAN)
 
 
-def load_image(image, size: int) -> torch.Tensor:
-    """A path or PIL image -> (3, size, size) float32, as CLIP's vision tower was trained to see it.
+class PictureFormat(NamedTuple):
+    """How a model wants its pictures. The defaults are CLIP's pixels and LLaVA-1.5's squares."""
+    size: int  # pixels a side
+    mean: Sequence[float] = CLIP_MEAN
+    std: Sequence[float] = CLIP_STD
+    # How a picture becomes a square. "pad": the shorter sides get margins; nothing is lost. "crop":
+    # what lies outside of its middle is cut off. LLaVA calls these "pad" and "square".
+    aspect: str = "pad"
 
-    The picture is padded to a square, since cropping would lose what is at its edges (LLaVA calls
-    this image_aspect_ratio "pad"). It is then resized by Pillow's bicubic filter, as CLIP's own
-    preprocessing does, and each value of 0 to 255 becomes (value / 255 - mean) / std.
+
+def load_image(image, size: int | PictureFormat) -> torch.Tensor:
+    """A path or PIL image -> (3, size, size) float32, as the vision tower was trained to see it.
+
+    size: a PictureFormat; or the pixels a side of a picture for CLIP, which is padded. The square
+    is resized by Pillow's bicubic filter, as CLIP's own preprocessing does, and each value of 0 to
+    255 becomes (value / 255 - mean) / std.
     Raises ValueError, naming the file, if it cannot be read: see `open_image`.
     """
-    square = pad_to_square(open_image(image))
-    square = square.resize((size, size), Image.Resampling.BICUBIC)
+    wanted = as_format(size)
+    picture = open_image(image)
+    if wanted.aspect == "pad":
+        square = pad_to_square(picture, wanted.mean)
+        square = square.resize((wanted.size, wanted.size), Image.Resampling.BICUBIC)
+    else:
+        square = crop_to_square(picture, wanted.size)
 
     # One colour at a time, because the model wants (3, H, W) and Pillow keeps (H, W, 3).
-    pixels = np.empty((3, size, size), np.float32)
-    for plane, color, mean, std in zip(pixels, square.split(), CLIP_MEAN, CLIP_STD):
+    pixels = np.empty((3, wanted.size, wanted.size), np.float32)
+    for plane, color, mean, std in zip(pixels, square.split(), wanted.mean, wanted.std):
         plane[:] = color
         plane *= 1 / (255 * std)
         plane -= mean / std
     return torch.from_numpy(pixels)
 
 
-def pad_to_square(image):
-    """The RGB image in the middle of a square of CLIP's mean colour, which becomes nearly 0."""
+def pad_to_square(image, mean=CLIP_MEAN):
+    """The RGB image in the middle of a square of the mean colour, which becomes nearly 0."""
     side = max(image.size)
-    square = Image.new("RGB", (side, side), MEAN_COLOR)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
@@ -213,7 +228,7 @@ class Encoded(torch.utils.data.Dataset):
     """A data set's samples as tensors: {"tokens" (T,), "labels" (T,), "images" (k, 3, S, S)}.
 
     Each item also has "broken", a list of messages, and "truncated", a bool. With sounds it has
-    "audio" (m, 80, 100 * seconds), with a video "frames": see `load_senses`.
+    "audio" (m, n_mels, 100 * seconds), with a video "frames": see `load_senses`.
 
     A sample that is too long loses its end. If it would lose a part of an image there, it cannot be
     used. Where a sample cannot be used, the next one takes its place: see `first_usable`.
@@ -221,7 +236,7 @@ class Encoded(torch.utils.data.Dataset):
     data: Any  # len(data) and data[i], a sample
     tokenizer: Tokenizer
     template: str
-    image_size: int  # pixels a side
+    pictures: PictureFormat | int  # how the model wants them: see `load_image`
     n_image_tokens: int
     max_length: int  # tokens
     strict: bool = False  # raise ValueError for a sample that cannot be used
@@ -229,6 +244,7 @@ class Encoded(torch.utils.data.Dataset):
     seconds: float = 30.0  # of such a chunk
     max_frames: int = 8  # of a video
     average: bool = True  # a video fills the slots of one image, otherwise each frame does
+    n_mels: int = 80  # bands of sound that the model hears
 
     def __post_init__(self):
         if len(self.data) == 0:
@@ -243,8 +259,8 @@ class Encoded(torch.utils.data.Dataset):
     def encode(self, sample: dict) -> dict:
         """A sample -> an item, without "broken". Raises ValueError if it cannot be used."""
         conversations, images, audio, frames, slots = load_senses(
-            sample, self.image_size, self.n_audio_tokens, self.seconds, self.max_frames,
-            self.average)
+            sample, self.pictures, self.n_audio_tokens, self.seconds, self.max_frames,
+            self.average, self.n_mels)
         ids, labels = encode_chat(conversations, self.tokenizer, self.template,
                                   self.n_image_tokens, slots)
 
@@ -418,24 +434,24 @@ EOS = {name: template.end for name, template in TEMPLATES.items()}
 RATE = 16_000  # samples a second
 HOP = 160  # samples from one column of the picture to the next
 FFT = 400  # samples that make up one column
-N_MELS = 80
+N_MELS = 80  # of Whisper up to large-v2; large-v3 hears 128
 MAX_CHUNKS = 20  # of one sound: ten minutes, in chunks of 30 s
 LOWEST_RATE = 1000  # that a sound may have, in samples a second
 HIGHEST_RATE = 1_000_000
 
 
-def load_audio(audio, seconds=30.0):
-    """A path or (wave, sample rate) -> (n_chunks, 80, 100 * seconds) float32.
+def load_audio(audio, seconds=30.0, n_mels=N_MELS):
+    """A path or (wave, sample rate) -> (n_chunks, n_mels, 100 * seconds) float32.
 
     Raises ValueError as `read_wav` and `log_mel` do.
     """
     if isinstance(audio, (str, os.PathLike)):
         audio = read_wav(audio, MAX_CHUNKS * seconds)
-    return log_mel(*audio, seconds)
+    return log_mel(*audio, seconds, n_mels)
 
 
-def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
-    """wave (n,) -> (n_chunks, 80, 100 * seconds) float32, Whisper's features.
+def log_mel(wave, sample_rate: int, seconds: float = 30.0, n_mels: int = N_MELS) -> torch.Tensor:
+    """wave (n,) -> (n_chunks, n_mels, 100 * seconds) float32, Whisper's features.
 
     The sound is cut into chunks of `seconds`, and the last is filled up with silence. Each chunk is
     normalised for itself: what is more than 80 dB below its loudest point counts as silence.
@@ -451,11 +467,11 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
     chunks = torch.from_numpy(wave).view(-1, size)  # (n_chunks, size)
 
     # How much of each of 201 frequencies is there, 100 times a second? Then sum up each band.
-    window, filters = whisper_ear()
+    window, filters = whisper_ear(n_mels)
     spectrum = torch.stft(chunks, FFT, HOP, window=window, return_complex=True)
     spectrum = spectrum[..., :-1]  # (n_chunks, 201, frames); Whisper drops the last frame
     power = spectrum.real ** 2 + spectrum.imag ** 2
-    mel = (filters @ power).clamp(min=1e-10).log10()  # (n_chunks, 80, frames)
+    mel = (filters @ power).clamp(min=1e-10).log10()  # (n_chunks, n_mels, frames)
 
     # 80 dB are 8 powers of ten. The last step brings most values to -1..1.
     loudest = mel.amax((1, 2), keepdim=True)
@@ -503,71 +519,113 @@ def resample(wave, rate, to=RATE):
 
 
 @functools.lru_cache
-def whisper_ear():
-    """-> (Hann window (400,), mel filters (80, 201)), which are Whisper's.
+def whisper_ear(n_mels=N_MELS):
+    """-> (Hann window (400,), mel filters (n_mels, 201)), which are Whisper's.
 
     A filter weighs the frequencies of one band. It is a triangle that reaches to the middles of the
     neighbouring bands, and all triangles have the same area (Slaney's Auditory Toolbox).
     """
     # A mel is a step of 67 Hz up to 1 kHz, which is at 15 mel, and a ratio above.
     highest = 15 + 27 * math.log(RATE / 2 / 1000, 6.4)  # 8 kHz, in mel
-    mels = np.linspace(0, highest, N_MELS + 2)
-    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))  # (82,) Hz
+    mels = np.linspace(0, highest, n_mels + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))  # in Hz
     frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)  # (201,) Hz
 
     # Band i rises from edge i to edge i + 1 and falls to edge i + 2.
-    filters = np.zeros((N_MELS, FFT // 2 + 1))
-    for i in range(N_MELS):
+    filters = np.zeros((n_mels, FFT // 2 + 1))
+    for i in range(n_mels):
         triangle = np.interp(frequencies, edges[i:i + 3], (0, 1, 0))
         filters[i] = triangle * 2 / (edges[i + 2] - edges[i])
     return torch.hann_window(FFT), torch.from_numpy(filters).float()
 
 
 def read_wav(path, max_seconds=math.inf):
-    """A WAV file of 8, 16, 24 or 32 bit PCM -> (wave (n,) float32 in [-1, 1], sample rate).
+    """A WAV file of 8, 16, 24 or 32 bit PCM, or of 32 or 64 bit floats -> (wave (n,) float32 in
+    [-1, 1], sample rate).
 
     Channels are averaged. Raises ValueError, naming the file and what to do, if it is missing, of
     another format, truncated, without a sample, or longer than max_seconds.
     """
     remedy = (f"`ffmpeg -i FILE -ac 1 -ar {RATE} -c:a pcm_s16le OUT.wav` makes a good one of "
               "most files")
+    check_file(path)
     try:
         # The file is mapped, not read: its header comes first, and may promise hours.
         with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        call_plain_pcm(content)
-        reader = wave.open(content)
-        channels, width, rate, n, _, _ = reader.getparams()
-        if n == 0 or width > 4 or not LOWEST_RATE <= rate <= HIGHEST_RATE:
-            raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; check the path, and --images") from None
-    except (OSError, EOFError, ValueError, wave.Error) as e:  # ValueError: an empty file
-        why = str(e) or "it ends too early"
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        wav = wav_header(content)
+    except (OSError, ValueError, struct.error) as e:
+        why = "it ends too early" if isinstance(e, struct.error) else e
         raise ValueError(f"{path}: cannot be read as PCM WAV: {why}; {remedy}") from None
-    check_seconds(n / rate, max_seconds, f"{path}: ")
+    check_seconds(wav.n / wav.rate, max_seconds, f"{path}: ")
 
     # Now read the samples.
-    data = reader.readframes(n)
-    frame = channels * width  # bytes of one sample of all channels
-    if len(data) < n * frame:
-        raise ValueError(f"{path}: truncated, {len(data) // frame} of {n} samples are there; copy "
-                         f"it again, or {remedy}")
-    samples = pcm_to_float(data, width).reshape(n, channels)
-    return samples.mean(1), rate
+    frame = wav.channels * wav.width  # bytes of one sample of all channels
+    data = content[wav.start:wav.start + wav.n * frame]
+    if len(data) < wav.n * frame:
+        raise ValueError(f"{path}: truncated, {len(data) // frame} of {wav.n} samples are there; "
+                         f"copy it again, or {remedy}")
+    if wav.form == FLOAT:
+        samples = np.frombuffer(data, f"<f{wav.width}").astype(np.float32)
+    else:
+        samples = pcm_to_float(data, wav.width)
+    return samples.reshape(wav.n, wav.channels).mean(1), wav.rate
 
 
-def call_plain_pcm(content):
-    """Let an "extensible" WAV of PCM, which ffmpeg writes for 24 bits, call itself plain PCM.
+class WavHeader(NamedTuple):
+    """What a WAV file says about its samples."""
+    form: int  # PCM or FLOAT
+    channels: int
+    rate: int  # samples a second, of each channel
+    width: int  # bytes of a sample of one channel
+    start: int  # byte of the file at which the samples begin
+    n: int  # samples of each channel
 
-    The samples are the same, but before Python 3.12 `wave` does not know the name. The file itself
-    stays as it is: only our view of it changes.
+
+# The numbers of formats, and how many bytes a sample may have. An extensible WAV, which ffmpeg
+# writes for 24 bits, has its true number further inside.
+PCM = 1
+FLOAT = 3
+EXTENSIBLE = 0xFFFE
+WIDTHS = {PCM: (1, 2, 3, 4), FLOAT: (4, 8)}
+COMPANDED = {6: "A-law", 7: "mu-law"}
+
+
+def wav_header(content):
+    """The bytes of a WAV file -> WavHeader. ValueError, or struct.error where they end too early.
+
+    The file is a list of chunks: four letters, the size, and as many bytes, made even. "fmt " says
+    what the samples in "data" are.
     """
-    # The format begins with its number: 0xFFFE is extensible. The true one, 1 for PCM, comes later.
-    start = content.find(b"fmt ", 0, 4096) + 8
-    extensible = content[start:start + 2] == b"\xfe\xff"
-    if extensible and content[start + 24:start + 26] == b"\1\0":
-        content[start:start + 2] = b"\1\0"
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        raise ValueError("it does not begin with RIFF and WAVE")
+    start = 12
+    form = None
+    while True:
+        name, size = struct.unpack_from("<4sI", content, start)
+        start += 8
+        if name == b"data":
+            break
+        if name == b"fmt ":
+            form, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content, start)
+            if form == EXTENSIBLE:
+                form = struct.unpack_from("<H", content, start + 24)[0]
+        start += size + size % 2
+    if form is None:
+        raise ValueError("its data come before their format")
+    if form not in WIDTHS:
+        name = COMPANDED.get(form, "unknown")
+        raise ValueError(f"format {form} ({name}) is neither PCM nor float")
+
+    # What writes into a pipe does not know the size yet: ffmpeg says 0xFFFFFFFF, arecord and sox
+    # about 0x7FFFFFFF, others 0. Then the samples go on to the end of the file.
+    if size == 0 or size >= 0x7FFFF000:
+        size = len(content) - start
+    width = (bits + 7) // 8
+    n = size // (channels * width) if channels and width else 0
+    if n == 0 or width not in WIDTHS[form] or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise ValueError(f"{n} samples of {bits} bits at {rate} Hz in format {form}")
+    return WavHeader(form, channels, rate, width, start, n)
 
 
 def pcm_to_float(data, width):
@@ -589,15 +647,17 @@ def pcm_to_float(data, width):
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
-def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8, average=True):
+def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, average=True,
+                n_mels=N_MELS):
     """A sample -> (conversations, images, audio, frames, slots).
 
     conversations: the turns, with each "<video>" replaced by "<image>"s
     images: (k, 3, S, S), with the frames of videos, in the order of the text
-    audio: (m, 80, 100 * seconds), or None if the model hears nothing
+    audio: (m, n_mels, 100 * seconds), or None if the model hears nothing
     frames: a list of how many images belong to each "<image>", or None without a video
     slots: for encode_chat, how many AUDIO each "<audio>" takes
 
+    size: of the pictures, or their PictureFormat.
     Each frame of a video becomes an image; of a long video max_frames are taken, evenly. average:
     as in Uni-MoE, a video fills the slots of one image, with the mean of its frames' features; so
     "<video>" becomes one "<image>". Otherwise it becomes as many as there are frames.
@@ -605,6 +665,7 @@ def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8
     the model hears nothing.
     Raises ValueError if marks and files differ in number, and for files that cannot be read.
     """
+    wanted = as_format(size)
     pictures = sample.get("images") or []
     sounds = sample.get("audio") or []
     videos = [pick_frames(video, max_frames) for video in sample.get("video") or []]
@@ -618,10 +679,10 @@ def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8
     frames = []
     for mark in re.findall("<image>|<video>", text):
         group = next(next_video) if mark == "<video>" else [next(next_picture)]
-        images += [load_image(picture, image_size) for picture in group]
+        images += [load_image(picture, wanted) for picture in group]
         frames.append(len(group))
     check_frame_sizes(videos)
-    none = torch.empty(0, 3, image_size, image_size)
+    none = torch.empty(0, 3, wanted.size, wanted.size)
     images = torch.stack(images) if images else none  # (k, 3, S, S)
 
     # From here on there are only images; `frames` remembers which of them belong together.
@@ -636,18 +697,18 @@ def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8
     # Sounds.
     if n_audio_tokens == 0:
         return conversations, images, None, frames, 0
-    none = torch.empty(0, N_MELS, round(RATE / HOP * seconds))
-    chunks = [load_audio(sound, seconds) for sound in sounds]
+    none = torch.empty(0, n_mels, round(RATE / HOP * seconds))
+    chunks = [load_audio(sound, seconds, n_mels) for sound in sounds]
     slots = [len(chunk) * n_audio_tokens for chunk in chunks]
     return conversations, images, torch.cat([none, *chunks]), frames, slots
 
 
 def add_sounds(batch, samples):
-    """Give the batch of a model that hears "audio" (m, 80, frames)."""
+    """Give the batch of a model that hears "audio" (m, n_mels, frames)."""
     sounds = [sample["audio"] for sample in samples if "audio" in sample]
     if not sounds:
         return
-    audio = torch.cat(sounds)  # (m, 80, frames)
+    audio = torch.cat(sounds)  # (m, n_mels, frames)
 
     # If no sample has a sound, there is a chunk of silence: all processes must run all modules, or
     # they would wait for each other's gradients for ever. One is enough for a whole batch.
@@ -744,6 +805,33 @@ def frames_in(folder, where):
         raise ValueError(f"{where}: {folder}: no folder of frames; `ffmpeg -i FILE -r 1 "
                          "FOLDER/%04d.png` fills one")
     return [os.path.join(folder, name) for name in sorted(names, key=text_and_numbers)]
+
+
+def crop_to_square(image, size):
+    """The middle of the image, size x size: its shorter side becomes `size` pixels long, and what
+    the longer one has too many of is cut off at both ends (as by CLIP's own preprocessing)."""
+    shorter = min(image.size)
+    width = size * image.width // shorter
+    height = size * image.height // shorter
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+
+    left = (width - size) // 2
+    top = (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def as_format(wanted):
+    """A PictureFormat, from one, or from the size of pictures for CLIP."""
+    return wanted if isinstance(wanted, PictureFormat) else PictureFormat(wanted)
+
+
+def picture_format(vision):
+    """The PictureFormat of a model, from its config.vision (model.VisionConfig). A model that sees
+    nothing, whose vision is None, gets one that nothing will ask for."""
+    if vision is None:
+        return PictureFormat(1)
+    return PictureFormat(vision.image_size, vision.image_mean, vision.image_std,
+                         vision.image_aspect)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1498,26 +1586,75 @@ def train_tokenizer(texts, vocab_size):
 
 
 def open_image(image):
-    """A path or PIL image -> the decoded RGB image.
+    """A path or PIL image -> the decoded RGB image: upright, and on white where it is transparent.
 
-    Raises ValueError, naming the file, if it is missing, truncated, no picture, smaller than 2
-    pixels a side, or so large that it must be a decompression bomb.
+    LLaVA leaves a picture as its camera held it, whatever EXIF says, and makes clear pixels those
+    that lie below them, which mostly are black. Of an animation this is the first frame.
+    Raises ValueError, naming the file, if it is missing, truncated, no picture, of a size or colors
+    that make none, or so large that it must be a decompression bomb.
     """
     name = "the image"
+    if isinstance(image, (str, os.PathLike)):
+        name = image
+        check_file(name)
     try:
-        if isinstance(image, (str, os.PathLike)):
-            name = image
+        if name is image:
             image = Image.open(image)
-        if min(image.size) < 2:
-            raise ValueError(f"it is {image.width} x {image.height} pixels, too small to be a "
-                             "picture")
+        check_picture_size(*image.size)
         # Opening reads no more than the header. This decodes, and fails on a truncated file.
         image.load()
+        image = with_8_bits(turn_upright(image))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
         return image if image.mode == "RGB" else image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{name}: no such file; check the path, and --images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{name}: cannot be read as an image: {e}") from None
+
+
+def check_file(path):
+    """A path leads to a file. (To open a pipe would wait for somebody to write into it.)"""
+    if os.path.isfile(path):
+        return
+    if os.path.exists(path):
+        raise ValueError(f"{path}: is a folder, a pipe or a device; a file is wanted")
+    raise ValueError(f"{path}: no such file; check the path, and --images")
+
+
+def check_picture_size(width, height):
+    """A picture is large enough to show something, and no ribbon: padded to a square, one of
+    3 x 65,000 pixels would fill 12 GB, and nobody would see it in there."""
+    told = f"it is {width} x {height} pixels"
+    shorter, longer = sorted((width, height))
+    if shorter < 2:
+        raise ValueError(f"{told}, too small to be a picture")
+    if longer > 200 * shorter or longer > 30_000:
+        raise ValueError(f"{told}; a side may be 200 times as long as the other one and have "
+                         "30,000 pixels; cut it into parts")
+
+
+def turn_upright(image):
+    """Cameras store the picture as they were held, and in the EXIF data how to turn it."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return image if orientation == 1 else ImageOps.exif_transpose(image)
+    except Exception:
+        # Damaged EXIF data, of which Pillow has errors of many kinds, say nothing.
+        return image
+
+
+def with_8_bits(image):
+    """Of gray with 16 bits, the upper 8. (Convert("RGB") makes white of all that is above 255.)"""
+    # Where Pillow has no mode for 16 bits, it takes "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        upper = np.asarray(image) >> 8
+        return Image.fromarray(upper.astype(np.uint8))
+    # Nothing says which of these numbers is black and which is white.
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel, which do not say what is white; save it with 8 "
+                         "or 16 bits")
+    return image
 
 
 def check_turns(conversations, template):

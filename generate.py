@@ -190,7 +190,8 @@ def sense(model, samples):
     device: "images" (n, 3, S, S), "audio" (chunks, n_mels, n_frames), "frames" (n_marks,) int64."""
     # A model without eyes or ears needs no sizes; load_senses complains if there are files for it.
     config = model.config
-    image_size = config.vision.image_size if config.vision else 1
+    wanted = data.picture_format(config.vision)
+    n_mels = config.audio.n_mels if config.n_audio_tokens else 0
     seconds = config.audio.n_frames / 100 if config.n_audio_tokens else 0.0
 
     texts = []
@@ -199,7 +200,8 @@ def sense(model, samples):
     frames = []
     for sample in samples:
         conversations, images, audio, frames_here, slots = data.load_senses(
-            sample, image_size, config.n_audio_tokens, seconds, average=not config.frames_apart)
+            sample, wanted, config.n_audio_tokens, seconds, average=not config.frames_apart,
+            n_mels=n_mels)
         texts.append((conversations, slots))
         pictures.extend(images)
         frames.extend(frames_here or [1] * len(images))
@@ -973,8 +975,8 @@ def sees_by_experts(model):
 
 def load_images(model, images):
     """Paths or PIL images -> (n, 3, S, S) on the model's device."""
-    size = model.config.vision.image_size
-    return torch.stack([data.load_image(image, size) for image in images]).to(device_of(model))
+    wanted = data.picture_format(model.config.vision)
+    return torch.stack([data.load_image(image, wanted) for image in images]).to(device_of(model))
 
 
 @torch.no_grad()
@@ -1042,9 +1044,10 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
               "the lines are an even load", "black", FONT)
 
     # 2. The first column: the images, one a row.
-    size = model.config.vision.image_size
+    wanted = data.picture_format(model.config.vision)
+    size = wanted.size
     label(draw, GAP + PANEL / 2, TOP - 14, f"image, {size} x {size}", font=FONT)
-    seen = [as_seen(tensor) for tensor in load_images(model, images).cpu()]
+    seen = [as_seen(tensor, wanted) for tensor in load_images(model, images).cpu()]
     for row, panel in enumerate(seen):
         page.paste(panel, (GAP, TOP + row * step))
 
@@ -1072,12 +1075,13 @@ def spread_over_depth(names, n_layers):
     return [layers[i] for i in which.round().int()] + names[len(layers):]
 
 
-def as_seen(tensor):
-    """data.load_image's (3, S, S) -> a panel. These are the very pixels that the tower gets; a
-    small image is enlarged without smoothing, so that one can see how little that is."""
+def as_seen(tensor, wanted):
+    """data.load_image's (3, S, S) in this format -> a panel. These are the very pixels that the
+    tower gets; a small image is enlarged without smoothing, so that one can see how little that
+    is."""
     # Undo the normalisation.
-    mean = torch.tensor(data.CLIP_MEAN).view(3, 1, 1)
-    std = torch.tensor(data.CLIP_STD).view(3, 1, 1)
+    mean = torch.tensor(wanted.mean).view(3, 1, 1)
+    std = torch.tensor(wanted.std).view(3, 1, 1)
     pixels = (tensor.float() * std + mean).clamp(0, 1) * 255  # (3, S, S)
     pixels = pixels.round().byte().permute(1, 2, 0)  # (S, S, 3)
 

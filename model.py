@@ -83,6 +83,11 @@ class VisionConfig:
     top_k: int = 2  # upcycling writes it (train.py --top-k)
     # Do the weights of a token's experts sum to 1? None: from top-2 on (kernels.route).
     renormalise: bool | None = None
+    # How it wants its pictures, see data.PictureFormat: the mean and standard deviation of red,
+    # green and blue, and whether a picture becomes a square by "pad" or by "crop".
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    image_aspect: Literal["pad", "crop"] = "pad"
 
     @property
     def side(self) -> int:
@@ -1472,6 +1477,11 @@ def validate_vision(vision):
                          "and -1")
     if vision.scales[:1] != [1]:
         raise ValueError(f"vision.scales = {vision.scales} must begin with 1, for example [1, 3]")
+    for name in ("image_mean", "image_std"):
+        colors = getattr(vision, name)
+        if len(colors) != 3 or (name == "image_std" and min(colors) <= 0):
+            raise ValueError(f"vision.{name} = {colors} must be three numbers, of red, green and "
+                             "blue; image_std's above 0")
 
 
 def check_even(where, part, name):

@@ -974,9 +974,11 @@ def load_samples(args, stage, config, tokenizer):
 
     # An ear takes 100 frames a second.
     seconds = config.audio.n_frames / 100 if config.audio else 0.0
-    encoded = data.Encoded(samples, tokenizer, stage.template, config.vision.image_size,
+    n_mels = config.audio.n_mels if config.audio else 0
+    encoded = data.Encoded(samples, tokenizer, stage.template, data.picture_format(config.vision),
                            config.n_image_tokens, stage.max_length, args.strict,
-                           config.n_audio_tokens, seconds, average=not config.frames_apart)
+                           config.n_audio_tokens, seconds, average=not config.frames_apart,
+                           n_mels=n_mels)
     return encoded, lengths
 
 

@@ -566,10 +566,13 @@ def sliding_window(theirs, kind, n_layers):
 
 
 def read_clip(theirs, shapes, path):
-    """CLIPVisionModel, or CLIPModel, which keeps the tower's config inside its own."""
+    """CLIPVisionModel, or CLIPModel, which keeps the tower's config inside its own.
+
+    CLIP itself saw the middle of each picture. CuMo and its kin train the tower on padded ones, and
+    that is what a model becomes that is assembled from it."""
     if theirs["model_type"] == "clip":
         theirs = read_object(theirs, "vision_config")
-    return vision_config(theirs, shapes)
+    return vision_config(theirs, shapes, **picture_fields(read_preprocessor(path), "pad"))
 
 
 def read_whisper(theirs, shapes, path):
@@ -593,8 +596,11 @@ def read_decoder(theirs, shapes, path):
                   template="mistral" if kind in ("mistral", "mixtral") else "vicuna")
 
 
-def read_transformers_llava(theirs, shapes):
-    """LLaVA-1.5 as transformers writes it: the parts' configs inside one."""
+def read_transformers_llava(theirs, shapes, path):
+    """LLaVA-1.5 as transformers writes it: the parts' configs inside one.
+
+    Its preprocessor crops unless it says "do_pad". Without one, pictures are padded, as the model
+    was trained."""
     text = read_object(theirs, "text_config")
     kind = text.get("model_type", "llama")
     if kind not in DECODERS:
@@ -603,11 +609,15 @@ def read_transformers_llava(theirs, shapes):
     if theirs.get("vision_feature_select_strategy", "default") != "default":
         raise ValueError(PATCHES_ONLY)
 
+    preprocessor = read_preprocessor(path)
+    pads = preprocessor.get("do_pad") or not preprocessor
+
     # The whole model decides whether the head is tied, whatever the decoder's own config says.
     text = text | {"tie_word_embeddings": "lm_head.weight" not in shapes}
     return Config(
         vision=vision_config(read_object(theirs, "vision_config"), shapes,
-                             select_layer=theirs.get("vision_feature_layer", -2)),
+                             select_layer=theirs.get("vision_feature_layer", -2),
+                             **picture_fields(preprocessor, "pad" if pads else "square")),
         connector=ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu")),
         text=text_config(text, shapes, kind),
         template="vicuna" if kind == "llama" else "mistral",
@@ -617,7 +627,7 @@ def read_transformers_llava(theirs, shapes):
 def read_llava(theirs, shapes, path):
     """CuMo, MoE-LLaVA and the first LLaVA-1.5: one flat config with mm_... for the senses."""
     if "text_config" in theirs:
-        return read_transformers_llava(theirs, shapes)
+        return read_transformers_llava(theirs, shapes, path)
 
     # Refuse what this project has no code for.
     projector = theirs.get("image_projector_type") or theirs.get("mm_projector_type")
@@ -629,8 +639,10 @@ def read_llava(theirs, shapes, path):
     # CuMo: one number of experts, and two switches for where they are.
     n_experts = theirs.get("num_experts") or 0
     top_k = theirs.get("num_selected") or 2
+    preprocessor = read_preprocessor(path, tower_folder(theirs, path))
     vision = vision_config(
         tower_json(theirs, path), shapes, top_k=top_k, renormalise=rescaled(top_k),
+        **picture_fields(preprocessor, theirs.get("image_aspect_ratio")),
         n_experts=n_experts if theirs.get("clip_smoe") else 0,
         **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")))
     connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k,
@@ -673,6 +685,42 @@ def tower_json(theirs, path):
             found = read_json(file)
             return found.get("vision_config", found)
     return {}
+
+
+def read_preprocessor(*folders):
+    """The preprocessor_config.json in the first of these folders that has one, or {}. Where
+    transformers 5 saves a whole processor, it is a part of processor_config.json."""
+    for folder in folders:
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            file = join(folder, name)
+            if folder and os.path.isfile(file):
+                found = read_json(file)
+                return found.get("image_processor", found)
+    return {}
+
+
+# LLaVA's image_aspect_ratio -> ours. Without one, its code has pictures cropped.
+ASPECTS = {"pad": "pad", "square": "crop", None: "crop"}
+# All that a preprocessor may ask for beside mean and standard deviation: Pillow's bicubic filter.
+PREPROCESSED = dict(do_resize=True, resample=3, do_center_crop=True, do_rescale=True,
+                    rescale_factor=1 / 255, do_normalize=True)
+
+
+def picture_fields(preprocessor, aspect_ratio):
+    """VisionConfig's fields about pictures, from a preprocessor's config and LLaVA's word."""
+    if aspect_ratio not in ASPECTS:
+        raise ValueError(f"image_aspect_ratio {aspect_ratio!r} is not supported; known: pad, "
+                         "square")
+    aspect = ASPECTS[aspect_ratio]
+    for key, value in PREPROCESSED.items():
+        # A square that was made by padding has nothing to crop.
+        if key == "do_center_crop" and aspect == "pad":
+            continue
+        if preprocessor.get(key) not in (None, value):
+            raise ValueError(f"preprocessor_config.json: {key} = {preprocessor[key]} is not "
+                             f"supported, only {value}")
+    means = read_keys(preprocessor, dict(image_mean="image_mean", image_std="image_std"))
+    return means | {"image_aspect": aspect}
 
 
 def tower_folder(theirs, path):
@@ -763,6 +811,12 @@ def rescales(part):
     if part.renormalise is None:
         return part.top_k > 1
     return part.renormalise
+def preprocessor_json(vision):
+    """preprocessor_config.json of a CLIPImageProcessor, which crops what is not padded before."""
+    size = vision.image_size
+    return {"image_processor_type": "CLIPImageProcessor", **PREPROCESSED,
+            "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
+            "image_mean": vision.image_mean, "image_std": vision.image_std}
 
 
 def decoder_json(text, tokenizer, template):
@@ -828,15 +882,19 @@ def published_json(decoder, vision, tower_key, more):
     """The JSON files of the two published layouts: the decoder's keys, those of tower and
     connector, and more. Their codes load the tower from the hub by its name, so its sizes are kept
     in a file of our own."""
-    known = clip_json(vision) == clip_json(VisionConfig())
+    preprocessor = preprocessor_json(vision)
+    known = (clip_json(vision) == clip_json(VisionConfig())
+             and preprocessor == preprocessor_json(VisionConfig()))
     described = decoder | {
         tower_key: CLIP_L if known else "",
         "mm_hidden_size": vision.dim,
         "mm_vision_select_layer": vision.select_layer, "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-        "use_mm_proj": True, "image_aspect_ratio": "pad",
+        "use_mm_proj": True,
+        "image_aspect_ratio": "pad" if vision.image_aspect == "pad" else "square",
     }
-    return {"clip_config.json": clip_json(vision), "config.json": described | more}
+    return {"clip_config.json": clip_json(vision), "preprocessor_config.json": preprocessor,
+            "config.json": described | more}
 
 
 def write_cumo(config, state, tokenizer):
@@ -937,7 +995,8 @@ def write_hf_tower(config, state, tokenizer):
                          "cumo")
     tensors = published(starting_with("vision.", state))
     tensors = {name.removeprefix("model.vision_tower."): w for name, w in tensors.items()}
-    return {"config.json": clip_json(config.vision)}, tensors
+    return {"preprocessor_config.json": preprocessor_json(config.vision),
+            "config.json": clip_json(config.vision)}, tensors
 
 
 def starting_with(prefix, state):

@@ -157,7 +157,7 @@ class Regions(torch.utils.data.Dataset):
     def __init__(self, size, seed, tokenizer, config):
         self.scenes = data.Drawn("caption", size, seed)
         self.tokenizer = tokenizer
-        self.size = config.vision.image_size
+        self.wanted = data.picture_format(config.vision)
         self.cells = patch_cells(config.vision.image_size // config.vision.patch_size)  # (N,)
 
     def __len__(self):
@@ -182,7 +182,7 @@ class Regions(torch.utils.data.Dataset):
         return {
             "tokens": data.pad_rows([ids_of(p, self.tokenizer) + end for p in different], PAD),
             "labels": labels,
-            "images": torch.stack([data.load_image(s["images"][0], self.size) for s in samples]),
+            "images": torch.stack([data.load_image(s["images"][0], self.wanted) for s in samples]),
             "captions": data.pad_rows([ids + end for ids in captions], PAD),
             "broken": [],
             "truncated": 0,
@@ -392,6 +392,7 @@ class Sounds(torch.utils.data.Dataset):
         self.tokenizer = tokenizer
         self.n = config.audio.n_frames // 2
         self.seconds = config.audio.n_frames / 100
+        self.n_mels = config.audio.n_mels
 
     def __len__(self):
         return len(self.sounds)
@@ -400,7 +401,7 @@ class Sounds(torch.utils.data.Dataset):
         sample = self.sounds[i]
         ids = self.tokenizer.encode(" " + data.describe_sound(sample["sound"])).ids
         ids = ids + [self.tokenizer.token_to_id("</s>")]
-        audio = data.load_audio(sample["audio"][0], self.seconds)
+        audio = data.load_audio(sample["audio"][0], self.seconds, self.n_mels)
         return [IMAGE] * self.n + ids, [IGNORE] * self.n + ids, audio
 
     def collate(self, samples):

@@ -296,7 +296,7 @@ def a_batch(args, stage: train.Stage, config: Config, device) -> dict:
     if args.preset == "tiny":
         tokenizer = load_backbones(train.BACKBONES)[1]
         drawn = data.Drawn("chat", rows, args.seed)
-        encoded = data.Encoded(drawn, tokenizer, "tiny", config.vision.image_size,
+        encoded = data.Encoded(drawn, tokenizer, "tiny", data.picture_format(config.vision),
                                config.n_image_tokens, stage.max_length)
         batch = data.collate([encoded[i] for i in range(rows)])
     else:

@@ -2,6 +2,7 @@
 import io
 import itertools
 import json
+import os
 import random
 import re
 import struct
@@ -72,6 +73,148 @@ def test_image_cut_anywhere_raises_nothing_but_value_errors(kind, tmp_path):
         except ValueError as e:
             failed += "cut" in str(e)
     assert failed >= 20                                                            # (a decoder may forgive a short tail)
+
+
+# Pictures of every kind
+
+
+def levels(image, size=16):
+    """(size, size, 3): what load_image made of a picture, as values of 0 to 255 again."""
+    pixels = d.load_image(image, size).permute(1, 2, 0).double().numpy()
+    return (pixels * d.CLIP_STD + d.CLIP_MEAN) * 255
+
+
+def stored(image, kind, **how):
+    """The picture, written to a file of this kind and opened again."""
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+RAMP = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+GRAY = {"PNG": lambda: stored(Image.fromarray(RAMP), "PNG"), "TIFF": lambda: stored(Image.fromarray(RAMP), "TIFF"),
+        "big-endian TIFF": lambda: stored(Image.frombytes("I;16B", (16, 16), RAMP.astype(">u2").tobytes()), "TIFF"),
+        "PGM": lambda: Image.open(io.BytesIO(b"P5 16 16 65535\n" + RAMP.astype(">u2").tobytes())),
+        "in memory": lambda: Image.fromarray(RAMP), "16-bit RGB": lambda: Image.open(io.BytesIO(png(RAMP)))}
+
+
+def png(gray):
+    """A PNG of 16 bits a color, which Pillow cannot write."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in gray)
+    header = struct.pack(">IIBBBBB", *gray.shape, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", GRAY)
+def test_a_ramp_of_16_bits_stays_a_ramp(kind):
+    assert np.abs(levels(GRAY[kind]()) - (RAMP >> 8)[..., None]).max() < 1e-3
+
+
+@pytest.mark.parametrize("pixels", [RAMP.astype(np.int32), RAMP.astype(np.float32) / 65535])
+def test_32_bits_a_pixel_are_refused_by_name(pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "depth.tiff")
+    with pytest.raises(ValueError, match="depth.tiff: .*32 bits.*save it with 8 or 16"):
+        d.load_image(tmp_path / "depth.tiff", 16)
+
+
+# How EXIF's eight orientations are made of an upright picture: what undoes each.
+HELD = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
+@pytest.mark.parametrize("orientation", HELD)
+def test_a_picture_is_turned_upright_as_its_camera_says(orientation, kind):
+    upright, exif = picture(60, 40), Image.Exif()
+    exif[0x0112] = orientation
+    held = upright.transpose(Image.Transpose[HELD[orientation]]) if orientation > 1 else upright
+    image = stored(held, kind, exif=exif, **dict(quality=100, subsampling=0) if kind == "JPEG" else {})
+    apart = np.abs(levels(image, 48) - levels(upright, 48)).max()
+    assert apart < (6 if kind == "JPEG" else 1e-3)                                 # turned wrongly it would be 200
+    image = stored(held, "PNG", exif=exif)
+    d.load_image(image, 48)
+    assert image.size == held.size                                                 # a caller's own picture stays as it is
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_data_say_nothing():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a maker"
+    good, rng = exif.tobytes(), random.Random(0)
+    want = levels(picture(60, 40), 48)
+    for _ in range(100):
+        damaged = bytearray(good)
+        for _ in range(4):
+            damaged[rng.randrange(6, len(good))] = rng.randrange(256)
+        got = levels(stored(picture(60, 40), "PNG", exif=bytes(damaged)), 48)
+        assert got.shape == want.shape
+    assert np.abs(levels(stored(picture(60, 40), "PNG", exif=good[:9]), 48) - want).max() < 1e-3
+
+
+def clear(kind):
+    """A picture from clear black on the left to full red, blue or gray on the right, and its (color, alpha) there."""
+    alpha = np.broadcast_to(np.linspace(0, 255, 16).astype(np.uint8), (16, 16))
+    solid = Image.new("RGB", (16, 16), (200, 30, 90))
+    if kind in ("RGBA", "RGBa"):
+        solid.putalpha(Image.fromarray(alpha))
+        return solid.convert(kind), (200, 30, 90), alpha
+    if kind == "LA":
+        return Image.merge("LA", [Image.new("L", (16, 16), 60), Image.fromarray(alpha)]), (60, 60, 60), alpha
+    steps = np.where(alpha > 99, 255, 0).astype(np.uint8)                          # one color of these is clear as a whole
+    if kind == "P":
+        image = Image.fromarray((steps > 0).astype(np.uint8)).convert("P")
+        image.putpalette([0, 0, 0, 200, 30, 90])
+        return stored(image, "GIF", transparency=0), (200, 30, 90), steps
+    image = Image.fromarray(np.where(steps > 0, 60, 0).astype(np.uint8))
+    if kind == "RGB":
+        return stored(image.convert("RGB"), "PNG", transparency=(0, 0, 0)), (60, 60, 60), steps
+    return stored(image, "PNG", transparency=0), (60, 60, 60), steps
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "RGBa", "LA", "P", "L", "RGB"])
+def test_what_is_transparent_lies_on_white(kind):
+    image, color, alpha = clear(kind)
+    share = alpha[..., None] / 255
+    assert np.abs(levels(image) - (share * np.array(color) + (1 - share) * 255)).max() < 2
+
+
+@pytest.mark.parametrize("mode, kind, near", [("CMYK", "JPEG", 12), ("CMYK", "TIFF", 1), ("P", "PNG", 1), ("YCbCr", "JPEG", 12), ("RGB", "WEBP", 16),
+                                              ("RGBA", "PNG", 1), ("HSV", None, 4)])
+@pytest.mark.parametrize("color", [(220, 40, 60), (30, 160, 80), (250, 250, 250)])
+def test_colors_are_right_in_every_mode(mode, kind, near, color):
+    image = Image.new("RGB", (16, 16), color).convert(mode, palette=Image.Palette.ADAPTIVE)
+    image = stored(image, kind) if kind else image
+    assert np.abs(levels(image) - np.array(color)).max() <= near
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_black_and_white_are_black_and_white(mode):
+    board = np.indices((16, 16)).sum(0) % 2 * 255
+    image = stored(Image.fromarray(board.astype(np.uint8)).convert(mode), "PNG")
+    assert image.mode == mode and np.abs(levels(image) - board[..., None]).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animation_is_its_first_frame(kind):
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
+    image = stored(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert image.n_frames == 3 and np.abs(levels(image) - (255, 0, 0)).max() < 4
+
+
+@pytest.mark.parametrize("size", [(3, 65_000), (65_000, 3), (20_000, 90), (31_000, 300)])
+def test_a_ribbon_is_refused_before_its_square_fills_the_memory(size, tmp_path):
+    Image.new("1", size).save(tmp_path / "ribbon.png")
+    with pytest.raises(ValueError, match=f"ribbon.png: .*{size[0]} x {size[1]} pixels.*cut it"):
+        d.load_image(tmp_path / "ribbon.png", 16)
+
+
+@pytest.mark.parametrize("read", [lambda path: d.load_image(path, 16), d.read_wav])
+def test_what_is_no_file_is_refused_and_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path}: is a folder, a pipe or a device"):
+            read(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,7 +646,7 @@ def item(images=(), texts=("Why?", "No."), name="n"):
 
 
 def encoded(samples, tokenizer, **kw):
-    return d.Encoded(samples, **{**dict(tokenizer=tokenizer, template="tiny", image_size=16, n_image_tokens=4, max_length=64), **kw})
+    return d.Encoded(samples, **{**dict(tokenizer=tokenizer, template="tiny", pictures=16, n_image_tokens=4, max_length=64), **kw})
 
 
 BROKEN = {"too few images": (item([RED], ("<image><image>\nWhat?", "No.")), "2 <image>.*1 images"),

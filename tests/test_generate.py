@@ -13,7 +13,7 @@ from PIL import Image
 
 import data as d
 import generate
-from model import Config, CuMo
+from model import Config, CuMo, VisionConfig
 from upcycle import load, save
 from test_data import truth
 
@@ -71,7 +71,7 @@ def scripted(tokenizer, text, cut=None, template="tiny"):
             if on_token is not None:
                 on_token(torch.tensor([i]))
         return torch.tensor([ids])
-    config = SimpleNamespace(template=template, n_image_tokens=36, n_audio_tokens=0, frames_apart=False, vision=SimpleNamespace(image_size=48))
+    config = SimpleNamespace(template=template, n_image_tokens=36, n_audio_tokens=0, frames_apart=False, vision=VisionConfig(image_size=48))
     return SimpleNamespace(config=config, text=SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1))), generate=generate)
 
 
@@ -297,6 +297,12 @@ def test_the_image_is_shown_as_the_tower_gets_it(image, seer, tmp_path, written)
     seen = torch.from_numpy(pixels[::4, ::4].copy()).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (d.CLIP_MEAN, d.CLIP_STD))
     torch.testing.assert_close((seen - mean) / std, d.load_image(image, 48), atol=0.5 / 255 / 0.26 + 1e-4, rtol=0)
+
+
+def test_another_normalisation_is_undone_in_the_picture(seer):
+    half, image = (0.5, 0.5, 0.5), picture(1).resize((48, 48))
+    wanted = d.PictureFormat(48, half, half)
+    assert np.array_equal(generate.as_seen(d.load_image(image, wanted), wanted).resize((48, 48), Image.Resampling.NEAREST), image)
 
 
 def test_patches_are_painted_in_the_color_of_their_first_choice(seer, tmp_path):

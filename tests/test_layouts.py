@@ -15,13 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import data
+import generate
 import upcycle as U
-from model import IMAGE, PAD, CuMo, VisionTransformer
+from model import IMAGE, PAD, CuMo, VisionConfig, VisionTransformer
 from upcycle import assemble, load, main, save
 
 UPCYCLE = Path(U.__file__)
@@ -482,6 +486,95 @@ def test_llava_becomes_the_published_cumo_layout(hf, tmp_path, capsys):
         assert torch.equal(names[published], theirs[name])
     assert len(names) == len(theirs) - 2                                           # post_layernorm
     reference.check(load(tmp_path / "cumo")[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a model wants its pictures
+
+HALF = [0.5, 0.5, 0.5]
+NORMAL = U.preprocessor_json(VisionConfig(image_mean=HALF, image_std=[0.25, 0.5, 0.5]))
+
+
+def looks(vision):
+    return vision.image_aspect, vision.image_mean, vision.image_std
+
+
+CLIPS = looks(VisionConfig())
+
+
+def llava_folder(hf, folder, aspect=None, preprocessor=None, file="preprocessor_config.json"):
+    """LLaVA as it was first published, whose config.json says this about pictures."""
+    tower, connector, decoder, described = first_llava(hf("llava").model, folder / "tower")
+    described.pop("image_aspect_ratio")
+    described |= {"image_aspect_ratio": aspect} if aspect else {}
+    write(folder, tower | connector | decoder, "safetensors", described)
+    if preprocessor:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(json.dumps(preprocessor))
+    return folder
+
+
+@pytest.mark.parametrize("aspect, ours", [("pad", "pad"), ("square", "crop"), (None, "crop")])
+def test_image_aspect_ratio_says_whether_pictures_are_padded_or_cropped(hf, aspect, ours, tmp_path):
+    assert looks(load(llava_folder(hf, tmp_path, aspect))[0].config.vision) == (ours, *CLIPS[1:])
+
+
+@pytest.mark.parametrize("aspect, preprocessor, words", [
+    ("anyres", None, "image_aspect_ratio 'anyres'"), ("pad", dict(resample=2), "resample = 2"), ("pad", dict(do_normalize=False), "do_normalize"),
+    ("square", dict(do_center_crop=False), "do_center_crop"), ("pad", dict(image_std=[0, 1, 1]), "vision.image_std"),
+    ("pad", dict(image_mean=0.5), "vision.image_mean"), ("pad", dict(image_mean=["a", 1, 1]), "vision.image_mean")])
+def test_pictures_of_another_make_are_refused_by_name(hf, aspect, preprocessor, words, tmp_path):
+    with pytest.raises(ValueError, match=f"config.json: .*{words}"):
+        load(llava_folder(hf, tmp_path, aspect, preprocessor))
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "tower/preprocessor_config.json"])
+def test_mean_and_deviation_come_from_the_preprocessor_of_the_folder_or_of_its_tower(hf, file, tmp_path):
+    model, _ = load(llava_folder(hf, tmp_path, "pad", NORMAL, file))
+    assert looks(model.config.vision) == ("pad", HALF, [0.25, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("said, ours", [(None, "pad"), (dict(), "crop"), (dict(do_pad=True), "pad"), (dict(do_pad=False), "crop")])
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_transformers_llava_crops_unless_its_preprocessor_pads(hf, said, ours, file, tmp_path):
+    store(hf("llava").model, tmp_path, STORES[0])
+    if said is not None:
+        described = NORMAL | said
+        (tmp_path / file).write_text(json.dumps(described if file[:3] == "pre" else {"image_processor": described}))
+    assert looks(load(tmp_path)[0].config.vision) == (ours, *(CLIPS[1:] if said is None else (HALF, [0.25, 0.5, 0.5])))
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+@pytest.mark.parametrize("layout", ["own", "cumo", "moe-llava"])
+def test_how_a_model_wants_its_pictures_comes_back_from_every_layout(tiny_model, layout, aspect, tmp_path):
+    moe = dict(n_experts=[4, 0], aux="sum", capacity_factor=1.5, eval_capacity_factor=2.0) if layout == "moe-llava" else {}
+    model = tiny_model(vision=dict(image_mean=HALF, image_std=[0.25, 0.5, 0.5], image_aspect=aspect), text=moe, template="vicuna",
+                       z_coef=0.0)
+    assert looks(there_and_back(model, tmp_path, layout).config.vision) == (aspect, HALF, [0.25, 0.5, 0.5])
+    if layout != "own":
+        assert json.loads((tmp_path / "config.json").read_text())["image_aspect_ratio"] == ("pad" if aspect == "pad" else "square")
+
+
+def test_a_tower_brings_its_mean_along_and_transformers_reads_its_preprocessor(hf, tiny_model, tmp_path):
+    t = sys.modules["transformers"] if hf("clip") else None
+    model = tiny_model(vision=dict(image_mean=HALF, image_std=HALF, image_aspect="crop"), template="mistral")
+    save(model, tmp_path / "clip", layout="hf-clip")
+    save(model, tmp_path / "llm", words(), layout="hf-llm")
+    assembled, _ = assemble(str(tmp_path / "clip"), str(tmp_path / "llm"))
+    assert looks(assembled.config.vision) == ("pad", HALF, HALF)                   # new models pad, as CuMo's recipe does
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    theirs = t.CLIPImageProcessorPil.from_pretrained(tmp_path / "clip")(image, return_tensors="pt").pixel_values[0]
+    assert (data.load_image(image, data.picture_format(model.config.vision)) - theirs).abs().max() < 1e-5
+
+
+def test_folders_from_before_these_fields_load_on_as_clip_and_padded(tiny_model, tmp_path):
+    save(tiny_model(), tmp_path)
+
+    def older(cfg):
+        for name in ("image_mean", "image_std", "image_aspect"):
+            del cfg["vision"][name]
+    edit_json(tmp_path / "config.json", older)
+    assert looks(load(tmp_path)[0].config.vision) == CLIPS == ("pad", list(data.CLIP_MEAN), list(data.CLIP_STD))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1026,3 +1119,16 @@ def test_whispers_encoder_equals_transformers(tmp_path):
     assert tokenizer is None
     with pytest.raises(ValueError, match="3000"):
         model(mel[:, :, :2000])
+
+
+@torch.no_grad()
+def test_an_ear_of_128_bands_is_given_128_bands(parts, tmp_path):
+    """Whisper large-v3."""
+    hf = pytest.importorskip("transformers", reason="the ear is made by transformers")
+    hf.WhisperModel(hf.WhisperConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                                     encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                     decoder_start_token_id=1, num_mel_bins=128)).save_pretrained(tmp_path / "whisper")
+    model, _ = assemble(str(tmp_path / "clip"), str(tmp_path / "llm"), audio=str(tmp_path / "whisper"), template="tiny")
+    sample = generate.sample_of("What?", audio=[(np.ones(16_000, np.float32), 16_000)])
+    _, senses = generate.sense(model, [sample])
+    assert senses["audio"].shape == (1, 128, 3000) and model.encode_audio(senses["audio"]).isfinite().all()

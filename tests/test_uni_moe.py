@@ -19,7 +19,7 @@ from test_train import (SMALL, assert_same_run, base, checkpoint, command_line, 
                         write_llava)
 from upcycle import load, load_backbones, save
 
-EAR = dict(n_mels=80, n_frames=150, dim=32, n_layers=2, n_heads=4, ffn_dim=64, n_queries=4, n_query_layers=1)
+EAR = dict(n_mels=128, n_frames=150, dim=32, n_layers=2, n_heads=4, ffn_dim=64, n_queries=4, n_query_layers=1)
 STAGES = ("stage1", "stage2-image", "stage2-sound", "stage2-both", "")
 
 
