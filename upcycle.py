@@ -689,10 +689,11 @@ def read_config(theirs, shapes, path):
 
 def read_json(file):
     """A JSON file that holds an object; ValueError for anything else."""
-    with open(file, encoding="utf-8") as f:
+    # utf-8-sig leaves out a byte order mark, with which files from Windows may begin.
+    with open(file, encoding="utf-8-sig") as f:
         try:
             value = json.load(f)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{file}: malformed JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must hold an object, not {str(value)[:40]}")
@@ -1150,7 +1151,9 @@ def local_folder(path):
     on the hub ("shi-labs/CuMo-mistral-7b")."""
     if os.path.isfile(join(path, "config.json")):
         return path
-    if exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    # Nobody's models on the hub are called out/...; that is where train.py writes.
+    is_ours = path.startswith("out/")
+    if is_ours or exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
                          "train.py`, or check the path")
 
