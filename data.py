@@ -1548,6 +1548,8 @@ def check_text(value, where):
     except UnicodeEncodeError as e:
         raise ValueError(f"{where}: half a character ({e.object[e.start]!r}, a lone surrogate); "
                          "mend the text that was cut inside of a character") from None
+    except RecursionError:
+        raise ValueError(f"{where}: lists or objects are nested too deeply") from None
 
 
 def check_turns(conversations, template):
@@ -1561,6 +1563,7 @@ def check_turns(conversations, template):
         if not is_turn or not isinstance(turn.get("value"), str):
             raise ValueError(f"turn {i + 1} must be an object with the texts 'from' and 'value', "
                              f"not {str(turn)[:80]}")
+        check_text(turn["value"], f"turn {i + 1}")
         if turn["from"] != ("human", "gpt")[i % 2]:
             raise ValueError(f"turn {i + 1} is from {turn['from']!r}; turns must alternate human, "
                              "gpt, human, ...")
