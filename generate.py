@@ -1057,16 +1057,15 @@ def those_that_ask(row, replies):
     question = question_of(row)
     if question is None:
         return replies
-    prompts = [prompt_of(reply) or question for reply in replies]
-    same = [reply for reply, prompt in zip(replies, prompts)
-            if wording(without_frame(prompt)) == question]
-    return same or [reply for reply, prompt in zip(replies, prompts) if question in wording(prompt)]
+    asked = [wording(without_frame(prompt_of(reply) or question)) for reply in replies]
+    same = [reply for reply, text in zip(replies, asked) if text == question]
+    return same or [reply for reply, text in zip(replies, asked) if question in text]
 
 
 def question_of(row):
     """What an annotation asks, or None."""
     text = row.get("question", row.get("text"))
-    return wording(text) if isinstance(text, str) else None
+    return wording(without_frame(text)) if isinstance(text, str) else None
 
 
 def prompt_of(reply):
