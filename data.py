@@ -1535,9 +1535,9 @@ def parse_json(text, file):
         return samples
     except json.JSONDecodeError as e:
         raise ValueError(f"{file}: malformed JSON in line {before + e.lineno}: {e.msg}") from None
-    except RecursionError:
-        raise ValueError(f"{file}: lists or objects are nested too deeply from line {before + 1} "
-                         "on; this is no file of samples") from None
+    except (RecursionError, ValueError) as e:
+        raise ValueError(f"{file}: from line {before + 1} on lists or objects are nested too "
+                         f"deeply, or a number is too long: {e}") from None
 
 
 def check_text(value, where):

@@ -14,7 +14,7 @@
         answer a file; goes on where it stopped. The same on 8 GPUs:
     torchrun --nproc_per_node 8 generate.py --model M --eval questions.jsonl --images DIR --out FILE
     python generate.py --score vqa --answers answers.jsonl --annotations FILE
-        points: exact, vqa, textvqa, pope, choice
+        points: exact, vqa, textvqa, pope, choice, mme
     python generate.py --write-drawn DIR 500
         drawn questions as such files, to try it
 
@@ -609,7 +609,7 @@ def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
                     f.write(json.dumps(row_of(sample, reply, model_id)) + "\n")
                     continue
 
-                # It is left out. Only when all fail it is not the questions that are broken.
+                # This one is left out. When all fail, it is not the questions that are broken.
                 in_a_row += 1
                 errors.append(f"question {sample['row']['question_id']!r}: {reply}")
                 tqdm.write(f"left out: {errors[-1]}", file=sys.stderr)
@@ -859,7 +859,8 @@ def score_mme(row, reply):
     What follows from the two questions about a picture is in mme_totals."""
     right = row["answer"].strip().lower()
     if right not in ("yes", "no"):
-        raise ValueError(f"'answer' must be Yes or No, not {row['answer']!r}")
+        raise ValueError(
+            f"{row['question_id']}: 'answer' must be Yes or No, not {row['answer']!r}")
     start = reply.lower()[:4]
     said = next((word for word in ("yes", "no") if word in start), None)
     return {"accuracy": (said == right, 1)}
@@ -872,7 +873,7 @@ MME_SENSES = {
 
 
 def mme_totals(pairs):
-    """score_all's (annotation, reply) -> its sums for MME, as in MME's own tool.
+    """sum_points for MME, with the sums of MME's own tool.
 
     accuracy: of the questions; accuracy+: of the pictures, right where both questions about it are.
     A category has 100 points for each of the two, and categories add up to perception and
@@ -939,13 +940,15 @@ def score(kind: str, annotations: str, answers: str,
         raise ValueError(f"{answers}: {len(missing)} of {len(pairs)} questions have no answer, "
                          f"first {str(missing[0])!r}; --allow-missing scores the others")
     pairs = [(row, reply) for row, reply in pairs if reply]
-    used = {id(reply) for _, reply in pairs}
-    return sum_points(kind, [(row, reply["text"]) for row, reply in pairs]), len(replies) - len(used)
+    n_used = len({id(reply) for _, reply in pairs})
+    points = sum_points(kind, [(row, reply["text"]) for row, reply in pairs])
+    return points, len(replies) - n_used
 
 
 def score_all(kind, rows, replies):
-    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}, see sum_points."""
-    return sum_points(kind, [({"question_id": key, **row}, replies[key]) for key, row in rows.items()])
+    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}."""
+    pairs = [({"question_id": key, **row}, replies[key]) for key, row in rows.items()]
+    return sum_points(kind, pairs)
 
 
 def sum_points(kind, pairs):
@@ -989,7 +992,8 @@ def read_annotations(kind, file):
                 rows.append({"question_id": f"{category}/{picture}", "question": question,
                              "answer": right})
     if not rows:
-        raise ValueError(f"{file}: no MME in it: CATEGORY/*.txt with lines of question, tab, answer")
+        raise ValueError(f"{file}: no MME in it: no CATEGORY/*.txt with lines of a question, a tab "
+                         "and its answer")
     return rows
 
 
@@ -1000,7 +1004,7 @@ def pair(kind, rows, replies, file):
     # POPE's answers may name their pictures, and then they are found by these. (LLaVA's do not.)
     field = "question_id"
     if kind == "pope":
-        if all("image" in row for row in rows + replies):
+        if all("image" in row for row in rows + replies) and all(map(question_of, rows)):
             field = "image"
         pairs = pair_in_order(rows, replies, field == "image")
         if pairs:
@@ -1100,9 +1104,9 @@ def check_pair(kind, row, found, fits, field, file):
     # Where several questions share an id, this one may just have no answer.
     shared = field == "image" or kind in ("textvqa", "mme")
     if found and not fits and not shared:
-        raise ValueError(f"{file}: question {str(row['question_id'])!r} was {found[0]['prompt']!r}, "
-                         f"but its annotation is about {question_of(row)!r}: these are "
-                         "annotations of other questions")
+        raise ValueError(
+            f"{file}: question {str(row['question_id'])!r} was {found[0]['prompt']!r}, but its "
+            f"annotation is about {question_of(row)!r}: these are annotations of other questions")
 
 
 def write_drawn(folder, n):

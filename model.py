@@ -1470,9 +1470,9 @@ def check_finite(finite):
     """finite (B,): whether all logits of a row were numbers."""
     if not finite.all():
         raise ValueError(
-            "the model's logits are NaN or infinite, so no token is the best. Most likely its "
-            "weights are: a run that diverged (see its log.jsonl) or a damaged file; or the numbers "
-            "outgrew a narrow type (take bfloat16 or float32 instead of float16)")
+            "the model's logits are NaN or infinite, so no token is the best. Most likely so are "
+            "its weights: a run that diverged (see its log.jsonl) or a damaged file. Or the "
+            "numbers outgrew a narrow type: take bfloat16 or float32 instead of float16")
 
 
 def check_generation(tokens, max_new_tokens, temperature, top_p):

@@ -1,5 +1,6 @@
 """generate.py: answers, chat, measuring, pictures of the routing, and the command line."""
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -399,12 +400,21 @@ def test_before_any_training_the_error_says_to_train_and_the_hub_is_not_asked(tm
         generate.main(["--prompt", "Why?", "--device", "cpu"])
 
 
+def test_a_config_may_begin_with_a_byte_order_mark(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text("\ufeff" + config.read_text(), encoding="utf-8")
+    assert load(str(tmp_path / "m"))[0].config == load(folder)[0].config
+
+
 @pytest.mark.parametrize("flags, message", [
-    (["--images", "pic.png", "--prompt", "hi"], "--images acts with --eval only.*--image"), (["--out", "a", "--prompt", "hi"], "--out acts with --eval"),
+    (["--images", "pic.png", "--prompt", "hi"], "--images acts with --eval only.*--image"),
+    (["--out", "a", "--prompt", "hi"], "--out acts with --eval"),
     (["--answers", "a"], "--answers acts with --score"), (["--allow-missing", "--prompt", "hi"], "--allow-missing"), (["--batch", "3"], "--batch"),
     (["--suffix", "x"], "--suffix"), (["--eval", "q", "--out", "a", "--image", "x.png"], "--image acts"),
     (["--eval", "q", "--out", "a", "--audio", "x.wav", "--routing", "r.png"], "--audio acts"), (["--eval-drawn", "3", "--images", "x"], "--images"),
-    (["--score", "exact", "--answers", "a", "--annotations", "b", "--model", "m"], "--model acts"), (["--write-drawn", "d", "--prompt", "x"], "--prompt"),
+    (["--score", "exact", "--answers", "a", "--annotations", "b", "--model", "m"], "--model acts"),
+    (["--write-drawn", "d", "--prompt", "x"], "--prompt"),
     (["--score", "exact", "--answers", "a", "--annotations", "b", "--eval-drawn", "3"], "--eval-drawn"), (["--prompt", " "], "--prompt is empty"),
     (["--prompt", "x", "--top-p", "0.5"], "--temperature"), (["--prompt", "x", "--seed", "1"], "--temperature"),
     (["--prompt", "x", "--batch", "16"], "--batch")])                              # given, though it is the default
@@ -417,7 +427,8 @@ def test_a_flag_that_would_be_ignored_is_refused(flags, message):
     (["--device", "abc"], "--device abc"), (["--device", "cuda"], "--device cuda"), (["--device", "meta"], "--device meta"),
     (["--temperature", "nan"], "temperature"), (["--temperature", "inf"], "temperature"), (["--top-p", "nan"], "top_p"),
     (["--max-new-tokens", "1" + "0" * 20], "--max-new-tokens"), (["--seed", "-1"], "--seed"), (["--seed", "1" + "0" * 20], "--seed"),
-    (["--eval-drawn", "0"], "--eval-drawn"), (["--eval-drawn", "-3"], "--eval-drawn"), (["--eval", "q", "--out", "a", "--batch", "1" + "0" * 20], "--batch"),
+    (["--eval-drawn", "0"], "--eval-drawn"), (["--eval-drawn", "-3"], "--eval-drawn"),
+    (["--eval", "q", "--out", "a", "--batch", "1" + "0" * 20], "--batch"),
     (["--prompt", "half \ud83d"], "half a character")])
 def test_flags_of_a_wrong_kind_are_value_errors_in_words(flags, message, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
