@@ -860,6 +860,7 @@ class LlavaJson:
         where = f"{self.file}: sample {i + 1}"
         if not has_turns(sample):
             raise ValueError(f"{where}: must be an object with a list 'conversations'")
+        check_text(sample, where)
         return {
             "id": f"{where} (id {sample.get('id', '-')})",
             "images": self.paths(sample, "image", where),
@@ -895,25 +896,21 @@ def has_turns(sample):
 
 
 def read_json(file):
-    """The objects of a JSON list, or of JSON lines. ValueError names the line that is malformed."""
+    """The objects of a JSON list, or of JSON lines; an object alone is a list of one.
+
+    ValueError names the line that is malformed."""
     try:
-        with open(file, encoding="utf-8") as f:
+        # A file from Windows may begin with a byte order mark, which utf-8-sig leaves out.
+        with open(file, encoding="utf-8-sig") as f:
             text = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{file}: cannot be read: {e}") from None
 
     samples = []
-    before = 0  # lines before the piece of JSON that is being read
-    try:
-        if text.lstrip().startswith("["):
-            samples = json.loads(text)
-        else:
-            # Not splitlines, as JSON may hold other characters that count as line ends.
-            for before, line in enumerate(text.split("\n")):
-                if line.strip():
-                    samples.append(json.loads(line))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file}: malformed JSON in line {before + e.lineno}: {e.msg}") from None
+    if text.strip():
+        samples = parse_json(text, file)
+    if not isinstance(samples, list):
+        samples = [samples]
     if not samples:
         raise ValueError(f"{file}: holds no samples")
     return samples
@@ -1657,6 +1654,41 @@ def with_8_bits(image):
     return image
 
 
+def parse_json(text, file):
+    """What a JSON text holds, and of JSON lines the list."""
+    before = 0  # lines before the piece of JSON that is being read
+    try:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as e:
+            # "Extra data": behind the first object there are more. These are JSON lines.
+            if e.msg != "Extra data":
+                raise
+        samples = []
+        # Not splitlines, as JSON may hold other characters that count as line ends.
+        for before, line in enumerate(text.split("\n")):
+            if line.strip():
+                samples.append(json.loads(line))
+        return samples
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}: malformed JSON in line {before + e.lineno}: {e.msg}") from None
+    except (RecursionError, ValueError) as e:
+        raise ValueError(f"{file}: from line {before + 1} on lists or objects are nested too "
+                         f"deeply, or a number is too long: {e}") from None
+
+
+def check_text(value, where):
+    """All that a JSON object holds can be encoded. Half a character, as an emoji's "\\ud83d" that
+    was cut off, is no text: neither a tokenizer nor a file takes it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: half a character ({e.object[e.start]!r}, a lone surrogate); "
+                         "mend the text that was cut inside of a character") from None
+    except RecursionError:
+        raise ValueError(f"{where}: lists or objects are nested too deeply") from None
+
+
 def check_turns(conversations, template):
     """Turns are objects with "from" and "value", and alternate, beginning with the human."""
     if template not in TEMPLATES:
@@ -1668,6 +1700,7 @@ def check_turns(conversations, template):
         if not is_turn or not isinstance(turn.get("value"), str):
             raise ValueError(f"turn {i + 1} must be an object with the texts 'from' and 'value', "
                              f"not {str(turn)[:80]}")
+        check_text(turn["value"], f"turn {i + 1}")
         if turn["from"] != ("human", "gpt")[i % 2]:
             raise ValueError(f"turn {i + 1} is from {turn['from']!r}; turns must alternate human, "
                              "gpt, human, ...")

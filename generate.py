@@ -14,7 +14,7 @@
         answer a file; goes on where it stopped. The same on 8 GPUs:
     torchrun --nproc_per_node 8 generate.py --model M --eval questions.jsonl --images DIR --out FILE
     python generate.py --score vqa --answers answers.jsonl --annotations FILE
-        points: exact, vqa, textvqa, pope, choice
+        points: exact, vqa, textvqa, pope, choice, mme
     python generate.py --write-drawn DIR 500
         drawn questions as such files, to try it
 
@@ -44,7 +44,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from model import CuMo
+from model import CuMo, check_sampling
 from upcycle import load, write_atomically
 
 # Set by torchrun, where several processes share the questions of --eval.
@@ -319,17 +319,19 @@ def drawn_sample(what, question, in_words=False):
 
 
 def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False,
-             world: str = "image", asked: list | None = None) -> dict:
+             world: str = "image", asked: list | None = None, max_new_tokens: int = 16,
+             **options) -> dict:
     """n drawn questions -> {type: [right, asked]} by exact match.
 
     in_words: scene and sound are given as text. world: see drawn_questions. asked: a list that
-    gets each (sample, reply)."""
+    gets each (sample, reply). options: as for `answer`."""
     was_training = model.training
     model.eval()
     scores = {}
     for group in batches(drawn_questions(n, world=world), batch, "evaluating"):
         samples = [drawn_sample(what, question, in_words) for what, _, question, _ in group]
-        replies = answer(model, tokenizer, samples, max_new_tokens=16)
+        replies = answer(
+            model, tokenizer, samples, max_new_tokens=max_new_tokens, **options)
         for (_, kind, _, right), reply in zip(group, replies):
             add_points(scores, {kind: (reply == right, 1)})
         if asked is not None:
@@ -363,9 +365,10 @@ def print_table(scores: dict, title: str):
 
     # Through tqdm, so that a progress bar which is still running does not end up in the table.
     tqdm.write(title, file=sys.stdout)
+    width = max([10] + [len(name) for name, _ in rows])
     for name, (points, possible) in rows:
         percent = 100 * points / max(possible, 1)
-        line = f"  {name:10} {round(points, 1):7} of {possible:5}  {percent:5.1f}%"
+        line = f"  {name:{width}} {round(points, 1):7} of {possible:5}  {percent:5.1f}%"
         tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
@@ -379,56 +382,84 @@ def print_table(scores: dict, title: str):
 
 
 def read_rows(file, needs, kind):
-    """A file of questions, answers or annotations -> {question_id as text: row}.
+    """The rows of a file of questions, answers or annotations.
 
     It may be JSON lines, a JSON list, VQA's {"annotations": [...]}, TextVQA's {"data": [...]}, or
     ScienceQA's {id: {...}}. Raises ValueError naming file and place: malformed JSON, a row without
-    question_id or without `needs` (a `kind`: str, list, ...), an id that comes twice."""
-    rows = {}
-    for number, row in enumerate(list_rows(file), 1):
+    question_id or without `needs` (a `kind`: str, list, ...)."""
+    rows = list_rows(file)
+    if not rows:
+        raise ValueError(f"{file}: holds no rows")
+    for number, row in enumerate(rows, 1):
+        data.check_text(row, f"{file}: row {number}")
         key = row.get("question_id") if isinstance(row, dict) else None
         if not isinstance(key, (int, str)) or not isinstance(row.get(needs), kind):
             raise ValueError(f"{file}: row {number} must be an object with question_id and "
                              f"{needs}, not {str(row)[:200]}")
-        if str(key) in rows:
-            raise ValueError(
-                f"{file}: question_id {key!r} comes twice; give each question its own")
-        rows[str(key)] = row
     return rows
 
 
 def list_rows(file):
     """The rows of a file in any of read_rows' layouts, unchecked."""
-    # JSON lines are no JSON, unless there is but one.
-    try:
-        with open(file, encoding="utf-8") as f:
-            content = json.load(f)
-    except (OSError, ValueError):
-        content = None
+    rows = data.read_json(file)
+    whole = rows[0]
+    if len(rows) > 1 or not isinstance(whole, dict):
+        return [as_question(row) for row in rows]
 
-    # An object is VQA's, TextVQA's or ScienceQA's.
-    if isinstance(content, dict):
-        for name in ("annotations", "data"):
-            if isinstance(content.get(name), list):
-                return content[name]
-        if all(isinstance(row, dict) for row in content.values()):
-            return [{"question_id": key, **row} for key, row in content.items()]
-
-    # A list, JSON lines, or a file that cannot be read: LlavaJson says what is wrong with it.
-    return data.LlavaJson(file).samples
+    # An object alone is VQA's, TextVQA's or ScienceQA's; or a list of one.
+    for name in ("annotations", "data"):
+        if isinstance(whole.get(name), list):
+            return whole[name]
+    if whole and all(isinstance(row, dict) for row in whole.values()):
+        return [{"question_id": key, **row} for key, row in whole.items()]
+    return [as_question(whole)]
 
 
-def read_questions(file, folder=""):
-    """LLaVA's questions -> {id: sample for `answer`, with the question's own "row"}.
+def as_question(row):
+    """LLaVA asks ScienceQA with a file like those that it is trained on (llava_test_CQM-A.json):
+    what the human says first is the question. Other rows stay as they are."""
+    if not data.has_turns(row) or not row["conversations"] or "question_id" in row:
+        return row
+    first = row["conversations"][0]
+    text = first.get("value") if isinstance(first, dict) else None
+    if isinstance(text, str):
+        text = text.replace("<image>", "").strip()
+    return {"question_id": row.get("id"), **row, "text": text}
+
+
+def key_of(row, asked):
+    """What tells a question from the others. Its id alone does not: LLaVA's files for TextVQA and
+    MME have the picture's id there, and ask about a picture several times."""
+    return str(row["question_id"]), str(row.get(asked, ""))
+
+
+def by_key(rows, asked, file):
+    """{key_of(row): row}. Raises ValueError where the same question comes twice."""
+    keyed = {}
+    for row in rows:
+        key = key_of(row, asked)
+        if key in keyed:
+            raise ValueError(f"{file}: question_id {row['question_id']!r} comes twice with the "
+                             "same text; give each question its own")
+        keyed[key] = row
+    return keyed
+
+
+def read_questions(file, folder="", suffix=""):
+    """LLaVA's questions -> {key_of: sample for `answer`, with the question's own "row"}.
 
     A question is {"question_id", "text"} and perhaps "image": a file below `folder` or a list of
     them, "audio": the same, "video": as in data.LlavaJson. The human's turn is LLaVA's:
     "<image>\\n" for every image (so for videos, sounds), then the text; or the text alone where it
-    has its own marks. Raises ValueError as read_rows, for a missing file, and for marks and files
-    that differ in number."""
+    has its own marks. `suffix` is one more line of the text. Raises ValueError as read_rows and
+    by_key, for a missing file, and for marks and files that differ in number."""
+    rows = read_rows(file, "text", str)
+    if suffix:
+        rows = [{**row, "text": f"{row['text']}\n{suffix}"} for row in rows]
+
     samples = {}
-    for key, row in read_rows(file, "text", str).items():
-        where = f"{file}: question {key!r}"
+    for key, row in by_key(rows, "text", file).items():
+        where = f"{file}: question {key[0]!r}"
         images = question_files(row, "image", folder, where)
         videos = question_files(row, "video", folder, where)
         sounds = question_files(row, "audio", folder, where)
@@ -465,7 +496,7 @@ def question_files(row, kind, folder, where):
 
 
 def answered(out, questions, model_id):
-    """{id: answer's row} of `out` and its parts, as far as they exist.
+    """{key_of: answer's row} of `out` and its parts, as far as they exist.
 
     Raises ValueError for anything but answers to these questions by this model: it would be mixed
     in, or overwritten."""
@@ -474,7 +505,7 @@ def answered(out, questions, model_id):
         for line in filter(None, Path(file).read_bytes().splitlines()):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 # A kill may cut off the last line of a part; that question is asked again.
                 if file != out:
                     continue
@@ -483,16 +514,17 @@ def answered(out, questions, model_id):
                 raise ValueError(
                     f"{file} holds something else than answers of {model_id} to these questions; "
                     f"choose another --out: {str(row)[:200]}")
-            done[str(row["question_id"])] = row
+            done[key_of(row, "prompt")] = row
     return done
 
 
 def is_answer_to(questions, row, model_id):
     """Whether the row answers one of the questions, as it is asked now, by this model."""
-    if not isinstance(row, dict) or str(row.get("question_id")) not in questions:
+    if not isinstance(row, dict) or "question_id" not in row:
         return False
-    question = questions[str(row["question_id"])]["row"]
-    return row.get("prompt") == question["text"] and row.get("model_id") == model_id
+    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("text"), str):
+        return False
+    return key_of(row, "prompt") in questions and row.get("model_id") == model_id
 
 
 def parts_of(out):
@@ -502,10 +534,12 @@ def parts_of(out):
 
 def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     """read_questions' samples -> `out`: for each a line {"question_id", "prompt", "text",
-    "model_id"}, in their order. Returns this process's share of them, [(sample, reply), ...].
+    "model_id", and "image" if it has one}, in their order. Returns this process's share of them,
+    [(sample, reply), ...].
 
-    options: as for `answer`. Under torchrun each process answers every WORLD-th question; the
-    process group must be there."""
+    A question that cannot be answered, as its picture is broken, is reported and left out; the same
+    command asks it again. options: as for `answer`. Under torchrun each process answers every
+    WORLD-th question; the process group must be there."""
     check_senses(model, model_id, questions.values())
     check_audio_marks(model, questions)
 
@@ -523,24 +557,35 @@ def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     # 3. Answer them, into this process's part.
     part = f"{out}.part-{RANK}-of-{WORLD}"
     try:
-        append_answers(model, tokenizer, todo, part, model_id, batch, **options)
+        errors = append_answers(model, tokenizer, todo, part, model_id, batch, **options)
     except KeyboardInterrupt:
         print(f"\nstopped; the answers so far are in {part}, "
               f"and the same command goes on from there", file=sys.stderr)
         raise
     done = answered(out, questions, model_id)
-    asked = [(questions[key], done[key]["text"]) for key in share]
+    asked = [(questions[key], done[key]["text"]) for key in share if key in done]
 
     # 4. When all parts are complete, process 0 merges them, in the order of the questions.
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
         done = answered(out, questions, model_id)
-        write_lines(out, [done[key] for key in questions])
-        for file in parts_of(out):
-            os.remove(file)
-        print(f"wrote {len(questions)} answers to {out}")
+        if not done:
+            raise ValueError(f"no question could be answered; {errors[-1]}")
+        merge_answers(questions, done, out)
     return asked
+
+
+def merge_answers(questions, done, out):
+    """All parts -> `out`. Says how many questions have no answer."""
+    write_lines(out, [done[key] for key in questions if key in done])
+    for file in parts_of(out):
+        os.remove(file)
+    print(f"wrote {len(done)} answers to {out}")
+    n_missing = len(questions) - len(done)
+    if n_missing:
+        print(f"{n_missing} of {len(questions)} questions could not be answered, see above; the "
+              "same command asks them again, and --score needs --allow-missing without them")
 
 
 def size_of_question(sample):
@@ -549,19 +594,52 @@ def size_of_question(sample):
 
 
 def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
-    """Answer the samples `todo` in batches, and append each batch to the file `part` at once."""
+    """Answer the samples `todo` in batches, and append each batch to the file `part` at once.
+
+    Returns the errors of those that could not be answered."""
+    errors = []
+    in_a_row = 0
     with open(part, "a", encoding="utf-8") as f:
         # The file may end with a line that was cut off.
         if f.tell() > 0:
             f.write("\n")
         for group in batches(todo, batch, "answering"):
             # The images of a group are read now, and forgotten afterwards.
-            replies = answer(model, tokenizer, group, **options)
-            for sample, reply in zip(group, replies):
-                row = {"question_id": sample["row"]["question_id"], "prompt": sample["row"]["text"],
-                       "text": reply, "model_id": model_id}
-                f.write(json.dumps(row) + "\n")
+            for sample, reply in zip(group, answer_each(model, tokenizer, group, **options)):
+                if isinstance(reply, str):
+                    in_a_row = 0
+                    f.write(json.dumps(row_of(sample, reply, model_id)) + "\n")
+                    continue
+
+                # This one is left out. When all fail, it is not the questions that are broken.
+                in_a_row += 1
+                errors.append(f"question {sample['row']['question_id']!r}: {reply}")
+                tqdm.write(f"left out: {errors[-1]}", file=sys.stderr)
+                if in_a_row == 100:
+                    raise ValueError(f"100 questions in a row cannot be answered; {errors[-1]}")
             f.flush()
+    return errors
+
+
+def row_of(sample, reply, model_id):
+    """A line of the file of answers. (POPE's labels are found by the image.)"""
+    question = sample["row"]
+    row = {"question_id": question["question_id"], "prompt": question["text"], "text": reply,
+           "model_id": model_id}
+    if question.get("image"):
+        row["image"] = question["image"]
+    return row
+
+
+def answer_each(model, tokenizer, group, **options):
+    """`answer`, with a ValueError in the place of each reply that cannot be given."""
+    try:
+        return answer(model, tokenizer, group, **options)
+    except ValueError as e:
+        # Which one is it? Ask them one by one.
+        if len(group) == 1:
+            return [e]
+        return [answer_each(model, tokenizer, [sample], **options)[0] for sample in group]
 
 
 def write_lines(file, rows):
@@ -588,7 +666,7 @@ def check_audio_marks(model, questions):
         n_marks = sample["conversations"][0]["value"].count("<audio>")
         n_sounds = len(sample["audio"])
         if model.audio is not None and n_marks != n_sounds:
-            raise ValueError(f"question {key!r}: the text has {n_marks} <audio>, "
+            raise ValueError(f"question {key[0]!r}: the text has {n_marks} <audio>, "
                              f"the question has {n_sounds} audios")
 
 
@@ -716,9 +794,8 @@ def says_no(reply):
 def score_pope(row, reply):
     """row: {"label": "yes" | "no"}. POPE (arXiv 2305.10355): does the model see what is not there?
 
-    Positive is "yes", and so is any reply that does not say no. LLaVA pairs replies and labels by
-    their order, here it is by question_id; and where the model never says yes LLaVA divides by
-    zero, here precision is 0."""
+    Positive is "yes", and so is any reply that does not say no. Where the model never says yes
+    LLaVA divides by zero; here precision is 0."""
     said_yes = not says_no(reply)
     is_yes = row["label"].strip().lower() != "no"
     both = said_yes and is_yes
@@ -736,16 +813,18 @@ def score_pope(row, reply):
 
 
 def choice_of(reply, choices):
-    """Which option a reply means, as an index: "B", "B.", "(B)", "B. a cat", "... The answer is
-    B.", or the text of exactly one option; else None.
+    """Which option a reply means, as an index: "B", "B.", "B)", "B:", "(B)", "**B**", "B. a cat",
+    "Answer: B", "... The answer is B.", or the text of exactly one option; else None.
 
-    LLaVA's script for ScienceQA knows no brackets and no texts, and its "The answer is A" also
-    finds "The answer is Apples"."""
+    LLaVA's script for ScienceQA knows "B", "B. a cat" and "The answer is B." alone, and the latter
+    also finds "The answer is Apples"."""
+    # What comes behind "Answer:", without asterisks, which make it bold.
+    reply = re.split(r"\b[Aa]nswer:\s*", reply.replace("*", ""))[-1].strip()
+
     # A letter at the start, or else in "The answer is ...".
-    reply = reply.strip()
-    letters = (re.findall(r"^\(([A-Z])\)(?:[.\s]|$)", reply)
-               or re.findall(r"^([A-Z])(?:\.\s|\.?$)", reply)
-               or re.findall(r"[Tt]he answer is \(?([A-Z])\b", reply))
+    letters = (re.findall(r"^\(([A-Z])\)(?:[.:\s]|$)", reply)
+               or re.findall(r"^([A-Z])(?:[.:)]\s|[.:)]?(?:\n|$))", reply)
+               or re.findall(r"\b[Aa]nswer is:? \(?([A-Z])\b", reply))
     if len(letters) == 1:
         index = ord(letters[0]) - ord("A")
         if index < len(choices):
@@ -757,7 +836,7 @@ def choice_of(reply, choices):
 
 
 def plain(text):
-    return str(text).strip().rstrip(".").lower()
+    return str(text).replace("*", "").strip().rstrip(".").lower()
 
 
 def score_choice(row, reply):
@@ -775,6 +854,60 @@ def score_choice(row, reply):
     return {"accuracy": (said == right, 1), "unparsed": (said is None, 1)}
 
 
+def score_mme(row, reply):
+    """row: {"question_id": "existence/1.png", "answer": "Yes" | "No"}. MME (arXiv 2306.13394) reads
+    a reply as its own tool does: the first four letters say yes or no, or it is wrong.
+
+    What follows from the two questions about a picture is in mme_totals."""
+    right = row["answer"].strip().lower()
+    if right not in ("yes", "no"):
+        raise ValueError(
+            f"{row['question_id']}: 'answer' must be Yes or No, not {row['answer']!r}")
+    start = reply.lower()[:4]
+    said = next((word for word in ("yes", "no") if word in start), None)
+    return {"accuracy": (said == right, 1)}
+
+
+MME_SENSES = {
+    "perception": "existence count position color posters celebrity scene landmark artwork OCR",
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
+}
+
+
+def mme_totals(pairs):
+    """sum_points for MME, with the sums of MME's own tool.
+
+    accuracy: of the questions; accuracy+: of the pictures, right where both questions about it are.
+    A category has 100 points for each of the two, and categories add up to perception and
+    cognition."""
+    # The points of each picture's questions.
+    pictures = {}
+    for row, reply in pairs:
+        right, _ = score_mme(row, reply)["accuracy"]
+        pictures.setdefault(str(row["question_id"]), []).append(right)
+
+    # A picture whose other question has no answer does not count in accuracy+.
+    sums = {}
+    for picture, rights in pictures.items():
+        category = picture.split("/")[0]
+        both = len(rights) == 2
+        for name in ("", f"{category} "):
+            add_points(sums, {f"{name}accuracy": (sum(rights), len(rights)),
+                              f"{name}accuracy+": (both and all(rights), both)})
+
+    totals = {}
+    for sense, categories in MME_SENSES.items():
+        for category in categories.split():
+            if f"{category} accuracy" in sums:
+                points = 0
+                for name in ("accuracy", "accuracy+"):
+                    right, asked = sums[f"{category} {name}"]
+                    points += 100 * right / max(asked, 1)
+                sums[category] = [points, 200]
+                add_points(totals, {sense: (points, 200)})
+    return sums | totals
+
+
 # --score's name -> (scorer, the key that an annotation needs, its type).
 SCORERS = {
     "exact": (score_exact, "answer", (str, int, float, list)),
@@ -782,41 +915,56 @@ SCORERS = {
     "textvqa": (score_textvqa, "answers", list),
     "pope": (score_pope, "label", str),
     "choice": (score_choice, "choices", list),
+    "mme": (score_mme, "answer", str),
 }
 
 
-def score(kind: str, annotations: str, answers: str) -> tuple[dict, int]:
+def score(kind: str, annotations: str, answers: str,
+          allow_missing: bool = False) -> tuple[dict, int]:
     """Two files -> ({name: [points, possible]}, how many answers have no annotation and so do not
     count).
 
-    Raises ValueError for annotated questions without an answer: half a benchmark is another
-    benchmark."""
-    _, needs, kind_needed = SCORERS[kind]
-    rows = read_rows(annotations, needs, kind_needed)
-    replies = {key: row["text"] for key, row in read_rows(answers, "text", str).items()}
+    Raises ValueError for annotated questions without an answer, as half a benchmark is another
+    benchmark; allow_missing leaves them out."""
+    rows = read_annotations(kind, annotations)
+    replies = read_rows(answers, "text", str)
+    by_key(rows, "question" if "question" in rows[0] else "text", annotations)
+    by_key(replies, "prompt", answers)
+    pairs = pair(kind, rows, replies, answers)
 
     # ScienceQA's problems.json holds the training questions, too: keep the splits that were asked.
-    splits = {row.get("split") for key, row in rows.items() if key in replies}
+    splits = {row.get("split") for row, reply in pairs if reply}
     if splits:
-        rows = {key: row for key, row in rows.items() if row.get("split") in splits}
+        pairs = [(row, reply) for row, reply in pairs if row.get("split") in splits]
 
-    missing = [key for key in rows if key not in replies]
-    if missing:
-        raise ValueError(f"{answers}: {len(missing)} of {len(rows)} questions have no answer, "
-                         f"first {missing[0]!r}")
-    return score_all(kind, rows, replies), len(replies) - len(rows)
+    missing = [row["question_id"] for row, reply in pairs if reply is None]
+    if missing and (not allow_missing or len(missing) == len(pairs)):
+        raise ValueError(f"{answers}: {len(missing)} of {len(pairs)} questions have no answer, "
+                         f"first {str(missing[0])!r}; --allow-missing scores the others")
+    pairs = [(row, reply) for row, reply in pairs if reply]
+    n_used = len({id(reply) for _, reply in pairs})
+    points = sum_points(kind, [(row, reply["text"]) for row, reply in pairs])
+    return points, len(replies) - n_used
 
 
 def score_all(kind, rows, replies):
-    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}: the sums over all
-    questions and, where annotations have a "type" (VQA v2: "answer_type"), over those of a type."""
+    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}."""
+    pairs = [({"question_id": key, **row}, replies[key]) for key, row in rows.items()]
+    return sum_points(kind, pairs)
+
+
+def sum_points(kind, pairs):
+    """[(annotation, reply)] -> {name: [points, possible]}: the sums over all questions and, where
+    annotations have a "type" (VQA v2: "answer_type"), over those of a type."""
+    if kind == "mme":
+        return mme_totals(pairs)
     scorer = SCORERS[kind][0]
     sums = {}
-    for key, row in rows.items():
+    for row, reply in pairs:
         try:
-            points = scorer(row, replies[key])
+            points = scorer(row, reply)
         except ValueError as e:
-            raise ValueError(f"question {key!r}: {e}") from None
+            raise ValueError(f"question {str(row['question_id'])!r}: {e}") from None
         question_type = row.get("type") or row.get("answer_type")
         if question_type:
             points[str(question_type)] = points["accuracy"]
@@ -824,18 +972,157 @@ def score_all(kind, rows, replies):
     return sums
 
 
+# Which answer belongs to which annotation. An id alone does not say it: see key_of; and POPE's
+# three files of labels (random, popular, adversarial) all begin with number 1, while LLaVA asks all
+# three in one file. So what is asked must agree, too.
+
+
+def read_annotations(kind, file):
+    """The rows of --annotations. MME's are a folder of texts: existence/1.txt, or the same below
+    questions_answers_YN/, with a line "question<TAB>answer" for each question about 1.png."""
+    if kind != "mme" or not os.path.isdir(file):
+        _, needs, kind_needed = SCORERS[kind]
+        return read_rows(file, needs, kind_needed)
+
+    rows = []
+    for name in sorted(glob.glob(f"{glob.escape(file)}/**/*.txt", recursive=True)):
+        category = os.path.relpath(name, file).split(os.sep)[0]
+        picture = os.path.splitext(os.path.basename(name))[0]
+        for line in Path(name).read_text(encoding="utf-8-sig").splitlines():
+            question, _, right = line.rpartition("\t")
+            if question:
+                rows.append({"question_id": f"{category}/{picture}", "question": question,
+                             "answer": right})
+    if not rows:
+        raise ValueError(f"{file}: no MME in it: no CATEGORY/*.txt with lines of a question, a tab "
+                         "and its answer")
+    return rows
+
+
+def pair(kind, rows, replies, file):
+    """Annotations and answers -> [(annotation, its answer or None), ...].
+
+    Raises ValueError if the answer with an annotation's id is one to another question."""
+    # POPE's answers may name their pictures, and then they are found by these. (LLaVA's do not.)
+    field = "question_id"
+    if kind == "pope":
+        if all("image" in row for row in rows + replies) and all(map(question_of, rows)):
+            field = "image"
+        pairs = pair_in_order(rows, replies, field == "image")
+        if pairs:
+            return pairs
+
+    places = {}
+    for reply in replies:
+        places.setdefault(place(kind, reply[field]), []).append(reply)
+    pairs = []
+    for row in rows:
+        found = places.get(place(kind, row[field]), [])
+        if kind == "textvqa" and not found:
+            # LLaVA's questions have the picture's id in the place of their own.
+            found = places.get(place(kind, row.get("image_id")), [])
+        fits = those_that_ask(row, found)
+        check_pair(kind, row, found, fits, field, file)
+        pairs.append((row, fits[0] if fits else None))
+    return pairs
+
+
+def place(kind, name):
+    """The id of a question, or the file name of a picture, as far as it is the same everywhere."""
+    file = os.path.basename(str(name))
+    if kind == "mme":
+        # "artwork/images/10002.jpg" and "artwork/10002" are the same.
+        category = str(name).split("/")[0]
+        return category, os.path.splitext(file)[0]
+    return file if kind == "pope" else str(name)
+
+
+def pair_in_order(labels, replies, by_image):
+    """POPE's answers to one file of labels, among those to all three, as LLaVA finds them: by their
+    order. None unless just one run of answers, as long as the labels, is to these questions."""
+    def picture(row):
+        return place("pope", row["image"]) if by_image else None
+
+    wanted = [(picture(row), question_of(row)) for row in labels]
+    said = [(picture(row), wording(prompt_of(row) or "")) for row in replies]
+    if any(question is None for _, question in wanted):
+        return None
+
+    starts = []
+    for start in range(len(said) - len(wanted) + 1):
+        run = zip(wanted, said[start:])
+        if all(a == b and question in prompt for (a, question), (b, prompt) in run):
+            starts.append(start)
+    if len(starts) != 1:
+        return None
+    return list(zip(labels, replies[starts[0]:]))
+
+
+def those_that_ask(row, replies):
+    """The answers to what the annotation asks, if it says it; the word-by-word ones first."""
+    question = question_of(row)
+    if question is None:
+        return replies
+    asked = [wording(without_frame(prompt_of(reply) or question)) for reply in replies]
+    same = [reply for reply, text in zip(replies, asked) if text == question]
+    return same or [reply for reply, text in zip(replies, asked) if question in text]
+
+
+def question_of(row):
+    """What an annotation asks, or None."""
+    text = row.get("question", row.get("text"))
+    return wording(without_frame(text)) if isinstance(text, str) else None
+
+
+def prompt_of(reply):
+    """What was asked, or None in a file of answers that does not say it."""
+    prompt = reply.get("prompt")
+    return prompt if isinstance(prompt, str) else None
+
+
+def wording(text):
+    """A question without what differs between the files of a benchmark: capitals, blanks, MME's
+    request at the end, and the "imange" of POPE's first label files, which LLaVA asks for."""
+    text = " ".join(text.replace("<image>", " ").lower().split())
+    return text.replace(" imange", " image").removesuffix("please answer yes or no.").strip()
+
+
+def without_frame(prompt):
+    """The question in a prompt of LLaVA's, which may put TextVQA's words in front or behind it, and
+    a request for a short answer at the end (its eval_textvqa.py)."""
+    framed = re.match(r"OCR tokens: .*Question: (.*?) Short answer:", prompt, re.DOTALL)
+    if framed:
+        return framed[1]
+    around = ("Reference OCR token:", "Answer the question using")
+    return "\n".join(line for line in prompt.split("\n") if not line.startswith(around))
+
+
+def check_pair(kind, row, found, fits, field, file):
+    """An answer with the annotation's id is one to its question, and there are no two of them."""
+    if len({prompt_of(reply) for reply in fits}) > 1:
+        raise ValueError(f"{file}: question_id {fits[0]['question_id']!r} comes twice; give the "
+                         "annotations a 'question' that says which one they mean")
+
+    # Where several questions share an id, this one may just have no answer.
+    shared = field == "image" or kind in ("textvqa", "mme")
+    if found and not fits and not shared:
+        raise ValueError(
+            f"{file}: question {str(row['question_id'])!r} was {found[0]['prompt']!r}, but its "
+            f"annotation is about {question_of(row)!r}: these are annotations of other questions")
+
+
 def write_drawn(folder, n):
     """The n questions of --eval-drawn as files: questions.jsonl, images/, and for --score {kind}
     the annotations {kind}.jsonl."""
     os.makedirs(f"{folder}/images", exist_ok=True)
-    files = {name: [] for name in ("questions", *SCORERS)}
+    files = {}
     for i, (scene, kind, question, right) in enumerate(drawn_questions(n)):
         image = f"{i:05}.png"
         data.draw_scene(scene).save(f"{folder}/images/{image}")
         rows = annotations_of(kind, right, random.Random(i))
         rows["questions"] = {"image": image, "text": question}
         for name, row in rows.items():
-            files[name].append({"question_id": i, **row})
+            files.setdefault(name, []).append({"question_id": i, **row})
 
     for name, rows in files.items():
         write_lines(f"{folder}/{name}.jsonl", rows)
@@ -1474,8 +1761,13 @@ def parse(argv=None):
              "and about both")
     add_file_flags(parser)
 
-    # A prompt of blanks is no prompt; and a video is from now on the list of its frames.
+    # Which flags are given: those whose value is not this None (argparse puts no default over it).
     args = parser.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = vars(parser.parse_args(argv, unset)).items()
+    args.given = {name for name, value in given if value is not None}
+
+    # A prompt of blanks is no prompt; and a video is from now on the list of its frames.
     if args.prompt is not None:
         args.prompt = args.prompt.strip()
     videos = []
@@ -1492,12 +1784,14 @@ def add_file_flags(parser):
     command.add_argument(
         "--eval", metavar="FILE",
         help="answer a question file as LLaVA's: a JSON object with question_id, text and image (a "
-             "file, a list of files, or none), perhaps audio and video, a line. An interrupted run "
-             "goes on where it stopped; under torchrun every process answers its share")
+             "file, a list of files, or none), perhaps audio and video, a line; or a list of "
+             "conversations, as for ScienceQA. An interrupted run goes on where it stopped; under "
+             "torchrun every process answers its share")
     command.add_argument(
         "--score", choices=SCORERS,
         help="score a file of answers: exact match, VQA accuracy (ten humans), TextVQA's (the "
-             "same, words cleaned otherwise), POPE (yes or no), multiple choice. Needs no model")
+             "same, words cleaned otherwise), POPE (yes or no), multiple choice, MME. Needs no "
+             "model")
     command.add_argument(
         "--write-drawn", nargs="+", metavar=("DIR", "N"),
         help="write N (default: 500) drawn questions into DIR: questions.jsonl and images/ for "
@@ -1506,11 +1800,16 @@ def add_file_flags(parser):
         help="of --eval: the folder below which its images lie")
     add("--out", metavar="FILE",
         help="of --eval: the answers, a JSON object a line, in the order of the questions")
+    add("--suffix", metavar="TEXT",
+        help="of --eval: a last line for every question; LLaVA asks ScienceQA with \"Answer with "
+             "the option's letter from the given choices directly.\"")
     add("--batch", type=int, default=16,
-        help="of --eval: questions answered together (default: 16)")
+        help="questions answered together (default: 16; of --eval-drawn 100)")
     add("--answers", metavar="FILE", help="of --score: what --eval wrote to --out")
     add("--annotations", metavar="FILE",
-        help="of --score: the right answers, JSON or JSON lines, by question_id")
+        help="of --score: the right answers, JSON or JSON lines, by question_id; of MME its folder")
+    add("--allow-missing", action="store_true",
+        help="of --score: leave out questions that have no answer")
 
 
 def main(argv=None):
@@ -1519,7 +1818,7 @@ def main(argv=None):
 
     # 1. What needs no model.
     if args.score:
-        scores, n_extra = score(args.score, args.annotations, args.answers)
+        scores, n_extra = score(args.score, args.annotations, args.answers, args.allow_missing)
         extra = f"; {n_extra} answers have no annotation and do not count" if n_extra else ""
         print_table(scores, f"{args.answers}: {args.score}{extra}")
         return
@@ -1529,9 +1828,10 @@ def main(argv=None):
         return
 
     # 2. A file of questions is read before the model is loaded: an error in it comes at once.
+    args.device = own_device(args.device)
     model_id = os.path.basename(os.path.abspath(args.model))
     if args.eval:
-        questions = read_questions(args.eval, args.images)
+        questions = read_questions(args.eval, args.images, args.suffix)
         n_done = len(answered(args.out, questions, model_id))
         if n_done == len(questions) and not parts_of(args.out) and not args.routing:
             if RANK == 0:
@@ -1550,7 +1850,7 @@ def main(argv=None):
     # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw.
     talk = args.prompt is not None or not (args.routing or args.eval_drawn or args.eval)
     if args.eval_drawn:
-        asked = evaluate_and_print(args, model, tokenizer)
+        asked = evaluate_and_print(args, model, tokenizer, options)
     elif args.routing and not args.eval:
         sample, reply = conversation_to_draw(args, model, tokenizer, options)
         asked = [(sample, reply)]
@@ -1574,10 +1874,22 @@ def main(argv=None):
         chat(model, tokenizer, args.image, args.prompt, args.audio, args.video, **options)
 
 
+def own_device(device):
+    """The device of this process: where torchrun starts several, each has a GPU of its own."""
+    if WORLD > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        # Only what can be written there and read again is a device.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
+    return device
+
+
 def join_processes(args):
-    """Give each process its own GPU, and let the processes know each other."""
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    """Let the processes of torchrun know each other."""
+    if args.device != "cpu":
         torch.cuda.set_device(args.device)
     backend = "gloo" if args.device == "cpu" else "nccl"
     # Whoever is done first waits for the last: longer, perhaps, than the usual ten minutes.
@@ -1609,7 +1921,7 @@ def conversation_to_draw(args, model, tokenizer, options):
     return {**sample, "conversations": turns}, last["value"]
 
 
-def evaluate_and_print(args, model, tokenizer):
+def evaluate_and_print(args, model, tokenizer, options):
     """--eval-drawn: print a table for each world that the model has the senses for.
 
     -> [(sample, reply), ...]"""
@@ -1620,23 +1932,94 @@ def evaluate_and_print(args, model, tokenizer):
     elif model.vision is None:
         worlds = ["sound"]
 
+    # Drawn questions have short answers about small pictures: other numbers, if none are given.
+    batch = args.batch if "batch" in args.given else 100
+    if "max_new_tokens" not in args.given:
+        options = {**options, "max_new_tokens": 16}
+
     asked = []
     for world in worlds:
-        scores = evaluate(model, tokenizer, args.eval_drawn, world=world, asked=asked)
+        scores = evaluate(
+            model, tokenizer, args.eval_drawn, batch, world=world, asked=asked, **options)
         print_table(scores, f"{args.model}: {args.eval_drawn} questions about held-out "
                             f"{about[world]}, exact match")
     return asked
 
 
+# What a flag acts on. ("prompt" is also a chat, in which the prompts are typed.)
+ASKING = ("prompt", "eval", "eval_drawn")
+ACTS_ON = {
+    "model": ASKING,
+    "device": ASKING,
+    "image": ("prompt", "routing"),
+    "audio": ("prompt",),
+    "video": ("prompt",),
+    "prompt": ("prompt",),
+    "max_new_tokens": ASKING,
+    "temperature": ASKING,
+    "top_p": ASKING,
+    "seed": ASKING,
+    "compile": ASKING,
+    "routing": ASKING,
+    "eval_drawn": ("eval_drawn",),
+    "images": ("eval",),
+    "out": ("eval",),
+    "suffix": ("eval",),
+    "batch": ("eval", "eval_drawn", "routing"),
+    "answers": ("score",),
+    "annotations": ("score",),
+    "allow_missing": ("score",),
+}
+LIMITS = {
+    "max_new_tokens": (1, 1_000_000),
+    "seed": (0, 2**62),
+    "eval_drawn": (1, 1_000_000),
+    "batch": (1, 1_000_000),
+}
+
+
 def check_flags(args):
-    """Raises ValueError for flags that do not go together."""
-    if args.score and (not args.answers or not args.annotations):
-        raise ValueError("--score needs --answers and --annotations")
+    """Raises ValueError for flags that do not go together, or would be ignored."""
     if args.eval and (not args.out or args.batch < 1):
         raise ValueError("--eval needs --out, a file for the answers, and a --batch of at least 1")
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{flag(name)} must be from {low} to {high}, not {value}")
+    if args.prompt == "":
+        raise ValueError("--prompt is empty; leave it out for a chat")
+
+    # A flag that is given acts, or is refused.
+    does = deeds(args)
+    for name in ACTS_ON:
+        if name in args.given and not does.intersection(ACTS_ON[name]):
+            hint = "; a --prompt is about an --image" if name == "images" else ""
+            raise ValueError(f"{flag(name)} acts with {' or '.join(map(flag, ACTS_ON[name]))} "
+                             f"only{hint}")
+    if args.temperature == 0 and args.given & {"top_p", "seed"}:
+        raise ValueError("--top-p and --seed are for sampling: give a --temperature above 0, too")
+
+    if args.score and (not args.answers or not args.annotations):
+        raise ValueError("--score needs --answers and --annotations")
     if args.eval and args.routing and args.eval_drawn:
         raise ValueError("--routing averages over --eval or over --eval-drawn; "
                          "ask for one of them at a time")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def deeds(args):
+    """What this run does, in the words of ACTS_ON."""
+    for name in ("score", "write_drawn"):
+        if name in args.given:
+            return {name}
+    does = args.given & {"eval", "eval_drawn", "routing"}
+    if args.prompt is not None or not does & {"eval", "eval_drawn"}:
+        does.add("prompt")
+    return does
 
 
 def folder_and_number(words):

@@ -708,15 +708,17 @@ class CuMo(nn.Module):
         # 3. The whole prompt at once, then one token after the other.
         logits = run_prompt(self.text, x, tokens != PAD, length - 1, cache)  # (B, V)
         done = torch.zeros_like(length, dtype=torch.bool)  # (B,)
+        finite = torch.ones_like(done)  # (B,)
         said = []
         for step in range(max_new_tokens):
             if step > 0:
                 n_keys = n_cache if compile else n_prompt + step
                 logits = run_token(self.text, token, length + step - 1, cache, n_keys)  # (B, V)
             token = sample(logits, temperature, top_p, generator)  # (B,)
+            finite = finite & logits.amax(-1).isfinite()  # (B,)
             if eos is not None:
                 token = torch.where(done, eos, token)
-                done = token == eos
+                done = (token == eos) | ~finite
             said.append(token)
             if on_token is not None:
                 on_token(token)
@@ -727,6 +729,7 @@ class CuMo(nn.Module):
             if ask and done.all():
                 break
 
+        check_finite(finite)
         said = torch.stack(said, 1)  # (B, steps)
         if eos is not None:
             n = int((said != eos).any(0).sum())  # steps in which some row still went on
@@ -771,7 +774,9 @@ def fill_slots(x, is_slot, features):
 
 def sample(logits, temperature, top_p, generator=None):
     """logits (B, V) -> token (B,)."""
-    if temperature == 0:
+    # So near to 0 only the best token has a chance, and the division below would overflow.
+    # (vLLM draws the same line.)
+    if temperature < 1e-5:
         return logits.argmax(-1)
     p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) twice
 
@@ -1526,10 +1531,23 @@ def count_features(embeds):
     return 0 if embeds is None else embeds.shape[:2].numel()
 
 
-def check_generation(tokens, max_new_tokens, temperature, top_p):
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+def check_sampling(max_new_tokens, temperature, top_p):
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got "
                          f"{max_new_tokens}, {temperature}, {top_p}")
+
+
+def check_finite(finite):
+    """finite (B,): whether all logits of a row were numbers."""
+    if not finite.all():
+        raise ValueError(
+            "the model's logits are NaN or infinite, so no token is the best. Most likely so are "
+            "its weights: a run that diverged (see its log.jsonl) or a damaged file. Or the "
+            "numbers outgrew a narrow type: take bfloat16 or float32 instead of float16")
+
+
+def check_generation(tokens, max_new_tokens, temperature, top_p):
+    check_sampling(max_new_tokens, temperature, top_p)
     real = tokens != PAD  # (B, T)
     real_first = real.sort(1, descending=True).values
     if not real.any(1).all() or not torch.equal(real, real_first):

@@ -1331,7 +1331,9 @@ def local_folder(path):
     on the hub ("shi-labs/CuMo-mistral-7b")."""
     if os.path.isfile(join(path, "config.json")):
         return path
-    if exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    # Nobody's models on the hub are called out/...; that is where train.py writes.
+    is_ours = path.startswith("out/")
+    if is_ours or exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
                          "train.py`, or check the path")
 

@@ -595,10 +595,12 @@ SAMPLES = [sample("a.png", ("<image>\nWhat?", "Ring."), id="x"), sample(),
            sample(["a.png", "b.png"], ("<image><image>\nSame?", "No. 猫\u2028")), sample(["a.png"], ("<image>", "ça va"))]
 
 
-@pytest.mark.parametrize("form", ["json", "pretty json", "jsonl", "jsonl, escaped", "jsonl, blank lines", "jsonl, CRLF"])
+@pytest.mark.parametrize("form", ["json", "pretty json", "jsonl", "jsonl, escaped", "jsonl, blank lines", "jsonl, CRLF", "json, BOM",
+                                  "jsonl, BOM"])
 def test_json_and_jsonl_give_the_same_samples(form, tmp_path):
     lines = [json.dumps(s, ensure_ascii="escaped" in form) for s in SAMPLES]
     text = {"json": json.dumps(SAMPLES), "pretty json": "\n " + json.dumps(SAMPLES, indent=2, ensure_ascii=False),
+            "json, BOM": "\ufeff" + json.dumps(SAMPLES), "jsonl, BOM": "\ufeff" + "\n".join(lines),
             "jsonl, blank lines": "\n\n".join(lines) + "\n\n", "jsonl, CRLF": "\r\n".join(lines)}.get(form, "\n".join(lines) + "\n")
     (tmp_path / "x.json").write_bytes(text.encode())
     data = d.LlavaJson(tmp_path / "x.json", "/pictures")
@@ -613,7 +615,8 @@ GOOD = json.dumps(sample())
 BAD_FILES = {"malformed jsonl": (f"{GOOD}\n{GOOD}\n{{broken\n{GOOD}", "line 3"), "cut jsonl": (f"{GOOD}\n{GOOD[:30]}", "line 2"),
              "malformed json": ('[\n{"id": 1},\n{"id": }\n]', "line 3"), "cut json": (f"[{GOOD},\n", "line 2"),
              "text": ("hello", "line 1"), "empty": ("", "no samples"), "white space": ("\n \n", "no samples"),
-             "empty list": ("[]", "no samples"), "not utf-8": (b'[{"id": "\xff\xfe"}]', "utf-8"), "missing": (None, "No such file")}
+             "empty list": ("[]", "no samples"), "deep": ("[" * 1000 + "]" * 1000, "too deeply"),
+             "deep line": (GOOD + "\n" + "[" * 1000, "line 2 on.*too deeply"), "not utf-8": (b'[{"id": "\xff\xfe"}]', "utf-8"), "missing": (None, "No such file")}
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
@@ -626,13 +629,20 @@ def test_bad_data_file_is_a_value_error_naming_file_and_line(kind, tmp_path):
         d.LlavaJson(str(file))
 
 
-@pytest.mark.parametrize("wrong", [3, "text", [1], {"id": 1}, {"conversations": "text"}, sample(5), sample([5]), sample({"a": 1})])
+@pytest.mark.parametrize("wrong", [sample(texts=("Why?", "half \ud83d")), sample("a\ud800.png"), 3, "text", [1], {"id": 1},
+                                   {"conversations": "text"}, sample(5), sample([5]), sample({"a": 1})])
 def test_sample_of_wrong_type_is_a_value_error_naming_it(wrong, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([sample(), wrong]))
     data = d.LlavaJson(tmp_path / "x.json")
     assert data[0]["conversations"] and len(data.lengths()) == 2
-    with pytest.raises(ValueError, match="x.json: sample 2"):
+    with pytest.raises(ValueError, match="x.json: sample 2") as e:
         data[1]
+    str(e.value).encode()                                                          # it can be printed
+
+
+def test_half_a_character_in_a_turn_is_an_error_that_can_be_printed(tokenizer):
+    with pytest.raises(ValueError, match="turn 1: half a character"):
+        d.encode_chat([{"from": "human", "value": "half \ud83d"}], tokenizer, "tiny", 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

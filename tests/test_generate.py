@@ -1,5 +1,6 @@
 """generate.py: answers, chat, measuring, pictures of the routing, and the command line."""
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -396,3 +397,59 @@ def test_the_program_fails_with_one_line_on_stderr(bad, folder, tmp_path):
                          capture_output=True, text=True, timeout=120)
     lines = run.stderr.strip().splitlines()
     assert run.returncode == 1 and run.stdout == "" and len(lines) == 1 and bad in lines[0]
+
+
+def test_before_any_training_the_error_says_to_train_and_the_hub_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)                      # to import it would fail
+    with pytest.raises(ValueError, match="^out/tiny: no model folder.*python train.py"):
+        generate.main(["--prompt", "Why?", "--device", "cpu"])
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text("\ufeff" + config.read_text(), encoding="utf-8")
+    assert load(str(tmp_path / "m"))[0].config == load(folder)[0].config
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--images", "pic.png", "--prompt", "hi"], "--images acts with --eval only.*--image"),
+    (["--out", "a", "--prompt", "hi"], "--out acts with --eval"),
+    (["--answers", "a"], "--answers acts with --score"), (["--allow-missing", "--prompt", "hi"], "--allow-missing"), (["--batch", "3"], "--batch"),
+    (["--suffix", "x"], "--suffix"), (["--eval", "q", "--out", "a", "--image", "x.png"], "--image acts"),
+    (["--eval", "q", "--out", "a", "--audio", "x.wav", "--routing", "r.png"], "--audio acts"), (["--eval-drawn", "3", "--images", "x"], "--images"),
+    (["--score", "exact", "--answers", "a", "--annotations", "b", "--model", "m"], "--model acts"),
+    (["--write-drawn", "d", "--prompt", "x"], "--prompt"),
+    (["--score", "exact", "--answers", "a", "--annotations", "b", "--eval-drawn", "3"], "--eval-drawn"), (["--prompt", " "], "--prompt is empty"),
+    (["--prompt", "x", "--top-p", "0.5"], "--temperature"), (["--prompt", "x", "--seed", "1"], "--temperature"),
+    (["--prompt", "x", "--batch", "16"], "--batch")])                              # given, though it is the default
+def test_a_flag_that_would_be_ignored_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        generate.main(flags)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--device", "abc"], "--device abc"), (["--device", "cuda"], "--device cuda"), (["--device", "meta"], "--device meta"),
+    (["--temperature", "nan"], "temperature"), (["--temperature", "inf"], "temperature"), (["--top-p", "nan"], "top_p"),
+    (["--max-new-tokens", "1" + "0" * 20], "--max-new-tokens"), (["--seed", "-1"], "--seed"), (["--seed", "1" + "0" * 20], "--seed"),
+    (["--eval-drawn", "0"], "--eval-drawn"), (["--eval-drawn", "-3"], "--eval-drawn"),
+    (["--eval", "q", "--out", "a", "--batch", "1" + "0" * 20], "--batch"),
+    (["--prompt", "half \ud83d"], "half a character")])
+def test_flags_of_a_wrong_kind_are_value_errors_in_words(flags, message, folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if flags == ["--device", "cuda"] and torch.cuda.device_count():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=message):
+        generate.main(["--model", folder, *([] if "--prompt" in flags or "--eval" in flags else ["--prompt", "x"]), *flags])
+
+
+def test_flags_that_are_given_reach_the_drawn_questions(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(generate, "answer", lambda m, t, samples, **options: calls.append((len(samples), options)) or [""] * len(samples))
+    for flags in ([], ["--batch", "4", "--max-new-tokens", "3", "--temperature", "0.5", "--seed", "2", "--compile"]):
+        generate.main(["--model", folder, "--device", "cpu", "--eval-drawn", "6", *flags])
+    (n, default), (first, given), (second, _) = calls
+    assert n == 6 and default["max_new_tokens"] == 16 and default["temperature"] == 0 and not default["compile"]
+    assert (first, second) == (4, 2) and given["max_new_tokens"] == 3 and given["temperature"] == 0.5 and given["compile"]
+    assert given["generator"].initial_seed() == 2

@@ -1,6 +1,7 @@
 """model.py: parameter counts, vision, connector, decoder, the splice, losses, decoding."""
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -380,6 +381,22 @@ def test_sampling_follows_temperature_and_top_p():
     assert draw(1.0, 0.4).tolist() == [0, 1, 0, 0] and draw(0.01, 1.0).tolist() == [0, 1, 0, 0] and draw(0, 1.0).tolist() == [0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-300])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature):
+    logits = torch.tensor([[-3.0, 5.0, 4.99], [80.0, -1e4, 79.9]])
+    assert sample(logits, temperature, 0.9).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("number, how", [(math.nan, {}), (math.nan, dict(temperature=1.0)), (math.inf, dict(eos=3)), (-math.inf, {})])
+def test_logits_that_are_no_numbers_are_an_error_that_names_the_likely_cause(number, how, tiny_model):
+    model, steps = tiny_model(), []
+    with torch.no_grad():
+        model.text.norm.weight.fill_(number)
+    with pytest.raises(ValueError, match="NaN or infinite.*diverged.*float16"):
+        model.generate(tokens_of([7], [8, 9]), max_new_tokens=3, on_token=steps.append, **how)
+    assert len(steps) == (1 if "eos" in how else 3)                                # with an end in sight it stops at once
+
+
 def test_sampling_repeats_with_its_generator(tiny_model):
     model = tiny_model()
     go = lambda seed: model.generate(tokens_of([7], [8, 9]), max_new_tokens=8, temperature=1.5,
@@ -393,7 +410,7 @@ def test_generate_refuses_padding_that_is_not_on_the_right(tiny_model, rows, wor
         tiny_model().generate(torch.tensor(rows))
 
 
-@pytest.mark.parametrize("kw", [dict(max_new_tokens=0), dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.5)])
+@pytest.mark.parametrize("kw", [dict(max_new_tokens=0), dict(temperature=-1.0), dict(temperature=math.nan), dict(top_p=0.0), dict(top_p=1.5)])
 def test_generate_refuses_numbers_out_of_range(tiny_model, kw):
     with pytest.raises(ValueError, match="max_new_tokens >= 1"):
         tiny_model().generate(torch.tensor([[1]]), **kw)
