@@ -71,7 +71,7 @@ def scripted(tokenizer, text, cut=None, template="tiny"):
             if on_token is not None:
                 on_token(torch.tensor([i]))
         return torch.tensor([ids])
-    config = SimpleNamespace(template=template, n_image_tokens=36, n_audio_tokens=0, frames_apart=False, vision=SimpleNamespace(image_size=48))
+    config = SimpleNamespace(template=template, text=SimpleNamespace(end_tokens=[]), n_image_tokens=36, n_audio_tokens=0, frames_apart=False, vision=SimpleNamespace(image_size=48))
     return SimpleNamespace(config=config, text=SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1))), generate=generate)
 
 
