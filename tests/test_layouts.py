@@ -730,6 +730,18 @@ def test_a_decoder_is_asked_and_ends_as_its_own_files_say(smollm):
     assert load(smollm)[0].config.template == "tiny"                               # our own key in an export tells
 
 
+def test_parts_and_train_take_the_template_that_the_tokenizer_knows(smollm, tiny_model, tmp_path):
+    import train
+    save(tiny_model(), tmp_path / "clip", layout="hf-clip")
+    main(["--vision", str(tmp_path / "clip"), "--llm", str(smollm), "--out", str(tmp_path / "o")])
+    assert load(tmp_path / "o")[0].config.template == "chatml"
+    args = train.parse(["--preset", "cumo-1b", "--vision", str(tmp_path / "clip"), "--llm", str(smollm), "--data", "x", "--stage", "1"])
+    assert train.load_model(args, train.settings(args, 1), "", None)[0].config.template == "chatml"
+    known = chat_tokenizer(["</s>", *CHATML_MARKS])
+    known.save(str(smollm / "tokenizer.json"))
+    assert train.load_model(args, train.settings(args, 1), "", None)[0].config.template == "vicuna"        # the preset's, where it fits
+
+
 def test_an_export_keeps_ends_context_and_tokenizer(smollm, tmp_path):
     import transformers
     main(["--from", str(smollm), "--out", str(tmp_path / "own")])
