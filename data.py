@@ -208,10 +208,11 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     if not TEMPLATES[template].spelled_out:
         encoded += [(token, IGNORE) for token in start_tokens(tokenizer)]
 
+    specials = special_tokens(tokenizer)
     # As in LLaVA, each stretch of text between the slots is tokenized alone.
     for is_slot, group in itertools.groupby(pieces, operator.attrgetter("is_slot")):
         if not is_slot:
-            encoded += encode_text(list(group), tokenizer)
+            encoded += encode_text(list(group), tokenizer, specials)
             continue
         for mark in group:
             if mark.text == "<image>":
@@ -227,14 +228,14 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     return ids, labels
 
 
-def encode_text(pieces, tokenizer):
-    """Pieces that follow each other, joined -> [(id, label), ...]."""
+def encode_text(pieces, tokenizer, specials):
+    """Pieces that follow each other, joined -> [(id, label), ...]. specials: see `special_tokens`.
+    """
     text = "".join(piece.text for piece in pieces)
     learnt = [piece.learnt for piece in pieces for _ in piece.text]  # one a character
     typed = [piece.typed for piece in pieces for _ in piece.text]
 
     encoded = []
-    specials = special_tokens(tokenizer)
     tokens = tokenizer.encode(text, add_special_tokens=False)
     for token, (first, last) in zip(tokens.ids, tokens.offsets):
         # Of blanks, some tokenizers report no characters: then the next one decides.
@@ -260,8 +261,9 @@ def start_tokens(tokenizer):
     What it would put behind the text ("</s>") is left out, since a conversation goes on.
     """
     probe = tokenizer.encode("a")
-    n_text = probe.special_tokens_mask.index(0) if 0 in probe.special_tokens_mask else 0
-    return probe.ids[:n_text]
+    # Added tokens count as special: of "<s> a </s>" the first and the last.
+    added = itertools.takewhile(operator.itemgetter(1), zip(probe.ids, probe.special_tokens_mask))
+    return [token for token, _ in added]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -506,6 +508,7 @@ def fits(tokenizer, template):
 
     A name in the vocabulary is not enough: Qwen2's has "</s>", but cuts the text "</s>" into three.
     """
+    check_template(template)
     for mark in TEMPLATES[template].marks:
         if tokenizer.encode(mark, add_special_tokens=False).tokens != [mark]:
             return False
@@ -1669,10 +1672,14 @@ def open_image(image):
         raise ValueError(f"{name}: cannot be read as an image: {e}") from None
 
 
-def check_turns(conversations, template):
-    """Turns are objects with "from" and "value", and alternate, beginning with the human."""
+def check_template(template):
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+
+
+def check_turns(conversations, template):
+    """Turns are objects with "from" and "value", and alternate, beginning with the human."""
+    check_template(template)
     if not conversations:
         raise ValueError("the conversation is empty")
     for i, turn in enumerate(conversations):

@@ -1655,6 +1655,7 @@ def check_model(args, model, tokenizer):
     if tokenizer is None:
         raise ValueError(
             f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
+    data.check_end_mark(tokenizer, model.config.template)
     for file in args.image + args.audio + sum(args.video, []):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file")

@@ -1404,6 +1404,10 @@ def validate(config):
     for token in [config.text.start_token or 0, *config.text.end_tokens]:
         if not isinstance(token, int) or token < 0:
             raise ValueError(f"text: {token!r} as a start or end token; these are ids, whole numbers")
+    limit = config.text.max_positions
+    if limit is not None and not (isinstance(limit, int) and limit > 0):
+        raise ValueError(f"text.max_positions = {limit!r} must be a whole number above 0, or null "
+                         "where it is not known")
     if config.text.rope_scaling is not None:
         missing = ROPE_SCALING - config.text.rope_scaling.keys()
         if missing:

@@ -315,6 +315,8 @@ def test_a_tokenizer_without_the_end_mark_is_refused_and_told_what_fits():
         d.encode_chat(chat, t, "vicuna", 1)
     with pytest.raises(ValueError, match="does not know </s>.*--template chatml"):
         d.Encoded([chat], t, "mistral", 16, 4, 64)                                # before a run, not in its every sample
+    with pytest.raises(ValueError, match="unknown template 'nope'"):
+        d.Encoded([chat], t, "nope", 16, 4, 64)
     with pytest.raises(ValueError, match="use another tokenizer"):
         d.end_token(gpt2_kind([]), "vicuna")
     named = Tokenizer(models.BPE({"<": 0, "/": 1, "s": 2, ">": 3, "</s>": 4}, []))      # as in Qwen2: in the vocabulary, but never made
