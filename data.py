@@ -20,9 +20,11 @@ of coloured shapes and beeps as it goes; the default run trains on it.
 This file imports no other file of the project.
 """
 import functools
+import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import random
 import re
@@ -114,16 +116,32 @@ class Template(NamedTuple):
     first: str  # the human's first turn
     later: str  # the human's other turns
     answer: str
-    end: str  # what ends an answer: a model that writes it has finished
-    end_is_token: bool = False  # must the tokenizer know `end` as one token?
+    end: str  # what stands behind an answer
+    # The marks that the tokenizer must know, each as one token. The last one ends an answer: a
+    # model that writes it has finished.
+    marks: tuple = ("</s>",)
+    # All is spelled out, so the tokenizer does not put its own "<s>" in front.
+    spelled_out: bool = False
+    strips: bool = False  # are the blanks around a turn's text left out?
 
 
-def render(conversations, template):
-    """Turns and a template's name -> [(text, learnt?), ...]. The model reads the texts, joined.
+class Piece(NamedTuple):
+    """A stretch of a conversation as it is written down."""
+    text: str
+    learnt: bool  # does the model learn to write it?
+    typed: bool = False  # by whoever talks; all else is the template's
+    is_slot: bool = False  # "<image>" or "<audio>", in whose place the features go
+
+
+def render(conversations, template, slots=("<image>", "<audio>")):
+    """Turns and a template's name -> [Piece, ...]. The model reads the pieces, joined.
 
     It learns to write the answers among them. (An empty answer is learnt, too, where LLaVA would
     take it for one that is still to come.) A conversation that ends with a turn of the human is a
     prompt: its text stops where the answer begins.
+
+    slots: what marks a place. All else is text, also an "<image>" in a turn that has a list "slots"
+    without it: so `load_senses` tells the word from the mark.
     Raises ValueError for an unknown template and for bad turns: see `check_turns`.
     """
     check_turns(conversations, template)
@@ -131,20 +149,38 @@ def render(conversations, template):
 
     pieces = []
     for i, turn in enumerate(conversations):
+        here = [mark for mark in slots if mark in turn.get("slots", slots)]
         text = turn["value"]
-        if turn["from"] == "gpt":
-            pieces.append((form.answer.format(text=text) + form.end, True))
-            continue
+        learnt = turn["from"] == "gpt"
+        layout = form.later
+        if i == 0:
+            layout = form.first
+        if learnt:
+            layout = form.answer + form.end
 
         # As in LLaVA, a single image moves to the head of its turn; several stay where they are.
-        if text.count("<image>") == 1:
+        if not learnt and "<image>" in here and text.count("<image>") == 1:
             words = text.replace("<image>", "").strip()
             text = f"<image>\n{words}".strip()
+        if form.strips:
+            text = text.strip()
 
-        marks = "".join(re.findall("<image>|<audio>", text))
-        layout = form.first if i == 0 else form.later
-        pieces.append((layout.format(text=text, marks=marks), False))
+        # "USER: {text} ASSISTANT:" is cut into what stands before the text, its place, and the rest
+        before, place, behind = re.split("({text}|{marks})", layout)
+        pieces.append(Piece(before, learnt))
+        for part in cut_at_slots(text, here, learnt):
+            if part.is_slot or place == "{text}":
+                pieces.append(part)
+        pieces.append(Piece(behind, learnt))
     return pieces
+
+
+def cut_at_slots(text, slots, learnt):
+    """What somebody typed -> [Piece, ...]: text, slot, text, slot, ..., text."""
+    # The parentheses keep what the text is cut at. Without slots, cut at what is nowhere.
+    pattern = "(" + ("|".join(slots) or "(?!)") + ")"
+    parts = re.split(pattern, text)
+    return [Piece(part, learnt, typed=True, is_slot=i % 2 == 1) for i, part in enumerate(parts)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -176,47 +212,73 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     Raises ValueError as `render` does; if the tokenizer lacks the template's end mark; if the list
     does not fit the marks; and if there are answers but nothing to learn.
     """
-    pieces = render(conversations, template)
+    slots = ["<image>"] if n_audio_tokens == 0 else ["<image>", "<audio>"]
+    pieces = render(conversations, template, slots)
     check_end_mark(tokenizer, template)
-    text = "".join(piece for piece, _ in pieces)
-    learnt = [is_learnt for piece, is_learnt in pieces for _ in piece]  # one a character
+    n_sounds = sum(piece.is_slot and piece.text == "<audio>" for piece in pieces)
+    audio_slots = iter(slots_of_sounds(n_sounds, n_audio_tokens))
 
-    # Cut it at the marks. The parentheses keep these: text, mark, text, mark, ..., text.
-    marks = "(<image>)" if n_audio_tokens == 0 else "(<image>|<audio>)"
-    chunks = re.split(marks, text)
-    audio_slots = iter(slots_of_sounds(chunks[1::2].count("<audio>"), n_audio_tokens))
-
-    # As in LLaVA, each stretch of text is tokenized alone, and each mark becomes its slots.
+    # Many tokenizers put "<s>" in front of whatever they are given. It is wanted once.
     encoded = []  # (id, label) of each token
-    start = 0  # the chunk's first character in the whole text
-    for i, chunk in enumerate(chunks):
-        if i % 2 == 0:
-            encoded += encode_text(chunk, tokenizer, start, learnt)
-        elif chunk == "<image>":
-            encoded += [(IMAGE, IGNORE)] * n_image_tokens
-        else:
-            encoded += [(AUDIO, IGNORE)] * next(audio_slots)
-        start += len(chunk)
+    if not TEMPLATES[template].spelled_out:
+        encoded += [(token, IGNORE) for token in start_tokens(tokenizer)]
+
+    specials = special_tokens(tokenizer)
+    # As in LLaVA, each stretch of text between the slots is tokenized alone.
+    for is_slot, group in itertools.groupby(pieces, operator.attrgetter("is_slot")):
+        if not is_slot:
+            encoded += encode_text(list(group), tokenizer, specials)
+            continue
+        for mark in group:
+            if mark.text == "<image>":
+                encoded += [(IMAGE, IGNORE)] * n_image_tokens
+            else:
+                encoded += [(AUDIO, IGNORE)] * next(audio_slots)
     ids = [token for token, _ in encoded]
     labels = [label for _, label in encoded]
 
-    if any(learnt) and all(label == IGNORE for label in labels):
+    learnt = any(piece.learnt and piece.text for piece in pieces)
+    if learnt and all(label == IGNORE for label in labels):
         raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
     return ids, labels
 
 
-def encode_text(text, tokenizer, start, learnt):
-    """-> [(id, label), ...] of a stretch of text, which begins at character `start` of it all."""
+def encode_text(pieces, tokenizer, specials):
+    """Pieces that follow each other, joined -> [(id, label), ...]. specials: see `special_tokens`.
+    """
+    text = "".join(piece.text for piece in pieces)
+    learnt = [piece.learnt for piece in pieces for _ in piece.text]  # one a character
+    typed = [piece.typed for piece in pieces for _ in piece.text]
+
     encoded = []
-    tokens = tokenizer.encode(text, add_special_tokens=True)
-    for token, (first, last), special in zip(tokens.ids, tokens.offsets,
-                                             tokens.special_tokens_mask):
-        # Many tokenizers put "<s>" in front of whatever they are given. It is wanted only once.
-        if special and first == last and start > 0:
-            continue
-        label = token if any(learnt[start + first:start + last]) else IGNORE
-        encoded.append((token, label))
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    for token, (first, last) in zip(tokens.ids, tokens.offsets):
+        # Of blanks, some tokenizers report no characters: then the next one decides.
+        if first == last:
+            check_span(token, text, tokenizer)
+            last = first + 1
+
+        # A "</s>" that somebody typed is a word, and does not end anything.
+        meant = [token]
+        if token in specials:
+            span = text[first:last]
+            if typed[first + max(0, span.find(specials[token]))]:
+                meant = spell_out(span, tokenizer)
+
+        is_learnt = any(learnt[first:last])
+        encoded += [(part, part if is_learnt else IGNORE) for part in meant]
     return encoded
+
+
+def start_tokens(tokenizer):
+    """The ids that the tokenizer puts in front of any text: "<s>", or nothing.
+
+    What it would put behind the text ("</s>") is left out, since a conversation goes on.
+    """
+    probe = tokenizer.encode("a")
+    # Added tokens count as special: of "<s> a </s>" the first and the last.
+    added = itertools.takewhile(operator.itemgetter(1), zip(probe.ids, probe.special_tokens_mask))
+    return [token for token, _ in added]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -249,6 +311,7 @@ class Encoded(torch.utils.data.Dataset):
     def __post_init__(self):
         if len(self.data) == 0:
             raise ValueError("the data set is empty")
+        check_end_mark(self.tokenizer, self.template)
 
     def __len__(self):
         return len(self.data)
@@ -399,11 +462,19 @@ class Batches:
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+LLAMA3_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the "
+                 "visual content that the user provides, and assist the user with a variety of "
+                 "tasks using natural language.")
+
+# Llama 3 opens each turn with the speaker's name, and Qwen2 with its own marks around it.
+LLAMA3_TURN = ("<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n")
+CHATML_TURN = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 # To add a template, add a row.
 TEMPLATES = {
     # LLaVA's first stage. The question is dropped: image, caption, newline.
-    "plain": Template("{marks}", "{marks}", "{text}", "\n"),
+    "plain": Template("{marks}", "{marks}", "{text}", "\n", marks=()),
 
     # This project's own, for the default run. Each mark is one token.
     "tiny": Template("<q>{text}<a>", "<q>{text}<a>", " {text}", "</s>"),
@@ -419,9 +490,76 @@ TEMPLATES = {
 
     # MoE-LLaVA's, for OpenChat. It keeps vicuna's words and takes only the end mark from OpenChat.
     "openchat": Template(SYSTEM + " USER: {text} ASSISTANT:",
-                         "USER: {text} ASSISTANT:", " {text}", "<|end_of_turn|>", True),
+                         "USER: {text} ASSISTANT:", " {text}", "<|end_of_turn|>",
+                         marks=("<|end_of_turn|>",)),
+
+    # Qwen2, SmolLM2 and others. The text is LLaVA-NeXT's "qwen_1_5", with or without an image: what
+    # transformers' apply_chat_template makes of these turns behind this system prompt. It is
+    # Qwen2's own; Qwen2.5 and SmolLM2 were given others, which say who made them.
+    # (LLaVA-NeXT also has the model learn the marks and newlines of the questions. We do not.)
+    "chatml": Template("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML_TURN,
+                       CHATML_TURN, "{text}", "<|im_end|>\n",
+                       marks=("<|im_start|>", "<|im_end|>"), spelled_out=True),
+
+    # Llama 3. Again as LLaVA-NeXT's "llava_llama_3", which is apply_chat_template with this system
+    # prompt. Llama's own template strips every text.
+    "llama3": Template("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+                       + LLAMA3_SYSTEM + "<|eot_id|>" + LLAMA3_TURN,
+                       LLAMA3_TURN, "{text}", "<|eot_id|>",
+                       marks=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+                       spelled_out=True, strips=True),
 }
-EOS = {name: template.end for name, template in TEMPLATES.items()}
+# What ends an answer.
+EOS = {name: (form.marks or (form.end,))[-1] for name, form in TEMPLATES.items()}
+
+
+def end_token(tokenizer, template):
+    """The id that ends an answer. ValueError if the tokenizer has no such token."""
+    check_end_mark(tokenizer, template)
+    return tokenizer.encode(EOS[template], add_special_tokens=False).ids[-1]
+
+
+def fits(tokenizer, template):
+    """Does the tokenizer know the template's marks, each as one token?
+
+    A name in the vocabulary is not enough: Qwen2's has "</s>", but cuts the text "</s>" into three.
+    """
+    check_template(template)
+    for mark in TEMPLATES[template].marks:
+        if tokenizer.encode(mark, add_special_tokens=False).tokens != [mark]:
+            return False
+    return True
+
+
+def template_for(tokenizer, otherwise):
+    """The template of a decoder with this tokenizer, or another one if its marks do not tell."""
+    for template in ("chatml", "llama3", "openchat"):
+        if fits(tokenizer, template):
+            return template
+    return otherwise
+
+
+def special_tokens(tokenizer):
+    """{id: text} of the tokens that are marks and no text, such as "</s>"."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return {i: token.content for i, token in added if token.special}
+
+
+def spell_out(text, tokenizer):
+    """The ids of a text in which "</s>" is no mark but letters.
+
+    So nobody can end a turn or speak for the model by typing its marks. (LLaVA's code and
+    transformers' tokenizers take them for marks, unless told split_special_tokens.)
+    """
+    tokenizer.encode_special_tokens = True
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    finally:
+        tokenizer.encode_special_tokens = False
+    if special_tokens(tokenizer).keys() & set(ids):
+        raise ValueError(f"{text!r} is a mark, which this tokenizer cannot write as text; leave it "
+                         "out")
+    return ids
 
 
 # ------------------------------------------------------------------------------------------------
@@ -663,14 +801,17 @@ def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, aver
     "<video>" becomes one "<image>". Otherwise it becomes as many as there are frames.
     A sound is cut into chunks of `seconds`, and each chunk fills n_audio_tokens slots. 0 means that
     the model hears nothing.
-    Raises ValueError if marks and files differ in number, and for files that cannot be read.
+    Raises ValueError if marks and files differ in number, and for files that cannot be read. A mark
+    is a mere word where there are no files of its kind, as "<image>" is in LLaVA.
     """
     wanted = as_format(size)
     pictures = sample.get("images") or []
     sounds = sample.get("audio") or []
     videos = [pick_frames(video, max_frames) for video in sample.get("video") or []]
     text = text_of(sample)
-    check_marks(text, pictures, videos, sounds, n_audio_tokens)
+    files = {"<image>": pictures, "<video>": videos, "<audio>": sounds}
+    check_marks(text, files, n_audio_tokens)
+    marks = [mark for mark in files if files[mark]]
 
     # Load what belongs to each mark, in the order of the text: an image or a video's frames.
     next_picture = iter(pictures)
@@ -678,6 +819,8 @@ def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, aver
     images = []
     frames = []
     for mark in re.findall("<image>|<video>", text):
+        if mark not in marks:
+            continue
         group = next(next_video) if mark == "<video>" else [next(next_picture)]
         images += [load_image(picture, wanted) for picture in group]
         frames.append(len(group))
@@ -690,9 +833,13 @@ def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, aver
     if not average:
         sizes = [len(video) for video in videos]
         frames = [1] * len(images)
-    conversations = videos_as_images(sample["conversations"], sizes)
-    if not videos:
+    conversations = sample["conversations"]
+    if videos:
+        conversations = videos_as_images(conversations, sizes)
+        marks.append("<image>")
+    else:
         frames = None
+    conversations = with_slots(conversations, marks)
 
     # Sounds.
     if n_audio_tokens == 0:
@@ -759,6 +906,11 @@ def videos_as_images(conversations, sizes):
             turn = {**turn, "value": re.sub("<video>", images, turn["value"])}
         turns.append(turn)
     return turns
+
+
+def with_slots(conversations, marks):
+    """The turns, each with the list "slots" of what is a mark in its text (see `render`)."""
+    return [{**turn, "slots": marks} if isinstance(turn, dict) else turn for turn in conversations]
 
 
 def video_files(videos, folder, where):
@@ -1689,10 +1841,14 @@ def check_text(value, where):
         raise ValueError(f"{where}: lists or objects are nested too deeply") from None
 
 
-def check_turns(conversations, template):
-    """Turns are objects with "from" and "value", and alternate, beginning with the human."""
+def check_template(template):
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+
+
+def check_turns(conversations, template):
+    """Turns are objects with "from" and "value", and alternate, beginning with the human."""
+    check_template(template)
     if not conversations:
         raise ValueError("the conversation is empty")
     for i, turn in enumerate(conversations):
@@ -1717,11 +1873,25 @@ def slots_of_sounds(n_sounds, n_audio_tokens):
 
 
 def check_end_mark(tokenizer, template):
-    """The tokenizer knows the mark that ends answers, where few tokenizers do."""
-    form = TEMPLATES[template]
-    if form.end_is_token and tokenizer.token_to_id(form.end) is None:
-        raise ValueError(f"template {template} ends answers with {form.end}, which this tokenizer "
-                         "does not know; use --template vicuna")
+    """The tokenizer knows the template's marks. The last one ends an answer."""
+    if fits(tokenizer, template):
+        return
+    fitting = []
+    for name in TEMPLATES:
+        # Nobody is asked in "plain".
+        if name != "plain" and fits(tokenizer, name):
+            fitting.append(f"--template {name}")
+    raise ValueError(f"template {template} ends answers with {EOS[template]}, and this tokenizer "
+                     f"does not know {' '.join(TEMPLATES[template].marks)}, each as one token; use "
+                     + (" or ".join(fitting) or "another tokenizer"))
+
+
+def check_span(token, text, tokenizer):
+    """A token that stands for no characters is a blank."""
+    if tokenizer.decode([token]).strip():
+        raise ValueError(f"the tokenizer does not tell where {tokenizer.id_to_token(token)!r} stands "
+                         f"in {text[:80]!r}, so nothing could be learnt from it; tokenizers before "
+                         "0.20.3 do that: pip install -U tokenizers")
 
 
 def check_cut(ids, labels, max_length):
@@ -1756,20 +1926,21 @@ def first_usable(encoded, i):
     raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
 
 
-def check_marks(text, pictures, videos, sounds, n_audio_tokens):
-    """A sample's text has a mark for each of its files."""
+def check_marks(text, files, n_audio_tokens):
+    """A sample's text has a mark for each of its files. files: {mark: [file, ...]}"""
+    sounds = files["<audio>"]
     if sounds and n_audio_tokens == 0:
         raise ValueError(f"the sample has {len(sounds)} sounds, this model hears nothing; leave "
                          "them out, or take a model with ears")
 
-    # To a model that hears nothing, "<audio>" is ordinary text.
-    wanted = [("<image>", pictures, "images"), ("<video>", videos, "videos")]
-    if n_audio_tokens != 0:
-        wanted.append(("<audio>", sounds, "sounds"))
-    for mark, files, name in wanted:
-        if text.count(mark) != len(files):
-            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has "
-                             f"{len(files)} {name}")
+    names = {"<image>": "images", "<video>": "videos", "<audio>": "sounds"}
+    for mark, name in names.items():
+        n = len(files[mark])
+        # Without files, the mark is a word. But among videos, which become images, it is not.
+        is_word = n == 0 and not (mark == "<image>" and files["<video>"])
+        if text.count(mark) != n and not is_word:
+            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has {n} "
+                             f"{name}")
 
 
 def check_frame_sizes(videos):

@@ -67,7 +67,7 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
            audio_embeds=None, max_new_tokens: int = 64, **options) -> list[str]:
     """Samples whose conversations end with the human's turn -> the model's next turns, stripped.
 
-    options: temperature, top_p, generator, compile (CuMo.generate). stream: called with each new
+    options: temperature, top_p, generator, compile, too_long (CuMo.generate). stream: called with each new
     piece of text of the first sample. image_embeds, audio_embeds: features of what the samples
     hold, where it was encoded before; then a sample with sounds says their "slots" itself, and
     marks a video as an image."""
@@ -78,20 +78,20 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
         texts = [(sample["conversations"], sample.get("slots", 0)) for sample in samples]
         senses = {"image_embeds": image_embeds, "audio_embeds": audio_embeds}
 
-    # The model goes on where the text ends, until it says the end mark.
+    # The model goes on where the text ends, until it says the template's end mark, or another one
+    # that the decoder brought along.
     tokens = tokens_of(model, tokenizer, texts)  # (B, T)
-    end_mark = data.EOS[model.config.template]
-    eos = tokenizer.encode(end_mark, add_special_tokens=False).ids[-1]
+    ends = [data.end_token(tokenizer, model.config.template), *model.config.text.end_tokens]
     on_token = None
     if stream is not None:
-        on_token = streamer(tokenizer, stream)
-    out = model.generate(tokens, eos=eos, on_token=on_token, max_new_tokens=max_new_tokens,
+        on_token = streamer(tokenizer, stream, ends)
+    out = model.generate(tokens, eos=ends, on_token=on_token, max_new_tokens=max_new_tokens,
                          **senses, **options)  # (B, up to max_new_tokens)
 
     # A row that ended before the longest one is filled up with the end mark.
     replies = []
     for row in out.tolist():
-        said = [token for token in row if token != eos]
+        said = [token for token in row if token not in ends]
         replies.append(tokenizer.decode(said).strip())
     return replies
 
@@ -107,8 +107,9 @@ def tokens_of(model, tokenizer, texts):
     return data.pad_rows(rows, data.PAD).to(device_of(model))
 
 
-def streamer(tokenizer, write):
-    """A function for CuMo.generate's on_token, which writes each new piece of the first row's text.
+def streamer(tokenizer, write, ends=()):
+    """A function for CuMo.generate's on_token, which writes each new piece of the first row's text,
+    without the tokens that end it.
 
     All tokens so far are decoded anew each time: a token alone does not know whether a blank
     belongs before it, and a character may take several tokens."""
@@ -117,6 +118,8 @@ def streamer(tokenizer, write):
 
     def on_token(token):  # (B,)
         nonlocal written
+        if int(token[0]) in ends:
+            return
         tokens.append(int(token[0]))
         text = tokenizer.decode(tokens).lstrip()
 
@@ -143,8 +146,9 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
             continue
 
         # The first question brings the files along. `opening` is that turn, with "<video>" replaced
+        # by "<image>"s. In later turns such a mark is a word ("slots": none).
         if conversation:
-            conversation.append({"from": "human", "value": question})
+            conversation.append({"from": "human", "value": question, "slots": []})
         else:
             sample = sample_of(question, images, video, audio)
             opening, slots, embeds = encode_senses(model, sample)
@@ -152,9 +156,10 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
 
         # The model reads the whole conversation again, but it does not look at the pictures again.
         asked = {"images": [], "conversations": opening + conversation[1:], "slots": slots}
-        reply = answer(model, tokenizer, [asked], stream=show, **embeds, **options)[0]
+        reply = answer(model, tokenizer, [asked], stream=show, too_long="warn", **embeds,
+                       **options)[0]
         print()
-        conversation.append({"from": "gpt", "value": reply})
+        conversation.append({"from": "gpt", "value": reply, "slots": []})
     return conversation
 
 
@@ -2037,6 +2042,7 @@ def check_model(args, model, tokenizer):
     if tokenizer is None:
         raise ValueError(
             f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
+    data.check_end_mark(tokenizer, model.config.template)
     for file in args.image + args.audio + sum(args.video, []):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file")

@@ -32,6 +32,7 @@ import dataclasses
 import functools
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -58,6 +59,7 @@ IGNORE = -100  # the label of a token that is not learnt
 
 Size = Annotated[int, 1, 10**9]
 Layers = Annotated[int, 1, 1000]  # a billion layers, a typing error, would take days to build
+Token = Annotated[int, 0, 10**9]
 Positive = Annotated[float, 1e-12, 1e12]
 Activation = Literal[tuple(ACTIVATIONS)]
 
@@ -144,6 +146,11 @@ class TextConfig:
     # The auxiliary losses of the decoder's layers: their "mean" (CuMo-Mixtral), or their "sum"
     # (MoE-LLaVA).
     aux: Literal["mean", "sum"] = "mean"
+    # What the files of a decoder say beside its shape. None, or no end: they do not say.
+    max_positions: Size | None = None  # tokens that it learnt to read at once
+    start_token: Token | None = None
+    # Each of them ends an answer, as the template's end does.
+    end_tokens: list[Token] = field(default_factory=list)
 
     @property
     def expert_limits(self) -> dict:
@@ -675,19 +682,22 @@ class CuMo(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, images=None, audio=None, max_new_tokens: int = 64,
-                 temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None,
+                 temperature: float = 0.0, top_p: float = 1.0, eos: int | list | None = None,
                  image_embeds=None, on_token=None, generator=None, compile: bool | str = False,
-                 audio_embeds=None, frames=None) -> Tensor:
+                 audio_embeds=None, frames=None, too_long: str = "error") -> Tensor:
         """Continues tokens (B, T), padded with PAD on the right -> (B, <= max_new_tokens) int64.
 
         temperature 0 takes the most probable token; top_p < 1 draws from the smallest set of tokens
-        that has this much probability. Behind an eos a row holds eos. `on_token` gets the (B,)
-        tokens of each step. compile: True, or a backend of torch.compile, see section 9.
+        that has this much probability. Behind an eos (one, or any of a list) a row holds eos (the
+        first). `on_token` gets the (B,) tokens of each step. compile: True, or a backend of
+        torch.compile, see section 9. too_long: "error", or "warn" for more tokens than the decoder
+        learnt to read.
 
         Rows may differ in length. Each row's next token is written at the row's own position, over
         its padding, so nothing is ever shifted or computed twice.
         """
         check_generation(tokens, max_new_tokens, temperature, top_p)
+        check_length(self.config.text.max_positions, tokens, max_new_tokens, too_long)
 
         # 1. The senses see and hear once.
         if images is not None and len(images):
@@ -709,6 +719,8 @@ class CuMo(nn.Module):
         logits = run_prompt(self.text, x, tokens != PAD, length - 1, cache)  # (B, V)
         done = torch.zeros_like(length, dtype=torch.bool)  # (B,)
         finite = torch.ones_like(done)  # (B,)
+        # Without an eos, nothing ends: no token is -1.
+        ends = torch.tensor(-1 if eos in (None, []) else eos, device=tokens.device).view(-1)
         said = []
         for step in range(max_new_tokens):
             if step > 0:
@@ -716,25 +728,22 @@ class CuMo(nn.Module):
                 logits = run_token(self.text, token, length + step - 1, cache, n_keys)  # (B, V)
             token = sample(logits, temperature, top_p, generator)  # (B,)
             finite = finite & logits.amax(-1).isfinite()  # (B,)
-            if eos is not None:
-                token = torch.where(done, eos, token)
-                done = (token == eos) | ~finite
+            token = torch.where(done, ends[0], token)
+            done = torch.isin(token, ends)
             said.append(token)
             if on_token is not None:
                 on_token(token)
 
-            # Stop when all rows are done. To ask is to wait for the device; so a GPU is asked at
-            # every eighth step only, and may run a few steps too far.
-            ask = eos is not None and (not tokens.is_cuda or step % 8 == 7)
-            if ask and done.all():
+            # Stop when all rows are done, or at fault. To ask is to wait for the device; so a GPU
+            # is asked at every eighth step only, and may run a few steps too far.
+            ask = not tokens.is_cuda or step % 8 == 7
+            if ask and (done | ~finite).all():
                 break
 
         check_finite(finite)
         said = torch.stack(said, 1)  # (B, steps)
-        if eos is not None:
-            n = int((said != eos).any(0).sum())  # steps in which some row still went on
-            said = said[:, :n + 1]
-        return said
+        n = int((~torch.isin(said, ends)).any(0).sum())  # steps in which some row still went on
+        return said[:, :n + 1]
 
     def checkpointing(self, on=True):
         """Activation checkpointing, see run_block."""
@@ -1553,6 +1562,24 @@ def check_generation(tokens, max_new_tokens, temperature, top_p):
     if not real.any(1).all() or not torch.equal(real, real_first):
         raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be "
                          "empty")
+
+
+def check_length(limit, tokens, max_new_tokens, too_long):
+    """The prompt and its answer fit into what the decoder learnt to read, if that is known.
+
+    (Transformers goes on with a warning, and the answers get worse.)
+    """
+    if limit is None:
+        return
+    longest = int((tokens != PAD).sum(1).max())
+    if longest + max_new_tokens <= limit:
+        return
+    message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are more than "
+               f"the {limit} that this decoder learnt to read at once (text.max_positions); shorten "
+               "the prompt or the answer")
+    if too_long == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -845,8 +845,11 @@ def load_model(args, stage, source, later):
         # A real model's parts, with a new connector between them.
         preset = Config.from_preset(args.preset)
         model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales,
-                                    preset.template, args.seed, torch.float32, later=later,
+                                    None, args.seed, torch.float32, later=later,
                                     audio=args.audio)
+        # The preset's template, unless the decoder's tokenizer knows the marks of another one only.
+        if tokenizer is not None and data.fits(tokenizer, preset.template):
+            model.config.template = preset.template
     elif source.endswith(".safetensors"):
         model, tokenizer = load_backbones(source)
     else:

@@ -35,6 +35,7 @@ from tokenizers import Tokenizer
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import data
 from kernels import FFN, MoE
 from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connector, ConnectorConfig,
                    CuMo, Decoder, Resampler, TextConfig, VisionConfig, VisionTransformer, adapted,
@@ -442,7 +443,8 @@ DECODER_KEYS = dict(
     vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers",
     n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
     ffn_dim="intermediate_size", act="hidden_act", norm_eps="rms_norm_eps",
-    tie_embeddings="tie_word_embeddings")
+    tie_embeddings="tie_word_embeddings", max_positions="max_position_embeddings",
+    start_token="bos_token_id")
 LOSS_KEYS = dict(balance_coef="balance_loss_coef", z_coef="router_z_loss_coef")
 MOE_LLAVA_KEYS = dict(top_k="top_k_experts", capacity_factor="capacity_factor",
                       eval_capacity_factor="eval_capacity_factor", min_capacity="min_capacity")
@@ -462,8 +464,9 @@ def read_keys(theirs, keys):
 
 
 def write_keys(config, keys):
-    """{their key: the value of our field}"""
-    return {key: getattr(config, ours) for ours, key in keys.items()}
+    """{their key: the value of our field}; what we do not know is left out."""
+    fields = {key: getattr(config, ours) for ours, key in keys.items()}
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def count(names, pattern):
@@ -519,8 +522,15 @@ def text_config(theirs, shapes, kind):
     if "n_kv_heads" not in fields:
         fields["n_kv_heads"] = shapes[attention + "k_proj.weight"][0] // fields["head_dim"]
 
+    # One id, or several.
+    ends = theirs.get("eos_token_id")
+    if ends is None:
+        ends = []
+    elif not isinstance(ends, list):
+        ends = [ends]
+
     top_k = theirs.get("num_experts_per_tok", 2)
-    return TextConfig(**fields, **rotary_fields(theirs, kind),
+    return TextConfig(**fields, **rotary_fields(theirs, kind), end_tokens=ends,
                       sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
                       qkv_bias=attention + "q_proj.bias" in shapes,
                       top_k=top_k, renormalise=rescaled(top_k))
@@ -613,7 +623,8 @@ def read_transformers_llava(theirs, shapes, path):
     pads = preprocessor.get("do_pad") or not preprocessor
 
     # The whole model decides whether the head is tied, whatever the decoder's own config says.
-    text = text | {"tie_word_embeddings": "lm_head.weight" not in shapes}
+    text = text | read_keys(theirs, START_AND_END)
+    text["tie_word_embeddings"] = "lm_head.weight" not in shapes
     return Config(
         vision=vision_config(read_object(theirs, "vision_config"), shapes,
                              select_layer=theirs.get("vision_feature_layer", -2),
@@ -758,11 +769,18 @@ def read_own(theirs):
     return config
 
 
-def read_config(theirs, shapes, path):
+# What generation_config.json says, too, and there it counts.
+START_AND_END = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
+
+
+def read_config(theirs, shapes, path, tokenizer):
     """The configuration of the model in a folder. Its kind says which class it belongs to."""
     if is_own(theirs):
         return read_own(theirs)
 
+    file = join(path, "generation_config.json")
+    if exists(file):
+        theirs = theirs | read_keys(read_json(file), START_AND_END)
     kind = theirs.get("model_type", "")
     reader = READERS.get(kind)
     if kind in DECODERS and is_multimodal(theirs):
@@ -772,10 +790,13 @@ def read_config(theirs, shapes, path):
         raise ValueError(f"architecture {architecture} is not supported; supported: {SUPPORTED}")
     config = reader(theirs, shapes, path)
 
-    # Our own key in the configs that section 4 writes.
+    # Our own key in the configs that section 4 writes. Without it, the marks that the tokenizer
+    # knows tell more than the architecture: SmolLM2 is a LLaMA that ends answers with <|im_end|>.
     if "template" in theirs:
         check_fields("", Config, {"template": theirs["template"]})
         config.template = theirs["template"]
+    elif tokenizer is not None and isinstance(config, Config):
+        config.template = data.template_for(tokenizer, config.template)
     return config
 
 
@@ -849,11 +870,16 @@ def decoder_json(text, tokenizer, template):
     elif text.sliding_window or template == "mistral":
         kind = "mistral"
 
+    start = None
+    ends = answer_ends(text, tokenizer, template)
+    if tokenizer is not None:
+        start = tokenizer.token_to_id("<s>")
     described = {
         "architectures": [DECODERS[kind]], "model_type": kind,
+        # Where a key is left out, transformers takes <s> = 1 and </s> = 2 for granted.
+        "bos_token_id": start, "eos_token_id": one_or_list(text.end_tokens or ends),
         **write_keys(text, DECODER_KEYS), **more,
         "rope_theta": text.rope_theta, "sliding_window": text.sliding_window,
-        "max_position_embeddings": 32768,
         # ours; other programs pass over it.
         "template": template,
     }
@@ -861,11 +887,42 @@ def decoder_json(text, tokenizer, template):
     if text.rope_scaling:
         described["rope_scaling"] = {"rope_type": "llama3", **text.rope_scaling}
         stretched = text.rope_scaling["original_max_position_embeddings"]
-        described["max_position_embeddings"] = int(stretched * text.rope_scaling["factor"])
-
-    for key, token in (("bos_token_id", "<s>"), ("eos_token_id", "</s>")):
-        described[key] = tokenizer.token_to_id(token) if tokenizer else None
+        described.setdefault("max_position_embeddings",
+                             int(stretched * text.rope_scaling["factor"]))
     return described
+
+
+def answer_ends(text, tokenizer, template):
+    """The ids that end an answer: those of the decoder's own files, and the template's."""
+    ends = list(text.end_tokens)
+    if tokenizer is not None and data.fits(tokenizer, template):
+        mark = data.end_token(tokenizer, template)
+        if mark not in ends:
+            ends.append(mark)
+    return ends
+
+
+def one_or_list(ids):
+    """As config.json has it: null, one id, or a list."""
+    return ids if len(ids) > 1 else (ids or [None])[0]
+
+
+def files_beside(decoder, config, tokenizer):
+    """{file: its JSON} of what transformers wants to know beside the decoder's config.json: when to
+    stop, and what the tokenizer's marks are."""
+    start = decoder["bos_token_id"]
+    ends = answer_ends(config.text, tokenizer, config.template)
+    files = {"generation_config.json": {"bos_token_id": start, "eos_token_id": one_or_list(ends)}}
+
+    # A tokenizer that came from such a folder has its own.
+    if tokenizer is not None and "tokenizer_config.json" not in neighbours_of(tokenizer):
+        marks = {"bos_token": start, "eos_token": ends[-1] if ends else None}
+        described = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for name, token in marks.items():
+            if token is not None:
+                described[name] = tokenizer.id_to_token(token)
+        files["tokenizer_config.json"] = described
+    return files
 
 
 # Each layout has a writer. It takes our config, our state dict and the tokenizer (or None), and
@@ -878,10 +935,10 @@ def write_own(config, state, tokenizer):
     return {"config.json": config.to_dict()}, state
 
 
-def published_json(decoder, vision, tower_key, more):
+def published_json(decoder, vision, tower_key, beside, more):
     """The JSON files of the two published layouts: the decoder's keys, those of tower and
     connector, and more. Their codes load the tower from the hub by its name, so its sizes are kept
-    in a file of our own."""
+    in a file of our own. beside: other files."""
     preprocessor = preprocessor_json(vision)
     known = (clip_json(vision) == clip_json(VisionConfig())
              and preprocessor == preprocessor_json(VisionConfig()))
@@ -894,7 +951,7 @@ def published_json(decoder, vision, tower_key, more):
         "image_aspect_ratio": "pad" if vision.image_aspect == "pad" else "square",
     }
     return {"clip_config.json": clip_json(vision), "preprocessor_config.json": preprocessor,
-            "config.json": described | more}
+            **beside, "config.json": described | more}
 
 
 def write_cumo(config, state, tokenizer):
@@ -929,7 +986,8 @@ def write_cumo(config, state, tokenizer):
     if kind == "llama" and not config.text.rope_scaling:
         kind = "mistral"
 
-    return published_json(decoder, vision, "mm_vision_tower", {
+    beside = files_beside(decoder, config, tokenizer)
+    return published_json(decoder, vision, "mm_vision_tower", beside, {
         "architectures": [f"Llava{kind.capitalize()}ForCausalLM"], "model_type": f"llava_{kind}",
         "mm_projector_type": "smoe_mlp" if connector.n_experts else "mlp2x_gelu",
         "scales": vision.scales,
@@ -964,7 +1022,8 @@ def write_moe_llava(config, state, tokenizer):
     decoder = decoder_json(dense, tokenizer, config.template)
     kind = decoder["model_type"]
     counts = {layer: n for layer, n in enumerate(text.n_experts) if n}
-    files = published_json(decoder, vision, "mm_image_tower", {
+    beside = files_beside(decoder, config, tokenizer)
+    files = published_json(decoder, vision, "mm_image_tower", beside, {
         "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"],
         "model_type": f"moe_llava_{kind}", "image_projector_type": "mlp2x_gelu",
         "moe": {
@@ -982,7 +1041,8 @@ def write_moe_llava(config, state, tokenizer):
 def write_hf_decoder(config, state, tokenizer):
     """The decoder alone, as transformers writes it."""
     described = decoder_json(config.text, tokenizer, config.template)
-    return {"config.json": described}, published(starting_with("text.", state))
+    files = files_beside(described, config, tokenizer) | {"config.json": described}
+    return files, published(starting_with("text.", state))
 
 
 def write_hf_tower(config, state, tokenizer):
@@ -1036,9 +1096,29 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
     os.makedirs(folder, exist_ok=True)
     save_tensors(folder, tensors)
     if tokenizer is not None and layout != "hf-clip":
-        write_atomically(join(folder, "tokenizer.json"), tokenizer.save)
+        save_tokenizer(tokenizer, folder)
     for file, described in files.items():
         write_json(join(folder, file), described)
+
+
+# What transformers keeps beside a tokenizer.json. Nothing of it is used here, but it goes along.
+NEIGHBOURS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "chat_template.jinja")
+
+
+def neighbours_of(tokenizer):
+    """{file: its content} of what lay beside the tokenizer's file when it was read."""
+    return getattr(tokenizer, "neighbours", {})
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write tokenizer.json, and what came along with it."""
+    write_atomically(join(folder, "tokenizer.json"), tokenizer.save)
+    for name, content in neighbours_of(tokenizer).items():
+        def write(temporary):
+            with open(temporary, "wb") as f:
+                f.write(content)
+        write_atomically(join(folder, name), write)
 
 
 SHARD_BYTES = 5 * 10**9
@@ -1157,13 +1237,20 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
         rename = published_whisper_name if is_whisper else published_name
         shapes = shapes_in(files, rename)
 
+    tokenizer = None
+    tokenizer_file = join(path, "tokenizer.json")
+    if exists(tokenizer_file):
+        tokenizer = read_tokenizer(tokenizer_file)
+
     # Values of a wrong kind lead to errors of many kinds.
     try:
-        model = build_on_meta(read_config(theirs, shapes, path))
+        model = build_on_meta(read_config(theirs, shapes, path, tokenizer))
     except ValueError as e:
         raise ValueError(f"{config_file}: {e}") from None
     except Exception as e:
         raise ValueError(f"{config_file}: {type(e).__name__}: {first_line(e)}") from None
+    if tokenizer is not None and isinstance(model, CuMo):
+        check_vocabulary(tokenizer, model.config, tokenizer_file)
 
     stream = match_tensors(files, state_of(model), path, rename, listing)
     if later is not None:
@@ -1171,11 +1258,6 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     else:
         fill_from(stream, model, dtype, device)
 
-    file = join(path, "tokenizer.json")
-    tokenizer = None
-    if exists(file):
-        tokenizer = read_tokenizer(file)
-        check_vocabulary(tokenizer, model, file)
     return model.eval(), tokenizer
 
 
@@ -1486,19 +1568,24 @@ def read_tokenizer(file):
         raise ValueError(f"{file}: cannot be read as a tokenizer: {e}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+
+    # They are kept with it, for `save_tokenizer`.
+    tokenizer.neighbours = {}
+    for name in NEIGHBOURS:
+        neighbour = join(os.path.dirname(file), name)
+        if os.path.isfile(neighbour):
+            with open(neighbour, "rb") as f:
+                tokenizer.neighbours[name] = f.read()
     return tokenizer
 
 
-def check_vocabulary(tokenizer, model, file):
-    """Raise ValueError where the tokenizer of a file has tokens that a CuMo has no embedding of."""
-    if not isinstance(model, CuMo):
-        return
+def check_vocabulary(tokenizer, config, where):
+    """Raise ValueError unless the decoder has an embedding for all that the tokenizer may say."""
     highest = max(tokenizer.get_vocab().values(), default=0)
-    n_rows = model.config.text.vocab_size
-    if highest >= n_rows:
-        raise ValueError(f"{file}: its ids go up to {highest}, the decoder's embedding has "
-                         f"{n_rows} rows, 0 to {n_rows - 1}; it belongs to another model, or has "
-                         "tokens that were added later")
+    if highest >= config.text.vocab_size:
+        raise ValueError(f"{where}: its ids reach up to {highest}, the decoder's embedding has "
+                         f"{config.text.vocab_size} rows (text.vocab_size), 0 to "
+                         f"{config.text.vocab_size - 1}; this tokenizer belongs to another model")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1700,7 +1787,7 @@ def check_decoder(model, where):
 
 # Fields in which a source's decoder may differ from the model that it goes into.
 ABOUT_EXPERTS = {"n_experts", "top_k", "renormalise", "capacity_factor", "eval_capacity_factor",
-                 "min_capacity", "noisy", "aux"}
+                 "min_capacity", "noisy", "aux", "max_positions", "start_token", "end_tokens"}
 
 
 def check_same_sizes(where, theirs, ours, average):
@@ -1759,11 +1846,11 @@ def parse(argv=None):
         ("--audio", "DIR", "take an ear from this folder (Whisper)"),
         ("--connector", "FILE", "take the connector from this mm_projector.bin; default: new"),
         ("--experts", "DIRS", "with commas: their decoders' FFNs become the first one's experts"),
-        ("--template", None, "chat template: mistral, vicuna, openchat, plain or tiny; default: "
-         "by the decoder's architecture"),
         ("--tokenizer", "FILE", "a tokenizer.json, for folders with an older tokenizer.model"),
     ):
         add(flag, metavar=metavar, help=what)
+    add("--template", choices=data.TEMPLATES, help="how a conversation is written; default: by the "
+        "marks that the tokenizer knows and by the decoder's architecture")
     add("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
     add("--average", action="store_true", help="with --experts: all else is the mean over them")
     add("--every-other", action="store_true",
@@ -1819,7 +1906,10 @@ def main(argv=None):
         model.config.template = args.template
     if args.tokenizer:
         tokenizer = read_tokenizer(args.tokenizer)
-        check_vocabulary(tokenizer, model, args.tokenizer)
+        if not is_tower:
+            check_vocabulary(tokenizer, model.config, args.tokenizer)
+    if args.template and tokenizer is not None:
+        data.check_end_mark(tokenizer, args.template)
     save(model, args.out, tokenizer, layout=args.to)
 
     n_params = sum(p.numel() for p in model.parameters())

@@ -198,7 +198,7 @@ def train_scene_tokenizer(vocab_size: int):
             pairs = [("Describe the scene.", data.describe(scene))]
             pairs += [(question, answer) for _, question, answer in asked]
             chat = data.render(data.as_turns(pairs), "tiny")
-            yield "".join(text for text, _ in chat) + data.describe(scene)
+            yield "".join(piece.text for piece in chat) + data.describe(scene)
 
     return data.train_tokenizer(texts(), vocab_size)
 

@@ -264,7 +264,7 @@ def turns(*texts):
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = d.train_tokenizer(["What is it? A red ring. Yes, no, five."] * 3, 300)
-    tokenizer.add_special_tokens([d.EOS["openchat"]])
+    tokenizer.add_special_tokens(sorted({mark for form in d.TEMPLATES.values() for mark in form.marks}))
     return tokenizer
 
 
@@ -309,8 +309,7 @@ def test_encode_chat_takes_one_number_for_each_audio_mark(tokenizer):
 
 BAD_SENSES = {"too few sounds": (item("<audio><audio>", "Yes.", audio=[SHORT]), {}, "2 <audio>, the sample has 1 sounds"),
               "too many sounds": (item("<audio>", "Yes.", audio=[SHORT] * 2), {}, "1 <audio>, the sample has 2 sounds"),
-              "no sound": (item("<audio>", "Yes."), {}, "1 <audio>, the sample has 0 sounds"),
-              "no video": (item("<video>", "Yes."), {}, "1 <video>, the sample has 0 videos"),
+              "an image among videos": (item("<image><video>", "Yes.", video=[[RED]]), {}, "1 <image>, the sample has 0 images"),
               "video without mark": (item("<image>", "Yes.", images=[RED], video=[[RED]]), {}, "0 <video>, the sample has 1 videos"),
               "frames without end": (item("<video>", "Yes.", video=[[]]), {}, "without frames"),
               "deaf": (item("<audio>", "Yes.", audio=[SHORT]), {"n_audio_tokens": 0}, "hears nothing; leave them out"),
@@ -336,6 +335,20 @@ def test_frame_of_another_size_is_named(tmp_path, tokenizer):
         Image.new("RGB", (20, 20 + 4 * (i == 2))).save(file)
     with pytest.raises(ValueError, match=r"2\.png.*\(20, 24\).*\(20, 20\)"):
         encoded([item("<video>", "Yes.", video=[files])], tokenizer, strict=True)[0]
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<audio>", "<video>"])
+def test_a_mark_without_a_file_is_a_word_as_in_llava(mark, tokenizer):
+    others = {"images": [RED], "video": [[RED]], "audio": [SHORT]}
+    others.pop({"<image>": "images", "<audio>": "audio", "<video>": "video"}[mark])
+    if mark == "<image>":
+        others.pop("video")                                                        # its frames become images: the word is refused there
+    places = "".join({"images": "<image>", "video": "<video>", "audio": "<audio>"}[kind] for kind in others)
+    for files, places in (({}, ""), (others, places)):
+        x = encoded([item(f"{places}Is  {mark} a tag? ", f"{mark} is.", **files)], tokenizer, strict=True)[0]
+        text = tokenizer.decode([i for i in x["tokens"].tolist() if i >= 0], skip_special_tokens=False)
+        assert f"Is  {mark} a tag?" in text and f"<a> {mark} is.</s>" in text and x["broken"] == []
+        assert sorted({i for i in x["tokens"].tolist() if i < 0}) == sorted([-201] * ("audio" in files) + [-200] * bool(files.keys() - {"audio"}))
 
 
 def test_a_sample_without_sound_keeps_the_word_for_a_deaf_model(tokenizer):

@@ -278,8 +278,16 @@ CHATS = {
         "mistral": INST + "<image>\nWhat? [/INST]«  </s>»[INST] So? [/INST]« No. </s>»",
         "vicuna": SYS + " USER: <image>\nWhat? ASSISTANT:« </s>»USER: So? ASSISTANT:« No.</s>»"}),
 }
+CHATML = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
+LLAMA3 = ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to understand "
+          "the visual content that the user provides, and assist the user with a variety of tasks using natural language.<|eot_id|>",
+          "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>")
 for _, texts in CHATS.values():                                                        # MoE-LLaVA's openchat differs in the end mark alone
     texts["openchat"] = texts["vicuna"].replace("</s>", "<|end_of_turn|>")
+    for name, (system, question, answer, end) in {"chatml": CHATML, "llama3": LLAMA3}.items():
+        text = re.sub(r"\s+</s>", "</s>", texts["tiny"]) if name == "llama3" else texts["tiny"]        # Llama 3 strips
+        text = re.sub("<a>« ?", "<a>«", text).replace("<q>", question).replace("<a>", answer)
+        texts[name] = system + text.replace("</s>", end)
 EVERY = pytest.mark.parametrize("name, template", [(n, t) for n in CHATS for t in d.TEMPLATES])
 
 
@@ -292,10 +300,13 @@ def words():
     return [SYS, "USER: What is it? ASSISTANT: A red ring. [INST] Which color? [/INST] Yes, sure. No, two plus two is four. "] * 3
 
 
+MARKS = ["<s>", "</s>", "<|end_of_turn|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     t = d.train_tokenizer(words(), 400)
-    t.add_special_tokens([d.EOS["openchat"]])
+    t.add_special_tokens(MARKS)
     return t
 
 
@@ -315,7 +326,7 @@ def sentencepiece(kind):
     else:
         t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>", "<|end_of_turn|>")])
+    t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ["<unk>", *MARKS]])
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return t
 
@@ -329,12 +340,12 @@ def unmark(marked):
     return re.sub("[«»]", "", marked), "".join(re.findall("«(.*?)»", marked, re.S))
 
 
-def llava_ids(text, tokenizer, n):
+def llava_ids(text, tokenizer, n, bos=True):
     """The text between the images is tokenized chunk by chunk; a <s> that the tokenizer adds stays at the first only."""
     ids = []
     for i, chunk in enumerate(text.split("<image>")):
-        new = tokenizer.encode(chunk).ids
-        has_bos = tokenizer.post_processor is not None
+        new = tokenizer.encode(chunk, add_special_tokens=bos).ids
+        has_bos = bos and tokenizer.post_processor is not None
         ids += new if i == 0 else [-200] * n + new[has_bos:]
     return ids
 
@@ -356,17 +367,17 @@ def test_ids_are_the_spelled_out_text_and_labels_the_answers(name, template, tok
 def test_sentencepiece_ids_equal_llavas_with_one_bos_in_front(name, template, spm):
     text, answers = unmark(CHATS[name][1][template])
     ids, labels = d.encode_chat(turns(CHATS[name][0]), spm, template, 3)
-    assert ids == llava_ids(text, spm, 3)
+    assert ids == llava_ids(text, spm, 3, bos=template not in ("chatml", "llama3"))
     # The released CuMo spells "<s>" out though its tokenizer adds one, too: for mistral there are two
-    n = 2 if template == "mistral" else 1
+    n = {"mistral": 2, "chatml": 0, "llama3": 0}.get(template, 1)
     assert ids[:n] == [1] * n and ids.count(1) == n and labels[:n] == [-100] * n
     learnt = spm.decode([label for label in labels if label != -100], skip_special_tokens=False)
     # This kind puts a space before each chunk, and drops the first when decoding
-    assert learnt.replace("\n ", "\n") == answers.removeprefix(" ")
+    assert learnt.replace("\n ", "\n").replace("> \n", ">\n") == answers.removeprefix(" ")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
-@pytest.mark.parametrize("template", ["tiny", "mistral", "vicuna", "openchat"])
+@pytest.mark.parametrize("template", ["tiny", "mistral", "vicuna", "openchat", "chatml", "llama3"])
 @pytest.mark.parametrize("name", [n for n in CHATS if "prompt" not in n])
 def test_a_prompt_is_what_stands_before_the_learnt_answer(name, template, kind, tokenizer):
     conversation, t = turns(CHATS[name][0]), tokenizer if kind == "bytes" else sentencepiece(kind)
@@ -395,6 +406,120 @@ def test_openchat_wants_a_tokenizer_with_its_end_mark(tokenizer):
         d.encode_chat(turns(["Why?", "No."]), d.train_tokenizer(words(), 400), "openchat", 1)
 
 
+# What the chat models of the field bring: GPT-2's kind of tokenizer, and a template in Jinja (Qwen2's and Llama 3's).
+BYTES = {
+    "chatml": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+               "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    "llama3": (MARKS[5:], "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+               "m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+               "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")}
+
+
+def gpt2_kind(marks, trim_offsets=True, **more):
+    """The tokenizer of a model that has no </s>. trim_offsets, SmolLM2's: tokens of blanks are told to stand for no characters."""
+    t = Tokenizer(models.BPE(**more))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.post_processor, t.decoder = processors.ByteLevel(trim_offsets=trim_offsets), decoders.ByteLevel()
+    t.train_from_iterator(words(), trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    t.add_special_tokens(marks)
+    return t
+
+
+@pytest.mark.parametrize("template", BYTES)
+def test_ids_equal_apply_chat_templates_and_labels_are_the_answers(template):
+    transformers = pytest.importorskip("transformers")
+    marks, jinja = BYTES[template]
+    t = gpt2_kind(marks)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token=marks[0], chat_template=jinja)
+    theirs.add_special_tokens({"additional_special_tokens": ["<image>"]})         # so LLaVA-NeXT makes room for an image
+    image, system = theirs.convert_tokens_to_ids("<image>"), re.search("(You are.*?)<", (CHATML if template == "chatml" else LLAMA3)[0])[1]
+    for texts in (["<image>\nWhat is it?", "A  red\n\nring. ", "Sure?", "Yes."], ["  Why?\n", "No", "Which   color?"], ["What?", ""]):
+        messages = [{"role": "system", "content": system}]
+        messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        want = theirs.apply_chat_template(messages, add_generation_prompt=len(texts) % 2 == 1, return_dict=False)
+        ids, labels = d.encode_chat(turns(texts), t, template, 1)
+        assert ids == [d.IMAGE if i == image else i for i in want]
+        learnt = t.decode([i for i in labels if i >= 0], skip_special_tokens=False)
+        assert learnt == "".join(a + "<|im_end|>\n" if template == "chatml" else a.strip() + "<|eot_id|>" for a in texts[1::2])
+
+
+def test_the_template_is_the_one_whose_marks_the_tokenizer_knows(tokenizer):
+    for name, (marks, _) in BYTES.items():
+        assert d.template_for(gpt2_kind(marks), "vicuna") == name
+    assert d.template_for(sentencepiece("prepend"), "mistral") == "chatml"
+    assert d.template_for(d.train_tokenizer(words(), 400), "mistral") == "mistral"
+    assert d.template_for(gpt2_kind(["<|end_of_turn|>"]), "mistral") == "openchat"
+
+
+def test_a_tokenizer_without_the_end_mark_is_refused_and_told_what_fits():
+    chat, t = turns(["Why?", "No."]), gpt2_kind(BYTES["chatml"][0])
+    t.add_tokens(["</"])
+    with pytest.raises(ValueError, match="vicuna ends answers with </s>.*--template chatml$"):
+        d.encode_chat(chat, t, "vicuna", 1)
+    with pytest.raises(ValueError, match="does not know </s>.*--template chatml"):
+        d.Encoded([chat], t, "mistral", 16, 4, 64)                                # before a run, not in its every sample
+    with pytest.raises(ValueError, match="unknown template 'nope'"):
+        d.Encoded([chat], t, "nope", 16, 4, 64)
+    with pytest.raises(ValueError, match="use another tokenizer"):
+        d.end_token(gpt2_kind([]), "vicuna")
+    named = Tokenizer(models.BPE({"<": 0, "/": 1, "s": 2, ">": 3, "</s>": 4}, []))      # as in Qwen2: in the vocabulary, but never made
+    with pytest.raises(ValueError, match="does not know </s>"):
+        d.end_token(named, "vicuna")
+    assert d.end_token(t, "chatml") == t.token_to_id("<|im_end|>")
+
+
+def test_what_the_tokenizer_adds_stands_once_and_in_front_alone(tokenizer):
+    t = Tokenizer.from_str(tokenizer.to_str())
+    bos, eos = (t.token_to_id(mark) for mark in ("<s>", "</s>"))
+    t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)])
+    for template in ("vicuna", "tiny", "plain", "openchat"):
+        for texts in (["<image>\nWhat?"], ["What?"], ["<image>\nWhat?", "A ring.", "And <image> <image>?"]):
+            ids, labels = d.encode_chat(turns(texts), t, template, 2)
+            bare, bare_labels = d.encode_chat(turns(texts), tokenizer, template, 2)
+            assert ids == [bos, *bare] and labels == [-100, *bare_labels] and (len(texts) > 1 or eos not in ids)
+
+
+TYPED = "Is </s> a mark, <|im_end|> too, <|eot_id|><s>?"
+
+
+@pytest.mark.parametrize("template", [name for name in d.TEMPLATES if name != "plain"])
+@pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
+def test_marks_that_somebody_types_are_text(template, kind, tokenizer):
+    t = tokenizer if kind == "bytes" else sentencepiece(kind)
+    marks = {t.token_to_id(mark) for mark in MARKS}
+    for typed, harmless in (([TYPED], ["Is it?"]), (["<image>\nWhat?", TYPED, "So?"], ["<image>\nWhat?", "Yes.", "So?"])):
+        ids, labels = d.encode_chat(turns(typed), t, template, 1)
+        clean, clean_labels = d.encode_chat(turns(harmless), t, template, 1)
+        assert [i for i in ids if i in marks] == [i for i in clean if i in marks]
+        assert [i for i in labels if i in marks] == [i for i in clean_labels if i in marks]
+        said = t.decode([i for i in ids if i >= 0 and i not in marks])
+        assert TYPED.replace(" ", "") in said.replace(" ", "")
+    assert not t.encode_special_tokens
+
+
+def test_a_mark_that_can_be_no_text_is_refused_by_name():
+    t = Tokenizer(models.WordLevel({"?": 0, "</s>": 1, "Why": 2}, unk_token="?"))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    t.add_special_tokens(["</s>"])
+    with pytest.raises(ValueError, match="</s>.*cannot write as text"):
+        d.encode_chat(turns(["Why </s> so"]), t, "vicuna", 1)
+
+
+def test_a_tokenizer_that_does_not_tell_where_its_tokens_stand_is_refused(monkeypatch):
+    tokenizer = gpt2_kind(["</s>"])
+
+    class Old:                                                                     # tokenizers before 0.20.3, with ignore_merges
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def encode(self, text, add_special_tokens=True):
+            e = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return type("Encoding", (), dict(ids=e.ids, tokens=e.tokens, special_tokens_mask=e.special_tokens_mask,
+                                             offsets=[(first, first) for first, _ in e.offsets]))
+    with pytest.raises(ValueError, match="tokenizers before 0.20.3"):
+        d.encode_chat(turns(["Why?", "No."]), Old(), "vicuna", 1)
+
+
 def test_audio_slots_are_expanded_and_masked(tokenizer):
     ids, labels = d.encode_chat(turns(["<image>\n<audio>\nWhat?", "Yes."]), tokenizer, "tiny", 4, n_audio_tokens=3)
     assert Counter(i for i in ids if i < 0) == {-200: 4, -201: 3}
@@ -418,8 +543,8 @@ def test_bad_conversation_is_a_value_error_that_says_where(kind, template, token
 
 
 def test_unknown_template_is_a_value_error_naming_the_known_ones(tokenizer):
-    with pytest.raises(ValueError, match="chatml.*mistral"):
-        d.encode_chat([ASK, SAY], tokenizer, "chatml", 4)
+    with pytest.raises(ValueError, match="alpaca.*mistral"):
+        d.encode_chat([ASK, SAY], tokenizer, "alpaca", 4)
 
 
 def test_nothing_to_learn_is_a_value_error_that_shows_the_sample():
@@ -433,7 +558,7 @@ def test_nothing_to_learn_is_a_value_error_that_shows_the_sample():
                                   "\x00\x7f\ufffd\u2028", "a" * 300])
 def test_trained_tokenizer_gives_any_text_back(text, tokenizer):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert tokenizer.get_vocab_size() <= 400
+    assert tokenizer.get_vocab_size() <= 400 + len(MARKS)
     assert tokenizer.encode("<q><a></s>").tokens == ["<q>", "<a>", "</s>"]
 
 

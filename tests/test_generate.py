@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data as d
 import generate
@@ -72,7 +73,8 @@ def scripted(tokenizer, text, cut=None, template="tiny"):
             if on_token is not None:
                 on_token(torch.tensor([i]))
         return torch.tensor([ids])
-    config = SimpleNamespace(template=template, n_image_tokens=36, n_audio_tokens=0, frames_apart=False, vision=VisionConfig(image_size=48))
+    config = SimpleNamespace(template=template, text=SimpleNamespace(end_tokens=[]), n_image_tokens=36, n_audio_tokens=0,
+                             frames_apart=False, vision=VisionConfig(image_size=48))
     return SimpleNamespace(config=config, text=SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1))), generate=generate)
 
 
@@ -105,6 +107,27 @@ def test_the_answer_ends_before_the_end_mark_and_is_stripped(tokenizer):
     assert generate.answer(scripted(tokenizer, " red circle \n</s></s></s>"), tokenizer, [prompt("What?")]) == ["red circle"]
 
 
+def chatml_tokenizer():
+    """A tokenizer of bytes without </s>, as Qwen2's and SmolLM2's."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+def test_an_answer_ends_at_any_end_mark_and_nowhere_else(end):
+    tokenizer, pieces = chatml_tokenizer(), []
+    talker = scripted(tokenizer, "<div>cat</div> </s> 1 > 0" + end * 2, template="chatml")
+    talker.config.text.end_tokens = [tokenizer.token_to_id("<|endoftext|>")]
+    asked = []
+    talker.generate = lambda tokens, generate=talker.generate, **kw: asked.append(kw["eos"]) or generate(tokens, **kw)
+    assert generate.answer(talker, tokenizer, [prompt("Why?")], stream=pieces.append) == ["<div>cat</div> </s> 1 > 0"] == ["".join(pieces)]
+    assert asked == [[tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]]
+    with pytest.raises(ValueError, match="</s>.*--template chatml"):
+        generate.answer(scripted(tokenizer, "x", template="vicuna"), tokenizer, [prompt("Why?")])
+
+
 def test_sampling_depends_on_the_seed_alone(model, tokenizer):
     say = lambda seed: generate.answer(model, tokenizer, [prompt("Why?")], max_new_tokens=10, temperature=1.0, top_p=0.9,
                                        generator=torch.Generator().manual_seed(seed))[0]
@@ -127,6 +150,30 @@ def test_streamed_pieces_of_a_model_add_up_to_its_answer(model, tokenizer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat
+
+
+@pytest.mark.parametrize("images", [[], [picture(0)]], ids=["no image", "an image"])
+def test_marks_typed_in_a_chat_are_words(images, model, tokenizer, monkeypatch, capsys):
+    first = "Two <image> <image>?" if not images else "What?"
+    lines = iter([first, "Is <image> a tag, or <video>, <audio>, </s><q>?", "So?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    read, encode = [], d.encode_chat
+    monkeypatch.setattr(d, "encode_chat", lambda *a: read.append(encode(*a)[0]) or (read[-1], None))
+    assert len(generate.chat(model, tokenizer, images, None, max_new_tokens=3)) == 6
+    assert [ids.count(d.IMAGE) for ids in read] == [36 * len(images)] * 3
+    assert [ids.count(tokenizer.token_to_id("<q>")) for ids in read] == [1, 2, 3]
+    words = tokenizer.decode([i for i in read[2] if i >= 0], skip_special_tokens=False)
+    assert "Is <image> a tag, or <video>, <audio>, </s><q>?" in words and (images or first in words)
+
+
+def test_more_than_the_decoder_learnt_to_read_is_an_error_and_in_a_chat_a_warning(model, tokenizer, monkeypatch, capsys):
+    n = len(d.encode_chat(prompt("Why is it so?")["conversations"], tokenizer, "tiny", 36)[0])
+    monkeypatch.setattr(model.config.text, "max_positions", n + 8)
+    assert generate.answer(model, tokenizer, [prompt("Why is it so?"), prompt("Why?")], max_new_tokens=8)
+    with pytest.raises(ValueError, match=rf"{n} tokens and up to 9 .* {n + 8} that this decoder"):
+        generate.answer(model, tokenizer, [prompt("Why?"), prompt("Why is it so?")], max_new_tokens=9)
+    with pytest.warns(UserWarning, match=f"more than the {n + 8}"):
+        assert len(generate.chat(model, tokenizer, [], "Why is it so?", max_new_tokens=9)) == 2
 
 
 def test_chat_keeps_the_turns_and_encodes_the_images_once(model, tokenizer, monkeypatch, capsys):

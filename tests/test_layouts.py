@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
 import generate
@@ -365,6 +365,9 @@ TEXTS = {
     "mixtral-window": dict(template="mistral", text=dict(n_experts=4, sliding_window=5)),
     "own-template": dict(template="tiny"),
 }
+KNOWN = dict(start_token=1, end_tokens=[2], max_positions=128)                     # or else an export adds what its tokenizer knows
+for kw in TEXTS.values():
+    kw["text"] = KNOWN | kw.get("text", {})
 SIGHTS = {
     "dense": {},
     "experts": dict(vision=dict(n_experts=4, scales=[1, 2]), connector=dict(n_experts=4)),
@@ -384,6 +387,7 @@ def there_and_back(model, folder, layout):
 def words():
     tokenizer = Tokenizer(models.WordLevel({"?": 0, "<s>": 1, "</s>": 2, "red": 3}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
     return tokenizer
 
 
@@ -412,7 +416,7 @@ def test_a_whole_model_comes_back_bit_for_bit(tiny_model, sight, kind, layout, t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tower_and_a_decoder_come_out_of_a_whole_model_bit_for_bit(tiny_model, dtype, tmp_path):
-    model = tiny_model(template="mistral").to(dtype)
+    model = tiny_model(**TEXTS["mistral"]).to(dtype)
     tower, decoder = there_and_back(model, tmp_path / "clip", "hf-clip"), there_and_back(model, tmp_path / "llm", "hf-llm")
     assert same(tower, model.vision) and tower.config == model.config.vision
     assert same(decoder.text, model.text) and decoder.config == dataclasses.replace(model.config, vision=None)
@@ -423,6 +427,7 @@ def test_a_tower_and_a_decoder_come_out_of_a_whole_model_bit_for_bit(tiny_model,
 @pytest.mark.parametrize("name", [*DECODERS, "llava"])
 def test_a_foreign_model_comes_back_bit_for_bit_from_every_layout_that_can_hold_it(hf, name, tmp_path):
     model = load(store(hf(name).model, tmp_path / "theirs", STORES[0]))[0]
+    vars(model.config.text).update(start_token=1, end_tokens=[2])                  # Qwen2's class does not say
     for layout in ("own", "cumo") if name == "llava" else ("own", "hf-llm"):
         again = there_and_back(model, tmp_path / layout, layout)
         assert again.config == model.config and same(again, model)
@@ -709,7 +714,7 @@ def test_parts_stored_in_different_dtypes_run_together(tiny_model, tmp_path):
 @pytest.fixture
 def parts(tiny_model, tmp_path):
     """A CLIP folder, an LLM folder with a tokenizer, and the model that they are the parts of."""
-    model = tiny_model(template="mistral")
+    model = tiny_model(template="mistral", text=KNOWN)
     save(model, tmp_path / "clip", layout="hf-clip")
     save(model, tmp_path / "llm", words(), layout="hf-llm")
     return model
@@ -762,7 +767,7 @@ def test_the_table_shows_where_every_tensor_goes(tiny_model, kw, tmp_path, capsy
 
 @pytest.mark.parametrize("layout", ["cumo", "hf-llm", "hf-clip"])
 def test_converting_there_and_back_on_the_command_line(tiny_model, layout, tmp_path, capsys):
-    model = tiny_model(template="mistral")
+    model = tiny_model(template="mistral", text=KNOWN)
     save(model, tmp_path / "own", words())
     main(["--from", str(tmp_path / "own"), "--to", layout, "--out", str(tmp_path / "theirs")])
     if layout == "hf-clip":
@@ -783,6 +788,110 @@ def test_a_missing_tokenizer_is_said_and_can_be_given(parts, tmp_path, capsys):
     assert "give one with --tokenizer" in capsys.readouterr().out
     main(["--from", str(tmp_path / "llm"), "--out", str(tmp_path / "with"), "--tokenizer", str(tmp_path / "t.json")])
     assert "--tokenizer" not in capsys.readouterr().out and load(tmp_path / "with")[1].to_str() == words().to_str()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a decoder's answers end, and what its tokenizer brings along
+
+CHATML_MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+JINJA = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def chat_tokenizer(marks):
+    """A tokenizer of bytes and these marks. The marks come first, as SmolLM2's do."""
+    t = Tokenizer(models.BPE({mark: i for i, mark in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, []))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.add_special_tokens(marks)
+    return t
+
+
+@pytest.fixture
+def smollm(hf, tmp_path):
+    """A folder as SmolLM2-Instruct's: a LLaMA without </s>, with two ends in generation_config.json, made by transformers."""
+    t = sys.modules["transformers"] if hf("llama") else None
+    config = t.LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                           max_position_embeddings=96, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    model = t.LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = [2, 0]
+    model.save_pretrained(tmp_path / "smollm")
+    theirs = t.PreTrainedTokenizerFast(tokenizer_object=chat_tokenizer(CHATML_MARKS), bos_token="<|im_start|>", eos_token="<|im_end|>",
+                                       chat_template=JINJA, model_max_length=96)
+    theirs.save_pretrained(tmp_path / "smollm")
+    return tmp_path / "smollm"
+
+
+def test_a_decoder_is_asked_and_ends_as_its_own_files_say(smollm):
+    model, tokenizer = load(smollm)
+    text = model.config.text
+    assert (model.config.template, text.start_token, text.end_tokens, text.max_positions) == ("chatml", 1, [2, 0], 96)
+    (smollm / "generation_config.json").unlink()                                   # then config.json counts
+    assert load(smollm)[0].config.text.end_tokens == [2]
+    for value, ends in ((None, []), ([7, 8], [7, 8])):
+        edit_json(smollm / "config.json", lambda cfg: cfg.update(eos_token_id=value))
+        assert load(smollm)[0].config.text.end_tokens == ends
+    edit_json(smollm / "config.json", lambda cfg: cfg.update(eos_token_id="</s>"))
+    with pytest.raises(ValueError, match="config.json.*'</s>' as a start or end token"):
+        load(smollm)
+    edit_json(smollm / "config.json", lambda cfg: cfg.update(eos_token_id=2, template="tiny"))
+    assert load(smollm)[0].config.template == "tiny"                               # our own key in an export tells
+
+
+def test_parts_and_train_take_the_template_that_the_tokenizer_knows(smollm, tiny_model, tmp_path):
+    import train
+    save(tiny_model(), tmp_path / "clip", layout="hf-clip")
+    main(["--vision", str(tmp_path / "clip"), "--llm", str(smollm), "--out", str(tmp_path / "o")])
+    assert load(tmp_path / "o")[0].config.template == "chatml"
+    args = train.parse(["--preset", "cumo-1b", "--vision", str(tmp_path / "clip"), "--llm", str(smollm), "--data", "x", "--stage", "1"])
+    assert train.load_model(args, train.settings(args, 1), "", None)[0].config.template == "chatml"
+    known = chat_tokenizer(["</s>", *CHATML_MARKS])
+    known.save(str(smollm / "tokenizer.json"))
+    assert train.load_model(args, train.settings(args, 1), "", None)[0].config.template == "vicuna"        # the preset's, where it fits
+
+
+def test_an_export_keeps_ends_context_and_tokenizer(smollm, tmp_path):
+    import transformers
+    main(["--from", str(smollm), "--out", str(tmp_path / "own")])
+    main(["--from", str(tmp_path / "own"), "--to", "hf-llm", "--out", str(tmp_path / "back")])
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "back")
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "back")
+    assert (config.bos_token_id, config.max_position_embeddings) == (1, 96)
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, [2, 0])
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(f) for f in (tmp_path / "back", smollm))
+    assert (ours.eos_token, ours.bos_token, ours.model_max_length, ours.chat_template) == ("<|im_end|>", "<|im_start|>", 96, JINJA)
+    chat = [{"role": "user", "content": "Why?"}]
+    assert ours.apply_chat_template(chat, add_generation_prompt=True) == theirs.apply_chat_template(chat, add_generation_prompt=True)
+    assert load(tmp_path / "back")[0].config == load(smollm)[0].config
+
+
+@pytest.mark.parametrize("layout", ["hf-llm", "cumo"])
+def test_an_export_without_a_source_ends_where_its_template_does(tiny_model, layout, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = chat_tokenizer(["<unk>", "</s>", "<|end_of_turn|>"])
+    save(tiny_model(template="openchat", text=dict(vocab_size=300)), tmp_path, tokenizer, layout=layout)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 2) and "max_position_embeddings" not in config
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token == "<|end_of_turn|>" and theirs("Why?").input_ids == tokenizer.encode("Why?").ids
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused_when_it_is_loaded_or_given(tiny_model, tmp_path):
+    save(tiny_model(), tmp_path / "m", words())
+    large = words()
+    large.add_tokens([f"word{i}" for i in range(40)])
+    large.save(str(tmp_path / "t.json"))
+    with pytest.raises(ValueError, match=r"t\.json.*up to 43.*40 rows"):
+        main(["--from", str(tmp_path / "m"), "--out", str(tmp_path / "o"), "--tokenizer", str(tmp_path / "t.json")])
+    large.save(str(tmp_path / "m" / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*up to 43.*40 rows"):
+        load(tmp_path / "m")
+
+
+def test_a_template_that_does_not_fit_is_refused_before_anything_is_written(smollm, tmp_path):
+    with pytest.raises(ValueError, match="</s>.*--template chatml"):
+        main(["--from", str(smollm), "--out", str(tmp_path / "o"), "--template", "vicuna"])
+    assert not (tmp_path / "o").exists()
 
 
 def command(*args):

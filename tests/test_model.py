@@ -372,6 +372,27 @@ def test_rows_are_filled_with_eos_behind_their_first(tiny_model):
     assert model.generate(tokens[:1], max_new_tokens=10, eos=eos).tolist() == [free[0][:stop[0] + 1]]     # alone: no filling at all
 
 
+@torch.no_grad()
+def test_any_of_several_ends_ends_a_row(tiny_model):
+    model, tokens = tiny_model(), tokens_of([7, 3], [5], [11, 20, 30])
+    free = model.generate(tokens, max_new_tokens=10).tolist()
+    ends = [free[0][2], free[1][4], 39]
+    stop = [next((i for i, t in enumerate(row) if t in ends), 10) for row in free]
+    want = [[ends[0] if i > at else t for i, t in enumerate(row)][:min(10, max(stop) + 1)] for row, at in zip(free, stop)]
+    assert model.generate(tokens, max_new_tokens=10, eos=ends).tolist() == want and len(set(stop)) > 1
+    assert model.generate(tokens, max_new_tokens=10, eos=[]).tolist() == free
+
+
+@torch.no_grad()
+def test_context_ends_where_the_decoders_does(tiny_model):
+    model, tokens = tiny_model(text=dict(max_positions=12)), tokens_of([7, 3], [5], length=8)
+    assert model.generate(tokens, max_new_tokens=10).shape == (2, 10)                       # padding does not count
+    with pytest.raises(ValueError, match="2 tokens and up to 11 .* 12 that"):
+        model.generate(tokens, max_new_tokens=11)
+    with pytest.warns(UserWarning, match="12 that this decoder"):
+        assert model.generate(tokens, max_new_tokens=11, too_long="warn").shape == (2, 11)
+
+
 def test_sampling_follows_temperature_and_top_p():
     p = torch.tensor([0.1, 0.5, 0.04, 0.36])
     draw = lambda t, top_p, n=8000: sample(p.log().expand(n, 4), t, top_p, torch.Generator().manual_seed(1)).bincount(minlength=4) / n
