@@ -991,3 +991,21 @@ def test_kept_pages_spare_page_faults():
     assert p.returncode == 0, p.stderr
     fresh, kept = map(int, p.stdout.split())
     assert kept < 0.1 * fresh or fresh < 100                                       # (huge pages: few faults either way)
+
+
+@pytest.mark.parametrize("file", ["train.py", "generate.py", "assets/backbones.py", "tests/bench.py"])
+@pytest.mark.parametrize("given, want", [({}, "10000 None"), ({"GOMP_SPINCOUNT": "77"}, "77 None"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None PASSIVE")])
+def test_threads_give_up_spinning_soon_unless_the_user_says_otherwise(file, given, want):
+    """Set before torch is loaded, when libgomp reads it: here a torch that prints what it would find stands in its place."""
+    script = """if True:
+        import os, runpy, sys
+        class Torch:
+            def find_spec(name, *_):
+                if name == "torch":
+                    print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
+                    sys.exit(0)
+        sys.meta_path.insert(0, Torch)
+        runpy.run_path(sys.argv[1])"""
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    p = subprocess.run([sys.executable, "-c", script, os.path.join(ROOT, file)], env=clean | given, capture_output=True, text=True)
+    assert p.returncode == 0 and p.stdout.strip() == want, p.stderr
