@@ -1384,7 +1384,8 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
 
 
 def log_rows(log_file):
-    """The rows of train.py's log.jsonl: of each step, and of each loss on held-out data.
+    """The rows of train.py's log.jsonl, of each step and each loss on held-out data; or those of
+    its scores.jsonl.
 
     Lines that a kill has cut short, or that another program has written, are passed over."""
     rows = []
@@ -1394,7 +1395,7 @@ def log_rows(log_file):
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and "stage" in row and isinstance(row.get("step"), int):
+            if isinstance(row, dict) and "stage" in row and isinstance(row.get("step", 0), int):
                 rows.append(row)
     return rows
 

@@ -141,8 +141,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
     """Train for stage.steps steps -> the whole weights (on process 0), and whether to stop now.
 
     model(**batch).parts is {name of a loss: its value}. loader(first) gives micro-batches without
-    end, beginning with those of step `first`. later: weights that FSDP fills in (`distribute`).
-    held_out: a data set whose loss is only measured.
+    end, from step `first` on. later: weights that FSDP fills in. held_out: data to measure only.
     """
     experts, wrapped, optimizer = set_up(args, stage, model, device, later)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -159,8 +158,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
         for step in range(first, stage.steps):
             begin = time.perf_counter()
             lr = lr_at(step, stage.steps, stage.lr, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(optimizer, lr)
             # A step draws the same noise in a resumed run.
             torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
 
@@ -197,7 +195,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
                 skip_step(args, stage, step, losses["loss"], norm, counts)
             optimizer.zero_grad(set_to_none=True)
 
-            # 5. Log; at some steps also the loss on held-out data.
+            # 5. Log; now and then also the loss on held-out data.
             log.write(step, losses, lr, norm, totals.images, begin, waited)
             measure_held_out(args, stage, model, wrapped, held_out, log, step, device)
 
@@ -392,8 +390,8 @@ class Args:
     out: str | None = flag(
         None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
     resume: bool = flag(
-        False, "go on with the run in --out, exactly, and with its flags; those of speed and memory "
-        "may be given anew")
+        False, "go on with the run in --out, exactly, and with its flags; those of speed and "
+        "memory may be given anew")
 
     data: str | None = flag(
         None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
@@ -660,6 +658,11 @@ def set_up(args, stage, model, device, later):
     return experts, wrapped, optimizer
 
 
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def decay_groups(model, weight_decay):
     """AdamW's two groups: matrices decay; norms, biases, routers and the CLS vector do not.
 
@@ -886,7 +889,7 @@ def drop_lines(path, name, first):
         return
     keep = []
     for row in generate.log_rows(path):
-        if row["stage"] != name or row["step"] < first:
+        if row["stage"] != name or row.get("step", 0) < first:
             keep.append(json.dumps(row) + "\n")
 
     # The file is whole at every moment, the old one or the new one.
@@ -1183,7 +1186,9 @@ def measure(args, stage, device, began):
 
     row = {"stage": stage.name, "seed": args.seed, "dense": args.dense, "scores": scores,
            "seconds": time.time() - began}
-    with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
+    file = os.path.join(args.out, "scores.jsonl")
+    drop_lines(file, stage.name, 0)  # of a run that was killed just here
+    with open(file, "a") as f:
         f.write(json.dumps(row) + "\n")
 
     # A picture of where 250 of these samples were sent.
@@ -1202,6 +1207,7 @@ def measure_stage(args, name, device, began):
                     os.path.join(args.out, "loss.png"))
         run = read_run(args.out)
         write_json(run_file(args.out), run | {"done": run["done"] + [name]})
+        drop_checkpoints(args.out)  # there is one if a kill came before `finish_stage`
     if LAUNCHED:
         dist.barrier()
 
@@ -1574,23 +1580,23 @@ class Reader(dcp.FileSystemReader):
 
     def __init__(self, path):
         super().__init__(path)
+        contents = os.path.join(path, ".metadata")
         try:
-            with open(os.path.join(path, ".metadata"), "rb") as file:
+            with open(contents, "rb") as file:
                 self.metadata = MetadataUnpickler(file).load()
-            check_sizes(path, self.metadata)
         except Exception as e:
-            raise ValueError(f"{path}: cannot be read: {e}") from None
+            raise ValueError(f"{contents}: cannot be read: {e}") from None
+
+        # Is each shard there, and as long as its tensors are?
+        for part in self.metadata.storage_data.values():
+            shard = Path(path, part.relative_path)
+            size = shard.stat().st_size if shard.exists() else 0
+            if size < part.offset + part.length:
+                raise ValueError(f"{shard}: cannot be read: it has {size} bytes, and tensors up to "
+                                 f"{part.offset + part.length}")
 
     def read_metadata(self, *args, **kwargs):
         return self.metadata
-
-
-def check_sizes(path, metadata):
-    """Is each shard there, and as long as the table of contents says?"""
-    for part in metadata.storage_data.values():
-        file = os.path.join(path, part.relative_path)
-        if os.path.getsize(file) < part.offset + part.length:
-            raise ValueError(f"{file} is cut short")
 
 
 class MetadataUnpickler(pickle.Unpickler):

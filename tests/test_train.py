@@ -479,7 +479,7 @@ def test_a_forged_checkpoint_runs_no_code(base, stopped, tmp_path, monkeypatch, 
         metadata.state_dict_metadata[name] = BytesStorageMetadata()
         (file.parent / "__0_0.distcp").write_bytes(pickle.dumps(Evil()))
     file.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=r"checkpoint/2: cannot be read: .metadata names .*, which train.py does not write") as e:
+    with pytest.raises(ValueError, match=r"checkpoint/2/.metadata: cannot be read: .metadata names .*, which train.py does not write") as e:
         run(base, out, "--stage", 3, "--resume")
     assert "\n" not in str(e.value) and not (tmp_path / "pwned").exists()
 
