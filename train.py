@@ -1,7 +1,7 @@
 """train.py: train a CuMo, from pre-trained backbones to answers about pictures.
 
     python train.py              the default: preset tiny, drawn data, minutes on a CPU
-    python train.py --resume     go on after Ctrl-C or a crash, exactly
+    python train.py --resume     go on after Ctrl-C or a crash, exactly (with --out, if it had one)
     python train.py --help       all flags, in groups
 
 One stage on data of your own (in LLaVA's format), then one of a real model:
@@ -22,9 +22,9 @@ Training has three stages, and each begins with the folder that the stage before
               everything trains on questions
 
 --recipe moe-llava and --recipe uni-moe have other rows for these stages (section 4). A run writes
-to --out: checkpoint/, stage1/, stage2/, at last the model itself, and log.jsonl, scores.jsonl,
-loss.png and routing.png. `torchrun --max-restarts 3 ... train.py` goes on by itself after a process
-died.
+to --out: run.json (its flags, and which stages are done), checkpoint/, stage1/, stage2/, at last
+the model itself, and log.jsonl, scores.jsonl, loss.png and routing.png. `torchrun --max-restarts 3
+... train.py` goes on by itself after a process died.
 """
 from __future__ import annotations
 
@@ -148,7 +148,6 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
     first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
     coefs = routing_coefs(stage, model)
-    model.train()
 
     batches = iter(loader(first))
     # A thread reads the next batches while the device computes.
@@ -493,8 +492,8 @@ class Args:
         "(a short run ends before it pays)")
     checkpointing: bool = flag(
         False, "activation checkpointing: less memory, a third more arithmetic")
-    fsdp: bool = flag(
-        False, "with torchrun: shard weights, gradients and optimizer over the "
+    fsdp: bool | None = flag(
+        None, "with torchrun: shard weights, gradients and optimizer over the "
         "processes (FSDP2) instead of DDP")
     expert_parallel: int = flag(
         1, "with torchrun: deal the experts out to groups of so many processes; tokens "
@@ -655,6 +654,7 @@ def set_up(args, stage, model, device, later):
     wrapped = distribute(args, model, device, later)
     groups = decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, fused=device.type == "cuda")
+    model.train()
     return experts, wrapped, optimizer
 
 
@@ -796,7 +796,7 @@ def skip_step(args, stage, step, loss, norm, counts):
 
 
 def stop_run(args, stage, step):
-    say(f"stopped after step {step} of {stage.steps}; `--resume` with the same flags goes on from "
+    say(f"stopped after step {step} of {stage.steps}; `--resume --out {args.out}` goes on from "
         f"{checkpoint_path(args, step)}")
     raise KeyboardInterrupt
 
@@ -1227,13 +1227,16 @@ def next_command(args, last):
         return f'{command} --image X.png --prompt "What color is the circle?"'
     try:
         sample = data.LlavaJson(args.data, args.images)[0]
-        question = sample["conversations"][0]["value"].replace("<image>", "").strip()
-    except (ValueError, TypeError, LookupError, AttributeError):
+        question = str(sample["conversations"][0]["value"])
+    except (ValueError, TypeError, LookupError):
         # The first sample is a broken one.
         return f'{command} --image X.png --prompt "What is this?"'
-    for image in sample["images"]:
-        command += f" --image {shlex.quote(image)}"
-    return f"{command} --prompt {shlex.quote(question)}"
+    for mark, flag, files in (("<image>", "--image", sample["images"]),
+                              ("<audio>", "--audio", sample["audio"])):
+        question = question.replace(mark, "")
+        for file in files:
+            command += f" {flag} {shlex.quote(file)}"
+    return f"{command} --prompt {shlex.quote(question.strip())}"
 
 
 def finish_stage(args, stopped):
@@ -1357,11 +1360,17 @@ def flags_of_run(out, given):
     file = run_file(out)
     if not os.path.exists(file):
         # A run of an earlier version. It must be given its flags again.
-        if not checkpoints(out) and not list(Path(out).glob("**/config.json")):
+        models = [folder for folder in FOLDERS.values()
+                  if os.path.exists(os.path.join(out, folder, "config.json"))]
+        if not models and not checkpoints(out):
             raise ValueError(f"--resume: {out} holds no run to go on with; is that the --out that "
                              "the run began with?")
         return given
     flags = read_run(out)["flags"]
+    # How processes share the model is their business, not the run's.
+    sharing = {"fsdp", "expert_parallel"}
+    if not LAUNCHED or sharing & set(given):
+        flags = {name: value for name, value in flags.items() if name not in sharing}
     before = vars(fill_in(Args(**flags)))
     both = flags | given | {"out": out}
     now = vars(fill_in(Args(**both)))
@@ -1460,7 +1469,7 @@ def check_identity(args, stage, path, before):
 
 def checkpoints(out):
     """The folders of all checkpoints, complete or not."""
-    return list(Path(out, "checkpoint").glob("[0-9]*"))
+    return [path for path in Path(out, "checkpoint").glob("*") if path.name.isdigit()]
 
 
 def newest_checkpoint(out):
@@ -1527,6 +1536,8 @@ def checkpoint_path(args, step):
 def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
     path = checkpoint_path(args, step)
     tensors = tensors_of(get_state_dict(model, optimizer, options=TRAINED), experts)
+    # A damaged one may lie there. It must not count as complete before it is.
+    Path(path, "run.json").unlink(missing_ok=True)
     try:
         with quiet():
             dcp.save(tensors, checkpoint_id=path)

@@ -14,7 +14,8 @@ from PIL import Image
 import data as d
 import generate
 import train
-from test_train import (SMALL, base, flags, interrupt_at, mixture, one, quiet_machine, rows, run, same, start,     # noqa: F401 (fixtures)
+from test_routing import made
+from test_train import (base, flags, interrupt_at, mixture, one, quiet_machine, rows, run, same, start,     # noqa: F401 (fixtures)
                         weights, write_llava)
 from upcycle import load, upcycle
 
@@ -222,6 +223,12 @@ def test_a_process_whose_torchrun_is_killed_dies_with_it():
     os.waitpid(parent, 0)
     begun = time.time()
     assert os.read(heard, 5) == b"" and time.time() - begun < 10                   # the pipe ends as nobody is left who could write
+
+
+@pytest.mark.parametrize("n_experts", [48, 256])
+def test_the_routing_of_many_experts_in_many_layers_is_drawn(tmp_path, n_experts):
+    generate.draw_decoder_routing(made([n_experts] * 128, 2, n=3), str(tmp_path / "r.png"))
+    assert min(Image.open(tmp_path / "r.png").size) > 700
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def launched(base, tmp_path_factory):
             dict(argv=flags(base, at("one to fsdp"), *fsdp, "--resume")),
             dict(argv=flags(base, at("fsdp to one"), *fsdp), **stopped),
             dict(argv=flags(base, at("fsdp to ddp"), *fsdp), **stopped),
-            dict(argv=flags(base, at("fsdp to ddp"), *STAGE3, "--resume")),
+            dict(argv=flags(base, at("fsdp to ddp"), *STAGE3, "--resume", "--no-fsdp")),
             dict(argv=flags(base, at("fsdp to ep"), *fsdp), **stopped),
             dict(argv=flags(base, at("fsdp to ep"), *STAGE3, "--resume", "--expert-parallel", 2)),
             dict(argv=[*flags(base, at("full"), *fsdp), "full"], file=at("faulty.py")),
