@@ -38,6 +38,11 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+# OpenMP's threads wait for each other by spinning, on a busy machine for ages: they shall give up
+# sooner. libgomp reads this when torch is loaded. What the user has set holds.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
@@ -1602,9 +1607,12 @@ def paths_to_show(stats, heard):
 def draw_pathways(draw, stats, top, paths):
     """A table: a row is a pathway, which goes from left to right through the experts in it."""
     used = len(set().union(*stats.pathways))
-    possible = math.prod(stats.n_experts)
+    possible = f"{math.prod(stats.n_experts):,}"
+    if len(possible) > 12:
+        # Many layers with many experts: more than a float can hold.
+        possible = f"1e{sum(math.log10(n) for n in stats.n_experts):.0f}"
     title = ("Pathways of first choices: the two most used of each modality, and the next of all "
-             f"tokens ({used:,} of {possible:,.6g} possible ones were taken)")
+             f"tokens ({used:,} of {possible} possible ones were taken)")
     draw_heading(draw, stats, top, top + 20 * len(paths), title)
 
     colors = expert_colors(max(stats.n_experts))
@@ -1671,20 +1679,48 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
 # 9. The loss of a training run
 
 
+def log_rows(log_file):
+    """The rows of train.py's log.jsonl, of each step and each loss on held-out data; or those of
+    its scores.jsonl.
+
+    Lines that a kill has cut short, or that another program has written, are passed over."""
+    rows = []
+    with open(log_file, "rb") as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and "stage" in row and isinstance(row.get("step", 0), int):
+                rows.append(row)
+    return rows
+
+
 def draw_curves(log_file: str, png: str):
     """train.py's log.jsonl -> the language loss of each stage, side by side."""
     stages = {}
-    with open(log_file) as f:
-        for line in f:
-            row = json.loads(line)
-            loss = row.get("lm", row["loss"])
-            # A step whose loss is not a number cannot be drawn, but it happened.
-            stages.setdefault(str(row["stage"]), []).append(loss if math.isfinite(loss) else 0.0)
+    held_out = {}
+    for row in log_rows(log_file):
+        stage = str(row["stage"])
+        losses = stages.setdefault(stage, [])
+        points = held_out.setdefault(stage, [])
+        if "val_loss" in row:
+            points.append((len(losses) - 1, finite(row["val_loss"])))
+        else:
+            losses.append(finite(row.get("lm", row.get("loss"))))
 
-    page, draw = blank_page(330 * len(stages), 240)
+    stages = {stage: losses for stage, losses in stages.items() if losses}
+    page, draw = blank_page(330 * max(1, len(stages)), 240)
     for column, (stage, losses) in enumerate(stages.items()):
-        draw_curve(draw, 330 * column, stage, losses)
+        draw_curve(draw, 330 * column, stage, losses, held_out[stage])
     save_png(page, png)
+
+
+def finite(loss):
+    """A loss that is not a number cannot be drawn, but its step happened."""
+    if isinstance(loss, (int, float)) and math.isfinite(loss):
+        return loss
+    return 0.0
 
 
 def running_mean(values):
@@ -1697,9 +1733,9 @@ def running_mean(values):
     return means
 
 
-def draw_curve(draw, x, stage, losses):
-    """The chart of a stage, from x on. Grey: every step; blue: the running mean; behind them a grid
-    with numbers."""
+def draw_curve(draw, x, stage, losses, held_out=()):
+    """The chart of a stage, from x on. Grey: every step; blue: the running mean; red: on held-out
+    data, (step, loss); behind them a grid with numbers."""
     left = x + 46
     right = x + 318
     top = 34
@@ -1707,7 +1743,10 @@ def draw_curve(draw, x, stage, losses):
     middle = (left + right) / 2
     smooth = running_mean(losses)
     label(draw, middle, 16, f"stage {stage}: loss, at the end {smooth[-1]:.3f}")
-    label(draw, middle, 226, f"{len(losses)} steps")
+    foot = f"{len(losses)} steps"
+    if held_out:
+        foot += f"; red: held-out data, at the end {held_out[-1][1]:.3f}"
+    label(draw, middle, 226, foot)
 
     # The first steps' losses may be so high that all others would lie on the ground: leave them out
     high = 1.05 * max(losses[len(losses) // 50:]) or 1.0
@@ -1716,12 +1755,17 @@ def draw_curve(draw, x, stage, losses):
         draw.line((left, y, right, y), "#dddddd")
         draw.text((left - 6, y), f"{high * k / 4:.2g}", "black", SMALL, anchor="rm")
 
+    def place(i, value):
+        y = bottom - (bottom - top) * min(value, high) / high
+        return left + (right - left) * i / max(1, len(losses) - 1), y
+
     for values, color, width in ((losses, "#bbbbbb", 1), (smooth, "#1f5fbf", 2)):
-        points = []
-        for i, value in enumerate(values):
-            y = bottom - (bottom - top) * min(value, high) / high
-            points.append((left + (right - left) * i / max(1, len(values) - 1), y))
-        draw.line(points, color, width)
+        draw.line([place(i, value) for i, value in enumerate(values)], color, width)
+    points = [place(i, value) for i, value in held_out]
+    if points:
+        draw.line(points, "#c0392b", 1)
+    for px, py in points:
+        draw.rectangle((px - 2, py - 2, px + 2, py + 2), "#c0392b")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -23,6 +23,11 @@ import random
 import sys
 from dataclasses import dataclass
 
+# OpenMP's threads wait for each other by spinning, on a busy machine for ages: they shall give up
+# sooner. libgomp reads this when torch is loaded. What the user has set holds.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

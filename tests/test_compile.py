@@ -128,7 +128,7 @@ def test_an_epoch_of_mixed_lengths_is_compiled_at_most_eight_times_and_the_log_s
     batches, forward = set(), CuMo.forward
     monkeypatch.setattr(CuMo, "forward", lambda self, tokens, images=None, **kw:
                         batches.add((tokens.shape[1], len(images))) or forward(self, tokens, images, **kw))
-    train.main(flags(base, tmp_path / "o", "--stage", 3, "--epochs", 1, "--steps", 20, "--batch-size", 2, "--max-length", 512,
+    train.main(flags(base, tmp_path / "o", "--stage", 3, "--steps", 20, "--batch-size", 2, "--max-length", 512,
                      "--compile", *write_llava(tmp_path, samples)))
     printed = capsys.readouterr().out
     n = int(printed.split("compiled ")[1].split(" graphs")[0])

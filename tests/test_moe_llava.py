@@ -410,7 +410,7 @@ def test_placements(base, where, layers):
     (("--moe-layers", "0,4"), "--moe-layers 0,4: the decoder has layers 0 to 3"), (("--moe-layers", "1,1"), "--moe-layers 1,1: .*each once"),
     (("--moe-layers=-1",), "--moe-layers -1: the decoder has layers 0 to 3"), (("--moe-layers", "odd"), "--moe-layers odd: every_other, all"),
     (("--moe-layers", ""), "--moe-layers"), (("--moe-layers", "0,,2"), "--moe-layers 0,,2"),
-    (("--capacity-factor", -1), "--capacity-factor -1.0: must be above 0"), (("--eval-capacity-factor", "nan"), "--eval-capacity-factor nan"),
+    (("--capacity-factor", -1), "--capacity-factor = -1.0 must be at least 0"), (("--eval-capacity-factor", "nan"), "--eval-capacity-factor = nan must be at least 0"),
     (("--top-k", 5), "top_k = 5 of 4 experts"), (("--n-experts", 1), "top_k = 2 of 1 experts"), (("--top-k", 0), "top_k = 0"),
     (("--recipe", "moe"), "--recipe moe: known are cumo, moe-llava"), (("--trains", "text,router"), "'router' is no part"),
     (("--trains", ""), "is no part"), (("--upcycle-at", 4), "--upcycle-at 4")])
