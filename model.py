@@ -1403,7 +1403,8 @@ def validate(config):
             raise ValueError(f"text.{name} = {factor} must be positive, or null to drop nothing")
     for token in [config.text.start_token or 0, *config.text.end_tokens]:
         if not isinstance(token, int) or token < 0:
-            raise ValueError(f"text: {token!r} as a start or end token; these are ids, whole numbers")
+            raise ValueError(f"text: {token!r} as a start or end token; these are ids, whole "
+                             "numbers")
     limit = config.text.max_positions
     if limit is not None and not (isinstance(limit, int) and limit > 0):
         raise ValueError(f"text.max_positions = {limit!r} must be a whole number above 0, or null "
@@ -1490,9 +1491,9 @@ def check_length(limit, tokens, max_new_tokens, too_long):
     longest = int((tokens != PAD).sum(1).max())
     if longest + max_new_tokens <= limit:
         return
-    message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are more than "
-               f"the {limit} that this decoder learnt to read at once (text.max_positions); shorten "
-               "the prompt or the answer")
+    message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are more "
+               f"than the {limit} that this decoder learnt to read at once (text.max_positions); "
+               "shorten the prompt or the answer")
     if too_long == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
