@@ -117,9 +117,9 @@ class Template(NamedTuple):
     later: str  # the human's other turns
     answer: str
     end: str  # what stands behind an answer
-    # The marks that the tokenizer must know, each as one token. The last one ends an answer: a
-    # model that writes it has finished.
-    marks: tuple = ("</s>",)
+    # What the tokenizer must know as one token each. The last one ends an answer: a model that
+    # writes it has finished.
+    tokens: tuple = ("</s>",)
     # All is spelled out, so the tokenizer does not put its own "<s>" in front.
     spelled_out: bool = False
     strips: bool = False  # are the blanks around a turn's text left out?
@@ -140,7 +140,7 @@ def render(conversations, template, slots=("<image>", "<audio>")):
     take it for one that is still to come.) A conversation that ends with a turn of the human is a
     prompt: its text stops where the answer begins.
 
-    slots: what marks a place. All else is text, also an "<image>" in a turn that has a list "slots"
+    slots: what marks a place. All else is text, also an "<image>" in a turn that has a list "marks"
     without it: so `load_senses` tells the word from the mark.
     Raises ValueError for an unknown template and for bad turns: see `check_turns`.
     """
@@ -149,7 +149,7 @@ def render(conversations, template, slots=("<image>", "<audio>")):
 
     pieces = []
     for i, turn in enumerate(conversations):
-        here = [mark for mark in slots if mark in turn.get("slots", slots)]
+        here = [mark for mark in slots if mark in turn.get("marks", slots)]
         text = turn["value"]
         learnt = turn["from"] == "gpt"
         layout = form.later
@@ -223,8 +223,8 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     if not TEMPLATES[template].spelled_out:
         encoded += [(token, IGNORE) for token in start_tokens(tokenizer)]
 
-    specials = special_tokens(tokenizer)
     # As in LLaVA, each stretch of text between the slots is tokenized alone.
+    specials = special_tokens(tokenizer)
     for is_slot, group in itertools.groupby(pieces, operator.attrgetter("is_slot")):
         if not is_slot:
             encoded += encode_text(list(group), tokenizer, specials)
@@ -474,7 +474,7 @@ CHATML_TURN = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 # To add a template, add a row.
 TEMPLATES = {
     # LLaVA's first stage. The question is dropped: image, caption, newline.
-    "plain": Template("{marks}", "{marks}", "{text}", "\n", marks=()),
+    "plain": Template("{marks}", "{marks}", "{text}", "\n", tokens=()),
 
     # This project's own, for the default run. Each mark is one token.
     "tiny": Template("<q>{text}<a>", "<q>{text}<a>", " {text}", "</s>"),
@@ -491,7 +491,7 @@ TEMPLATES = {
     # MoE-LLaVA's, for OpenChat. It keeps vicuna's words and takes only the end mark from OpenChat.
     "openchat": Template(SYSTEM + " USER: {text} ASSISTANT:",
                          "USER: {text} ASSISTANT:", " {text}", "<|end_of_turn|>",
-                         marks=("<|end_of_turn|>",)),
+                         tokens=("<|end_of_turn|>",)),
 
     # Qwen2, SmolLM2 and others. The text is LLaVA-NeXT's "qwen_1_5", with or without an image: what
     # transformers' apply_chat_template makes of these turns behind this system prompt. It is
@@ -499,18 +499,18 @@ TEMPLATES = {
     # (LLaVA-NeXT also has the model learn the marks and newlines of the questions. We do not.)
     "chatml": Template("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML_TURN,
                        CHATML_TURN, "{text}", "<|im_end|>\n",
-                       marks=("<|im_start|>", "<|im_end|>"), spelled_out=True),
+                       tokens=("<|im_start|>", "<|im_end|>"), spelled_out=True),
 
     # Llama 3. Again as LLaVA-NeXT's "llava_llama_3", which is apply_chat_template with this system
     # prompt. Llama's own template strips every text.
     "llama3": Template("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
                        + LLAMA3_SYSTEM + "<|eot_id|>" + LLAMA3_TURN,
                        LLAMA3_TURN, "{text}", "<|eot_id|>",
-                       marks=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+                       tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
                        spelled_out=True, strips=True),
 }
 # What ends an answer.
-EOS = {name: (form.marks or (form.end,))[-1] for name, form in TEMPLATES.items()}
+EOS = {name: (form.tokens or (form.end,))[-1] for name, form in TEMPLATES.items()}
 
 
 def end_token(tokenizer, template):
@@ -520,12 +520,12 @@ def end_token(tokenizer, template):
 
 
 def fits(tokenizer, template):
-    """Does the tokenizer know the template's marks, each as one token?
+    """Does the tokenizer know the template's tokens, each as one?
 
     A name in the vocabulary is not enough: Qwen2's has "</s>", but cuts the text "</s>" into three.
     """
     check_template(template)
-    for mark in TEMPLATES[template].marks:
+    for mark in TEMPLATES[template].tokens:
         if tokenizer.encode(mark, add_special_tokens=False).tokens != [mark]:
             return False
     return True
@@ -839,7 +839,7 @@ def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, aver
         marks.append("<image>")
     else:
         frames = None
-    conversations = with_slots(conversations, marks)
+    conversations = with_marks(conversations, marks)
 
     # Sounds.
     if n_audio_tokens == 0:
@@ -908,9 +908,9 @@ def videos_as_images(conversations, sizes):
     return turns
 
 
-def with_slots(conversations, marks):
-    """The turns, each with the list "slots" of what is a mark in its text (see `render`)."""
-    return [{**turn, "slots": marks} if isinstance(turn, dict) else turn for turn in conversations]
+def with_marks(conversations, marks):
+    """The turns, each with the list "marks" of what is a mark in its text (see `render`)."""
+    return [{**turn, "marks": marks} if isinstance(turn, dict) else turn for turn in conversations]
 
 
 def video_files(videos, folder, where):
@@ -1881,17 +1881,18 @@ def check_end_mark(tokenizer, template):
         # Nobody is asked in "plain".
         if name != "plain" and fits(tokenizer, name):
             fitting.append(f"--template {name}")
+    wanted = " ".join(TEMPLATES[template].tokens)
     raise ValueError(f"template {template} ends answers with {EOS[template]}, and this tokenizer "
-                     f"does not know {' '.join(TEMPLATES[template].marks)}, each as one token; use "
+                     f"does not know {wanted}, each as one token; use "
                      + (" or ".join(fitting) or "another tokenizer"))
 
 
 def check_span(token, text, tokenizer):
     """A token that stands for no characters is a blank."""
     if tokenizer.decode([token]).strip():
-        raise ValueError(f"the tokenizer does not tell where {tokenizer.id_to_token(token)!r} stands "
-                         f"in {text[:80]!r}, so nothing could be learnt from it; tokenizers before "
-                         "0.20.3 do that: pip install -U tokenizers")
+        raise ValueError(f"the tokenizer does not tell where {tokenizer.id_to_token(token)!r} "
+                         f"stands in {text[:80]!r}, so nothing could be learnt from it; tokenizers "
+                         "before 0.20.3 do that: pip install -U tokenizers")
 
 
 def check_cut(ids, labels, max_length):

@@ -72,10 +72,10 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
            audio_embeds=None, max_new_tokens: int = 64, **options) -> list[str]:
     """Samples whose conversations end with the human's turn -> the model's next turns, stripped.
 
-    options: temperature, top_p, generator, compile, too_long (CuMo.generate). stream: called with each new
-    piece of text of the first sample. image_embeds, audio_embeds: features of what the samples
-    hold, where it was encoded before; then a sample with sounds says their "slots" itself, and
-    marks a video as an image."""
+    options: temperature, top_p, generator, compile, too_long (CuMo.generate). stream: called with
+    each new piece of text of the first sample. image_embeds, audio_embeds: features of what the
+    samples hold, where it was encoded before; then a sample with sounds says their "slots" itself,
+    and marks a video as an image."""
     # What is said, and what there is to see and to hear.
     if image_embeds is None and audio_embeds is None:
         texts, senses = sense(model, samples)
@@ -151,9 +151,9 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
             continue
 
         # The first question brings the files along. `opening` is that turn, with "<video>" replaced
-        # by "<image>"s. In later turns such a mark is a word ("slots": none).
+        # by "<image>"s. In later turns such a mark is a word ("marks": none).
         if conversation:
-            conversation.append({"from": "human", "value": question, "slots": []})
+            conversation.append({"from": "human", "value": question, "marks": []})
         else:
             sample = sample_of(question, images, video, audio)
             opening, slots, embeds = encode_senses(model, sample)
@@ -164,7 +164,7 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
         reply = answer(model, tokenizer, [asked], stream=show, too_long="warn", **embeds,
                        **options)[0]
         print()
-        conversation.append({"from": "gpt", "value": reply, "slots": []})
+        conversation.append({"from": "gpt", "value": reply, "marks": []})
     return conversation
 
 

@@ -1574,9 +1574,9 @@ def check_length(limit, tokens, max_new_tokens, too_long):
     longest = int((tokens != PAD).sum(1).max())
     if longest + max_new_tokens <= limit:
         return
-    message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are more than "
-               f"the {limit} that this decoder learnt to read at once (text.max_positions); shorten "
-               "the prompt or the answer")
+    message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are more "
+               f"than the {limit} that this decoder learnt to read at once (text.max_positions); "
+               "shorten the prompt or the answer")
     if too_long == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)

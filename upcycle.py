@@ -916,11 +916,11 @@ def files_beside(decoder, config, tokenizer):
 
     # A tokenizer that came from such a folder has its own.
     if tokenizer is not None and "tokenizer_config.json" not in neighbours_of(tokenizer):
-        marks = {"bos_token": start, "eos_token": ends[-1] if ends else None}
         described = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        for name, token in marks.items():
-            if token is not None:
-                described[name] = tokenizer.id_to_token(token)
+        if start is not None:
+            described["bos_token"] = tokenizer.id_to_token(start)
+        if data.fits(tokenizer, config.template):
+            described["eos_token"] = data.EOS[config.template]
         files["tokenizer_config.json"] = described
     return files
 
@@ -1422,9 +1422,9 @@ def local_folder(path):
     # It comes with tokenizers, and is needed here only.
     from huggingface_hub import snapshot_download
     try:
-        folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+        folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
         if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-            folder = snapshot_download(path, allow_patterns=["*.json", "*.bin"])
+            folder = snapshot_download(path, allow_patterns=["*.json", "*.bin", "*.jinja"])
         return folder
     except Exception as e:
         # No network, no such repository, no permission...
@@ -1583,7 +1583,7 @@ def check_vocabulary(tokenizer, config, where):
     """Raise ValueError unless the decoder has an embedding for all that the tokenizer may say."""
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= config.text.vocab_size:
-        raise ValueError(f"{where}: its ids reach up to {highest}, the decoder's embedding has "
+        raise ValueError(f"{where}: its ids go up to {highest}, the decoder's embedding has "
                          f"{config.text.vocab_size} rows (text.vocab_size), 0 to "
                          f"{config.text.vocab_size - 1}; this tokenizer belongs to another model")
 
@@ -1908,6 +1908,8 @@ def main(argv=None):
         tokenizer = read_tokenizer(args.tokenizer)
         if not is_tower:
             check_vocabulary(tokenizer, model.config, args.tokenizer)
+            if not data.fits(tokenizer, model.config.template):
+                model.config.template = data.template_for(tokenizer, model.config.template)
     if args.template and tokenizer is not None:
         data.check_end_mark(tokenizer, args.template)
     save(model, args.out, tokenizer, layout=args.to)

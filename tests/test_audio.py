@@ -264,7 +264,7 @@ def turns(*texts):
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = d.train_tokenizer(["What is it? A red ring. Yes, no, five."] * 3, 300)
-    tokenizer.add_special_tokens(sorted({mark for form in d.TEMPLATES.values() for mark in form.marks}))
+    tokenizer.add_special_tokens(sorted({mark for form in d.TEMPLATES.values() for mark in form.tokens}))
     return tokenizer
 
 

@@ -888,6 +888,13 @@ def test_a_tokenizer_beyond_the_embedding_is_refused_when_it_is_loaded_or_given(
         load(tmp_path / "m")
 
 
+def test_a_tokenizer_that_is_given_chooses_the_template_too(smollm, tmp_path):
+    (smollm / "tokenizer.json").rename(tmp_path / "t.json")
+    assert load(smollm)[0].config.template == "vicuna"
+    main(["--from", str(smollm), "--out", str(tmp_path / "o"), "--tokenizer", str(tmp_path / "t.json")])
+    assert load(tmp_path / "o")[0].config.template == "chatml"
+
+
 def test_a_template_that_does_not_fit_is_refused_before_anything_is_written(smollm, tmp_path):
     with pytest.raises(ValueError, match="</s>.*--template chatml"):
         main(["--from", str(smollm), "--out", str(tmp_path / "o"), "--template", "vicuna"])

@@ -226,7 +226,7 @@ def test_labels_are_the_answers_also_where_llava_drops_the_sample(template, kind
 @pytest.mark.parametrize("template", d.TEMPLATES)
 def test_a_prompt_is_llavas_and_what_precedes_the_answer_in_training(template, kind):
     tokenizer = tokenizer_of(kind)
-    tokenizer.add_special_tokens(list(d.TEMPLATES[template].marks))
+    tokenizer.add_special_tokens(list(d.TEMPLATES[template].tokens))
     for texts in ordinary(template):
         prompt, masked = d.encode_chat(turns(texts[:-1]), tokenizer, template, 2)
         ids, labels = d.encode_chat(turns(texts), tokenizer, template, 2)
