@@ -27,6 +27,7 @@ import zipfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from os.path import exists, join
+from types import NoneType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -655,6 +656,10 @@ def with_moe_llava_experts(text, moe):
     if moe.get("use_residual"):
         raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
 
+    for key in ("num_experts", "moe_layers_idx"):
+        if not isinstance(moe.get(key, []), (list, NoneType)):
+            raise ValueError(f"moe.{key} = {moe[key]!r:.60} must be a list")
+
     # Every other layer by default.
     layers = moe.get("moe_layers_idx")
     if layers is None:
@@ -715,7 +720,7 @@ def read_config(theirs, shapes, path):
     if is_own(theirs):
         return read_own(theirs)
 
-    kind = theirs.get("model_type", "")
+    kind = str(theirs.get("model_type") or "")
     reader = READERS.get(kind)
     if kind in DECODERS and is_multimodal(theirs):
         reader = read_llava
