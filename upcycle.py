@@ -1,11 +1,12 @@
 """upcycle.py: a dense model becomes a mixture of experts; and how weights get in and out.
 
 Sparse upcycling (arXiv 2212.05055) does not train experts from scratch. Every expert starts as a
-copy of the trained dense FFN, and only the router is new. The weights of a token's experts sum to
-1 (where it has two or more), so at first the upcycled block computes exactly what the dense one
-did: training goes on where it was, and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision tower
-and in the connector at once, between its second and third stage. Uni-MoE's experts are no copies
-of one FFN: they were fine-tuned apart, each on one modality or task, and meet in one decoder.
+copy of the trained dense FFN, and only the router is new. The weights of a token's experts sum to 1
+(where it has two or more), so at first the upcycled block computes exactly what the dense one did:
+training goes on where it was, and the experts grow apart from there. CuMo's "co-upcycling" does
+this in the vision tower and in the connector at once, between its second and third stage. Uni-MoE's
+experts are no copies of one FFN: they were fine-tuned apart, each on one modality or task, and meet
+in one decoder.
 
 The second part of this file reads and writes model folders: this project's own (config.json,
 model.safetensors, tokenizer.json) and those of other programs. `python upcycle.py --help` says how
