@@ -454,7 +454,7 @@ def moe_sorted(x, weights, experts, layer, act):
 
 
 def choose_with_noise(logits: Tensor, p: Tensor, top_k: int, noise: Tensor) -> Tensor:
-    """logits, p and noise (..., N, E) -> experts (..., N, K): the best, then the best with noise."""
+    """logits, p, noise (..., N, E) -> experts (..., N, K): the best, then the best with noise."""
     first = p.argmax(-1, keepdim=True)  # (..., N, 1)
     rest = (logits + noise).scatter(-1, first, -torch.inf)
     others = rest.topk(top_k - 1, dim=-1).indices

@@ -60,6 +60,7 @@ IGNORE = -100  # the label of a token that is not learnt
 Size = Annotated[int, 1, 10**9]
 Layers = Annotated[int, 1, 1000]  # a billion layers, a typing error, would take days to build
 Token = Annotated[int, 0, 10**9]
+Experts = Annotated[int, 0, 10**6]  # 0 is dense
 Positive = Annotated[float, 1e-12, 1e12]
 Activation = Literal[tuple(ACTIVATIONS)]
 
@@ -81,7 +82,7 @@ class VisionConfig:
     # S2 (arXiv 2403.13043): [1, 3] reads the image also three times enlarged, in 9 crops.
     scales: list[Size] = field(default_factory=lambda: [1])
     # A number for each layer, or one number for all of them. 0 is dense.
-    n_experts: int | list[int] = 0
+    n_experts: Experts | list[Experts] = 0
     top_k: int = 2  # upcycling writes it (train.py --top-k)
     # Do the weights of a token's experts sum to 1? None: from top-2 on (kernels.route).
     renormalise: bool | None = None
@@ -111,7 +112,7 @@ class VisionConfig:
 @dataclass
 class ConnectorConfig:
     act: Activation = "gelu"
-    n_experts: int = 0
+    n_experts: Experts = 0
     top_k: int = 2
     renormalise: bool | None = None
 
@@ -134,7 +135,7 @@ class TextConfig:
     sliding_window: Size | None = None
     qkv_bias: bool = False  # Qwen2 has them
     tie_embeddings: bool = False
-    n_experts: int | list[int] = 0  # a number for each layer, or one for all
+    n_experts: Experts | list[Experts] = 0  # a number for each layer, or one for all
     top_k: int = 2
     renormalise: bool | None = None
     # The experts' capacity (kernels.route) in training and outside of it. None drops nothing;
@@ -857,7 +858,7 @@ class AudioConfig:
     act: Activation = "gelu"
     norm_eps: Positive = 1e-5
     # The ear is dense. These three stand here since config.json has them for every sense.
-    n_experts: int | list[int] = 0
+    n_experts: Experts | list[Experts] = 0
     top_k: int = 2
     renormalise: bool | None = None
     n_queries: Size = 50  # AUDIO slots of a chunk

@@ -1,11 +1,12 @@
 """upcycle.py: a dense model becomes a mixture of experts; and how weights get in and out.
 
 Sparse upcycling (arXiv 2212.05055) does not train experts from scratch. Every expert starts as a
-copy of the trained dense FFN, and only the router is new. The weights of a token's experts sum to
-1 (where it has two or more), so at first the upcycled block computes exactly what the dense one
-did: training goes on where it was, and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision tower
-and in the connector at once, between its second and third stage. Uni-MoE's experts are no copies
-of one FFN: they were fine-tuned apart, each on one modality or task, and meet in one decoder.
+copy of the trained dense FFN, and only the router is new. The weights of a token's experts sum to 1
+(where it has two or more), so at first the upcycled block computes exactly what the dense one did:
+training goes on where it was, and the experts grow apart from there. CuMo's "co-upcycling" does
+this in the vision tower and in the connector at once, between its second and third stage. Uni-MoE's
+experts are no copies of one FFN: they were fine-tuned apart, each on one modality or task, and meet
+in one decoder.
 
 The second part of this file reads and writes model folders: this project's own (config.json,
 model.safetensors, tokenizer.json) and those of other programs. `python upcycle.py --help` says how
@@ -27,6 +28,7 @@ import zipfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from os.path import exists, join
+from types import NoneType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -678,6 +680,10 @@ def with_moe_llava_experts(text, moe):
     if moe.get("use_residual"):
         raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
 
+    for key in ("num_experts", "moe_layers_idx"):
+        if not isinstance(moe.get(key, []), (list, NoneType)):
+            raise ValueError(f"moe.{key} = {moe[key]!r:.60} must be a list")
+
     # Every other layer by default.
     layers = moe.get("moe_layers_idx")
     if layers is None:
@@ -781,7 +787,7 @@ def read_config(theirs, shapes, path, tokenizer):
     file = join(path, "generation_config.json")
     if exists(file):
         theirs = theirs | read_keys(read_json(file), START_AND_END)
-    kind = theirs.get("model_type", "")
+    kind = str(theirs.get("model_type") or "")
     reader = READERS.get(kind)
     if kind in DECODERS and is_multimodal(theirs):
         reader = read_llava

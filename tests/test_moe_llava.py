@@ -289,6 +289,7 @@ def test_num_experts_once_stands_for_all_layers(tmp_path):
     (MOE, dict(model_type="moe_llava_qwen", architectures=["MoELLaVAQWenForCausalLM"]), "MoELLaVAQWenForCausalLM is not supported"),
     (MOE, dict(model_type="moe_llava_phi", architectures=None), "moe_llava_phi is not supported"),
     ({**MOE, "num_experts": [4, 4, 4]}, {}, "config.json"),
+    ({**MOE, "num_experts": 4}, {}, "moe.num_experts = 4 must be a list"),
     ({**MOE, "moe_layers_idx": [0, 7], "num_experts": [4]}, {}, "config.json|has no place|missing"),
     (MOE, dict(image_projector_type="qformer"), "mlp2x_gelu")])
 def test_published_layouts_that_are_refused(tmp_path, moe, more, words):
