@@ -52,10 +52,9 @@ def structure(preset):
 UNLIKE = [preset for i, preset in enumerate(m.PRESETS) if structure(preset) not in [structure(p) for p in list(m.PRESETS)[:i]]]
 
 
-# In bfloat16 by the dispatch that a GPU uses, for every preset; in float32 by the CPU's, whose graph is several times larger, for one
-# preset of each place that experts can have
-@pytest.mark.parametrize("preset, dtype", [(preset, torch.bfloat16) for preset in UNLIKE] + [
-    (preset, torch.float32) for preset in ("tiny", "cumo-mixtral-8x7b", "uni-moe-tiny")])
+# In bfloat16 by the dispatch that a GPU uses, for every preset; in float32 by the CPU's, whose graph is several times larger, for the
+# preset that has experts everywhere
+@pytest.mark.parametrize("preset, dtype", [(preset, torch.bfloat16) for preset in UNLIKE] + [("cumo-mixtral-8x7b", torch.float32)])
 def test_the_training_forward_of_every_preset_is_one_graph(preset, dtype):
     model = small(preset).to(dtype).train()
     for moe in (module for module in model.modules() if isinstance(module, MoE)):

@@ -131,7 +131,7 @@ def test_presets_do_not_share_lists(monkeypatch):
 def test_config_errors_name_the_field(d, words):
     with pytest.raises(ValueError, match=words) as e:
         Config.from_dict(d)
-    assert "\n" not in str(e.value) and len(str(e.value)) < 200
+    assert "\n" not in str(e.value) and len(str(e.value)) < 300
 
 
 def test_a_field_without_limits_needs_only_its_annotation():
@@ -416,7 +416,7 @@ def test_logits_that_are_no_numbers_are_an_error_that_names_the_likely_cause(num
         model.text.norm.weight.fill_(number)
     with pytest.raises(ValueError, match="NaN or infinite.*diverged.*float16"):
         model.generate(tokens_of([7], [8, 9]), max_new_tokens=3, on_token=steps.append, **how)
-    assert len(steps) == (1 if "eos" in how else 3)                                # with an end in sight it stops at once
+    assert len(steps) == 1                                                         # it stops at once
 
 
 def test_sampling_repeats_with_its_generator(tiny_model):
