@@ -1181,7 +1181,11 @@ def draw_scene(scene):
     if scene["sign"]:
         draw_sign(image, *scene["sign"], rng)
 
-    # Add noise of -6 to 6 to each value.
+    return add_noise(image, rng)
+
+
+def add_noise(image, rng):
+    """Add noise of -6 to 6 to each value of an RGB image."""
     pixels = np.asarray(image).astype(np.int16)  # (48, 48, 3)
     noise = np.frombuffer(rng.randbytes(pixels.size), np.uint8) % 13
     pixels = pixels + noise.reshape(pixels.shape) - 6
@@ -1731,7 +1735,96 @@ def train_tokenizer(texts, vocab_size):
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Checks of what users bring. Each error is a ValueError that says what is wrong, and where.
+# 16. The world of facts
+#
+# The drawn world asks for skills: to count, to compare, to read. Here is what can only be known. A
+# picture has a name of two words, which has nothing to do with what it shows:
+#
+#     (a picture of a guitar)      What is this?      red milk
+#
+# So nothing can be guessed, and how many names a model knows says how much it holds. The pictures
+# are 1,024 of Google's Noto Emoji (assets/emoji.py).
+
+N_FACTS = 1024
+SHEET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "emoji.png")
+EMOJI = 32  # pixels a side, and pictures in a row of the sheet
+
+
+@functools.lru_cache
+def facts():
+    """-> 1,024 pairs (a picture's place on the sheet, its name). The first n are n facts."""
+    # Two different words of those that the tokenizer knows.
+    words = [*COLORS, *SHAPES, *WORDS]
+    names = [f"{one} {other}" for one in words for other in words if one != other]
+
+    # Two shuffles that know nothing of each other: so no name says anything of its picture.
+    random.Random(1).shuffle(names)
+    places = list(range(N_FACTS))
+    random.Random(2).shuffle(places)
+    return list(zip(places, names))
+
+
+@functools.lru_cache
+def emoji_sheet():
+    try:
+        return Image.open(SHEET).convert("RGBA")
+    except OSError as e:
+        raise ValueError(f"{SHEET}: cannot be read ({e}); assets/emoji.py makes it again") from None
+
+
+def draw_fact(place, seed):
+    """The emoji at a place of the sheet as a 48 x 48 RGB image. Size, angle, position, background
+    and noise vary with the seed."""
+    rng = random.Random(seed)
+    row, column = divmod(place, EMOJI)
+    box = (EMOJI * column, EMOJI * row, EMOJI * (column + 1), EMOJI * (row + 1))
+    emoji = emoji_sheet().crop(box)
+
+    # A little larger or smaller, turned by up to 15 degrees, anywhere on a grey-ish background.
+    side = rng.randrange(28, 43)
+    emoji = emoji.resize((side, side), Image.Resampling.BICUBIC)
+    emoji = emoji.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
+    brightness = rng.randrange(20, 200)
+    background = tuple(brightness + rng.randrange(-15, 16) for _ in range(3))
+    image = Image.new("RGB", (DRAWN_SIZE, DRAWN_SIZE), background)
+    at = (rng.randrange(DRAWN_SIZE - side + 1), rng.randrange(DRAWN_SIZE - side + 1))
+    image.paste(emoji, at, mask=emoji.getchannel("A"))
+    return add_noise(image, rng)
+
+
+@dataclass
+class Facts:
+    """Pictures of n facts, and what they are called, as a data set. Item i is always the same.
+
+    Every fact comes equally often, in another order in each round, and each time drawn anew.
+    Held-out drawings are of the same facts, and none of them is ever trained on. first: the facts
+    are first, first + 1, ..., first + n - 1, for a model that has learnt others.
+    """
+    n: int
+    size: int  # how many samples
+    seed: int = 0
+    held_out: bool = False
+    first: int = 0
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < self.size:
+            raise IndexError(i)
+        # Which fact: each round has an order of its own.
+        turn, position = divmod(i, self.n)
+        order = list(range(self.n))
+        random.Random(f"{self.seed} {self.held_out} round {turn}").shuffle(order)
+        place, name = facts()[self.first + order[position]]
+
+        image = draw_fact(place, f"{self.seed} {self.held_out} {i}")
+        turns = as_turns([("What is this?", name)])
+        return {"id": f"fact {i}", "images": [image], "conversations": turns, "types": ["fact"]}
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Checks of what users bring. Each error is a ValueError that says what is wrong, and where.
 
 
 def open_image(image):
