@@ -455,8 +455,9 @@ class Args:
     n_experts: str = flag(
         "4", "experts in each FFN that is upcycled; in the decoder also one number for "
         "each of --moe-layers: 4,2,4", of_experts=True)
-    top_k: int = flag(2, "experts that each token is sent to; with 1, only the balance loss trains "
-                      "the router", of_experts=True)
+    top_k: int = flag(
+        2, "experts that each token is sent to; with 1, an expert counts as much as its "
+        "probability, so upcycling changes the output at first", of_experts=True)
     moe_layers: str | None = flag(
         None, "decoder layers that get experts: every_other (moe-llava's), all "
         "(uni-moe's), first_half, second_half, or 0,3,5",
