@@ -692,7 +692,7 @@ def test_without_steps_an_epoch_is_trained(base, tmp_path):
     assert len(rows(tmp_path / "o")) == 8                                          # 16 samples, twice, 4 a step
 
 
-BROKEN = {"missing": one("purple"), "no picture": one("text"), "marks": {"conversations": say("<image>\nWhat color is this?", "red")},
+BROKEN = {"missing": one("purple"), "no picture": one("text"), "marks": {"image": ["red.png", "blue.png"], "conversations": say("<image>\nWhat color is this?", "red")},
           "turns": {"image": "red.png", "conversations": say("<image>\nWhat?", "red")[::-1]}, "object": {"conversations": "hello"}}
 
 
