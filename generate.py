@@ -350,6 +350,29 @@ def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = 
     return scores
 
 
+def recall(model, tokenizer, n_facts, n, seed=0, asked=None, batch=100):
+    """n new drawings of n_facts known facts, and as many of unknown ones: {"known": [right, asked],
+    "unknown": the same}. Nobody can know the latter: what is right there is chance (1 in 1,406)."""
+    was_training = model.training
+    model.eval()
+    scores = {}
+    for name, first in (("known", 0), ("unknown", n_facts)):
+        n_here = min(n_facts, data.N_FACTS - first)
+        if n_here == 0:
+            continue
+        facts = data.Facts(n_here, n, seed, held_out=True, first=first)
+        for group in batches(range(n), batch, "evaluating"):
+            samples = [facts[i] for i in group]
+            names = [sample["conversations"].pop()["value"] for sample in samples]
+            replies = answer(model, tokenizer, samples, max_new_tokens=16)
+            for reply, right in zip(replies, names):
+                add_points(scores, {name: (reply == right, 1)})
+            if asked is not None:
+                asked.extend(zip(samples, replies))
+    model.train(was_training)
+    return scores
+
+
 def batches(items, size, title):
     """Some of the items at a time, with a progress bar."""
     starts = range(0, len(items), size)

@@ -55,7 +55,8 @@ class Routing(NamedTuple):
     experts: Tensor  # (..., N, K) int64, the best choice first
     balance: Tensor  # () float32, the load-balancing loss: 1 when the load is perfectly even
     z: Tensor        # () float32, the z-loss: how large the logits are
-    n_experts: int | None = None  # E, which moe_ffn compares with its weights; None: not known
+    # (E,) float32: each expert's share of the first choices. None in a routing made by hand.
+    load: Tensor | None = None
 
 
 def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
@@ -118,8 +119,9 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     if renormalise or (renormalise is None and top_k > 1):
         weights = sum_to_1(weights)
 
+    load = share.reshape(-1, n_experts).mean(0)  # (E,)
     balance = mean_over_rows(balance, mask)
-    return Routing(weights, experts, balance, mean_over_rows(z, mask), n_experts)
+    return Routing(weights, experts, balance, mean_over_rows(z, mask), load)
 
 
 def sum_to_1(weights: Tensor) -> Tensor:
@@ -714,13 +716,13 @@ def check_experts(r: Routing, layer, group):
     n_experts = len(layer[0])
     if group is not None:
         n_experts = n_experts * dist.get_world_size(group)
-    if r.n_experts not in (None, n_experts):
-        raise ValueError(f"routing is over {r.n_experts} experts, the layer has {n_experts}")
+    if r.load is not None and len(r.load) != n_experts:
+        raise ValueError(f"routing is over {len(r.load)} experts, the layer has {n_experts}")
 
     # A routing that was not made by `route` says which experts, but not of how many. To look costs
     # nothing on a CPU; a GPU would have to be waited for.
     may_look = r.experts.is_cpu and r.experts.numel() and not torch.compiler.is_compiling()
-    if r.n_experts is None and may_look:
+    if r.load is None and may_look:
         lowest, highest = (int(expert) for expert in r.experts.aminmax())
         if lowest < 0 or highest >= n_experts:
             raise ValueError(f"routing chooses experts {lowest} to {highest}, the layer has "

@@ -79,7 +79,7 @@ from tqdm import tqdm
 
 import data
 import generate
-from data import TEMPLATES
+from data import N_FACTS, TEMPLATES
 from model import (IGNORE, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable,
                    count_parameters, merge_state, plain_name, total_loss)
 from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json,
@@ -171,19 +171,22 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
 
             # 2. Forward and backward. Gradients add up over the micro-batches.
             losses = Counter()
+            loads = {}
             for i, batch in enumerate(micro_batches):
                 with exchange_gradients(wrapped, i == n_micro - 1), autocast(device):
-                    parts = wrapped(**inputs(model, batch, device)).parts
+                    out = wrapped(**inputs(model, batch, device))
+                    parts = out.parts
                     share = {name: loss_weight(name, batch, totals, n_micro) for name in parts}
                     loss = total_loss(parts, *coefs, share)
                     # Processes take the mean of their gradients; what the shares want is the sum.
                     (loss * WORLD).backward()
                 for name, value in parts.items():
                     losses[name] += share[name] * value.detach()
+                add_loads(loads, out, share)
 
             # 3. Clip the gradients; then look at the numbers, which is to wait for the device.
             norm = clip_gradients(params, experts, args.grad_clip)
-            losses, norm = to_numbers(losses, norm)
+            losses, loads, norm = to_numbers(losses, loads, norm)
             losses["loss"] = total_loss(losses, *coefs)
 
             # 4. Step, unless something is not finite: one bad batch must not poison the weights.
@@ -195,7 +198,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
             optimizer.zero_grad(set_to_none=True)
 
             # 5. Log; now and then also the loss on held-out data.
-            log.write(step, losses, lr, norm, totals.images, begin, waited)
+            log.write(step, losses, loads, lr, norm, totals.images, begin, waited)
             measure_held_out(args, stage, model, wrapped, held_out, log, step, device)
 
             # 6. Save, now and then and at Ctrl-C. After the last step the model itself is saved.
@@ -406,6 +409,9 @@ class Args:
     val_every: int | None = flag(
         None, "steps between two such measurements; one more follows the last step; default: "
         "--save-every", at_least=1, belongs_to=("val", "val_fraction"))
+    facts: int | None = flag(
+        None, "learn the names of so many pictures instead of the drawn scenes: how much can the "
+        "model hold? (data.Facts)", at_least=1, at_most=N_FACTS, not_with="data")
     template: str | None = flag(
         None, "chat template: " + ", ".join(TEMPLATES) + "; default: the stage's")
     max_length: int | None = flag(
@@ -455,6 +461,9 @@ class Args:
     n_experts: str = flag(
         "4", "experts in each FFN that is upcycled; in the decoder also one number for "
         "each of --moe-layers: 4,2,4", of_experts=True)
+    experts_in: str | None = flag(
+        None, "parts whose FFNs become experts: vision, connector, text, with commas; default: "
+        "vision,connector", recipes=("cumo",), of_experts=True)
     top_k: int = flag(
         2, "experts that each token is sent to; with 1, an expert counts as much as its "
         "probability, so upcycling changes the output at first", of_experts=True)
@@ -771,15 +780,27 @@ def exchange_gradients(wrapped, is_last):
     return nullcontext()
 
 
-def to_numbers(losses, norm):
-    """Sum the losses over the processes, and read them and the norm in one go."""
+def add_loads(loads, out, share):
+    """Add a micro-batch's part to loads, {"vision 0": each expert's share of the first choices (E,),
+    "vision 1": ..., "connector 0": ...}. With several scales, all layers come once for each."""
+    for part, routings in getattr(out, "routing", {}).items():
+        for i, routing in enumerate(routings):
+            name = f"{part} {i}"
+            loads[name] = loads.get(name, 0.0) + share[f"{part}/balance"] * routing.load
+
+
+def to_numbers(losses, loads, norm):
+    """Sum losses and loads over the processes, and read them and the norm in one go."""
     # A process has only its part of each sum.
-    row = torch.stack([value.float() for value in losses.values()])
+    row = torch.cat([value.float().view(-1) for value in (*losses.values(), *loads.values())])
     if LAUNCHED:
         dist.all_reduce(row)
     # In one piece: to read a number off the device is to wait for it.
     *row, norm = torch.cat([row, norm.float().view(1)]).tolist()
-    return dict(zip(losses, row)), norm
+    numbers = iter(row)
+    losses = {name: next(numbers) for name in losses}
+    loads = {name: list(islice(numbers, len(load))) for name, load in loads.items()}
+    return losses, loads, norm
 
 
 def skip_step(args, stage, step, loss, norm, counts):
@@ -837,7 +858,7 @@ class Log:
         self.bar = tqdm(total=stage.steps, initial=first, desc=f"stage {stage.name}",
                         disable=RANK != 0, dynamic_ncols=True, mininterval=1)
 
-    def write(self, step, losses, lr, norm, n_images, begin, waited):
+    def write(self, step, losses, loads, lr, norm, n_images, begin, waited):
         """begin: when the step began. waited: the seconds until its data was there."""
         seconds = time.perf_counter() - begin
         self.seconds += seconds
@@ -847,6 +868,8 @@ class Log:
         row |= {name: loss for name, loss in losses.items() if loss != 0 or name == "loss"}
         row |= {"lr": lr, "grad_norm": norm, "images_per_s": n_images / seconds,
                 "seconds": seconds, "waiting": waited / seconds}
+        if loads:
+            row["load"] = {name: [round(n, 4) for n in load] for name, load in loads.items()}
         self.file.write(json.dumps(row) + "\n")
 
         shown = [f"{short(name)} {row[name]:.3g}" for name in row if name in losses]
@@ -993,18 +1016,28 @@ def decoder_experts(args, n_layers, n_experts=None):
     return expert_counts(n_layers, where, n_experts or args.n_experts)
 
 
+def expert_parts(args):
+    """The parts of the model that have experts."""
+    if args.experts_in:
+        return args.experts_in.split(",")
+    return ["vision", "connector"] if args.recipe == "cumo" else ["text"]
+
+
+def numbers_of(part):
+    """A part's config -> its numbers of experts, layer by layer. The connector is one layer."""
+    return part.n_experts if isinstance(part.n_experts, list) else [part.n_experts]
+
+
 def make_experts(args, model):
     """Upcycle where the recipe says, unless a stage before did so."""
     config = model.config
-    part = config.vision if args.recipe == "cumo" else config.text
     # Where the model is on meta, its new routers are not.
     how = {"top_k": args.top_k, "seed": args.seed, "real_routers": comes_on_meta(args)}
     # 1. Turn FFNs into experts, and say what their routers' losses count.
-    if any(part.n_experts):
-        check_experts(args, part)
+    if any(any(numbers_of(getattr(config, name))) for name in expert_parts(args)):
+        check_experts(args, config)
     elif args.recipe == "cumo":
-        n = int(args.n_experts)
-        upcycle(model, vision=n, connector=n, **how)
+        upcycle(model, **dict.fromkeys(expert_parts(args), int(args.n_experts)), **how)
         # Released stage-2 folders have zeros here.
         if not config.balance_coef and not config.z_coef:
             config.balance_coef = Config.balance_coef
@@ -1084,7 +1117,11 @@ def load_samples(args, stage, config, tokenizer):
                              "--data")
         # Every drawn scene is seen once.
         seed = args.seed + stage_number(stage.name)
-        samples = data.Drawn(stage.kind, stage.steps * stage.batch_size, seed)
+        n = stage.steps * stage.batch_size
+        samples = data.Drawn(stage.kind, n, seed)
+        if args.facts:
+            samples = data.Facts(args.facts, n, seed)
+            held_out = data.Facts(args.facts, 2 * args.facts, seed, held_out=True)
         if stage.kind == "mixed chat":
             # Image, sound, both, and so on. Questions about a sound are the shortest.
             lengths = [(1, 0, 2)[i % 3] for i in range(len(samples))]
@@ -1183,6 +1220,11 @@ def measure(args, stage, device, began):
     model, tokenizer = load(result_path(args, stage.name), device)
     scores = {}
     asked = []  # every (sample, reply)
+    if args.facts:
+        worlds = ()
+        scores = generate.recall(model, tokenizer, args.facts, n, args.seed, asked)
+        generate.print_table(scores, f"after stage {stage.name}: {n} new drawings of known facts, "
+                                     "and of unknown ones, exact match")
     for world in worlds:
         points = generate.evaluate(model, tokenizer, n, world=world, asked=asked)
         scores |= points
@@ -1228,6 +1270,8 @@ def try_to_draw(draw, *args, **options):
 def next_command(args, last):
     """What to try with the model of the last stage: a question of its own data."""
     command = f"python generate.py --model {os.path.normpath(result_path(args, last))}"
+    if args.facts:
+        return f'{command} --image X.png --prompt "What is this?"'
     if not args.data:
         return f'{command} --image X.png --prompt "What color is the circle?"'
     try:
@@ -2079,11 +2123,12 @@ def planned(args, stage):
     """The preset as a stage trains it, and its model without memory."""
     config = Config.from_preset(args.preset)
     if args.recipe == "cumo":
-        n = int(args.n_experts) if stage.has_experts else 0
-        config.vision.n_experts = [n] * config.vision.n_layers
-        config.vision.top_k = args.top_k
-        config.connector.n_experts = n
-        config.connector.top_k = args.top_k
+        # (The decoder's experts, which a Mixtral brings along, stay.)
+        for name in {"vision", "connector", *expert_parts(args)}:
+            n = int(args.n_experts) if stage.has_experts and name in expert_parts(args) else 0
+            part = getattr(config, name)
+            part.n_experts = n if name == "connector" else [n] * part.n_layers
+            part.top_k = args.top_k
     else:
         config.text.n_experts = decoder_experts(args, config.text.n_layers)
         config.text.top_k = args.top_k
@@ -2347,6 +2392,10 @@ def check_expert_flags(args):
     except ValueError:
         raise ValueError(f"--n-experts {args.n_experts}: a number, or several with "
                          "commas") from None
+    for part in expert_parts(args):
+        if part not in ("vision", "connector", "text"):
+            raise ValueError(f"--experts-in {args.experts_in}: {part!r} is no part with FFNs; "
+                             "known: vision, connector, text")
     if args.recipe == "cumo" and len(numbers) > 1:
         raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have "
                          "one number")
@@ -2386,20 +2435,23 @@ def check_model(args, stage, model, tokenizer, source):
         decoder_experts(args, text.n_layers)  # a wrong placement stops stage 1 already
 
 
-def check_experts(args, part):
+def check_experts(args, config):
     """The model has experts. Flags that ask for others cannot be met."""
-    numbers = set(part.n_experts) - {0}
-    differs = "experts" in args.given
-    if "n_experts" in args.given:
-        differs |= {int(n) for n in args.n_experts.split(",")} != numbers
-    if "top_k" in args.given:
-        differs |= args.top_k != part.top_k
-    if "moe_layers" in args.given:
-        wanted = decoder_experts(args, len(part.n_experts))
-        differs |= [n > 0 for n in wanted] != [n > 0 for n in part.n_experts]
-    if differs:
-        raise ValueError(f"the model has experts already ({numbers}, top-{part.top_k}): "
-                         "--n-experts, --top-k, --moe-layers and --experts cannot change them")
+    for name in expert_parts(args):
+        part = getattr(config, name)
+        numbers = set(numbers_of(part)) - {0}
+        differs = "experts" in args.given
+        if "n_experts" in args.given:
+            differs |= {int(n) for n in args.n_experts.split(",")} != numbers
+        if "top_k" in args.given:
+            differs |= args.top_k != part.top_k
+        if "moe_layers" in args.given:
+            wanted = decoder_experts(args, len(part.n_experts))
+            differs |= [n > 0 for n in wanted] != [n > 0 for n in part.n_experts]
+        if differs:
+            raise ValueError(f"the model has experts already ({numbers or 'none'} in {name}, "
+                             f"top-{part.top_k}): --n-experts, --top-k, --moe-layers, --experts "
+                             "and --experts-in cannot change them")
 
 
 if __name__ == "__main__":
