@@ -1,13 +1,17 @@
-"""The world of facts: names that cannot be guessed, drawings that never come twice."""
+"""The world of facts: names that cannot be guessed, drawings that never come twice; training on it, and what the log says of loads."""
 import collections
+import json
 
 import numpy as np
 import pytest
+import torch
 
 import data
+import train
 from data import Facts, facts
+from test_train import base, rows, run                                             # noqa: F401 (base is a fixture)
 from train import BACKBONES
-from upcycle import load_backbones
+from upcycle import load, load_backbones, upcycle
 
 
 def pixels(sample):
@@ -73,3 +77,62 @@ def test_a_missing_sheet_says_how_to_make_it_again(monkeypatch):
     with pytest.raises(ValueError, match="missing.png.*assets/emoji.py makes it again"):
         data.draw_fact(0, 0)
     data.emoji_sheet.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training on facts, and the loads in the log
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):                                               # noqa: F811
+    out = tmp_path_factory.mktemp("facts")
+    return run(base, out / "o", "--stage", 3, "--facts", 12, "--steps", 3, "--micro-batch", 4, "--n-experts", 3)
+
+
+def test_a_run_on_facts_says_the_loss_on_new_drawings_and_what_is_recalled(trained):
+    with open(f"{trained}/scores.jsonl") as f:
+        scores = json.loads(f.read())["scores"]
+    assert {name: asked for name, (_, asked) in scores.items()} == {"known": 9, "unknown": 9} and scores["unknown"][0] == 0
+    assert "val_loss" in rows(trained)[-1]
+    encoded = data.Encoded(Facts(12, 24, seed=3, held_out=True), load(trained)[1], "tiny", 48, 36, 256)
+    batch = data.collate([encoded[i] for i in range(24)])
+    with torch.no_grad():
+        loss = load(trained)[0](batch["tokens"], batch["images"], labels=batch["labels"]).parts["lm"].item()
+    assert rows(trained)[-1]["val_loss"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_the_logged_load_is_the_count_of_first_choices_over_the_step_s_batch(base, trained):            # noqa: F811
+    """Of the first step, whose model is the upcycled base: in two micro-batches it is logged as in one."""
+    model, tokenizer = load(base)
+    upcycle(model, vision=3, connector=3, seed=0)
+    encoded = data.Encoded(Facts(12, 24, seed=3), tokenizer, "tiny", 48, 36, 256)
+    order = next(iter(data.Batches(24, 8, 8)))
+    batch = data.collate([encoded[i] for i in order])
+    with torch.no_grad():
+        routing = model(batch["tokens"], batch["images"], labels=batch["labels"]).routing
+    wanted = {f"{part} {i}": r.experts[..., 0].flatten().bincount(minlength=3) / r.experts[..., 0].numel()
+              for part in routing for i, r in enumerate(routing[part])}
+    logged = rows(trained)[0]["load"]
+    assert logged.keys() == wanted.keys() and len(logged) == 4
+    for name, load_ in wanted.items():
+        assert logged[name] == pytest.approx(load_.tolist(), abs=1e-4) and sum(logged[name]) == pytest.approx(1, abs=3e-4)
+
+
+@pytest.mark.parametrize("parts", ["connector", "vision,text"])
+def test_experts_are_made_where_the_flag_says_and_nowhere_else(base, tmp_path, parts):                 # noqa: F811
+    out = run(base, tmp_path / "o", "--stage", 3, "--facts", 12, "--steps", 1, "--experts-in", parts)
+    config = load(out)[0].config
+    has = {name for name in ("vision", "connector", "text") if any(train.numbers_of(getattr(config, name)))}
+    assert has == set(parts.split(","))
+    assert {name.split()[0] for name in rows(out)[0]["load"]} == has
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--facts", 1025], "--facts = 1025 must be at most 1024"),
+    (["--facts", 12, "--data", "x.json"], "--facts does nothing with --data"),
+    (["--facts", 12, "--experts-in", "ears"], "'ears' is no part with FFNs"),
+    (["--facts", 12, "--experts-in", "text", "--dense"], "--experts-in is about experts"),
+    (["--recipe", "moe-llava", "--experts-in", "text"], "belongs to --recipe cumo")])
+def test_flags_about_facts_that_cannot_be_met_are_refused(base, tmp_path, more, words):                # noqa: F811
+    with pytest.raises(ValueError, match=words):
+        run(base, tmp_path / "o", "--stage", 3, *more)
