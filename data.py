@@ -20,20 +20,23 @@ of coloured shapes and beeps as it goes; the default run trains on it.
 This file imports no other file of the project.
 """
 import functools
+import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import random
 import re
-import wave
+import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 # `tokens` holds ids of text, which are >= 0, and these. (model.py knows the same numbers.)
@@ -50,33 +53,47 @@ IGNORE = -100
 # The mean and standard deviation of the pixels that CLIP was trained on: red, green, blue, 0 to 1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MEAN_COLOR = tuple(int(255 * mean) for mean in CLIP_MEAN)
 
 
-def load_image(image, size: int) -> torch.Tensor:
-    """A path or PIL image -> (3, size, size) float32, as CLIP's vision tower was trained to see it.
+class PictureFormat(NamedTuple):
+    """How a model wants its pictures. The defaults are CLIP's pixels and LLaVA-1.5's squares."""
+    size: int  # pixels a side
+    mean: Sequence[float] = CLIP_MEAN
+    std: Sequence[float] = CLIP_STD
+    # How a picture becomes a square. "pad": the shorter sides get margins; nothing is lost. "crop":
+    # what lies outside of its middle is cut off. LLaVA calls these "pad" and "square".
+    aspect: str = "pad"
 
-    The picture is padded to a square, since cropping would lose what is at its edges (LLaVA calls
-    this image_aspect_ratio "pad"). It is then resized by Pillow's bicubic filter, as CLIP's own
-    preprocessing does, and each value of 0 to 255 becomes (value / 255 - mean) / std.
+
+def load_image(image, size: int | PictureFormat) -> torch.Tensor:
+    """A path or PIL image -> (3, size, size) float32, as the vision tower was trained to see it.
+
+    size: a PictureFormat; or the pixels a side of a picture for CLIP, which is padded. The square
+    is resized by Pillow's bicubic filter, as CLIP's own preprocessing does, and each value of 0 to
+    255 becomes (value / 255 - mean) / std.
     Raises ValueError, naming the file, if it cannot be read: see `open_image`.
     """
-    square = pad_to_square(open_image(image))
-    square = square.resize((size, size), Image.Resampling.BICUBIC)
+    wanted = as_format(size)
+    picture = open_image(image)
+    if wanted.aspect == "pad":
+        square = pad_to_square(picture, wanted.mean)
+        square = square.resize((wanted.size, wanted.size), Image.Resampling.BICUBIC)
+    else:
+        square = crop_to_square(picture, wanted.size)
 
     # One colour at a time, because the model wants (3, H, W) and Pillow keeps (H, W, 3).
-    pixels = np.empty((3, size, size), np.float32)
-    for plane, color, mean, std in zip(pixels, square.split(), CLIP_MEAN, CLIP_STD):
+    pixels = np.empty((3, wanted.size, wanted.size), np.float32)
+    for plane, color, mean, std in zip(pixels, square.split(), wanted.mean, wanted.std):
         plane[:] = color
         plane *= 1 / (255 * std)
         plane -= mean / std
     return torch.from_numpy(pixels)
 
 
-def pad_to_square(image):
-    """The RGB image in the middle of a square of CLIP's mean colour, which becomes nearly 0."""
+def pad_to_square(image, mean=CLIP_MEAN):
+    """The RGB image in the middle of a square of the mean colour, which becomes nearly 0."""
     side = max(image.size)
-    square = Image.new("RGB", (side, side), MEAN_COLOR)
+    square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
@@ -99,16 +116,32 @@ class Template(NamedTuple):
     first: str  # the human's first turn
     later: str  # the human's other turns
     answer: str
-    end: str  # what ends an answer: a model that writes it has finished
-    end_is_token: bool = False  # must the tokenizer know `end` as one token?
+    end: str  # what stands behind an answer
+    # What the tokenizer must know as one token each. The last one ends an answer: a model that
+    # writes it has finished.
+    tokens: tuple = ("</s>",)
+    # All is spelled out, so the tokenizer does not put its own "<s>" in front.
+    spelled_out: bool = False
+    strips: bool = False  # are the blanks around a turn's text left out?
 
 
-def render(conversations, template):
-    """Turns and a template's name -> [(text, learnt?), ...]. The model reads the texts, joined.
+class Piece(NamedTuple):
+    """A stretch of a conversation as it is written down."""
+    text: str
+    learnt: bool  # does the model learn to write it?
+    typed: bool = False  # by whoever talks; all else is the template's
+    is_slot: bool = False  # "<image>" or "<audio>", in whose place the features go
+
+
+def render(conversations, template, slots=("<image>", "<audio>")):
+    """Turns and a template's name -> [Piece, ...]. The model reads the pieces, joined.
 
     It learns to write the answers among them. (An empty answer is learnt, too, where LLaVA would
     take it for one that is still to come.) A conversation that ends with a turn of the human is a
     prompt: its text stops where the answer begins.
+
+    slots: what marks a place. All else is text, also an "<image>" in a turn that has a list "marks"
+    without it: so `load_senses` tells the word from the mark.
     Raises ValueError for an unknown template and for bad turns: see `check_turns`.
     """
     check_turns(conversations, template)
@@ -116,20 +149,38 @@ def render(conversations, template):
 
     pieces = []
     for i, turn in enumerate(conversations):
+        here = [mark for mark in slots if mark in turn.get("marks", slots)]
         text = turn["value"]
-        if turn["from"] == "gpt":
-            pieces.append((form.answer.format(text=text) + form.end, True))
-            continue
+        learnt = turn["from"] == "gpt"
+        layout = form.later
+        if i == 0:
+            layout = form.first
+        if learnt:
+            layout = form.answer + form.end
 
         # As in LLaVA, a single image moves to the head of its turn; several stay where they are.
-        if text.count("<image>") == 1:
+        if not learnt and "<image>" in here and text.count("<image>") == 1:
             words = text.replace("<image>", "").strip()
             text = f"<image>\n{words}".strip()
+        if form.strips:
+            text = text.strip()
 
-        marks = "".join(re.findall("<image>|<audio>", text))
-        layout = form.first if i == 0 else form.later
-        pieces.append((layout.format(text=text, marks=marks), False))
+        # "USER: {text} ASSISTANT:" is cut into what stands before the text, its place, and the rest
+        before, place, behind = re.split("({text}|{marks})", layout)
+        pieces.append(Piece(before, learnt))
+        for part in cut_at_slots(text, here, learnt):
+            if part.is_slot or place == "{text}":
+                pieces.append(part)
+        pieces.append(Piece(behind, learnt))
     return pieces
+
+
+def cut_at_slots(text, slots, learnt):
+    """What somebody typed -> [Piece, ...]: text, slot, text, slot, ..., text."""
+    # The parentheses keep what the text is cut at. Without slots, cut at what is nowhere.
+    pattern = "(" + ("|".join(slots) or "(?!)") + ")"
+    parts = re.split(pattern, text)
+    return [Piece(part, learnt, typed=True, is_slot=i % 2 == 1) for i, part in enumerate(parts)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -161,47 +212,73 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     Raises ValueError as `render` does; if the tokenizer lacks the template's end mark; if the list
     does not fit the marks; and if there are answers but nothing to learn.
     """
-    pieces = render(conversations, template)
+    slots = ["<image>"] if n_audio_tokens == 0 else ["<image>", "<audio>"]
+    pieces = render(conversations, template, slots)
     check_end_mark(tokenizer, template)
-    text = "".join(piece for piece, _ in pieces)
-    learnt = [is_learnt for piece, is_learnt in pieces for _ in piece]  # one a character
+    n_sounds = sum(piece.is_slot and piece.text == "<audio>" for piece in pieces)
+    audio_slots = iter(slots_of_sounds(n_sounds, n_audio_tokens))
 
-    # Cut it at the marks. The parentheses keep these: text, mark, text, mark, ..., text.
-    marks = "(<image>)" if n_audio_tokens == 0 else "(<image>|<audio>)"
-    chunks = re.split(marks, text)
-    audio_slots = iter(slots_of_sounds(chunks[1::2].count("<audio>"), n_audio_tokens))
-
-    # As in LLaVA, each stretch of text is tokenized alone, and each mark becomes its slots.
+    # Many tokenizers put "<s>" in front of whatever they are given. It is wanted once.
     encoded = []  # (id, label) of each token
-    start = 0  # the chunk's first character in the whole text
-    for i, chunk in enumerate(chunks):
-        if i % 2 == 0:
-            encoded += encode_text(chunk, tokenizer, start, learnt)
-        elif chunk == "<image>":
-            encoded += [(IMAGE, IGNORE)] * n_image_tokens
-        else:
-            encoded += [(AUDIO, IGNORE)] * next(audio_slots)
-        start += len(chunk)
+    if not TEMPLATES[template].spelled_out:
+        encoded += [(token, IGNORE) for token in start_tokens(tokenizer)]
+
+    # As in LLaVA, each stretch of text between the slots is tokenized alone.
+    specials = special_tokens(tokenizer)
+    for is_slot, group in itertools.groupby(pieces, operator.attrgetter("is_slot")):
+        if not is_slot:
+            encoded += encode_text(list(group), tokenizer, specials)
+            continue
+        for mark in group:
+            if mark.text == "<image>":
+                encoded += [(IMAGE, IGNORE)] * n_image_tokens
+            else:
+                encoded += [(AUDIO, IGNORE)] * next(audio_slots)
     ids = [token for token, _ in encoded]
     labels = [label for _, label in encoded]
 
-    if any(learnt) and all(label == IGNORE for label in labels):
+    learnt = any(piece.learnt and piece.text for piece in pieces)
+    if learnt and all(label == IGNORE for label in labels):
         raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
     return ids, labels
 
 
-def encode_text(text, tokenizer, start, learnt):
-    """-> [(id, label), ...] of a stretch of text, which begins at character `start` of it all."""
+def encode_text(pieces, tokenizer, specials):
+    """Pieces that follow each other, joined -> [(id, label), ...]. specials: see `special_tokens`.
+    """
+    text = "".join(piece.text for piece in pieces)
+    learnt = [piece.learnt for piece in pieces for _ in piece.text]  # one a character
+    typed = [piece.typed for piece in pieces for _ in piece.text]
+
     encoded = []
-    tokens = tokenizer.encode(text, add_special_tokens=True)
-    for token, (first, last), special in zip(tokens.ids, tokens.offsets,
-                                             tokens.special_tokens_mask):
-        # Many tokenizers put "<s>" in front of whatever they are given. It is wanted only once.
-        if special and first == last and start > 0:
-            continue
-        label = token if any(learnt[start + first:start + last]) else IGNORE
-        encoded.append((token, label))
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    for token, (first, last) in zip(tokens.ids, tokens.offsets):
+        # Of blanks, some tokenizers report no characters: then the next one decides.
+        if first == last:
+            check_span(token, text, tokenizer)
+            last = first + 1
+
+        # A "</s>" that somebody typed is a word, and does not end anything.
+        meant = [token]
+        if token in specials:
+            span = text[first:last]
+            if typed[first + max(0, span.find(specials[token]))]:
+                meant = spell_out(span, tokenizer)
+
+        is_learnt = any(learnt[first:last])
+        encoded += [(part, part if is_learnt else IGNORE) for part in meant]
     return encoded
+
+
+def start_tokens(tokenizer):
+    """The ids that the tokenizer puts in front of any text: "<s>", or nothing.
+
+    What it would put behind the text ("</s>") is left out, since a conversation goes on.
+    """
+    probe = tokenizer.encode("a")
+    # Added tokens count as special: of "<s> a </s>" the first and the last.
+    added = itertools.takewhile(operator.itemgetter(1), zip(probe.ids, probe.special_tokens_mask))
+    return [token for token, _ in added]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -213,7 +290,7 @@ class Encoded(torch.utils.data.Dataset):
     """A data set's samples as tensors: {"tokens" (T,), "labels" (T,), "images" (k, 3, S, S)}.
 
     Each item also has "broken", a list of messages, and "truncated", a bool. With sounds it has
-    "audio" (m, 80, 100 * seconds), with a video "frames": see `load_senses`.
+    "audio" (m, n_mels, 100 * seconds), with a video "frames": see `load_senses`.
 
     A sample that is too long loses its end. If it would lose a part of an image there, it cannot be
     used. Where a sample cannot be used, the next one takes its place: see `first_usable`.
@@ -221,7 +298,7 @@ class Encoded(torch.utils.data.Dataset):
     data: Any  # len(data) and data[i], a sample
     tokenizer: Tokenizer
     template: str
-    image_size: int  # pixels a side
+    pictures: PictureFormat | int  # how the model wants them: see `load_image`
     n_image_tokens: int
     max_length: int  # tokens
     strict: bool = False  # raise ValueError for a sample that cannot be used
@@ -229,10 +306,12 @@ class Encoded(torch.utils.data.Dataset):
     seconds: float = 30.0  # of such a chunk
     max_frames: int = 8  # of a video
     average: bool = True  # a video fills the slots of one image, otherwise each frame does
+    n_mels: int = 80  # bands of sound that the model hears
 
     def __post_init__(self):
         if len(self.data) == 0:
             raise ValueError("the data set is empty")
+        check_end_mark(self.tokenizer, self.template)
 
     def __len__(self):
         return len(self.data)
@@ -243,8 +322,8 @@ class Encoded(torch.utils.data.Dataset):
     def encode(self, sample: dict) -> dict:
         """A sample -> an item, without "broken". Raises ValueError if it cannot be used."""
         conversations, images, audio, frames, slots = load_senses(
-            sample, self.image_size, self.n_audio_tokens, self.seconds, self.max_frames,
-            self.average)
+            sample, self.pictures, self.n_audio_tokens, self.seconds, self.max_frames,
+            self.average, self.n_mels)
         ids, labels = encode_chat(conversations, self.tokenizer, self.template,
                                   self.n_image_tokens, slots)
 
@@ -383,11 +462,19 @@ class Batches:
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+LLAMA3_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the "
+                 "visual content that the user provides, and assist the user with a variety of "
+                 "tasks using natural language.")
+
+# Llama 3 opens each turn with the speaker's name, and Qwen2 with its own marks around it.
+LLAMA3_TURN = ("<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n")
+CHATML_TURN = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 # To add a template, add a row.
 TEMPLATES = {
     # LLaVA's first stage. The question is dropped: image, caption, newline.
-    "plain": Template("{marks}", "{marks}", "{text}", "\n"),
+    "plain": Template("{marks}", "{marks}", "{text}", "\n", tokens=()),
 
     # This project's own, for the default run. Each mark is one token.
     "tiny": Template("<q>{text}<a>", "<q>{text}<a>", " {text}", "</s>"),
@@ -403,9 +490,76 @@ TEMPLATES = {
 
     # MoE-LLaVA's, for OpenChat. It keeps vicuna's words and takes only the end mark from OpenChat.
     "openchat": Template(SYSTEM + " USER: {text} ASSISTANT:",
-                         "USER: {text} ASSISTANT:", " {text}", "<|end_of_turn|>", True),
+                         "USER: {text} ASSISTANT:", " {text}", "<|end_of_turn|>",
+                         tokens=("<|end_of_turn|>",)),
+
+    # Qwen2, SmolLM2 and others. The text is LLaVA-NeXT's "qwen_1_5", with or without an image: what
+    # transformers' apply_chat_template makes of these turns behind this system prompt. It is
+    # Qwen2's own; Qwen2.5 and SmolLM2 were given others, which say who made them.
+    # (LLaVA-NeXT also has the model learn the marks and newlines of the questions. We do not.)
+    "chatml": Template("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML_TURN,
+                       CHATML_TURN, "{text}", "<|im_end|>\n",
+                       tokens=("<|im_start|>", "<|im_end|>"), spelled_out=True),
+
+    # Llama 3. Again as LLaVA-NeXT's "llava_llama_3", which is apply_chat_template with this system
+    # prompt. Llama's own template strips every text.
+    "llama3": Template("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+                       + LLAMA3_SYSTEM + "<|eot_id|>" + LLAMA3_TURN,
+                       LLAMA3_TURN, "{text}", "<|eot_id|>",
+                       tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+                       spelled_out=True, strips=True),
 }
-EOS = {name: template.end for name, template in TEMPLATES.items()}
+# What ends an answer.
+EOS = {name: (form.tokens or (form.end,))[-1] for name, form in TEMPLATES.items()}
+
+
+def end_token(tokenizer, template):
+    """The id that ends an answer. ValueError if the tokenizer has no such token."""
+    check_end_mark(tokenizer, template)
+    return tokenizer.encode(EOS[template], add_special_tokens=False).ids[-1]
+
+
+def fits(tokenizer, template):
+    """Does the tokenizer know the template's tokens, each as one?
+
+    A name in the vocabulary is not enough: Qwen2's has "</s>", but cuts the text "</s>" into three.
+    """
+    check_template(template)
+    for mark in TEMPLATES[template].tokens:
+        if tokenizer.encode(mark, add_special_tokens=False).tokens != [mark]:
+            return False
+    return True
+
+
+def template_for(tokenizer, otherwise):
+    """The template of a decoder with this tokenizer, or another one if its marks do not tell."""
+    for template in ("chatml", "llama3", "openchat"):
+        if fits(tokenizer, template):
+            return template
+    return otherwise
+
+
+def special_tokens(tokenizer):
+    """{id: text} of the tokens that are marks and no text, such as "</s>"."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return {i: token.content for i, token in added if token.special}
+
+
+def spell_out(text, tokenizer):
+    """The ids of a text in which "</s>" is no mark but letters.
+
+    So nobody can end a turn or speak for the model by typing its marks. (LLaVA's code and
+    transformers' tokenizers take them for marks, unless told split_special_tokens.)
+    """
+    tokenizer.encode_special_tokens = True
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    finally:
+        tokenizer.encode_special_tokens = False
+    if special_tokens(tokenizer).keys() & set(ids):
+        raise ValueError(f"{text!r} is a mark, which this tokenizer cannot write as text; leave it "
+                         "out")
+    return ids
 
 
 # ------------------------------------------------------------------------------------------------
@@ -418,24 +572,24 @@ EOS = {name: template.end for name, template in TEMPLATES.items()}
 RATE = 16_000  # samples a second
 HOP = 160  # samples from one column of the picture to the next
 FFT = 400  # samples that make up one column
-N_MELS = 80
+N_MELS = 80  # of Whisper up to large-v2; large-v3 hears 128
 MAX_CHUNKS = 20  # of one sound: ten minutes, in chunks of 30 s
 LOWEST_RATE = 1000  # that a sound may have, in samples a second
 HIGHEST_RATE = 1_000_000
 
 
-def load_audio(audio, seconds=30.0):
-    """A path or (wave, sample rate) -> (n_chunks, 80, 100 * seconds) float32.
+def load_audio(audio, seconds=30.0, n_mels=N_MELS):
+    """A path or (wave, sample rate) -> (n_chunks, n_mels, 100 * seconds) float32.
 
     Raises ValueError as `read_wav` and `log_mel` do.
     """
     if isinstance(audio, (str, os.PathLike)):
         audio = read_wav(audio, MAX_CHUNKS * seconds)
-    return log_mel(*audio, seconds)
+    return log_mel(*audio, seconds, n_mels)
 
 
-def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
-    """wave (n,) -> (n_chunks, 80, 100 * seconds) float32, Whisper's features.
+def log_mel(wave, sample_rate: int, seconds: float = 30.0, n_mels: int = N_MELS) -> torch.Tensor:
+    """wave (n,) -> (n_chunks, n_mels, 100 * seconds) float32, Whisper's features.
 
     The sound is cut into chunks of `seconds`, and the last is filled up with silence. Each chunk is
     normalised for itself: what is more than 80 dB below its loudest point counts as silence.
@@ -451,11 +605,11 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0) -> torch.Tensor:
     chunks = torch.from_numpy(wave).view(-1, size)  # (n_chunks, size)
 
     # How much of each of 201 frequencies is there, 100 times a second? Then sum up each band.
-    window, filters = whisper_ear()
+    window, filters = whisper_ear(n_mels)
     spectrum = torch.stft(chunks, FFT, HOP, window=window, return_complex=True)
     spectrum = spectrum[..., :-1]  # (n_chunks, 201, frames); Whisper drops the last frame
     power = spectrum.real ** 2 + spectrum.imag ** 2
-    mel = (filters @ power).clamp(min=1e-10).log10()  # (n_chunks, 80, frames)
+    mel = (filters @ power).clamp(min=1e-10).log10()  # (n_chunks, n_mels, frames)
 
     # 80 dB are 8 powers of ten. The last step brings most values to -1..1.
     loudest = mel.amax((1, 2), keepdim=True)
@@ -503,73 +657,116 @@ def resample(wave, rate, to=RATE):
 
 
 @functools.lru_cache
-def whisper_ear():
-    """-> (Hann window (400,), mel filters (80, 201)), which are Whisper's.
+def whisper_ear(n_mels=N_MELS):
+    """-> (Hann window (400,), mel filters (n_mels, 201)), which are Whisper's.
 
     A filter weighs the frequencies of one band. It is a triangle that reaches to the middles of the
     neighbouring bands, and all triangles have the same area (Slaney's Auditory Toolbox).
     """
     # A mel is a step of 67 Hz up to 1 kHz, which is at 15 mel, and a ratio above.
     highest = 15 + 27 * math.log(RATE / 2 / 1000, 6.4)  # 8 kHz, in mel
-    mels = np.linspace(0, highest, N_MELS + 2)
-    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))  # (82,) Hz
+    mels = np.linspace(0, highest, n_mels + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))  # in Hz
     frequencies = np.linspace(0, RATE / 2, FFT // 2 + 1)  # (201,) Hz
 
     # Band i rises from edge i to edge i + 1 and falls to edge i + 2.
-    filters = np.zeros((N_MELS, FFT // 2 + 1))
-    for i in range(N_MELS):
+    filters = np.zeros((n_mels, FFT // 2 + 1))
+    for i in range(n_mels):
         triangle = np.interp(frequencies, edges[i:i + 3], (0, 1, 0))
         filters[i] = triangle * 2 / (edges[i + 2] - edges[i])
     return torch.hann_window(FFT), torch.from_numpy(filters).float()
 
 
 def read_wav(path, max_seconds=math.inf, content=None):
-    """A WAV file of 8, 16, 24 or 32 bit PCM -> (wave (n,) float32 in [-1, 1], sample rate).
+    """A WAV file of 8, 16, 24 or 32 bit PCM, or of 32 or 64 bit floats -> (wave (n,) float32 in
+    [-1, 1], sample rate).
 
-    content: what is in the file, as an mmap, where it is in memory already; then path is a name.
+    content: the bytes of the file, where they are in memory already; then path is only a name.
     Channels are averaged. Raises ValueError, naming the file and what to do, if it is missing, of
     another format, truncated, without a sample, or longer than max_seconds.
     """
     remedy = (f"`ffmpeg -i FILE -ac 1 -ar {RATE} -c:a pcm_s16le OUT.wav` makes a good one of "
               "most files")
+    if content is None:
+        check_file(path)
     try:
         # The file is mapped, not read: its header comes first, and may promise hours.
         if content is None:
             with open(path, "rb") as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        call_plain_pcm(content)
-        reader = wave.open(content)
-        channels, width, rate, n, _, _ = reader.getparams()
-        if n == 0 or width > 4 or not LOWEST_RATE <= rate <= HIGHEST_RATE:
-            raise wave.Error(f"{n} samples of {8 * width} bits at {rate} Hz")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; check the path, and --images") from None
-    except (OSError, EOFError, ValueError, wave.Error) as e:  # ValueError: an empty file
-        why = str(e) or "it ends too early"
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        wav = wav_header(content)
+    except (OSError, ValueError, struct.error) as e:
+        why = "it ends too early" if isinstance(e, struct.error) else e
         raise ValueError(f"{path}: cannot be read as PCM WAV: {why}; {remedy}") from None
-    check_seconds(n / rate, max_seconds, f"{path}: ")
+    check_seconds(wav.n / wav.rate, max_seconds, f"{path}: ")
 
     # Now read the samples.
-    data = reader.readframes(n)
-    frame = channels * width  # bytes of one sample of all channels
-    if len(data) < n * frame:
-        raise ValueError(f"{path}: truncated, {len(data) // frame} of {n} samples are there; copy "
-                         f"it again, or {remedy}")
-    samples = pcm_to_float(data, width).reshape(n, channels)
-    return samples.mean(1), rate
+    frame = wav.channels * wav.width  # bytes of one sample of all channels
+    data = content[wav.start:wav.start + wav.n * frame]
+    if len(data) < wav.n * frame:
+        raise ValueError(f"{path}: truncated, {len(data) // frame} of {wav.n} samples are there; "
+                         f"copy it again, or {remedy}")
+    if wav.form == FLOAT:
+        samples = np.frombuffer(data, f"<f{wav.width}").astype(np.float32)
+    else:
+        samples = pcm_to_float(data, wav.width)
+    return samples.reshape(wav.n, wav.channels).mean(1), wav.rate
 
 
-def call_plain_pcm(content):
-    """Let an "extensible" WAV of PCM, which ffmpeg writes for 24 bits, call itself plain PCM.
+class WavHeader(NamedTuple):
+    """What a WAV file says about its samples."""
+    form: int  # PCM or FLOAT
+    channels: int
+    rate: int  # samples a second, of each channel
+    width: int  # bytes of a sample of one channel
+    start: int  # byte of the file at which the samples begin
+    n: int  # samples of each channel
 
-    The samples are the same, but before Python 3.12 `wave` does not know the name. The file itself
-    stays as it is: only our view of it changes.
+
+# The numbers of formats, and how many bytes a sample may have. An extensible WAV, which ffmpeg
+# writes for 24 bits, has its true number further inside.
+PCM = 1
+FLOAT = 3
+EXTENSIBLE = 0xFFFE
+WIDTHS = {PCM: (1, 2, 3, 4), FLOAT: (4, 8)}
+COMPANDED = {6: "A-law", 7: "mu-law"}
+
+
+def wav_header(content):
+    """The bytes of a WAV file -> WavHeader. ValueError, or struct.error where they end too early.
+
+    The file is a list of chunks: four letters, the size, and as many bytes, made even. "fmt " says
+    what the samples in "data" are.
     """
-    # The format begins with its number: 0xFFFE is extensible. The true one, 1 for PCM, comes later.
-    start = content.find(b"fmt ", 0, 4096) + 8
-    extensible = content[start:start + 2] == b"\xfe\xff"
-    if extensible and content[start + 24:start + 26] == b"\1\0":
-        content[start:start + 2] = b"\1\0"
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        raise ValueError("it does not begin with RIFF and WAVE")
+    start = 12
+    form = None
+    while True:
+        name, size = struct.unpack_from("<4sI", content, start)
+        start += 8
+        if name == b"data":
+            break
+        if name == b"fmt ":
+            form, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content, start)
+            if form == EXTENSIBLE:
+                form = struct.unpack_from("<H", content, start + 24)[0]
+        start += size + size % 2
+    if form is None:
+        raise ValueError("its data come before their format")
+    if form not in WIDTHS:
+        name = COMPANDED.get(form, "unknown")
+        raise ValueError(f"format {form} ({name}) is neither PCM nor float")
+
+    # What writes into a pipe does not know the size yet: ffmpeg says 0xFFFFFFFF, arecord and sox
+    # about 0x7FFFFFFF, others 0. Then the samples go on to the end of the file.
+    if size == 0 or size >= 0x7FFFF000:
+        size = len(content) - start
+    width = (bits + 7) // 8
+    n = size // (channels * width) if channels and width else 0
+    if n == 0 or width not in WIDTHS[form] or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise ValueError(f"{n} samples of {bits} bits at {rate} Hz in format {form}")
+    return WavHeader(form, channels, rate, width, start, n)
 
 
 def pcm_to_float(data, width):
@@ -591,27 +788,33 @@ def pcm_to_float(data, width):
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
-def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8, average=True):
+def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, average=True,
+                n_mels=N_MELS):
     """A sample -> (conversations, images, audio, frames, slots).
 
     conversations: the turns, with each "<video>" replaced by "<image>"s
     images: (k, 3, S, S), with the frames of videos, in the order of the text
-    audio: (m, 80, 100 * seconds), or None if the model hears nothing
+    audio: (m, n_mels, 100 * seconds), or None if the model hears nothing
     frames: a list of how many images belong to each "<image>", or None without a video
     slots: for encode_chat, how many AUDIO each "<audio>" takes
 
+    size: of the pictures, or their PictureFormat.
     Each frame of a video becomes an image; of a long video max_frames are taken, evenly. average:
     as in Uni-MoE, a video fills the slots of one image, with the mean of its frames' features; so
     "<video>" becomes one "<image>". Otherwise it becomes as many as there are frames.
     A sound is cut into chunks of `seconds`, and each chunk fills n_audio_tokens slots. 0 means that
     the model hears nothing.
-    Raises ValueError if marks and files differ in number, and for files that cannot be read.
+    Raises ValueError if marks and files differ in number, and for files that cannot be read. A mark
+    is a mere word where there are no files of its kind, as "<image>" is in LLaVA.
     """
+    wanted = as_format(size)
     pictures = sample.get("images") or []
     sounds = sample.get("audio") or []
     videos = [pick_frames(video, max_frames) for video in sample.get("video") or []]
     text = text_of(sample)
-    check_marks(text, pictures, videos, sounds, n_audio_tokens)
+    files = {"<image>": pictures, "<video>": videos, "<audio>": sounds}
+    check_marks(text, files, n_audio_tokens)
+    marks = [mark for mark in files if files[mark]]
 
     # Load what belongs to each mark, in the order of the text: an image or a video's frames.
     next_picture = iter(pictures)
@@ -619,11 +822,13 @@ def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8
     images = []
     frames = []
     for mark in re.findall("<image>|<video>", text):
+        if mark not in marks:
+            continue
         group = next(next_video) if mark == "<video>" else [next(next_picture)]
-        images += [load_image(picture, image_size) for picture in group]
+        images += [load_image(picture, wanted) for picture in group]
         frames.append(len(group))
     check_frame_sizes(videos)
-    none = torch.empty(0, 3, image_size, image_size)
+    none = torch.empty(0, 3, wanted.size, wanted.size)
     images = torch.stack(images) if images else none  # (k, 3, S, S)
 
     # From here on there are only images; `frames` remembers which of them belong together.
@@ -631,25 +836,29 @@ def load_senses(sample, image_size, n_audio_tokens=0, seconds=30.0, max_frames=8
     if not average:
         sizes = [len(video) for video in videos]
         frames = [1] * len(images)
-    conversations = videos_as_images(sample["conversations"], sizes)
-    if not videos:
+    conversations = sample["conversations"]
+    if videos:
+        conversations = videos_as_images(conversations, sizes)
+        marks.append("<image>")
+    else:
         frames = None
+    conversations = with_marks(conversations, marks)
 
     # Sounds.
     if n_audio_tokens == 0:
         return conversations, images, None, frames, 0
-    none = torch.empty(0, N_MELS, round(RATE / HOP * seconds))
-    chunks = [load_audio(sound, seconds) for sound in sounds]
+    none = torch.empty(0, n_mels, round(RATE / HOP * seconds))
+    chunks = [load_audio(sound, seconds, n_mels) for sound in sounds]
     slots = [len(chunk) * n_audio_tokens for chunk in chunks]
     return conversations, images, torch.cat([none, *chunks]), frames, slots
 
 
 def add_sounds(batch, samples):
-    """Give the batch of a model that hears "audio" (m, 80, frames)."""
+    """Give the batch of a model that hears "audio" (m, n_mels, frames)."""
     sounds = [sample["audio"] for sample in samples if "audio" in sample]
     if not sounds:
         return
-    audio = torch.cat(sounds)  # (m, 80, frames)
+    audio = torch.cat(sounds)  # (m, n_mels, frames)
 
     # If no sample has a sound, there is a chunk of silence: all processes must run all modules, or
     # they would wait for each other's gradients for ever. One is enough for a whole batch.
@@ -702,6 +911,11 @@ def videos_as_images(conversations, sizes):
     return turns
 
 
+def with_marks(conversations, marks):
+    """The turns, each with the list "marks" of what is a mark in its text (see `render`)."""
+    return [{**turn, "marks": marks} if isinstance(turn, dict) else turn for turn in conversations]
+
+
 def video_files(videos, folder, where):
     """What a JSON file has under "video" -> the paths of each video's frames.
 
@@ -748,6 +962,33 @@ def frames_in(folder, where):
     return [os.path.join(folder, name) for name in sorted(names, key=text_and_numbers)]
 
 
+def crop_to_square(image, size):
+    """The middle of the image, size x size: its shorter side becomes `size` pixels long, and what
+    the longer one has too many of is cut off at both ends (as by CLIP's own preprocessing)."""
+    shorter = min(image.size)
+    width = size * image.width // shorter
+    height = size * image.height // shorter
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+
+    left = (width - size) // 2
+    top = (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def as_format(wanted):
+    """A PictureFormat, from one, or from the size of pictures for CLIP."""
+    return wanted if isinstance(wanted, PictureFormat) else PictureFormat(wanted)
+
+
+def picture_format(vision):
+    """The PictureFormat of a model, from its config.vision (model.VisionConfig). A model that sees
+    nothing, whose vision is None, gets one that nothing will ask for."""
+    if vision is None:
+        return PictureFormat(1)
+    return PictureFormat(vision.image_size, vision.image_mean, vision.image_std,
+                         vision.image_aspect)
+
+
 # ------------------------------------------------------------------------------------------------
 # 10. LLaVA's files
 
@@ -774,6 +1015,7 @@ class LlavaJson:
         where = f"{self.file}: sample {i + 1}"
         if not has_turns(sample):
             raise ValueError(f"{where}: must be an object with a list 'conversations'")
+        check_text(sample, where)
         return {
             "id": f"{where} (id {sample.get('id', '-')})",
             "images": self.paths(sample, "image", where),
@@ -809,25 +1051,21 @@ def has_turns(sample):
 
 
 def read_json(file):
-    """The objects of a JSON list, or of JSON lines. ValueError names the line that is malformed."""
+    """The objects of a JSON list, or of JSON lines; an object alone is a list of one.
+
+    ValueError names the line that is malformed."""
     try:
-        with open(file, encoding="utf-8") as f:
+        # A file from Windows may begin with a byte order mark, which utf-8-sig leaves out.
+        with open(file, encoding="utf-8-sig") as f:
             text = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{file}: cannot be read: {e}") from None
 
     samples = []
-    before = 0  # lines before the piece of JSON that is being read
-    try:
-        if text.lstrip().startswith("["):
-            samples = json.loads(text)
-        else:
-            # Not splitlines, as JSON may hold other characters that count as line ends.
-            for before, line in enumerate(text.split("\n")):
-                if line.strip():
-                    samples.append(json.loads(line))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file}: malformed JSON in line {before + e.lineno}: {e.msg}") from None
+    if text.strip():
+        samples = parse_json(text, file)
+    if not isinstance(samples, list):
+        samples = [samples]
     if not samples:
         raise ValueError(f"{file}: holds no samples")
     return samples
@@ -946,7 +1184,11 @@ def draw_scene(scene):
     if scene["sign"]:
         draw_sign(image, *scene["sign"], rng)
 
-    # Add noise of -6 to 6 to each value.
+    return add_noise(image, rng)
+
+
+def add_noise(image, rng):
+    """Add noise of -6 to 6 to each value of an RGB image."""
     pixels = np.asarray(image).astype(np.int16)  # (48, 48, 3)
     noise = np.frombuffer(rng.randbytes(pixels.size), np.uint8) % 13
     pixels = pixels + noise.reshape(pixels.shape) - 6
@@ -1496,36 +1738,213 @@ def train_tokenizer(texts, vocab_size):
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Checks of what users bring. Each error is a ValueError that says what is wrong, and where.
+# 16. The world of facts
+#
+# The drawn world asks for skills: to count, to compare, to read. Here is what can only be known. A
+# picture has a name of two words, which has nothing to do with what it shows:
+#
+#     (a picture of a guitar)      What is this?      red milk
+#
+# So nothing can be guessed, and how many names a model knows says how much it holds. The pictures
+# are 1,024 of Google's Noto Emoji (assets/emoji.py).
+
+N_FACTS = 1024
+SHEET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "emoji.png")
+EMOJI = 32  # pixels a side, and pictures in a row of the sheet
+
+
+@functools.lru_cache
+def facts():
+    """-> 1,024 pairs (a picture's place on the sheet, its name). The first n are n facts."""
+    # Two different words of those that the tokenizer knows.
+    words = [*COLORS, *SHAPES, *WORDS]
+    names = [f"{one} {other}" for one in words for other in words if one != other]
+
+    # Two shuffles that know nothing of each other: so no name says anything of its picture.
+    random.Random(1).shuffle(names)
+    places = list(range(N_FACTS))
+    random.Random(2).shuffle(places)
+    return list(zip(places, names))
+
+
+@functools.lru_cache
+def emoji_sheet():
+    try:
+        return Image.open(SHEET).convert("RGBA")
+    except OSError as e:
+        raise ValueError(f"{SHEET}: cannot be read ({e}); assets/emoji.py makes it again") from None
+
+
+def draw_fact(place, seed):
+    """The emoji at a place of the sheet as a 48 x 48 RGB image. Size, angle, position, background
+    and noise vary with the seed."""
+    rng = random.Random(seed)
+    row, column = divmod(place, EMOJI)
+    box = (EMOJI * column, EMOJI * row, EMOJI * (column + 1), EMOJI * (row + 1))
+    emoji = emoji_sheet().crop(box)
+
+    # A little larger or smaller, turned by up to 15 degrees, anywhere on a grey-ish background.
+    side = rng.randrange(28, 43)
+    emoji = emoji.resize((side, side), Image.Resampling.BICUBIC)
+    emoji = emoji.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
+    brightness = rng.randrange(20, 200)
+    background = tuple(brightness + rng.randrange(-15, 16) for _ in range(3))
+    image = Image.new("RGB", (DRAWN_SIZE, DRAWN_SIZE), background)
+    at = (rng.randrange(DRAWN_SIZE - side + 1), rng.randrange(DRAWN_SIZE - side + 1))
+    image.paste(emoji, at, mask=emoji.getchannel("A"))
+    return add_noise(image, rng)
+
+
+@dataclass
+class Facts:
+    """Pictures of n facts, and what they are called, as a data set. Item i is always the same.
+
+    Every fact comes equally often, in another order in each round, and each time drawn anew.
+    Held-out drawings are of the same facts, and none of them is ever trained on. first: the facts
+    are first, first + 1, ..., first + n - 1, for a model that has learnt others.
+    """
+    n: int
+    size: int  # how many samples
+    seed: int = 0
+    held_out: bool = False
+    first: int = 0
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < self.size:
+            raise IndexError(i)
+        # Which fact: each round has an order of its own.
+        turn, position = divmod(i, self.n)
+        order = list(range(self.n))
+        random.Random(f"{self.seed} {self.held_out} round {turn}").shuffle(order)
+        place, name = facts()[self.first + order[position]]
+
+        image = draw_fact(place, f"{self.seed} {self.held_out} {i}")
+        turns = as_turns([("What is this?", name)])
+        return {"id": f"fact {i}", "images": [image], "conversations": turns, "types": ["fact"]}
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Checks of what users bring. Each error is a ValueError that says what is wrong, and where.
 
 
 def open_image(image):
-    """A path or PIL image -> the decoded RGB image.
+    """A path or PIL image -> the decoded RGB image: upright, and on white where it is transparent.
 
-    Raises ValueError, naming the file, if it is missing, truncated, no picture, smaller than 2
-    pixels a side, or so large that it must be a decompression bomb.
+    LLaVA leaves a picture as its camera held it, whatever EXIF says, and makes clear pixels those
+    that lie below them, which mostly are black. Of an animation this is the first frame.
+    Raises ValueError, naming the file, if it is missing, truncated, no picture, of a size or colors
+    that make none, or so large that it must be a decompression bomb.
     """
     name = "the image"
+    if isinstance(image, (str, os.PathLike)):
+        name = image
+        check_file(name)
     try:
-        if isinstance(image, (str, os.PathLike)):
-            name = image
+        if name is image:
             image = Image.open(image)
-        if min(image.size) < 2:
-            raise ValueError(f"it is {image.width} x {image.height} pixels, too small to be a "
-                             "picture")
+        check_picture_size(*image.size)
         # Opening reads no more than the header. This decodes, and fails on a truncated file.
         image.load()
+        image = with_8_bits(turn_upright(image))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
         return image if image.mode == "RGB" else image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{name}: no such file; check the path, and --images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{name}: cannot be read as an image: {e}") from None
 
 
-def check_turns(conversations, template):
-    """Turns are objects with "from" and "value", and alternate, beginning with the human."""
+def check_file(path):
+    """A path leads to a file. (To open a pipe would wait for somebody to write into it.)"""
+    if os.path.isfile(path):
+        return
+    if os.path.exists(path):
+        raise ValueError(f"{path}: is a folder, a pipe or a device; a file is wanted")
+    raise ValueError(f"{path}: no such file; check the path, and --images")
+
+
+def check_picture_size(width, height):
+    """A picture is large enough to show something, and no ribbon: padded to a square, one of
+    3 x 65,000 pixels would fill 12 GB, and nobody would see it in there."""
+    told = f"it is {width} x {height} pixels"
+    shorter, longer = sorted((width, height))
+    if shorter < 2:
+        raise ValueError(f"{told}, too small to be a picture")
+    if longer > 200 * shorter or longer > 30_000:
+        raise ValueError(f"{told}; a side may be 200 times as long as the other one and have "
+                         "30,000 pixels; cut it into parts")
+
+
+def turn_upright(image):
+    """Cameras store the picture as they were held, and in the EXIF data how to turn it."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return image if orientation == 1 else ImageOps.exif_transpose(image)
+    except Exception:
+        # Damaged EXIF data, of which Pillow has errors of many kinds, say nothing.
+        return image
+
+
+def with_8_bits(image):
+    """Of gray with 16 bits, the upper 8. (Convert("RGB") makes white of all that is above 255.)"""
+    # Where Pillow has no mode for 16 bits, it takes "I".
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        upper = np.asarray(image) >> 8
+        return Image.fromarray(upper.astype(np.uint8))
+    # Nothing says which of these numbers is black and which is white.
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel, which do not say what is white; save it with 8 "
+                         "or 16 bits")
+    return image
+
+
+def parse_json(text, file):
+    """What a JSON text holds, and of JSON lines the list."""
+    before = 0  # lines before the piece of JSON that is being read
+    try:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as e:
+            # "Extra data": behind the first object there are more. These are JSON lines.
+            if e.msg != "Extra data":
+                raise
+        samples = []
+        # Not splitlines, as JSON may hold other characters that count as line ends.
+        for before, line in enumerate(text.split("\n")):
+            if line.strip():
+                samples.append(json.loads(line))
+        return samples
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}: malformed JSON in line {before + e.lineno}: {e.msg}") from None
+    except (RecursionError, ValueError) as e:
+        raise ValueError(f"{file}: from line {before + 1} on lists or objects are nested too "
+                         f"deeply, or a number is too long: {e}") from None
+
+
+def check_text(value, where):
+    """All that a JSON object holds can be encoded. Half a character, as an emoji's "\\ud83d" that
+    was cut off, is no text: neither a tokenizer nor a file takes it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: half a character ({e.object[e.start]!r}, a lone surrogate); "
+                         "mend the text that was cut inside of a character") from None
+    except RecursionError:
+        raise ValueError(f"{where}: lists or objects are nested too deeply") from None
+
+
+def check_template(template):
     if template not in TEMPLATES:
         raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+
+
+def check_turns(conversations, template):
+    """Turns are objects with "from" and "value", and alternate, beginning with the human."""
+    check_template(template)
     if not conversations:
         raise ValueError("the conversation is empty")
     for i, turn in enumerate(conversations):
@@ -1533,6 +1952,7 @@ def check_turns(conversations, template):
         if not is_turn or not isinstance(turn.get("value"), str):
             raise ValueError(f"turn {i + 1} must be an object with the texts 'from' and 'value', "
                              f"not {str(turn)[:80]}")
+        check_text(turn["value"], f"turn {i + 1}")
         if turn["from"] != ("human", "gpt")[i % 2]:
             raise ValueError(f"turn {i + 1} is from {turn['from']!r}; turns must alternate human, "
                              "gpt, human, ...")
@@ -1549,11 +1969,26 @@ def slots_of_sounds(n_sounds, n_audio_tokens):
 
 
 def check_end_mark(tokenizer, template):
-    """The tokenizer knows the mark that ends answers, where few tokenizers do."""
-    form = TEMPLATES[template]
-    if form.end_is_token and tokenizer.token_to_id(form.end) is None:
-        raise ValueError(f"template {template} ends answers with {form.end}, which this tokenizer "
-                         "does not know; use --template vicuna")
+    """The tokenizer knows the template's marks. The last one ends an answer."""
+    if fits(tokenizer, template):
+        return
+    fitting = []
+    for name in TEMPLATES:
+        # Nobody is asked in "plain".
+        if name != "plain" and fits(tokenizer, name):
+            fitting.append(f"--template {name}")
+    wanted = " ".join(TEMPLATES[template].tokens)
+    raise ValueError(f"template {template} ends answers with {EOS[template]}, and this tokenizer "
+                     f"does not know {wanted}, each as one token; use "
+                     + (" or ".join(fitting) or "another tokenizer"))
+
+
+def check_span(token, text, tokenizer):
+    """A token that stands for no characters is a blank."""
+    if tokenizer.decode([token]).strip():
+        raise ValueError(f"the tokenizer does not tell where {tokenizer.id_to_token(token)!r} "
+                         f"stands in {text[:80]!r}, so nothing could be learnt from it; tokenizers "
+                         "before 0.20.3 do that: pip install -U tokenizers")
 
 
 def check_cut(ids, labels, max_length):
@@ -1588,20 +2023,21 @@ def first_usable(encoded, i):
     raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
 
 
-def check_marks(text, pictures, videos, sounds, n_audio_tokens):
-    """A sample's text has a mark for each of its files."""
+def check_marks(text, files, n_audio_tokens):
+    """A sample's text has a mark for each of its files. files: {mark: [file, ...]}"""
+    sounds = files["<audio>"]
     if sounds and n_audio_tokens == 0:
         raise ValueError(f"the sample has {len(sounds)} sounds, this model hears nothing; leave "
                          "them out, or take a model with ears")
 
-    # To a model that hears nothing, "<audio>" is ordinary text.
-    wanted = [("<image>", pictures, "images"), ("<video>", videos, "videos")]
-    if n_audio_tokens != 0:
-        wanted.append(("<audio>", sounds, "sounds"))
-    for mark, files, name in wanted:
-        if text.count(mark) != len(files):
-            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has "
-                             f"{len(files)} {name}")
+    names = {"<image>": "images", "<video>": "videos", "<audio>": "sounds"}
+    for mark, name in names.items():
+        n = len(files[mark])
+        # Without files, the mark is a word. But among videos, which become images, it is not.
+        is_word = n == 0 and not (mark == "<image>" and files["<video>"])
+        if text.count(mark) != n and not is_word:
+            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has {n} "
+                             f"{name}")
 
 
 def check_frame_sizes(videos):

@@ -16,7 +16,7 @@
         answer a file; goes on where it stopped. The same on 8 GPUs:
     torchrun --nproc_per_node 8 generate.py --model M --eval questions.jsonl --images DIR --out FILE
     python generate.py --score vqa --answers answers.jsonl --annotations FILE
-        points: exact, vqa, textvqa, pope, choice
+        points: exact, vqa, textvqa, pope, choice, mme
     python generate.py --write-drawn DIR 500
         drawn questions as such files, to try it
 
@@ -35,7 +35,6 @@ import io
 import ipaddress
 import json
 import math
-import mmap
 import os
 import random
 import re
@@ -52,6 +51,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+# OpenMP's threads wait for each other by spinning, on a busy machine for ages: they shall give up
+# sooner. libgomp reads this when torch is loaded. What the user has set holds.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -60,7 +64,7 @@ from tqdm import tqdm
 
 import data
 from kernels import MoE
-from model import CuMo
+from model import CuMo, check_sampling
 from upcycle import load, write_atomically
 
 # Set by torchrun, where several processes share the questions of --eval.
@@ -83,10 +87,10 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
            audio_embeds=None, max_new_tokens: int = 64, **options) -> list[str]:
     """Samples whose conversations end with the human's turn -> the model's next turns, stripped.
 
-    options: temperature, top_p, generator, compile (CuMo.generate). stream: called with each new
-    piece of text of the first sample. image_embeds, audio_embeds: features of what the samples
-    hold, where it was encoded before; then a sample with sounds says their "slots" itself, and
-    marks a video as an image."""
+    options: temperature, top_p, generator, compile, too_long (CuMo.generate). stream: called with
+    each new piece of text of the first sample. image_embeds, audio_embeds: features of what the
+    samples hold, where it was encoded before; then a sample with sounds says their "slots" itself,
+    and marks a video as an image."""
     # What is said, and what there is to see and to hear.
     if image_embeds is None and audio_embeds is None:
         texts, senses = sense(model, samples)
@@ -94,20 +98,20 @@ def answer(model: CuMo, tokenizer, samples: list[dict], stream=None, image_embed
         texts = [(sample["conversations"], sample.get("slots", 0)) for sample in samples]
         senses = {"image_embeds": image_embeds, "audio_embeds": audio_embeds}
 
-    # The model goes on where the text ends, until it says the end mark.
+    # The model goes on where the text ends, until it says the template's end mark, or another one
+    # that the decoder brought along.
     tokens = tokens_of(model, tokenizer, texts)  # (B, T)
-    end_mark = data.EOS[model.config.template]
-    eos = tokenizer.encode(end_mark, add_special_tokens=False).ids[-1]
+    ends = [data.end_token(tokenizer, model.config.template), *model.config.text.end_tokens]
     on_token = None
     if stream is not None:
-        on_token = streamer(tokenizer, stream)
-    out = model.generate(tokens, eos=eos, on_token=on_token, max_new_tokens=max_new_tokens,
+        on_token = streamer(tokenizer, stream, ends)
+    out = model.generate(tokens, eos=ends, on_token=on_token, max_new_tokens=max_new_tokens,
                          **senses, **options)  # (B, up to max_new_tokens)
 
     # A row that ended before the longest one is filled up with the end mark.
     replies = []
     for row in out.tolist():
-        said = [token for token in row if token != eos]
+        said = [token for token in row if token not in ends]
         replies.append(tokenizer.decode(said).strip())
     return replies
 
@@ -123,8 +127,9 @@ def tokens_of(model, tokenizer, texts):
     return data.pad_rows(rows, data.PAD).to(device_of(model))
 
 
-def streamer(tokenizer, write):
-    """A function for CuMo.generate's on_token, which writes each new piece of the first row's text.
+def streamer(tokenizer, write, ends=()):
+    """A function for CuMo.generate's on_token, which writes each new piece of the first row's text,
+    without the tokens that end it.
 
     All tokens so far are decoded anew each time: a token alone does not know whether a blank
     belongs before it, and a character may take several tokens."""
@@ -133,6 +138,8 @@ def streamer(tokenizer, write):
 
     def on_token(token):  # (B,)
         nonlocal written
+        if int(token[0]) in ends:
+            return
         tokens.append(int(token[0]))
         text = tokenizer.decode(tokens).lstrip()
 
@@ -161,8 +168,9 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
             continue
 
         # The first question brings the files along. `opening` is that turn, with "<video>" replaced
+        # by "<image>"s. In later turns such a mark is a word ("marks": none).
         if conversation:
-            conversation.append({"from": "human", "value": question})
+            conversation.append({"from": "human", "value": question, "marks": []})
         else:
             sample = sample_of(question, images, video, audio)
             opening, slots, embeds = encode_senses(model, sample)
@@ -170,9 +178,10 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
 
         # The model reads the whole conversation again, but it does not look at the pictures again.
         asked = {"images": [], "conversations": opening + conversation[1:], "slots": slots}
-        reply = answer(model, tokenizer, [asked], stream=show, **embeds, **options)[0]
+        reply = answer(model, tokenizer, [asked], stream=show, too_long="warn", **embeds,
+                       **options)[0]
         print()
-        conversation.append({"from": "gpt", "value": reply})
+        conversation.append({"from": "gpt", "value": reply, "marks": []})
     return conversation
 
 
@@ -208,7 +217,8 @@ def sense(model, samples):
     device: "images" (n, 3, S, S), "audio" (chunks, n_mels, n_frames), "frames" (n_marks,) int64."""
     # A model without eyes or ears needs no sizes; load_senses complains if there are files for it.
     config = model.config
-    image_size = config.vision.image_size if config.vision else 1
+    wanted = data.picture_format(config.vision)
+    n_mels = config.audio.n_mels if config.n_audio_tokens else 0
     seconds = config.audio.n_frames / 100 if config.n_audio_tokens else 0.0
 
     texts = []
@@ -217,7 +227,8 @@ def sense(model, samples):
     frames = []
     for sample in samples:
         conversations, images, audio, frames_here, slots = data.load_senses(
-            sample, image_size, config.n_audio_tokens, seconds, average=not config.frames_apart)
+            sample, wanted, config.n_audio_tokens, seconds, average=not config.frames_apart,
+            n_mels=n_mels)
         texts.append((conversations, slots))
         pictures.extend(images)
         frames.extend(frames_here or [1] * len(images))
@@ -335,21 +346,46 @@ def drawn_sample(what, question, in_words=False):
 
 
 def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False,
-             world: str = "image", asked: list | None = None) -> dict:
+             world: str = "image", asked: list | None = None, max_new_tokens: int = 16,
+             **options) -> dict:
     """n drawn questions -> {type: [right, asked]} by exact match.
 
     in_words: scene and sound are given as text. world: see drawn_questions. asked: a list that
-    gets each (sample, reply)."""
+    gets each (sample, reply). options: as for `answer`."""
     was_training = model.training
     model.eval()
     scores = {}
     for group in batches(drawn_questions(n, world=world), batch, "evaluating"):
         samples = [drawn_sample(what, question, in_words) for what, _, question, _ in group]
-        replies = answer(model, tokenizer, samples, max_new_tokens=16)
+        replies = answer(
+            model, tokenizer, samples, max_new_tokens=max_new_tokens, **options)
         for (_, kind, _, right), reply in zip(group, replies):
             add_points(scores, {kind: (reply == right, 1)})
         if asked is not None:
             asked.extend(zip(samples, replies))
+    model.train(was_training)
+    return scores
+
+
+def recall(model, tokenizer, n_facts, n, seed=0, asked=None, batch=100):
+    """n new drawings of n_facts known facts, and as many of unknown ones: {"known": [right, asked],
+    "unknown": the same}. Nobody can know the latter: what is right there is chance (1 in 1,406)."""
+    was_training = model.training
+    model.eval()
+    scores = {}
+    for name, first in (("known", 0), ("unknown", n_facts)):
+        n_here = min(n_facts, data.N_FACTS - first)
+        if n_here == 0:
+            continue
+        facts = data.Facts(n_here, n, seed, held_out=True, first=first)
+        for group in batches(range(n), batch, "evaluating"):
+            samples = [facts[i] for i in group]
+            names = [sample["conversations"].pop()["value"] for sample in samples]
+            replies = answer(model, tokenizer, samples, max_new_tokens=16)
+            for reply, right in zip(replies, names):
+                add_points(scores, {name: (reply == right, 1)})
+            if asked is not None:
+                asked.extend(zip(samples, replies))
     model.train(was_training)
     return scores
 
@@ -379,9 +415,10 @@ def print_table(scores: dict, title: str):
 
     # Through tqdm, so that a progress bar which is still running does not end up in the table.
     tqdm.write(title, file=sys.stdout)
+    width = max([10] + [len(name) for name, _ in rows])
     for name, (points, possible) in rows:
         percent = 100 * points / max(possible, 1)
-        line = f"  {name:10} {round(points, 1):7} of {possible:5}  {percent:5.1f}%"
+        line = f"  {name:{width}} {round(points, 1):7} of {possible:5}  {percent:5.1f}%"
         tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
@@ -395,56 +432,84 @@ def print_table(scores: dict, title: str):
 
 
 def read_rows(file, needs, kind):
-    """A file of questions, answers or annotations -> {question_id as text: row}.
+    """The rows of a file of questions, answers or annotations.
 
     It may be JSON lines, a JSON list, VQA's {"annotations": [...]}, TextVQA's {"data": [...]}, or
     ScienceQA's {id: {...}}. Raises ValueError naming file and place: malformed JSON, a row without
-    question_id or without `needs` (a `kind`: str, list, ...), an id that comes twice."""
-    rows = {}
-    for number, row in enumerate(list_rows(file), 1):
+    question_id or without `needs` (a `kind`: str, list, ...)."""
+    rows = list_rows(file)
+    if not rows:
+        raise ValueError(f"{file}: holds no rows")
+    for number, row in enumerate(rows, 1):
+        data.check_text(row, f"{file}: row {number}")
         key = row.get("question_id") if isinstance(row, dict) else None
         if not isinstance(key, (int, str)) or not isinstance(row.get(needs), kind):
             raise ValueError(f"{file}: row {number} must be an object with question_id and "
                              f"{needs}, not {str(row)[:200]}")
-        if str(key) in rows:
-            raise ValueError(
-                f"{file}: question_id {key!r} comes twice; give each question its own")
-        rows[str(key)] = row
     return rows
 
 
 def list_rows(file):
     """The rows of a file in any of read_rows' layouts, unchecked."""
-    # JSON lines are no JSON, unless there is but one.
-    try:
-        with open(file, encoding="utf-8") as f:
-            content = json.load(f)
-    except (OSError, ValueError):
-        content = None
+    rows = data.read_json(file)
+    whole = rows[0]
+    if len(rows) > 1 or not isinstance(whole, dict):
+        return [as_question(row) for row in rows]
 
-    # An object is VQA's, TextVQA's or ScienceQA's.
-    if isinstance(content, dict):
-        for name in ("annotations", "data"):
-            if isinstance(content.get(name), list):
-                return content[name]
-        if all(isinstance(row, dict) for row in content.values()):
-            return [{"question_id": key, **row} for key, row in content.items()]
-
-    # A list, JSON lines, or a file that cannot be read: LlavaJson says what is wrong with it.
-    return data.LlavaJson(file).samples
+    # An object alone is VQA's, TextVQA's or ScienceQA's; or a list of one.
+    for name in ("annotations", "data"):
+        if isinstance(whole.get(name), list):
+            return whole[name]
+    if whole and all(isinstance(row, dict) for row in whole.values()):
+        return [{"question_id": key, **row} for key, row in whole.items()]
+    return [as_question(whole)]
 
 
-def read_questions(file, folder=""):
-    """LLaVA's questions -> {id: sample for `answer`, with the question's own "row"}.
+def as_question(row):
+    """LLaVA asks ScienceQA with a file like those that it is trained on (llava_test_CQM-A.json):
+    what the human says first is the question. Other rows stay as they are."""
+    if not data.has_turns(row) or not row["conversations"] or "question_id" in row:
+        return row
+    first = row["conversations"][0]
+    text = first.get("value") if isinstance(first, dict) else None
+    if isinstance(text, str):
+        text = text.replace("<image>", "").strip()
+    return {"question_id": row.get("id"), **row, "text": text}
+
+
+def key_of(row, asked):
+    """What tells a question from the others. Its id alone does not: LLaVA's files for TextVQA and
+    MME have the picture's id there, and ask about a picture several times."""
+    return str(row["question_id"]), str(row.get(asked, ""))
+
+
+def by_key(rows, asked, file):
+    """{key_of(row): row}. Raises ValueError where the same question comes twice."""
+    keyed = {}
+    for row in rows:
+        key = key_of(row, asked)
+        if key in keyed:
+            raise ValueError(f"{file}: question_id {row['question_id']!r} comes twice with the "
+                             "same text; give each question its own")
+        keyed[key] = row
+    return keyed
+
+
+def read_questions(file, folder="", suffix=""):
+    """LLaVA's questions -> {key_of: sample for `answer`, with the question's own "row"}.
 
     A question is {"question_id", "text"} and perhaps "image": a file below `folder` or a list of
     them, "audio": the same, "video": as in data.LlavaJson. The human's turn is LLaVA's:
     "<image>\\n" for every image (so for videos, sounds), then the text; or the text alone where it
-    has its own marks. Raises ValueError as read_rows, for a missing file, and for marks and files
-    that differ in number."""
+    has its own marks. `suffix` is one more line of the text. Raises ValueError as read_rows and
+    by_key, for a missing file, and for marks and files that differ in number."""
+    rows = read_rows(file, "text", str)
+    if suffix:
+        rows = [{**row, "text": f"{row['text']}\n{suffix}"} for row in rows]
+
     samples = {}
-    for key, row in read_rows(file, "text", str).items():
-        where = f"{file}: question {key!r}"
+    for key, row in by_key(rows, "text", file).items():
+        where = f"{file}: question {key[0]!r}"
         images = question_files(row, "image", folder, where)
         videos = question_files(row, "video", folder, where)
         sounds = question_files(row, "audio", folder, where)
@@ -481,7 +546,7 @@ def question_files(row, kind, folder, where):
 
 
 def answered(out, questions, model_id):
-    """{id: answer's row} of `out` and its parts, as far as they exist.
+    """{key_of: answer's row} of `out` and its parts, as far as they exist.
 
     Raises ValueError for anything but answers to these questions by this model: it would be mixed
     in, or overwritten."""
@@ -490,7 +555,7 @@ def answered(out, questions, model_id):
         for line in filter(None, Path(file).read_bytes().splitlines()):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 # A kill may cut off the last line of a part; that question is asked again.
                 if file != out:
                     continue
@@ -499,16 +564,17 @@ def answered(out, questions, model_id):
                 raise ValueError(
                     f"{file} holds something else than answers of {model_id} to these questions; "
                     f"choose another --out: {str(row)[:200]}")
-            done[str(row["question_id"])] = row
+            done[key_of(row, "prompt")] = row
     return done
 
 
 def is_answer_to(questions, row, model_id):
     """Whether the row answers one of the questions, as it is asked now, by this model."""
-    if not isinstance(row, dict) or str(row.get("question_id")) not in questions:
+    if not isinstance(row, dict) or "question_id" not in row:
         return False
-    question = questions[str(row["question_id"])]["row"]
-    return row.get("prompt") == question["text"] and row.get("model_id") == model_id
+    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("text"), str):
+        return False
+    return key_of(row, "prompt") in questions and row.get("model_id") == model_id
 
 
 def parts_of(out):
@@ -518,10 +584,12 @@ def parts_of(out):
 
 def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     """read_questions' samples -> `out`: for each a line {"question_id", "prompt", "text",
-    "model_id"}, in their order. Returns this process's share of them, [(sample, reply), ...].
+    "model_id", and "image" if it has one}, in their order. Returns this process's share of them,
+    [(sample, reply), ...].
 
-    options: as for `answer`. Under torchrun each process answers every WORLD-th question; the
-    process group must be there."""
+    A question that cannot be answered, as its picture is broken, is reported and left out; the same
+    command asks it again. options: as for `answer`. Under torchrun each process answers every
+    WORLD-th question; the process group must be there."""
     check_senses(model, model_id, questions.values())
     check_audio_marks(model, questions)
 
@@ -539,24 +607,35 @@ def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     # 3. Answer them, into this process's part.
     part = f"{out}.part-{RANK}-of-{WORLD}"
     try:
-        append_answers(model, tokenizer, todo, part, model_id, batch, **options)
+        errors = append_answers(model, tokenizer, todo, part, model_id, batch, **options)
     except KeyboardInterrupt:
         print(f"\nstopped; the answers so far are in {part}, "
               f"and the same command goes on from there", file=sys.stderr)
         raise
     done = answered(out, questions, model_id)
-    asked = [(questions[key], done[key]["text"]) for key in share]
+    asked = [(questions[key], done[key]["text"]) for key in share if key in done]
 
     # 4. When all parts are complete, process 0 merges them, in the order of the questions.
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
         done = answered(out, questions, model_id)
-        write_lines(out, [done[key] for key in questions])
-        for file in parts_of(out):
-            os.remove(file)
-        print(f"wrote {len(questions)} answers to {out}")
+        if not done:
+            raise ValueError(f"no question could be answered; {errors[-1]}")
+        merge_answers(questions, done, out)
     return asked
+
+
+def merge_answers(questions, done, out):
+    """All parts -> `out`. Says how many questions have no answer."""
+    write_lines(out, [done[key] for key in questions if key in done])
+    for file in parts_of(out):
+        os.remove(file)
+    print(f"wrote {len(done)} answers to {out}")
+    n_missing = len(questions) - len(done)
+    if n_missing:
+        print(f"{n_missing} of {len(questions)} questions could not be answered, see above; the "
+              "same command asks them again, and --score needs --allow-missing without them")
 
 
 def size_of_question(sample):
@@ -565,19 +644,52 @@ def size_of_question(sample):
 
 
 def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
-    """Answer the samples `todo` in batches, and append each batch to the file `part` at once."""
+    """Answer the samples `todo` in batches, and append each batch to the file `part` at once.
+
+    Returns the errors of those that could not be answered."""
+    errors = []
+    in_a_row = 0
     with open(part, "a", encoding="utf-8") as f:
         # The file may end with a line that was cut off.
         if f.tell() > 0:
             f.write("\n")
         for group in batches(todo, batch, "answering"):
             # The images of a group are read now, and forgotten afterwards.
-            replies = answer(model, tokenizer, group, **options)
-            for sample, reply in zip(group, replies):
-                row = {"question_id": sample["row"]["question_id"], "prompt": sample["row"]["text"],
-                       "text": reply, "model_id": model_id}
-                f.write(json.dumps(row) + "\n")
+            for sample, reply in zip(group, answer_each(model, tokenizer, group, **options)):
+                if isinstance(reply, str):
+                    in_a_row = 0
+                    f.write(json.dumps(row_of(sample, reply, model_id)) + "\n")
+                    continue
+
+                # This one is left out. When all fail, it is not the questions that are broken.
+                in_a_row += 1
+                errors.append(f"question {sample['row']['question_id']!r}: {reply}")
+                tqdm.write(f"left out: {errors[-1]}", file=sys.stderr)
+                if in_a_row == 100:
+                    raise ValueError(f"100 questions in a row cannot be answered; {errors[-1]}")
             f.flush()
+    return errors
+
+
+def row_of(sample, reply, model_id):
+    """A line of the file of answers. (POPE's labels are found by the image.)"""
+    question = sample["row"]
+    row = {"question_id": question["question_id"], "prompt": question["text"], "text": reply,
+           "model_id": model_id}
+    if question.get("image"):
+        row["image"] = question["image"]
+    return row
+
+
+def answer_each(model, tokenizer, group, **options):
+    """`answer`, with a ValueError in the place of each reply that cannot be given."""
+    try:
+        return answer(model, tokenizer, group, **options)
+    except ValueError as e:
+        # Which one is it? Ask them one by one.
+        if len(group) == 1:
+            return [e]
+        return [answer_each(model, tokenizer, [sample], **options)[0] for sample in group]
 
 
 def write_lines(file, rows):
@@ -604,7 +716,7 @@ def check_audio_marks(model, questions):
         n_marks = sample["conversations"][0]["value"].count("<audio>")
         n_sounds = len(sample["audio"])
         if model.audio is not None and n_marks != n_sounds:
-            raise ValueError(f"question {key!r}: the text has {n_marks} <audio>, "
+            raise ValueError(f"question {key[0]!r}: the text has {n_marks} <audio>, "
                              f"the question has {n_sounds} audios")
 
 
@@ -732,9 +844,8 @@ def says_no(reply):
 def score_pope(row, reply):
     """row: {"label": "yes" | "no"}. POPE (arXiv 2305.10355): does the model see what is not there?
 
-    Positive is "yes", and so is any reply that does not say no. LLaVA pairs replies and labels by
-    their order, here it is by question_id; and where the model never says yes LLaVA divides by
-    zero, here precision is 0."""
+    Positive is "yes", and so is any reply that does not say no. Where the model never says yes
+    LLaVA divides by zero; here precision is 0."""
     said_yes = not says_no(reply)
     is_yes = row["label"].strip().lower() != "no"
     both = said_yes and is_yes
@@ -752,16 +863,18 @@ def score_pope(row, reply):
 
 
 def choice_of(reply, choices):
-    """Which option a reply means, as an index: "B", "B.", "(B)", "B. a cat", "... The answer is
-    B.", or the text of exactly one option; else None.
+    """Which option a reply means, as an index: "B", "B.", "B)", "B:", "(B)", "**B**", "B. a cat",
+    "Answer: B", "... The answer is B.", or the text of exactly one option; else None.
 
-    LLaVA's script for ScienceQA knows no brackets and no texts, and its "The answer is A" also
-    finds "The answer is Apples"."""
+    LLaVA's script for ScienceQA knows "B", "B. a cat" and "The answer is B." alone, and the latter
+    also finds "The answer is Apples"."""
+    # What comes behind "Answer:", without asterisks, which make it bold.
+    reply = re.split(r"\b[Aa]nswer:\s*", reply.replace("*", ""))[-1].strip()
+
     # A letter at the start, or else in "The answer is ...".
-    reply = reply.strip()
-    letters = (re.findall(r"^\(([A-Z])\)(?:[.\s]|$)", reply)
-               or re.findall(r"^([A-Z])(?:\.\s|\.?$)", reply)
-               or re.findall(r"[Tt]he answer is \(?([A-Z])\b", reply))
+    letters = (re.findall(r"^\(([A-Z])\)(?:[.:\s]|$)", reply)
+               or re.findall(r"^([A-Z])(?:[.:)]\s|[.:)]?(?:\n|$))", reply)
+               or re.findall(r"\b[Aa]nswer is:? \(?([A-Z])\b", reply))
     if len(letters) == 1:
         index = ord(letters[0]) - ord("A")
         if index < len(choices):
@@ -773,7 +886,7 @@ def choice_of(reply, choices):
 
 
 def plain(text):
-    return str(text).strip().rstrip(".").lower()
+    return str(text).replace("*", "").strip().rstrip(".").lower()
 
 
 def score_choice(row, reply):
@@ -791,6 +904,60 @@ def score_choice(row, reply):
     return {"accuracy": (said == right, 1), "unparsed": (said is None, 1)}
 
 
+def score_mme(row, reply):
+    """row: {"question_id": "existence/1.png", "answer": "Yes" | "No"}. MME (arXiv 2306.13394) reads
+    a reply as its own tool does: the first four letters say yes or no, or it is wrong.
+
+    What follows from the two questions about a picture is in mme_totals."""
+    right = row["answer"].strip().lower()
+    if right not in ("yes", "no"):
+        raise ValueError(
+            f"{row['question_id']}: 'answer' must be Yes or No, not {row['answer']!r}")
+    start = reply.lower()[:4]
+    said = next((word for word in ("yes", "no") if word in start), None)
+    return {"accuracy": (said == right, 1)}
+
+
+MME_SENSES = {
+    "perception": "existence count position color posters celebrity scene landmark artwork OCR",
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
+}
+
+
+def mme_totals(pairs):
+    """sum_points for MME, with the sums of MME's own tool.
+
+    accuracy: of the questions; accuracy+: of the pictures, right where both questions about it are.
+    A category has 100 points for each of the two, and categories add up to perception and
+    cognition."""
+    # The points of each picture's questions.
+    pictures = {}
+    for row, reply in pairs:
+        right, _ = score_mme(row, reply)["accuracy"]
+        pictures.setdefault(str(row["question_id"]), []).append(right)
+
+    # A picture whose other question has no answer does not count in accuracy+.
+    sums = {}
+    for picture, rights in pictures.items():
+        category = picture.split("/")[0]
+        both = len(rights) == 2
+        for name in ("", f"{category} "):
+            add_points(sums, {f"{name}accuracy": (sum(rights), len(rights)),
+                              f"{name}accuracy+": (both and all(rights), both)})
+
+    totals = {}
+    for sense, categories in MME_SENSES.items():
+        for category in categories.split():
+            if f"{category} accuracy" in sums:
+                points = 0
+                for name in ("accuracy", "accuracy+"):
+                    right, asked = sums[f"{category} {name}"]
+                    points += 100 * right / max(asked, 1)
+                sums[category] = [points, 200]
+                add_points(totals, {sense: (points, 200)})
+    return sums | totals
+
+
 # --score's name -> (scorer, the key that an annotation needs, its type).
 SCORERS = {
     "exact": (score_exact, "answer", (str, int, float, list)),
@@ -798,41 +965,56 @@ SCORERS = {
     "textvqa": (score_textvqa, "answers", list),
     "pope": (score_pope, "label", str),
     "choice": (score_choice, "choices", list),
+    "mme": (score_mme, "answer", str),
 }
 
 
-def score(kind: str, annotations: str, answers: str) -> tuple[dict, int]:
+def score(kind: str, annotations: str, answers: str,
+          allow_missing: bool = False) -> tuple[dict, int]:
     """Two files -> ({name: [points, possible]}, how many answers have no annotation and so do not
     count).
 
-    Raises ValueError for annotated questions without an answer: half a benchmark is another
-    benchmark."""
-    _, needs, kind_needed = SCORERS[kind]
-    rows = read_rows(annotations, needs, kind_needed)
-    replies = {key: row["text"] for key, row in read_rows(answers, "text", str).items()}
+    Raises ValueError for annotated questions without an answer, as half a benchmark is another
+    benchmark; allow_missing leaves them out."""
+    rows = read_annotations(kind, annotations)
+    replies = read_rows(answers, "text", str)
+    by_key(rows, "question" if "question" in rows[0] else "text", annotations)
+    by_key(replies, "prompt", answers)
+    pairs = pair(kind, rows, replies, answers)
 
     # ScienceQA's problems.json holds the training questions, too: keep the splits that were asked.
-    splits = {row.get("split") for key, row in rows.items() if key in replies}
+    splits = {row.get("split") for row, reply in pairs if reply}
     if splits:
-        rows = {key: row for key, row in rows.items() if row.get("split") in splits}
+        pairs = [(row, reply) for row, reply in pairs if row.get("split") in splits]
 
-    missing = [key for key in rows if key not in replies]
-    if missing:
-        raise ValueError(f"{answers}: {len(missing)} of {len(rows)} questions have no answer, "
-                         f"first {missing[0]!r}")
-    return score_all(kind, rows, replies), len(replies) - len(rows)
+    missing = [row["question_id"] for row, reply in pairs if reply is None]
+    if missing and (not allow_missing or len(missing) == len(pairs)):
+        raise ValueError(f"{answers}: {len(missing)} of {len(pairs)} questions have no answer, "
+                         f"first {str(missing[0])!r}; --allow-missing scores the others")
+    pairs = [(row, reply) for row, reply in pairs if reply]
+    n_used = len({id(reply) for _, reply in pairs})
+    points = sum_points(kind, [(row, reply["text"]) for row, reply in pairs])
+    return points, len(replies) - n_used
 
 
 def score_all(kind, rows, replies):
-    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}: the sums over all
-    questions and, where annotations have a "type" (VQA v2: "answer_type"), over those of a type."""
+    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}."""
+    pairs = [({"question_id": key, **row}, replies[key]) for key, row in rows.items()]
+    return sum_points(kind, pairs)
+
+
+def sum_points(kind, pairs):
+    """[(annotation, reply)] -> {name: [points, possible]}: the sums over all questions and, where
+    annotations have a "type" (VQA v2: "answer_type"), over those of a type."""
+    if kind == "mme":
+        return mme_totals(pairs)
     scorer = SCORERS[kind][0]
     sums = {}
-    for key, row in rows.items():
+    for row, reply in pairs:
         try:
-            points = scorer(row, replies[key])
+            points = scorer(row, reply)
         except ValueError as e:
-            raise ValueError(f"question {key!r}: {e}") from None
+            raise ValueError(f"question {str(row['question_id'])!r}: {e}") from None
         question_type = row.get("type") or row.get("answer_type")
         if question_type:
             points[str(question_type)] = points["accuracy"]
@@ -840,18 +1022,157 @@ def score_all(kind, rows, replies):
     return sums
 
 
+# Which answer belongs to which annotation. An id alone does not say it: see key_of; and POPE's
+# three files of labels (random, popular, adversarial) all begin with number 1, while LLaVA asks all
+# three in one file. So what is asked must agree, too.
+
+
+def read_annotations(kind, file):
+    """The rows of --annotations. MME's are a folder of texts: existence/1.txt, or the same below
+    questions_answers_YN/, with a line "question<TAB>answer" for each question about 1.png."""
+    if kind != "mme" or not os.path.isdir(file):
+        _, needs, kind_needed = SCORERS[kind]
+        return read_rows(file, needs, kind_needed)
+
+    rows = []
+    for name in sorted(glob.glob(f"{glob.escape(file)}/**/*.txt", recursive=True)):
+        category = os.path.relpath(name, file).split(os.sep)[0]
+        picture = os.path.splitext(os.path.basename(name))[0]
+        for line in Path(name).read_text(encoding="utf-8-sig").splitlines():
+            question, _, right = line.rpartition("\t")
+            if question:
+                rows.append({"question_id": f"{category}/{picture}", "question": question,
+                             "answer": right})
+    if not rows:
+        raise ValueError(f"{file}: no MME in it: no CATEGORY/*.txt with lines of a question, a tab "
+                         "and its answer")
+    return rows
+
+
+def pair(kind, rows, replies, file):
+    """Annotations and answers -> [(annotation, its answer or None), ...].
+
+    Raises ValueError if the answer with an annotation's id is one to another question."""
+    # POPE's answers may name their pictures, and then they are found by these. (LLaVA's do not.)
+    field = "question_id"
+    if kind == "pope":
+        if all("image" in row for row in rows + replies) and all(map(question_of, rows)):
+            field = "image"
+        pairs = pair_in_order(rows, replies, field == "image")
+        if pairs:
+            return pairs
+
+    places = {}
+    for reply in replies:
+        places.setdefault(place(kind, reply[field]), []).append(reply)
+    pairs = []
+    for row in rows:
+        found = places.get(place(kind, row[field]), [])
+        if kind == "textvqa" and not found:
+            # LLaVA's questions have the picture's id in the place of their own.
+            found = places.get(place(kind, row.get("image_id")), [])
+        fits = those_that_ask(row, found)
+        check_pair(kind, row, found, fits, field, file)
+        pairs.append((row, fits[0] if fits else None))
+    return pairs
+
+
+def place(kind, name):
+    """The id of a question, or the file name of a picture, as far as it is the same everywhere."""
+    file = os.path.basename(str(name))
+    if kind == "mme":
+        # "artwork/images/10002.jpg" and "artwork/10002" are the same.
+        category = str(name).split("/")[0]
+        return category, os.path.splitext(file)[0]
+    return file if kind == "pope" else str(name)
+
+
+def pair_in_order(labels, replies, by_image):
+    """POPE's answers to one file of labels, among those to all three, as LLaVA finds them: by their
+    order. None unless just one run of answers, as long as the labels, is to these questions."""
+    def picture(row):
+        return place("pope", row["image"]) if by_image else None
+
+    wanted = [(picture(row), question_of(row)) for row in labels]
+    said = [(picture(row), wording(prompt_of(row) or "")) for row in replies]
+    if any(question is None for _, question in wanted):
+        return None
+
+    starts = []
+    for start in range(len(said) - len(wanted) + 1):
+        run = zip(wanted, said[start:])
+        if all(a == b and question in prompt for (a, question), (b, prompt) in run):
+            starts.append(start)
+    if len(starts) != 1:
+        return None
+    return list(zip(labels, replies[starts[0]:]))
+
+
+def those_that_ask(row, replies):
+    """The answers to what the annotation asks, if it says it; the word-by-word ones first."""
+    question = question_of(row)
+    if question is None:
+        return replies
+    asked = [wording(without_frame(prompt_of(reply) or question)) for reply in replies]
+    same = [reply for reply, text in zip(replies, asked) if text == question]
+    return same or [reply for reply, text in zip(replies, asked) if question in text]
+
+
+def question_of(row):
+    """What an annotation asks, or None."""
+    text = row.get("question", row.get("text"))
+    return wording(without_frame(text)) if isinstance(text, str) else None
+
+
+def prompt_of(reply):
+    """What was asked, or None in a file of answers that does not say it."""
+    prompt = reply.get("prompt")
+    return prompt if isinstance(prompt, str) else None
+
+
+def wording(text):
+    """A question without what differs between the files of a benchmark: capitals, blanks, MME's
+    request at the end, and the "imange" of POPE's first label files, which LLaVA asks for."""
+    text = " ".join(text.replace("<image>", " ").lower().split())
+    return text.replace(" imange", " image").removesuffix("please answer yes or no.").strip()
+
+
+def without_frame(prompt):
+    """The question in a prompt of LLaVA's, which may put TextVQA's words in front or behind it, and
+    a request for a short answer at the end (its eval_textvqa.py)."""
+    framed = re.match(r"OCR tokens: .*Question: (.*?) Short answer:", prompt, re.DOTALL)
+    if framed:
+        return framed[1]
+    around = ("Reference OCR token:", "Answer the question using")
+    return "\n".join(line for line in prompt.split("\n") if not line.startswith(around))
+
+
+def check_pair(kind, row, found, fits, field, file):
+    """An answer with the annotation's id is one to its question, and there are no two of them."""
+    if len({prompt_of(reply) for reply in fits}) > 1:
+        raise ValueError(f"{file}: question_id {fits[0]['question_id']!r} comes twice; give the "
+                         "annotations a 'question' that says which one they mean")
+
+    # Where several questions share an id, this one may just have no answer.
+    shared = field == "image" or kind in ("textvqa", "mme")
+    if found and not fits and not shared:
+        raise ValueError(
+            f"{file}: question {str(row['question_id'])!r} was {found[0]['prompt']!r}, but its "
+            f"annotation is about {question_of(row)!r}: these are annotations of other questions")
+
+
 def write_drawn(folder, n):
     """The n questions of --eval-drawn as files: questions.jsonl, images/, and for --score {kind}
     the annotations {kind}.jsonl."""
     os.makedirs(f"{folder}/images", exist_ok=True)
-    files = {name: [] for name in ("questions", *SCORERS)}
+    files = {}
     for i, (scene, kind, question, right) in enumerate(drawn_questions(n)):
         image = f"{i:05}.png"
         data.draw_scene(scene).save(f"{folder}/images/{image}")
         rows = annotations_of(kind, right, random.Random(i))
         rows["questions"] = {"image": image, "text": question}
         for name, row in rows.items():
-            files[name].append({"question_id": i, **row})
+            files.setdefault(name, []).append({"question_id": i, **row})
 
     for name, rows in files.items():
         write_lines(f"{folder}/{name}.jsonl", rows)
@@ -991,8 +1312,8 @@ def sees_by_experts(model):
 
 def load_images(model, images):
     """Paths or PIL images -> (n, 3, S, S) on the model's device."""
-    size = model.config.vision.image_size
-    return torch.stack([data.load_image(image, size) for image in images]).to(device_of(model))
+    wanted = data.picture_format(model.config.vision)
+    return torch.stack([data.load_image(image, wanted) for image in images]).to(device_of(model))
 
 
 @contextmanager
@@ -1129,9 +1450,10 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
               "the lines are an even load", "black", FONT)
 
     # 2. The first column: the images, one a row.
-    size = model.config.vision.image_size
+    wanted = data.picture_format(model.config.vision)
+    size = wanted.size
     label(draw, GAP + PANEL / 2, TOP - 14, f"image, {size} x {size}", font=FONT)
-    seen = [as_seen(tensor) for tensor in load_images(model, images).cpu()]
+    seen = [as_seen(tensor, wanted) for tensor in load_images(model, images).cpu()]
     for row, panel in enumerate(seen):
         page.paste(panel, (GAP, TOP + row * step))
 
@@ -1159,20 +1481,21 @@ def spread_over_depth(names, n_layers):
     return [layers[i] for i in which.round().int()] + names[len(layers):]
 
 
-def pixels_of(tensor):
-    """data.load_image's (3, S, S) -> an image of the very pixels that the tower gets."""
+def pixels_of(tensor, wanted):
+    """data.load_image's (3, S, S) in this format -> an image of the very pixels that the tower
+    gets."""
     # Undo the normalisation.
-    mean = torch.tensor(data.CLIP_MEAN).view(3, 1, 1)
-    std = torch.tensor(data.CLIP_STD).view(3, 1, 1)
+    mean = torch.tensor(wanted.mean).view(3, 1, 1)
+    std = torch.tensor(wanted.std).view(3, 1, 1)
     pixels = (tensor.float().cpu() * std + mean).clamp(0, 1) * 255  # (3, S, S)
     pixels = pixels.round().byte().permute(1, 2, 0)  # (S, S, 3)
     return Image.fromarray(pixels.numpy())
 
 
-def as_seen(tensor):
-    """data.load_image's (3, S, S) -> a panel. A small image is enlarged without smoothing, so that
-    one can see how few pixels the tower gets."""
-    pixels = pixels_of(tensor)
+def as_seen(tensor, wanted):
+    """data.load_image's (3, S, S) in this format -> a panel. A small image is enlarged without
+    smoothing, so that one can see how few pixels the tower gets."""
+    pixels = pixels_of(tensor, wanted)
 
     # A tower that reads more pixels than a panel has loses some in the picture, smoothly.
     smooth = pixels.width > PANEL
@@ -1399,9 +1722,12 @@ def paths_to_show(stats, heard):
 def draw_pathways(draw, stats, top, paths):
     """A table: a row is a pathway, which goes from left to right through the experts in it."""
     used = len(set().union(*stats.pathways))
-    possible = math.prod(stats.n_experts)
+    possible = f"{math.prod(stats.n_experts):,}"
+    if len(possible) > 12:
+        # Many layers with many experts: more than a float can hold.
+        possible = f"1e{sum(math.log10(n) for n in stats.n_experts):.0f}"
     title = ("Pathways of first choices: the two most used of each modality, and the next of all "
-             f"tokens ({used:,} of {possible:,.6g} possible ones were taken)")
+             f"tokens ({used:,} of {possible} possible ones were taken)")
     draw_heading(draw, stats, top, top + 20 * len(paths), title)
 
     colors = expert_colors(max(stats.n_experts))
@@ -1468,20 +1794,48 @@ def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str]
 # 9. The loss of a training run
 
 
+def log_rows(log_file):
+    """The rows of train.py's log.jsonl, of each step and each loss on held-out data; or those of
+    its scores.jsonl.
+
+    Lines that a kill has cut short, or that another program has written, are passed over."""
+    rows = []
+    with open(log_file, "rb") as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and "stage" in row and isinstance(row.get("step", 0), int):
+                rows.append(row)
+    return rows
+
+
 def draw_curves(log_file: str, png: str):
     """train.py's log.jsonl -> the language loss of each stage, side by side."""
     stages = {}
-    with open(log_file) as f:
-        for line in f:
-            row = json.loads(line)
-            loss = row.get("lm", row["loss"])
-            # A step whose loss is not a number cannot be drawn, but it happened.
-            stages.setdefault(str(row["stage"]), []).append(loss if math.isfinite(loss) else 0.0)
+    held_out = {}
+    for row in log_rows(log_file):
+        stage = str(row["stage"])
+        losses = stages.setdefault(stage, [])
+        points = held_out.setdefault(stage, [])
+        if "val_loss" in row:
+            points.append((len(losses) - 1, finite(row["val_loss"])))
+        else:
+            losses.append(finite(row.get("lm", row.get("loss"))))
 
-    page, draw = blank_page(330 * len(stages), 240)
+    stages = {stage: losses for stage, losses in stages.items() if losses}
+    page, draw = blank_page(330 * max(1, len(stages)), 240)
     for column, (stage, losses) in enumerate(stages.items()):
-        draw_curve(draw, 330 * column, stage, losses)
+        draw_curve(draw, 330 * column, stage, losses, held_out[stage])
     save_png(page, png)
+
+
+def finite(loss):
+    """A loss that is not a number cannot be drawn, but its step happened."""
+    if isinstance(loss, (int, float)) and math.isfinite(loss):
+        return loss
+    return 0.0
 
 
 def running_mean(values):
@@ -1494,9 +1848,9 @@ def running_mean(values):
     return means
 
 
-def draw_curve(draw, x, stage, losses):
-    """The chart of a stage, from x on. Grey: every step; blue: the running mean; behind them a grid
-    with numbers."""
+def draw_curve(draw, x, stage, losses, held_out=()):
+    """The chart of a stage, from x on. Grey: every step; blue: the running mean; red: on held-out
+    data, (step, loss); behind them a grid with numbers."""
     left = x + 46
     right = x + 318
     top = 34
@@ -1504,7 +1858,10 @@ def draw_curve(draw, x, stage, losses):
     middle = (left + right) / 2
     smooth = running_mean(losses)
     label(draw, middle, 16, f"stage {stage}: loss, at the end {smooth[-1]:.3f}")
-    label(draw, middle, 226, f"{len(losses)} steps")
+    foot = f"{len(losses)} steps"
+    if held_out:
+        foot += f"; red: held-out data, at the end {held_out[-1][1]:.3f}"
+    label(draw, middle, 226, foot)
 
     # The first steps' losses may be so high that all others would lie on the ground: leave them out
     high = 1.05 * max(losses[len(losses) // 50:]) or 1.0
@@ -1513,12 +1870,17 @@ def draw_curve(draw, x, stage, losses):
         draw.line((left, y, right, y), "#dddddd")
         draw.text((left - 6, y), f"{high * k / 4:.2g}", "black", SMALL, anchor="rm")
 
+    def place(i, value):
+        y = bottom - (bottom - top) * min(value, high) / high
+        return left + (right - left) * i / max(1, len(losses) - 1), y
+
     for values, color, width in ((losses, "#bbbbbb", 1), (smooth, "#1f5fbf", 2)):
-        points = []
-        for i, value in enumerate(values):
-            y = bottom - (bottom - top) * min(value, high) / high
-            points.append((left + (right - left) * i / max(1, len(values) - 1), y))
-        draw.line(points, color, width)
+        draw.line([place(i, value) for i, value in enumerate(values)], color, width)
+    points = [place(i, value) for i, value in held_out]
+    if points:
+        draw.line(points, "#c0392b", 1)
+    for px, py in points:
+        draw.rectangle((px - 2, py - 2, px + 2, py + 2), "#c0392b")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1707,14 +2069,8 @@ def in_turn(queue, say):
 
 def worlds_of(model):
     """The drawn worlds that the model has the senses for."""
-    worlds = []
-    if model.vision is not None:
-        worlds.append("image")
-    if model.audio is not None:
-        worlds.append("sound")
-    if len(worlds) == 2:
-        worlds.append("both")
-    return worlds
+    senses = {"image": [model.vision], "sound": [model.audio], "both": [model.vision, model.audio]}
+    return [world for world, needed in senses.items() if None not in needed]
 
 
 def introduce(model, name, options):
@@ -1798,9 +2154,7 @@ def read_picture(content):
 
 def read_sound(content):
     """The bytes of a WAV file -> (wave (n,) float32, samples a second)."""
-    memory = mmap.mmap(-1, max(1, len(content)))  # like a file to read_wav, but on no disk
-    memory[:len(content)] = content
-    return data.read_wav("a sound", content=memory)
+    return data.read_wav("a sound", content=content)
 
 
 def answer_watched(model, tokenizer, sample, say, **options):
@@ -1819,7 +2173,8 @@ def answer_watched(model, tokenizer, sample, say, **options):
         if len(ids) > MAX_TOKENS:
             raise ValueError(f"{len(ids):,} tokens, over the limit of {MAX_TOKENS:,}; clear the "
                              "conversation to begin a new one")
-        seen = [as_png(pixels_of(image)) for images in watched.images for image in images]
+        wanted = data.picture_format(model.config.vision)
+        seen = [as_png(pixels_of(image, wanted)) for images in watched.images for image in images]
         say({"pieces": pieces_of(tokenizer, ids), "seen": seen})
 
         def tell_layers():
@@ -1854,16 +2209,6 @@ def pieces_of(tokenizer, ids):
         pieces.append(both[len(alone):])
         before = [token]
     return pieces
-
-
-def check_serve(args):
-    """Raises ValueError for flags that --serve would not heed."""
-    given = {"--image": args.image, "--audio": args.audio, "--video": args.video,
-             "--prompt": args.prompt, "--routing": args.routing, "--compile": args.compile,
-             "--eval-drawn": args.eval_drawn, "--eval": args.eval}
-    for flag, value in given.items():
-        if value:
-            raise ValueError(f"--serve opens a window in which all is asked; leave out {flag}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1906,15 +2251,15 @@ def parse(argv=None):
     add("--eval-drawn", type=int, metavar="N",
         help="ask N questions about held-out drawn scenes; a model that hears, N also about sounds "
              "and about both")
-    add("--serve", nargs="?", type=int, const=7860, metavar="PORT",
-        help="open a window in the browser: talk, and watch the experts (default: port 7860)")
-    add("--host", default="127.0.0.1",
-        help="of --serve: who can reach it; 0.0.0.0 lets the whole network in (default: 127.0.0.1, "
-             "this machine alone)")
     add_file_flags(parser)
 
-    # A prompt of blanks is no prompt; and a video is from now on the list of its frames.
+    # Which flags are given: those whose value is not this None (argparse puts no default over it).
     args = parser.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = vars(parser.parse_args(argv, unset)).items()
+    args.given = {name for name, value in given if value is not None}
+
+    # A prompt of blanks is no prompt; and a video is from now on the list of its frames.
     if args.prompt is not None:
         args.prompt = args.prompt.strip()
     videos = []
@@ -1925,31 +2270,44 @@ def parse(argv=None):
 
 
 def add_file_flags(parser):
-    """What concerns files of questions and answers."""
+    """What concerns files of questions and answers, and the window."""
     add = parser.add_argument
     command = parser.add_mutually_exclusive_group()
     command.add_argument(
         "--eval", metavar="FILE",
         help="answer a question file as LLaVA's: a JSON object with question_id, text and image (a "
-             "file, a list of files, or none), perhaps audio and video, a line. An interrupted run "
-             "goes on where it stopped; under torchrun every process answers its share")
+             "file, a list of files, or none), perhaps audio and video, a line; or a list of "
+             "conversations, as for ScienceQA. An interrupted run goes on where it stopped; under "
+             "torchrun every process answers its share")
     command.add_argument(
         "--score", choices=SCORERS,
         help="score a file of answers: exact match, VQA accuracy (ten humans), TextVQA's (the "
-             "same, words cleaned otherwise), POPE (yes or no), multiple choice. Needs no model")
+             "same, words cleaned otherwise), POPE (yes or no), multiple choice, MME. Needs no "
+             "model")
     command.add_argument(
         "--write-drawn", nargs="+", metavar=("DIR", "N"),
         help="write N (default: 500) drawn questions into DIR: questions.jsonl and images/ for "
              "--eval, and for --score one file of annotations a kind")
+    command.add_argument(
+        "--serve", nargs="?", type=int, const=7860, metavar="PORT",
+        help="open a window in the browser: talk, and watch the experts (default: port 7860)")
+    add("--host", default="127.0.0.1",
+        help="of --serve: who can reach it; 0.0.0.0 lets the whole network in (default: 127.0.0.1, "
+             "this machine alone)")
     add("--images", default="", metavar="DIR",
         help="of --eval: the folder below which its images lie")
     add("--out", metavar="FILE",
         help="of --eval: the answers, a JSON object a line, in the order of the questions")
+    add("--suffix", metavar="TEXT",
+        help="of --eval: a last line for every question; LLaVA asks ScienceQA with \"Answer with "
+             "the option's letter from the given choices directly.\"")
     add("--batch", type=int, default=16,
-        help="of --eval: questions answered together (default: 16)")
+        help="questions answered together (default: 16; of --eval-drawn 100)")
     add("--answers", metavar="FILE", help="of --score: what --eval wrote to --out")
     add("--annotations", metavar="FILE",
-        help="of --score: the right answers, JSON or JSON lines, by question_id")
+        help="of --score: the right answers, JSON or JSON lines, by question_id; of MME its folder")
+    add("--allow-missing", action="store_true",
+        help="of --score: leave out questions that have no answer")
 
 
 def main(argv=None):
@@ -1958,7 +2316,7 @@ def main(argv=None):
 
     # 1. What needs no model.
     if args.score:
-        scores, n_extra = score(args.score, args.annotations, args.answers)
+        scores, n_extra = score(args.score, args.annotations, args.answers, args.allow_missing)
         extra = f"; {n_extra} answers have no annotation and do not count" if n_extra else ""
         print_table(scores, f"{args.answers}: {args.score}{extra}")
         return
@@ -1968,9 +2326,10 @@ def main(argv=None):
         return
 
     # 2. A file of questions is read before the model is loaded: an error in it comes at once.
+    args.device = own_device(args.device)
     model_id = os.path.basename(os.path.abspath(args.model))
     if args.eval:
-        questions = read_questions(args.eval, args.images)
+        questions = read_questions(args.eval, args.images, args.suffix)
         n_done = len(answered(args.out, questions, model_id))
         if n_done == len(questions) and not parts_of(args.out) and not args.routing:
             if RANK == 0:
@@ -1993,7 +2352,7 @@ def main(argv=None):
     # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw.
     talk = args.prompt is not None or not (args.routing or args.eval_drawn or args.eval)
     if args.eval_drawn:
-        asked = evaluate_and_print(args, model, tokenizer)
+        asked = evaluate_and_print(args, model, tokenizer, options)
     elif args.routing and not args.eval:
         sample, reply = conversation_to_draw(args, model, tokenizer, options)
         asked = [(sample, reply)]
@@ -2017,10 +2376,22 @@ def main(argv=None):
         chat(model, tokenizer, args.image, args.prompt, args.audio, args.video, **options)
 
 
+def own_device(device):
+    """The device of this process: where torchrun starts several, each has a GPU of its own."""
+    if WORLD > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        # Only what can be written there and read again is a device.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from None
+    return device
+
+
 def join_processes(args):
-    """Give each process its own GPU, and let the processes know each other."""
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    """Let the processes of torchrun know each other."""
+    if args.device != "cpu":
         torch.cuda.set_device(args.device)
     backend = "gloo" if args.device == "cpu" else "nccl"
     # Whoever is done first waits for the last: longer, perhaps, than the usual ten minutes.
@@ -2052,36 +2423,102 @@ def conversation_to_draw(args, model, tokenizer, options):
     return {**sample, "conversations": turns}, last["value"]
 
 
-def evaluate_and_print(args, model, tokenizer):
+def evaluate_and_print(args, model, tokenizer, options):
     """--eval-drawn: print a table for each world that the model has the senses for.
 
     -> [(sample, reply), ...]"""
     about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
-    worlds = list(about)
-    if model.audio is None:
-        worlds = ["image"]
-    elif model.vision is None:
-        worlds = ["sound"]
+    # Drawn questions have short answers about small pictures: other numbers, if none are given.
+    batch = args.batch if "batch" in args.given else 100
+    if "max_new_tokens" not in args.given:
+        options = {**options, "max_new_tokens": 16}
 
     asked = []
-    for world in worlds:
-        scores = evaluate(model, tokenizer, args.eval_drawn, world=world, asked=asked)
+    for world in worlds_of(model):
+        scores = evaluate(
+            model, tokenizer, args.eval_drawn, batch, world=world, asked=asked, **options)
         print_table(scores, f"{args.model}: {args.eval_drawn} questions about held-out "
                             f"{about[world]}, exact match")
     return asked
 
 
+# What a flag acts on. ("prompt" is also a chat, in which the prompts are typed.)
+ASKING = ("prompt", "eval", "eval_drawn")
+TALKING = (*ASKING, "serve")
+ACTS_ON = {
+    "model": TALKING,
+    "device": TALKING,
+    "image": ("prompt", "routing"),
+    "audio": ("prompt",),
+    "video": ("prompt",),
+    "prompt": ("prompt",),
+    "max_new_tokens": TALKING,
+    "temperature": TALKING,
+    "top_p": TALKING,
+    "seed": TALKING,
+    "compile": ASKING,
+    "routing": ASKING,
+    "eval_drawn": ("eval_drawn",),
+    "images": ("eval",),
+    "out": ("eval",),
+    "suffix": ("eval",),
+    "batch": ("eval", "eval_drawn", "routing"),
+    "answers": ("score",),
+    "annotations": ("score",),
+    "allow_missing": ("score",),
+    "host": ("serve",),
+}
+LIMITS = {
+    "max_new_tokens": (1, 1_000_000),
+    "seed": (0, 2**62),
+    "eval_drawn": (1, 1_000_000),
+    "batch": (1, 1_000_000),
+    "serve": (0, 65_535),
+}
+
+
 def check_flags(args):
-    """Raises ValueError for flags that do not go together."""
-    if args.score and (not args.answers or not args.annotations):
-        raise ValueError("--score needs --answers and --annotations")
+    """Raises ValueError for flags that do not go together, or would be ignored."""
     if args.eval and (not args.out or args.batch < 1):
         raise ValueError("--eval needs --out, a file for the answers, and a --batch of at least 1")
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{flag(name)} must be from {low} to {high}, not {value}")
+    if args.prompt == "":
+        raise ValueError("--prompt is empty; leave it out for a chat")
+
+    # A flag that is given acts, or is refused.
+    does = deeds(args)
+    for name in ACTS_ON:
+        if name in args.given and not does.intersection(ACTS_ON[name]):
+            hint = "; a --prompt is about an --image" if name == "images" else ""
+            raise ValueError(f"{flag(name)} acts with {' or '.join(map(flag, ACTS_ON[name]))} "
+                             f"only{hint}")
+    if args.temperature == 0 and args.serve is None and args.given & {"top_p", "seed"}:
+        raise ValueError("--top-p and --seed are for sampling: give a --temperature above 0, too")
+
+    if args.score and (not args.answers or not args.annotations):
+        raise ValueError("--score needs --answers and --annotations")
     if args.eval and args.routing and args.eval_drawn:
         raise ValueError("--routing averages over --eval or over --eval-drawn; "
                          "ask for one of them at a time")
-    if args.serve is not None:
-        check_serve(args)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def deeds(args):
+    """What this run does, in the words of ACTS_ON."""
+    for name in ("score", "write_drawn", "serve"):
+        if name in args.given:
+            return {name}
+    does = args.given & {"eval", "eval_drawn", "routing"}
+    if args.prompt is not None or not does & {"eval", "eval_drawn"}:
+        does.add("prompt")
+    return does
 
 
 def folder_and_number(words):
@@ -2099,6 +2536,7 @@ def check_model(args, model, tokenizer):
     if tokenizer is None:
         raise ValueError(
             f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
+    data.check_end_mark(tokenizer, model.config.template)
     for file in args.image + args.audio + sum(args.video, []):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file")

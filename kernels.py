@@ -5,7 +5,7 @@ through all of it. A mixture of experts (MoE) has E such networks and a router, 
 them for each token. The weights grow E-fold, the arithmetic only K-fold. For one token x:
 
     p = softmax(router(x))                     how much does x want each expert?
-    pick the K largest p, rescale them to sum to 1
+    pick the K largest p, rescale them to sum to 1 (K = 1 keeps its p)
     y = sum over those K of  p_k * expert_k(x)
 
 The mathematics is that short. What makes the code of such layers hard to read is speed: processors
@@ -55,11 +55,13 @@ class Routing(NamedTuple):
     experts: Tensor  # (..., N, K) int64, the best choice first
     balance: Tensor  # () float32, the load-balancing loss: 1 when the load is perfectly even
     z: Tensor        # () float32, the z-loss: how large the logits are
+    # (E,) float32: each expert's share of the first choices. None in a routing made by hand.
+    load: Tensor | None = None
 
 
 def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
           capacity_factor: float | None = None, min_capacity: int = 0,
-          noise: Tensor | None = None) -> Routing:
+          noise: Tensor | None = None, renormalise: bool | None = None) -> Routing:
     """Top-k routing with CuMo's two auxiliary losses ("Loss Function" in its section 3; the z-loss
     is ST-MoE's, equation 5).
 
@@ -67,7 +69,8 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     weight 0 and counts nowhere. capacity_factor None drops nothing; otherwise an expert has a
     limited number of slots (`within_capacity`). noise (..., N, E) is added to the logits when
     the choices after the first are made, and nowhere else (DeepSpeed's gate draws Gumbel noise
-    for it).
+    for it). renormalise: whether the weights of a token are rescaled to sum to 1; None rescales
+    them for top_k >= 2 only.
 
     The losses are means over the N tokens of each leading index, then over the leading indices.
     With (images, tokens, E) the load is balanced inside every single image, as in the released
@@ -86,10 +89,7 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     if noise is None:
         weights, experts = p.topk(top_k, dim=-1)  # (..., N, K) twice
     else:
-        first = p.argmax(-1, keepdim=True)  # (..., N, 1)
-        rest = (logits + noise).scatter(-1, first, -torch.inf)
-        others = rest.topk(top_k - 1, dim=-1).indices
-        experts = torch.cat([first, others], -1)  # (..., N, K)
+        experts = choose_with_noise(logits, p, top_k, noise)  # (..., N, K)
         weights = p.gather(-1, experts)
 
     # 3. The load-balancing loss: for each expert, the share of tokens whose first choice it is,
@@ -112,12 +112,23 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
         capacity = slots_per_expert(experts, mask, n_experts, capacity_factor, min_capacity)
         weights = weights * within_capacity(experts, mask, n_experts, capacity)
 
-    # 6. What is left of a token's weights sums to 1 again. (Where nothing is left they stay 0. A
-    #    clamp of the sum to a tiny number would do that too, but its gradient overflows.)
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total > 0, total, 1)
+    # 6. What is left of a token's weights sums to 1 again. But with top_k = 1 the one weight stays
+    #    the probability: rescaled it would be 1 whatever the router says, and the router would
+    #    learn nothing from the task. So do the Switch Transformer (arXiv 2101.03961, equation 2)
+    #    and DeepSpeed's top-1 gate.
+    if renormalise or (renormalise is None and top_k > 1):
+        weights = sum_to_1(weights)
 
-    return Routing(weights, experts, mean_over_rows(balance, mask), mean_over_rows(z, mask))
+    load = share.reshape(-1, n_experts).mean(0)  # (E,)
+    balance = mean_over_rows(balance, mask)
+    return Routing(weights, experts, balance, mean_over_rows(z, mask), load)
+
+
+def sum_to_1(weights: Tensor) -> Tensor:
+    """weights (..., N, K) rescaled; where nothing is left of a token's weights they stay 0."""
+    # A clamp of the sum to a tiny number would do that too, but its gradient overflows.
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total > 0, total, 1)
 
 
 def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -205,10 +216,12 @@ class MoE(nn.Module):
 
     capacity_factor limits the experts' slots in training, eval_capacity_factor outside of it; None
     drops nothing. noisy draws the choices after the first with Gumbel noise while training.
+    renormalise: as for `route`. float32_router: compute the logits in float32, see `logits`.
     """
 
     def __init__(self, dim, ffn_dim, act, n_experts, top_k, dim_out=None, gated=False, bias=False,
-                 capacity_factor=None, eval_capacity_factor=None, min_capacity=0, noisy=False):
+                 capacity_factor=None, eval_capacity_factor=None, min_capacity=0, noisy=False,
+                 renormalise=None, float32_router=False):
         super().__init__()
         if dim_out is None:
             dim_out = dim
@@ -218,6 +231,8 @@ class MoE(nn.Module):
         self.eval_capacity_factor = eval_capacity_factor
         self.min_capacity = min_capacity
         self.noisy = noisy
+        self.renormalise = renormalise
+        self.float32_router = float32_router
         self.backend = None  # None lets moe_ffn choose
         self.group = None    # the processes that share the experts, see moe_parallel
 
@@ -236,8 +251,7 @@ class MoE(nn.Module):
         batch compete for slots. That holds in generation too, where a prompt is routed whole and
         every later step routes one token a row.
         """
-        # MoE-LLaVA keeps its routers in float32, and so the tokens follow the router's type.
-        logits = F.linear(x.to(self.router.dtype), self.router)  # (..., N, E)
+        logits = self.logits(x)  # (..., N, E)
 
         # DeepSpeed draws the noise in evaluation too; here an answer can be repeated.
         noise = None
@@ -245,10 +259,26 @@ class MoE(nn.Module):
             noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
 
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        routing = route(logits, self.top_k, mask, factor, self.min_capacity, noise)
+        routing = route(logits, self.top_k, mask, factor, self.min_capacity, noise,
+                        self.renormalise)
         y = moe_ffn(x, routing, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out,
                     self.act, self.backend, self.group)
         return y, routing
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (..., N, D) -> how much each token wants each expert (..., N, E).
+
+        In the released CuMo and in Mixtral the router is a linear layer like any other: it computes
+        in its own type, which is bfloat16 there, and inside autocast in autocast's. DeepSpeed's
+        gate, which MoE-LLaVA has, computes in float32 wherever it is (float32_router). It matters:
+        rounding to bfloat16 gives one token in some hundreds another pair of experts.
+        """
+        if not self.float32_router:
+            return F.linear(x.to(self.router.dtype), self.router)
+        # Autocast knows no tensors on meta, which --plan has; there is nothing to switch off.
+        device = "cpu" if x.is_meta else x.device.type
+        with torch.autocast(device, enabled=False):
+            return F.linear(x.float(), self.router.float())
 
 
 def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, dim_out=None, gated=False, bias=False,
@@ -274,8 +304,8 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
     for bfloat16 on CUDA, otherwise sorted. group: the processes that share the experts
     (`moe_parallel`).
 
-    ValueError for an unknown backend or activation, a routing of other tokens, and for
-    "grouped" with another type than bfloat16.
+    ValueError for an unknown backend or activation, a routing of other tokens or over another
+    number of experts, and for "grouped" with another type than bfloat16.
     """
     on_meta = x.device.type == "meta"
     if not on_meta and torch.is_autocast_enabled(x.device.type):
@@ -285,14 +315,15 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
         # Tensors on meta have no values; train.py --plan counts on them what a GPU would do.
         if x.dtype == torch.bfloat16 and (x.is_cuda or on_meta):
             backend = "grouped"
+    layer = (w_in, w_out, w_gate, b_in, b_out)
     check_moe_ffn(x, r, act, backend)
+    check_experts(r, layer, group)
 
     # One long list of tokens, whatever the leading dimensions are.
     top_k = r.experts.shape[-1]
     tokens = x.reshape(-1, x.shape[-1])  # (N, D)
     weights = r.weights.reshape(-1, top_k).to(x.dtype)  # (N, K)
     experts = r.experts.reshape(-1, top_k)  # (N, K)
-    layer = (w_in, w_out, w_gate, b_in, b_out)
 
     if group is None:
         y = BACKENDS[backend](tokens, weights, experts, layer, act)
@@ -421,7 +452,15 @@ def moe_sorted(x, weights, experts, layer, act):
 # slots, the backend for GPUs, experts that live on several GPUs, and the checks of what is
 # passed in.
 # ------------------------------------------------------------------------------------------------
-# 4. Capacity
+# 4. Choices with noise, and capacity
+
+
+def choose_with_noise(logits: Tensor, p: Tensor, top_k: int, noise: Tensor) -> Tensor:
+    """logits, p, noise (..., N, E) -> experts (..., N, K): the best, then the best with noise."""
+    first = p.argmax(-1, keepdim=True)  # (..., N, 1)
+    rest = (logits + noise).scatter(-1, first, -torch.inf)
+    others = rest.topk(top_k - 1, dim=-1).indices
+    return torch.cat([first, others], -1)
 
 
 def slots_per_expert(experts: Tensor, mask: Tensor | None, n_experts: int, factor: float,
@@ -444,8 +483,9 @@ def within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int,
     """experts (..., N, K) -> (..., N, K) float: 1 where the choice finds a free slot, otherwise 0.
 
     As in DeepSpeed's top-2 gate, which MoE-LLaVA uses: slots fill in token order, all first
-    choices before any second choice. Three tokens with first choices 0 0 1 and second choices 1
-    1 0, and two slots an expert: they queue as
+    choices before any second choice. (Its top-1 gate draws lots for the slots, unless it is told
+    not to with use_rts=False; here an answer can be repeated.) Three tokens with first choices 0 0
+    1 and second choices 1 1 0, and two slots an expert: they queue as
 
         choice           0  0  1  1  1  0        first choices, then second ones
         queue at 0       1  2  .  .  .  3        a running count of those who want expert 0
@@ -652,6 +692,38 @@ def check_moe_ffn(x: Tensor, r: Routing, act: str, backend: str):
     if r.experts.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"routing is for tokens {tuple(r.experts.shape[:-1])}, x has tokens "
                          f"{tuple(x.shape[:-1])}")
+    if r.weights.shape != r.experts.shape:
+        raise ValueError(f"routing has weights {tuple(r.weights.shape)} for experts "
+                         f"{tuple(r.experts.shape)}")
     if backend == "grouped" and x.dtype != torch.bfloat16:
         raise ValueError(f"backend 'grouped' computes in bfloat16, x is {x.dtype}; use backend "
                          "'sorted' or cast x")
+
+
+def check_experts(r: Routing, layer, group):
+    """Does the layer have the experts that the routing chooses from?
+
+    Otherwise some choices would find no expert: moe_loop would drop them without a word, and the
+    other backends would return memory that nobody has written to.
+    """
+    counts = {len(w) for w in layer if w is not None}
+    if len(counts) > 1:
+        shapes = [tuple(w.shape) for w in layer if w is not None]
+        raise ValueError(f"the experts' weights {shapes} differ in the number of experts, which is "
+                         "their first dimension")
+
+    # With expert parallelism the layer has this process's part of them.
+    n_experts = len(layer[0])
+    if group is not None:
+        n_experts = n_experts * dist.get_world_size(group)
+    if r.load is not None and len(r.load) != n_experts:
+        raise ValueError(f"routing is over {len(r.load)} experts, the layer has {n_experts}")
+
+    # A routing that was not made by `route` says which experts, but not of how many. To look costs
+    # nothing on a CPU; a GPU would have to be waited for.
+    may_look = r.experts.is_cpu and r.experts.numel() and not torch.compiler.is_compiling()
+    if r.load is None and may_look:
+        lowest, highest = (int(expert) for expert in r.experts.aminmax())
+        if lowest < 0 or highest >= n_experts:
+            raise ValueError(f"routing chooses experts {lowest} to {highest}, the layer has "
+                             f"{n_experts}: 0 to {n_experts - 1}")

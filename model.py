@@ -32,8 +32,10 @@ import dataclasses
 import functools
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from types import NoneType
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -52,28 +54,43 @@ IGNORE = -100  # the label of a token that is not learnt
 
 # ------------------------------------------------------------------------------------------------
 # 1. Configuration. The defaults are CuMo's around Mistral-7B, without experts and S2 scales. The
-#    presets stand near the end of this file, and so do the checks of these numbers.
+#    presets stand near the end of this file. Section 12 checks each value against the type of its
+#    field; Annotated adds the lowest and the highest number.
+
+Size = Annotated[int, 1, 10**9]
+Layers = Annotated[int, 1, 1000]  # a billion layers, a typing error, would take days to build
+Token = Annotated[int, 0, 10**9]
+Experts = Annotated[int, 0, 10**6]  # 0 is dense
+Positive = Annotated[float, 1e-12, 1e12]
+Activation = Literal[tuple(ACTIVATIONS)]
 
 
 @dataclass
 class VisionConfig:
     """CLIP's vision tower."""
-    image_size: int = 336  # in pixels
-    patch_size: int = 14
-    dim: int = 1024
-    n_layers: int = 24
-    n_heads: int = 16
-    ffn_dim: int = 4096
-    act: str = "quick_gelu"
-    norm_eps: float = 1e-5
+    image_size: Size = 336  # in pixels
+    patch_size: Size = 14
+    dim: Size = 1024
+    n_layers: Layers = 24
+    n_heads: Size = 16
+    ffn_dim: Size = 4096
+    act: Activation = "quick_gelu"
+    norm_eps: Positive = 1e-5
     # Which hidden state are the features? -1 is the output of the last layer; -2, LLaVA's choice,
     # its input.
     select_layer: int = -2
     # S2 (arXiv 2403.13043): [1, 3] reads the image also three times enlarged, in 9 crops.
-    scales: list = field(default_factory=lambda: [1])
+    scales: list[Size] = field(default_factory=lambda: [1])
     # A number for each layer, or one number for all of them. 0 is dense.
-    n_experts: list | int = 0
+    n_experts: Experts | list[Experts] = 0
     top_k: int = 2  # upcycling writes it (train.py --top-k)
+    # Do the weights of a token's experts sum to 1? None: from top-2 on (kernels.route).
+    renormalise: bool | None = None
+    # How it wants its pictures, see data.PictureFormat: the mean and standard deviation of red,
+    # green and blue, and whether a picture becomes a square by "pad" or by "crop".
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    image_aspect: Literal["pad", "crop"] = "pad"
 
     @property
     def side(self) -> int:
@@ -94,40 +111,47 @@ class VisionConfig:
 
 @dataclass
 class ConnectorConfig:
-    act: str = "gelu"
-    n_experts: int = 0
+    act: Activation = "gelu"
+    n_experts: Experts = 0
     top_k: int = 2
+    renormalise: bool | None = None
 
 
 @dataclass
 class TextConfig:
     """The decoder."""
-    vocab_size: int = 32000
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
+    vocab_size: Size = 32000
+    dim: Size = 4096
+    n_layers: Layers = 32
+    n_heads: Size = 32
     # Grouped-query attention: several query heads share a head of keys and values.
-    n_kv_heads: int = 8
-    head_dim: int | None = None  # None: dim / n_heads
-    ffn_dim: int = 14336
-    act: str = "silu"
-    norm_eps: float = 1e-5
-    rope_theta: float = 1e6
-    rope_scaling: dict | None = None  # Llama 3.1's, see rope_table
-    sliding_window: int | None = None
+    n_kv_heads: Size = 8
+    head_dim: Size | None = None  # None: dim / n_heads
+    ffn_dim: Size = 14336
+    act: Activation = "silu"
+    norm_eps: Positive = 1e-5
+    rope_theta: Positive = 1e6
+    rope_scaling: dict[str, Positive] | None = None  # Llama 3.1's, see rope_table
+    sliding_window: Size | None = None
     qkv_bias: bool = False  # Qwen2 has them
     tie_embeddings: bool = False
-    n_experts: list | int = 0  # a number for each layer, or one for all
+    n_experts: Experts | list[Experts] = 0  # a number for each layer, or one for all
     top_k: int = 2
+    renormalise: bool | None = None
     # The experts' capacity (kernels.route) in training and outside of it. None drops nothing;
     # MoE-LLaVA has 1.5 and 2.0.
-    capacity_factor: float | None = None
-    eval_capacity_factor: float | None = None
-    min_capacity: int = 0
+    capacity_factor: Positive | None = None
+    eval_capacity_factor: Positive | None = None
+    min_capacity: Annotated[int, 0, 10**9] = 0
     noisy: bool = False  # in training, choose the second expert with DeepSpeed's Gumbel noise
     # The auxiliary losses of the decoder's layers: their "mean" (CuMo-Mixtral), or their "sum"
     # (MoE-LLaVA).
-    aux: str = "mean"
+    aux: Literal["mean", "sum"] = "mean"
+    # What the files of a decoder say beside its shape. None, or no end: they do not say.
+    max_positions: Size | None = None  # tokens that it learnt to read at once
+    start_token: Token | None = None
+    # Each of them ends an answer, as the template's end does.
+    end_tokens: list[Token] = field(default_factory=list)
 
     @property
     def expert_limits(self) -> dict:
@@ -137,6 +161,9 @@ class TextConfig:
             "eval_capacity_factor": self.eval_capacity_factor,
             "min_capacity": self.min_capacity,
             "noisy": self.noisy,
+            "renormalise": self.renormalise,
+            # A MoE-LLaVA has DeepSpeed's gate, whatever type the other weights have.
+            "float32_router": self.aux == "sum",
         }
 
 
@@ -218,7 +245,8 @@ class SenseBlock(nn.Module):
         self.k = nn.Linear(dim, dim, bias=k_bias)
         self.v = nn.Linear(dim, dim)
         self.o = nn.Linear(dim, dim)
-        self.ffn = feed_forward(dim, config.ffn_dim, config.act, n_experts, config.top_k, bias=True)
+        self.ffn = feed_forward(dim, config.ffn_dim, config.act, n_experts, config.top_k, bias=True,
+                                renormalise=config.renormalise)
 
     def attention(self, x, seen):
         """Each of x (n, N, D) looks at all of seen (n, M, D) -> (n, N, D)."""
@@ -307,7 +335,7 @@ class Connector(nn.Module):
     def __init__(self, config, dim_in, dim_out):
         super().__init__()
         self.ffn = feed_forward(dim_in, dim_out, config.act, config.n_experts, config.top_k,
-                                dim_out=dim_out, bias=True)
+                                dim_out=dim_out, bias=True, renormalise=config.renormalise)
 
     def forward(self, x, aux=None):
         y, routing = self.ffn(x)  # (n, N, D)
@@ -655,19 +683,22 @@ class CuMo(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, images=None, audio=None, max_new_tokens: int = 64,
-                 temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None,
+                 temperature: float = 0.0, top_p: float = 1.0, eos: int | list | None = None,
                  image_embeds=None, on_token=None, generator=None, compile: bool | str = False,
-                 audio_embeds=None, frames=None) -> Tensor:
+                 audio_embeds=None, frames=None, too_long: str = "error") -> Tensor:
         """Continues tokens (B, T), padded with PAD on the right -> (B, <= max_new_tokens) int64.
 
         temperature 0 takes the most probable token; top_p < 1 draws from the smallest set of tokens
-        that has this much probability. Behind an eos a row holds eos. `on_token` gets the (B,)
-        tokens of each step. compile: True, or a backend of torch.compile, see section 9.
+        that has this much probability. Behind an eos (one, or any of a list) a row holds eos (the
+        first). `on_token` gets the (B,) tokens of each step. compile: True, or a backend of
+        torch.compile, see section 9. too_long: "error", or "warn" for more tokens than the decoder
+        learnt to read.
 
         Rows may differ in length. Each row's next token is written at the row's own position, over
         its padding, so nothing is ever shifted or computed twice.
         """
         check_generation(tokens, max_new_tokens, temperature, top_p)
+        check_length(self.config.text.max_positions, tokens, max_new_tokens, too_long)
 
         # 1. The senses see and hear once.
         if images is not None and len(images):
@@ -688,30 +719,32 @@ class CuMo(nn.Module):
         # 3. The whole prompt at once, then one token after the other.
         logits = run_prompt(self.text, x, tokens != PAD, length - 1, cache)  # (B, V)
         done = torch.zeros_like(length, dtype=torch.bool)  # (B,)
+        finite = torch.ones_like(done)  # (B,)
+        # Without an eos, nothing ends: no token is -1.
+        ends = torch.tensor(-1 if eos in (None, []) else eos, device=tokens.device).view(-1)
         said = []
         for step in range(max_new_tokens):
             if step > 0:
                 n_keys = n_cache if compile else n_prompt + step
                 logits = run_token(self.text, token, length + step - 1, cache, n_keys)  # (B, V)
             token = sample(logits, temperature, top_p, generator)  # (B,)
-            if eos is not None:
-                token = torch.where(done, eos, token)
-                done = token == eos
+            finite = finite & logits.amax(-1).isfinite()  # (B,)
+            token = torch.where(done, ends[0], token)
+            done = torch.isin(token, ends)
             said.append(token)
             if on_token is not None:
                 on_token(token)
 
-            # Stop when all rows are done. To ask is to wait for the device; so a GPU is asked at
-            # every eighth step only, and may run a few steps too far.
-            ask = eos is not None and (not tokens.is_cuda or step % 8 == 7)
-            if ask and done.all():
+            # Stop when all rows are done, or at fault. To ask is to wait for the device; so a GPU
+            # is asked at every eighth step only, and may run a few steps too far.
+            ask = not tokens.is_cuda or step % 8 == 7
+            if ask and (done | ~finite).all():
                 break
 
+        check_finite(finite)
         said = torch.stack(said, 1)  # (B, steps)
-        if eos is not None:
-            n = int((said != eos).any(0).sum())  # steps in which some row still went on
-            said = said[:, :n + 1]
-        return said
+        n = int((~torch.isin(said, ends)).any(0).sum())  # steps in which some row still went on
+        return said[:, :n + 1]
 
     def checkpointing(self, on=True):
         """Activation checkpointing, see run_block."""
@@ -721,10 +754,10 @@ class CuMo(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, parts=("vision", "connector", "audio", "resampler", "text")):
-        """New weights for these parts, see section 8."""
+        """New weights for these parts, see section 8. Weights on meta have no values to set."""
         for name, p in self.named_parameters():
             part = name.split(".")[0]
-            if part in parts:
+            if part in parts and not p.is_meta:
                 init_weight(p, name, getattr(self, part))
 
 
@@ -751,7 +784,9 @@ def fill_slots(x, is_slot, features):
 
 def sample(logits, temperature, top_p, generator=None):
     """logits (B, V) -> token (B,)."""
-    if temperature == 0:
+    # So near to 0 only the best token has a chance, and the division below would overflow.
+    # (vLLM draws the same line.)
+    if temperature < 1e-5:
         return logits.argmax(-1)
     p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) twice
 
@@ -814,19 +849,20 @@ def encode_enlarged(tower, images, scale, aux):
 @dataclass
 class AudioConfig:
     """Whisper's encoder, in the sizes of large-v2, and the resampler behind it."""
-    n_mels: int = 80
-    n_frames: int = 3000  # of a chunk of 30 s, 10 ms each
-    dim: int = 1280
-    n_layers: int = 32
-    n_heads: int = 20
-    ffn_dim: int = 5120
-    act: str = "gelu"
-    norm_eps: float = 1e-5
-    # The ear is dense. These two stand here since config.json has them for every sense.
-    n_experts: list | int = 0
+    n_mels: Size = 80
+    n_frames: Size = 3000  # of a chunk of 30 s, 10 ms each
+    dim: Size = 1280
+    n_layers: Layers = 32
+    n_heads: Size = 20
+    ffn_dim: Size = 5120
+    act: Activation = "gelu"
+    norm_eps: Positive = 1e-5
+    # The ear is dense. These three stand here since config.json has them for every sense.
+    n_experts: Experts | list[Experts] = 0
     top_k: int = 2
-    n_queries: int = 50  # AUDIO slots of a chunk
-    n_query_layers: int = 2
+    renormalise: bool | None = None
+    n_queries: Size = 50  # AUDIO slots of a chunk
+    n_query_layers: Layers = 2
 
 
 def sinusoids(length, dim, device=None):
@@ -1316,13 +1352,7 @@ PARTS = {
     "audio": AudioConfig,
 }
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-# Numbers that must be whole and above 0, in whatever part they stand; words of which one must be
-# chosen; numbers that are a multiple of another one of their part.
-POSITIVE = {
-    "image_size", "patch_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size",
-    "n_mels", "n_frames", "n_queries", "n_query_layers",
-}
-CHOICES = {"act": ACTIVATIONS, "aux": ("mean", "sum")}
+# Numbers that are a multiple of another one of their part.
 MULTIPLES = [("dim", "n_heads"), ("n_heads", "n_kv_heads"), ("image_size", "patch_size")]
 
 
@@ -1347,7 +1377,7 @@ def fill_in(config):
             raise ValueError(f"{name} must be an object with {kind.__name__}'s fields, not "
                              f"{part!r}")
         setattr(config, name, part)
-        check_fields(name, vars(part))
+        check_fields(name + ".", kind, vars(part))
 
         # The ear is dense. One number of experts holds for all layers.
         if name == "audio":
@@ -1355,24 +1385,70 @@ def fill_in(config):
         if name != "connector" and isinstance(part.n_experts, int):
             part.n_experts = [part.n_experts] * part.n_layers
         check_experts(name, part)
-    if not config.text.head_dim:
+    if config.text.head_dim is None:
         config.text.head_dim = config.text.dim // config.text.n_heads
 
 
-def check_fields(name, values):
-    """name: of a part; values: its fields. As POSITIVE, CHOICES and MULTIPLES say."""
-    for field_name, value in values.items():
-        told = f"{name}.{field_name} = {value!r}"
-        if field_name in POSITIVE and not (isinstance(value, int) and value > 0):
-            raise ValueError(f"{told} must be a whole number above 0")
-        choices = CHOICES.get(field_name, [value])
-        if value not in choices:
-            raise ValueError(f"{told}; known: {', '.join(choices)}")
+def check_fields(where, kind, values):
+    """ValueError for a value that its field's annotation does not allow.
+
+    kind: the class of a part of the configuration; values: some or all of its fields, {name:
+    value}; where: what stands in front of a field's name in the error. A field needs nothing but
+    its annotation: int, float, str, bool, list, list[...], dict, dict[str, ...], A | B, None,
+    Literal["a", "b"], or Annotated[int, lowest, highest].
+    """
+    annotations = get_type_hints(kind, include_extras=True)
+    for name, value in values.items():
+        if not allows(annotations[name], value):
+            raise ValueError(f"{where}{name} = {value!r:.60} must be "
+                             f"{in_english(annotations[name])}")
 
     for multiple, of in MULTIPLES:
         if multiple in values and of in values and values[multiple] % values[of]:
-            raise ValueError(f"{name}.{multiple} = {values[multiple]} is not a multiple of "
-                             f"{name}.{of} = {values[of]}")
+            raise ValueError(f"{where}{multiple} = {values[multiple]} is not a multiple of "
+                             f"{where}{of} = {values[of]}")
+
+
+def allows(kind, value):
+    """Is this a value for a field with this annotation?"""
+    origin = get_origin(kind)
+    inner = get_args(kind)
+    if origin is Annotated:
+        number, lowest, highest = inner
+        return allows(number, value) and lowest <= value <= highest
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(allows(inner[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(allows(inner[1], v) for v in value.values())
+    if origin is not None:  # int | None
+        return any(allows(one, value) for one in inner)
+    if kind is float:
+        # JSON may write 1.0 as 1. Infinity, "not a number" and what float32 cannot hold are none.
+        return type(value) in (int, float) and abs(value) < 1e38
+    # Not isinstance: to Python, True is the number 1.
+    return type(value) is kind
+
+
+def in_english(kind):
+    """What an annotation asks for."""
+    origin = get_origin(kind)
+    inner = get_args(kind)
+    if origin is Annotated:
+        number, lowest, highest = inner
+        return f"{in_english(number)} from {lowest:g} to {highest:g}"
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
+    if origin is list:
+        return f"a list, each entry {in_english(inner[0])}"
+    if origin is dict:
+        return f"an object, each value {in_english(inner[1])}"
+    if origin is not None:
+        return " or ".join(in_english(one) for one in inner)
+    words = {int: "a whole number", float: "a number", str: "text in quotes",
+             bool: "true or false", list: "a list", NoneType: "null"}
+    return words.get(kind, "an object")
 
 
 def check_experts(name, part):
@@ -1390,22 +1466,23 @@ def check_experts(name, part):
 
 def validate(config):
     """Whether the numbers of a configuration fit together. ValueError names the field."""
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        factor = getattr(config.text, name)
-        if factor is not None and not factor > 0:
-            raise ValueError(f"text.{name} = {factor} must be positive, or null to drop nothing")
-    if config.text.rope_scaling is not None:
-        missing = ROPE_SCALING - config.text.rope_scaling.keys()
+    own = {name: value for name, value in vars(config).items() if name not in PARTS}
+    check_fields("", Config, own)
+    scaling = config.text.rope_scaling
+    if scaling is not None:
+        missing = ROPE_SCALING - scaling.keys()
         if missing:
             raise ValueError(f"text.rope_scaling lacks {', '.join(sorted(missing))}")
+        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            raise ValueError(f"text.rope_scaling = {scaling}: low_freq_factor must be below "
+                             "high_freq_factor")
+    check_even("text", config.text, "head_dim")  # rotary embeddings turn pairs of numbers
     if config.vision is not None:
         validate_vision(config.vision)
     if config.audio is not None:
         # A convolution halves the frames; the positions are half sines and half cosines.
-        for name in ("n_frames", "dim"):
-            value = getattr(config.audio, name)
-            if value % 2:
-                raise ValueError(f"audio.{name} = {value} must be even")
+        check_even("audio", config.audio, "n_frames")
+        check_even("audio", config.audio, "dim")
 
 
 def validate_vision(vision):
@@ -1413,10 +1490,19 @@ def validate_vision(vision):
     if not lowest <= vision.select_layer <= -1:
         raise ValueError(f"vision.select_layer = {vision.select_layer} must lie between {lowest} "
                          "and -1")
-    whole = all(isinstance(scale, int) and scale >= 1 for scale in vision.scales)
-    if not whole or vision.scales[:1] != [1]:
-        raise ValueError(f"vision.scales = {vision.scales} must be whole numbers that begin with "
-                         "1, for example [1, 3]")
+    if vision.scales[:1] != [1]:
+        raise ValueError(f"vision.scales = {vision.scales} must begin with 1, for example [1, 3]")
+    for name in ("image_mean", "image_std"):
+        colors = getattr(vision, name)
+        if len(colors) != 3 or (name == "image_std" and min(colors) <= 0):
+            raise ValueError(f"vision.{name} = {colors} must be three numbers, of red, green and "
+                             "blue; image_std's above 0")
+
+
+def check_even(where, part, name):
+    value = getattr(part, name)
+    if value % 2:
+        raise ValueError(f"{where}.{name} = {value} must be even")
 
 
 def check_shape(what, x, shape):
@@ -1455,15 +1541,46 @@ def count_features(embeds):
     return 0 if embeds is None else embeds.shape[:2].numel()
 
 
-def check_generation(tokens, max_new_tokens, temperature, top_p):
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+def check_sampling(max_new_tokens, temperature, top_p):
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got "
                          f"{max_new_tokens}, {temperature}, {top_p}")
+
+
+def check_finite(finite):
+    """finite (B,): whether all logits of a row were numbers."""
+    if not finite.all():
+        raise ValueError(
+            "the model's logits are NaN or infinite, so no token is the best. Most likely so are "
+            "its weights: a run that diverged (see its log.jsonl) or a damaged file. Or the "
+            "numbers outgrew a narrow type: take bfloat16 or float32 instead of float16")
+
+
+def check_generation(tokens, max_new_tokens, temperature, top_p):
+    check_sampling(max_new_tokens, temperature, top_p)
     real = tokens != PAD  # (B, T)
     real_first = real.sort(1, descending=True).values
     if not real.any(1).all() or not torch.equal(real, real_first):
         raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be "
                          "empty")
+
+
+def check_length(limit, tokens, max_new_tokens, too_long):
+    """The prompt and its answer fit into what the decoder learnt to read, if that is known.
+
+    (Transformers goes on with a warning, and the answers get worse.)
+    """
+    if limit is None:
+        return
+    longest = int((tokens != PAD).sum(1).max())
+    if longest + max_new_tokens <= limit:
+        return
+    message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are more "
+               f"than the {limit} that this decoder learnt to read at once (text.max_positions); "
+               "shorten the prompt or the answer")
+    if too_long == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """train.py: train a CuMo, from pre-trained backbones to answers about pictures.
 
     python train.py              the default: preset tiny, drawn data, minutes on a CPU
-    python train.py --resume     go on after Ctrl-C or a crash, exactly
+    python train.py --resume     go on after Ctrl-C or a crash, exactly (with --out, if it had one)
     python train.py --help       all flags, in groups
 
 One stage on data of your own (in LLaVA's format), then one of a real model:
@@ -22,9 +22,9 @@ Training has three stages, and each begins with the folder that the stage before
               everything trains on questions
 
 --recipe moe-llava and --recipe uni-moe have other rows for these stages (section 4). A run writes
-to --out: checkpoint/, stage1/, stage2/, at last the model itself, and log.jsonl, scores.jsonl,
-loss.png and routing.png. `torchrun --max-restarts 3 ... train.py` goes on by itself after a process
-died.
+to --out: run.json (its flags, and which stages are done), checkpoint/, stage1/, stage2/, at last
+the model itself, and log.jsonl, scores.jsonl, loss.png and routing.png. `torchrun --max-restarts 3
+... train.py` goes on by itself after a process died.
 """
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ import argparse
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
 import pickle
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -52,6 +54,11 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+# OpenMP's threads wait for each other by spinning, on a busy machine for ages: they shall give up
+# sooner. libgomp reads this when torch is loaded. What the user has set holds.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -66,13 +73,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 from tqdm import tqdm
 
 import data
 import generate
-from data import TEMPLATES
+from data import N_FACTS, TEMPLATES
 from model import (IGNORE, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable,
                    count_parameters, merge_state, plain_name, total_loss)
 from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json,
@@ -105,6 +112,7 @@ class Stage:
     name: int | str = 0           # these three are filled in by `settings`
     has_experts: bool = False
     micro_batch: int = 1          # samples in one forward pass of one process
+    checksum: str | None = None   # of --data, filled in by `load_samples`
 
 
 EVERYTHING = ("vision", "connector", "text")
@@ -129,18 +137,17 @@ def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
 # 2. The loop
 
 
-def train(args, stage, model, loader, device, later=()):
+def train(args, stage, model, loader, device, later=(), held_out=()):
     """Train for stage.steps steps -> the whole weights (on process 0), and whether to stop now.
 
     model(**batch).parts is {name of a loss: its value}. loader(first) gives micro-batches without
-    end, beginning with those of step `first`. later: weights that FSDP fills in (`distribute`).
+    end, from step `first` on. later: weights that FSDP fills in. held_out: data to measure only.
     """
     experts, wrapped, optimizer = set_up(args, stage, model, device, later)
-    params = optimizer.param_groups[0]["params"]
+    params = [p for p in model.parameters() if p.requires_grad]
     first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
     coefs = routing_coefs(stage, model)
-    model.train()
 
     batches = iter(loader(first))
     # A thread reads the next batches while the device computes.
@@ -150,7 +157,7 @@ def train(args, stage, model, loader, device, later=()):
         for step in range(first, stage.steps):
             begin = time.perf_counter()
             lr = lr_at(step, stage.steps, stage.lr, args.warmup)
-            optimizer.param_groups[0]["lr"] = lr
+            set_lr(optimizer, lr)
             # A step draws the same noise in a resumed run.
             torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
 
@@ -164,19 +171,22 @@ def train(args, stage, model, loader, device, later=()):
 
             # 2. Forward and backward. Gradients add up over the micro-batches.
             losses = Counter()
+            loads = {}
             for i, batch in enumerate(micro_batches):
                 with exchange_gradients(wrapped, i == n_micro - 1), autocast(device):
-                    parts = wrapped(**inputs(model, batch, device)).parts
+                    out = wrapped(**inputs(model, batch, device))
+                    parts = out.parts
                     share = {name: loss_weight(name, batch, totals, n_micro) for name in parts}
                     loss = total_loss(parts, *coefs, share)
                     # Processes take the mean of their gradients; what the shares want is the sum.
                     (loss * WORLD).backward()
                 for name, value in parts.items():
                     losses[name] += share[name] * value.detach()
+                add_loads(loads, out, share)
 
             # 3. Clip the gradients; then look at the numbers, which is to wait for the device.
             norm = clip_gradients(params, experts, args.grad_clip)
-            losses, norm = to_numbers(losses, norm)
+            losses, loads, norm = to_numbers(losses, loads, norm)
             losses["loss"] = total_loss(losses, *coefs)
 
             # 4. Step, unless something is not finite: one bad batch must not poison the weights.
@@ -187,8 +197,9 @@ def train(args, stage, model, loader, device, later=()):
                 skip_step(args, stage, step, losses["loss"], norm, counts)
             optimizer.zero_grad(set_to_none=True)
 
-            # 5. Log.
-            log.write(step, losses, lr, norm, totals.images, begin, waited)
+            # 5. Log; now and then also the loss on held-out data.
+            log.write(step, losses, loads, lr, norm, totals.images, begin, waited)
+            measure_held_out(args, stage, model, wrapped, held_out, log, step, device)
 
             # 6. Save, now and then and at Ctrl-C. After the last step the model itself is saved.
             stop = totals.signals > 0
@@ -206,8 +217,7 @@ def train(args, stage, model, loader, device, later=()):
 
 
 def run_stage(args, name, source, device):
-    """Train one stage from the model in `source`, leave a model folder, and measure it."""
-    began = time.time()
+    """Train one stage from the model in `source`, and leave a model folder."""
     stage = settings(args, name)
     torch.manual_seed(args.seed)  # the same new weights in every process
 
@@ -229,18 +239,16 @@ def run_stage(args, name, source, device):
         model.to(device)
 
     # 4. The data.
-    samples, lengths = load_samples(args, stage, model.config, tokenizer)
+    samples, lengths, held_out = load_samples(args, stage, model.config, tokenizer)
     batches = loader(samples, stage, args, data.collate, lengths)
 
     # 5. Train.
     print_stage(args, stage, model, source)
-    weights, stopped = train(args, stage, model, batches, device, later or ())
+    weights, stopped = train(args, stage, model, batches, device, later or (), held_out)
 
-    # 6. Save the model, and measure it on held-out scenes.
+    # 6. Save the model.
     if RANK == 0:
         save(model, result_path(args, name), tokenizer, merge_state(weights, model))
-        if not args.data:
-            measure(args, stage, device, began)
     finish_stage(args, stopped)
 
 
@@ -249,30 +257,28 @@ def main(argv=None):
     if args.plan:
         plan(args)
         return
-    began = time.time()
+    start = time.time()
     device = join_processes(args, prepare_device(args))
 
     # A resumed run skips what is done. A new one does not write over an old one.
     stages = stages_of(args)
-    done = stages_done(args, stages)
-    os.makedirs(args.out, exist_ok=True)
+    trained, measured = stages_done(args, stages)
+    begin_run(args, measured)
     say(f"nanoCuMo {args.preset} on {WORLD} x {device.type} ({torch.get_num_threads()} threads), "
         f"torch {torch.__version__}, stages {', '.join(map(str, stages))} -> {args.out}")
 
     # Each stage begins with what the one before it left on the disk.
     for name in stages:
-        if name in done:
+        began = time.time()
+        if name in trained:
             say(f"stage {name}: done before")
         else:
             run_stage(args, name, source_of(args, name, stages), device)
+        if name not in measured:
+            measure_stage(args, name, device, began)
 
-    if RANK == 0:
-        generate.draw_curves(os.path.join(args.out, "log.jsonl"),
-                             os.path.join(args.out, "loss.png"))
-        last = os.path.normpath(result_path(args, stages[-1]))
-        say(f"done in {(time.time() - began) / 60:.1f} minutes. {args.out} holds what was trained, "
-            f"log.jsonl and pictures. Try:\n  python generate.py --model {last} "
-            "--image X.png --prompt \"What color is the circle?\"")
+    say(f"done in {(time.time() - start) / 60:.1f} minutes. {args.out} holds what was trained, "
+        f"log.jsonl and pictures. Try:\n  {next_command(args, stages[-1])}")
     leave_processes()
 
 
@@ -353,12 +359,20 @@ GROUPS = {
 
 
 def flag(default, help: str, **limits):
-    """A field of Args: a flag, with `at_least` or `choices` where not every value will do."""
+    """A field of Args: a flag, and what `validate` reads.
+
+    at_least, above, at_most, choices: the values that will do. Where the flag would do nothing, it
+    is refused: belongs_to names another flag that must be given too (or one of several), not_with
+    one that must not be given, recipes those that know it, and with of_experts there must be a
+    stage with experts.
+    """
     return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
 class Args:
+    given = {}  # no flag: those that the user gave, also when the run began, and their values
+
     preset: str = flag("tiny", "model sizes: " + ", ".join(PRESETS))
     recipe: str | None = flag(
         None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: "
@@ -370,18 +384,34 @@ class Args:
     llm: str | None = flag(
         None, "stage 1 of a real model: folder or hub name of the language model")
     audio: str | None = flag(
-        None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing")
+        None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing",
+        recipes=("uni-moe",), belongs_to=("vision",))
     init: str | None = flag(
         None, "model folder to start from, of any layout; default: what the stage before "
         "left in --out")
     out: str | None = flag(
         None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
-    resume: bool = flag(False, "go on from the checkpoint in --out, exactly")
+    resume: bool = flag(
+        False, "go on with the run in --out, exactly, and with its flags; those of speed and "
+        "memory may be given anew")
 
     data: str | None = flag(
         None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
     images: str = flag(
-        "", "folder that the paths in --data (sounds and videos too) are relative to")
+        "", "folder that the paths in --data (sounds and videos too) are relative to",
+        belongs_to=("data",))
+    val: str | None = flag(
+        None, "another such file, on which the loss is measured but nothing learnt",
+        belongs_to=("data",), not_with="val_fraction")
+    val_fraction: float | None = flag(
+        None, "hold out this share of --data for that (0.02: every fiftieth, by chance)",
+        above=0, at_most=0.9, belongs_to=("data",))
+    val_every: int | None = flag(
+        None, "steps between two such measurements; one more follows the last step; default: "
+        "--save-every", at_least=1, belongs_to=("val", "val_fraction"))
+    facts: int | None = flag(
+        None, "learn the names of so many pictures instead of the drawn scenes: how much can the "
+        "model hold? (data.Facts)", at_least=1, at_most=N_FACTS, not_with="data")
     template: str | None = flag(
         None, "chat template: " + ", ".join(TEMPLATES) + "; default: the stage's")
     max_length: int | None = flag(
@@ -396,7 +426,7 @@ class Args:
     workers: int = flag(0, "processes that load data; 0 loads in a thread", at_least=0)
     eval_questions: int = flag(
         1200, "held-out questions after the last stage (a quarter of them after the "
-        "others)", at_least=1)
+        "others)", at_least=1, not_with="data")
 
     trains: str | None = flag(
         None, "parts that train, with commas: " + ", ".join(PARTS) + " (the "
@@ -404,54 +434,63 @@ class Args:
         "of all stages, this holds in those with experts")
     steps: int | None = flag(
         None, "optimizer steps; default: the stage's, or one epoch of --data",
-        at_least=1)
+        at_least=1, at_most=10**7)
     epochs: int = flag(
-        1, "passes over --data, when --steps is not given", at_least=1)
+        1, "passes over --data, when --steps is not given", at_least=1, at_most=10**6,
+        belongs_to=("data",), not_with="steps")
     batch_size: int | None = flag(
-        None, "samples per step, over all processes", at_least=1)
+        None, "samples per step, over all processes", at_least=1, at_most=10**6)
     micro_batch: int | None = flag(
         None, "samples per process in one forward pass; the rest of a batch is "
         "accumulated", at_least=1)
     lr: float | None = flag(
-        None, "peak learning rate, between a linear warm-up and a cosine to zero")
-    warmup: float = flag(0.03, "share of the steps that warms up")
-    weight_decay: float = flag(0.0, "weight decay of AdamW")
-    grad_clip: float = flag(1.0, "largest gradient norm")
-    seed: int = flag(0, "of new weights, data order and drawn scenes")
+        None, "peak learning rate, between a linear warm-up and a cosine to zero", at_least=0)
+    warmup: float = flag(0.03, "share of the steps that warms up", at_least=0, at_most=1)
+    weight_decay: float = flag(0.0, "weight decay of AdamW, on matrices alone", at_least=0)
+    grad_clip: float = flag(1.0, "largest gradient norm; inf: any", above=0, at_most=math.inf)
+    seed: int = flag(0, "of new weights, data order and drawn scenes", at_least=0)
     lora_rank: int | None = flag(
         None, "train adapters of this rank on the decoder instead of the weights themselves, and "
-        "merge them at the end; 0: none; default: the stage's (uni-moe: 64, then 8)")
+        "merge them at the end; 0: none; default: the stage's (uni-moe: 64, then 8)", at_least=0)
     lora_alpha: float | None = flag(
-        None, "adapters count alpha / rank (default: 16)")
+        None, "adapters count alpha / rank (default: 16)", above=0)
 
     dense: bool = flag(False, "make no experts in stage 3: the comparison")
-    upcycle_at: int = flag(3, "the stage that turns FFNs into experts")
+    upcycle_at: int = flag(3, "the stage that turns FFNs into experts",
+                           recipes=("cumo", "moe-llava"), of_experts=True)
     n_experts: str = flag(
         "4", "experts in each FFN that is upcycled; in the decoder also one number for "
-        "each of --moe-layers: 4,2,4")
-    top_k: int = flag(2, "experts that each token is sent to; with 1, only the balance loss trains "
-                      "the router")
+        "each of --moe-layers: 4,2,4", of_experts=True)
+    experts_in: str | None = flag(
+        None, "parts whose FFNs become experts: vision, connector, text, with commas; default: "
+        "vision,connector", recipes=("cumo",), of_experts=True)
+    top_k: int = flag(
+        2, "experts that each token is sent to; with 1, an expert counts as much as its "
+        "probability, so upcycling changes the output at first", of_experts=True)
     moe_layers: str | None = flag(
         None, "decoder layers that get experts: every_other (moe-llava's), all "
-        "(uni-moe's), first_half, second_half, or 0,3,5")
+        "(uni-moe's), first_half, second_half, or 0,3,5",
+        recipes=("moe-llava", "uni-moe"), of_experts=True)
     balance_coef: float | None = flag(
-        None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)")
+        None, "weight of the load-balancing losses (CuMo: 0.1, MoE-LLaVA: 0.01)", at_least=0)
     z_coef: float | None = flag(
-        None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)")
+        None, "weight of the router z-losses (CuMo: 0.01, MoE-LLaVA: 0)", at_least=0)
     capacity_factor: float | None = flag(
         1.5, "moe-llava: expert slots in training, over an even share of the choices; "
-        "0: drop nothing")
+        "0: drop nothing", at_least=0, recipes=("moe-llava",), of_experts=True)
     eval_capacity_factor: float | None = flag(
-        2.0, "moe-llava: the same outside training")
+        2.0, "moe-llava: the same outside training", at_least=0, recipes=("moe-llava",),
+        of_experts=True)
     noisy_gate: bool = flag(
         False, "moe-llava: choose the second expert with Gumbel noise while training, "
-        "as DeepSpeed does")
+        "as DeepSpeed does", recipes=("moe-llava",), of_experts=True)
     experts: str | None = flag(
         None, "uni-moe's stage 3: model folders with commas; the FFNs of each become "
-        "one expert. A single one is copied. Default: the drawn stages' four")
+        "one expert. A single one is copied. Default: the drawn stages' four",
+        recipes=("uni-moe",))
     average: bool = flag(
         False, "uni-moe's stage 3: take what is not FFN from the mean of --experts, not "
-        "from the first")
+        "from the first", recipes=("uni-moe",), of_experts=True)
 
     device: str | None = flag(
         None, "cuda or cpu; default: cuda where there is one", choices=("cuda", "cpu"))
@@ -463,8 +502,8 @@ class Args:
         "(a short run ends before it pays)")
     checkpointing: bool = flag(
         False, "activation checkpointing: less memory, a third more arithmetic")
-    fsdp: bool = flag(
-        False, "with torchrun: shard weights, gradients and optimizer over the "
+    fsdp: bool | None = flag(
+        None, "with torchrun: shard weights, gradients and optimizer over the "
         "processes (FSDP2) instead of DDP")
     expert_parallel: int = flag(
         1, "with torchrun: deal the experts out to groups of so many processes; tokens "
@@ -476,18 +515,20 @@ class Args:
         "GPU-hours of --stage (or of all)")
     gpus: int = flag(
         1, "plan for this number of GPUs (with --fsdp, --checkpointing or without, as "
-        "given)", at_least=1)
-    gpu_gb: int = flag(80, "memory of each GPU, in GB", at_least=1)
+        "given)", at_least=1, belongs_to=("plan",))
+    gpu_gb: int = flag(80, "memory of each GPU, in GB", at_least=1, belongs_to=("plan",))
     peak_tflops: float = flag(
-        989.0, "what a GPU could do at best (an H100's dense bfloat16)")
-    mfu: float = flag(0.4, "the share of it that training reaches")
+        989.0, "what a GPU could do at best (an H100's dense bfloat16)", above=0,
+        belongs_to=("plan",))
+    mfu: float = flag(0.4, "the share of it that training reaches", above=0, at_most=1,
+                      belongs_to=("plan",))
 
 
 # A resumed run may change how it computes, not what. All flags but these, and all values of the
 # stage but its micro-batch, must be as they were when the checkpoint was written.
-FREE = {"out", "resume", "stage", "images", "strict", "workers", "eval_questions", "micro_batch",
-        "device", "compile", "checkpointing", "fsdp", "expert_parallel", "save_every",
-        "plan", "gpus", "gpu_gb", "peak_tflops", "mfu"}
+FREE = {"out", "resume", "stage", "images", "val", "val_every", "strict", "workers",
+        "eval_questions", "micro_batch", "device", "compile", "checkpointing", "fsdp",
+        "expert_parallel", "save_every", "plan", "gpus", "gpu_gb", "peak_tflops", "mfu"}
 
 
 def parse(argv=None):
@@ -499,9 +540,19 @@ def parse(argv=None):
         if f.name in GROUPS:
             group = parser.add_argument_group(*GROUPS[f.name])
         add_flag(group, f)
-    args = Args(**vars(parser.parse_args(argv)))
+    # Only what the user gives is in here, so that it can be told from a default.
+    given = vars(parser.parse_args(argv))
+    args = fill_in(Args(**given))
+    if args.resume:
+        given = flags_of_run(args.out, given)
+        args = fill_in(Args(**given))
+    args.given = given
+    validate(args)
+    return args
 
-    # Defaults that depend on other flags.
+
+def fill_in(args):
+    """Set the defaults that depend on other flags."""
     if args.recipe is None:
         args.recipe = recipe_of(args.preset)
     if args.recipe == "uni-moe" and args.preset == "tiny":
@@ -512,8 +563,6 @@ def parse(argv=None):
             name = args.recipe
         args.out = os.path.join("out", name)
     args.out = os.path.normpath(args.out)  # else "out/tiny/" would be moved to "out/tiny/.1"
-
-    validate(args)
     return args
 
 
@@ -521,16 +570,21 @@ def add_flag(group, f):
     name = flag_name(f)
     text = f.metadata["help"]
     if f.type == "bool":
-        group.add_argument(name, action="store_true", help=text)
+        how = {"action": "store_true"}
     elif f.type == "bool | None":
         # It may be on, off (--no-compile), or not given.
-        group.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+        how = {"action": argparse.BooleanOptionalAction}
     else:
+        how = {"type": kind_of(f)}
         if f.default not in (None, ""):
             text += f" (default: {f.default})"
-        # The annotation of a field is a text: "int", or "int | None".
-        kind = {"int": int, "float": float, "str": str}[f.type.removesuffix(" | None")]
-        group.add_argument(name, type=kind, default=f.default, help=text)
+    group.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
+
+
+def kind_of(f):
+    """The type of a flag's values. The annotation of a field is a text: "int", or "int | None"."""
+    kinds = {"int": int, "float": float, "str": str, "bool": bool}
+    return kinds[f.type.removesuffix(" | None")]
 
 
 def flag_name(f):
@@ -608,10 +662,33 @@ def set_up(args, stage, model, device, later):
     """-> the experts that are dealt out (if any), the module to call, and its optimizer."""
     experts = shard_experts(args, model, device)
     wrapped = distribute(args, model, device, later)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=stage.lr, weight_decay=args.weight_decay,
-                                  fused=device.type == "cuda")
+    groups = decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=stage.lr, fused=device.type == "cuda")
+    model.train()
     return experts, wrapped, optimizer
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def decay_groups(model, weight_decay):
+    """AdamW's two groups: matrices decay; norms, biases, routers and the CLS vector do not.
+
+    As in nanoGPT, one-dimensional weights do not decay. The biases of experts have two dimensions,
+    (E, F), and a router has, (E, D); so these go by name.
+    """
+    decays = []
+    others = []
+    for name, p in model.named_parameters():
+        last = name.rpartition(".")[2]
+        is_matrix = p.dim() >= 2 and last not in ("b_in", "b_out", "router")
+        if p.requires_grad:
+            (decays if is_matrix else others).append(p)
+    groups = [{"params": decays, "weight_decay": weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def routing_coefs(stage, model):
@@ -703,15 +780,27 @@ def exchange_gradients(wrapped, is_last):
     return nullcontext()
 
 
-def to_numbers(losses, norm):
-    """Sum the losses over the processes, and read them and the norm in one go."""
+def add_loads(loads, out, share):
+    """Add a micro-batch's part to loads, {"vision 0": each expert's share of the first choices (E,),
+    "vision 1": ..., "connector 0": ...}. With several scales, all layers come once for each."""
+    for part, routings in getattr(out, "routing", {}).items():
+        for i, routing in enumerate(routings):
+            name = f"{part} {i}"
+            loads[name] = loads.get(name, 0.0) + share[f"{part}/balance"] * routing.load
+
+
+def to_numbers(losses, loads, norm):
+    """Sum losses and loads over the processes, and read them and the norm in one go."""
     # A process has only its part of each sum.
-    row = torch.stack([value.float() for value in losses.values()])
+    row = torch.cat([value.float().view(-1) for value in (*losses.values(), *loads.values())])
     if LAUNCHED:
         dist.all_reduce(row)
     # In one piece: to read a number off the device is to wait for it.
     *row, norm = torch.cat([row, norm.float().view(1)]).tolist()
-    return dict(zip(losses, row)), norm
+    numbers = iter(row)
+    losses = {name: next(numbers) for name in losses}
+    loads = {name: list(islice(numbers, len(load))) for name, load in loads.items()}
+    return losses, loads, norm
 
 
 def skip_step(args, stage, step, loss, norm, counts):
@@ -729,7 +818,7 @@ def skip_step(args, stage, step, loss, norm, counts):
 
 
 def stop_run(args, stage, step):
-    say(f"stopped after step {step} of {stage.steps}; `--resume` with the same flags goes on from "
+    say(f"stopped after step {step} of {stage.steps}; `--resume --out {args.out}` goes on from "
         f"{checkpoint_path(args, step)}")
     raise KeyboardInterrupt
 
@@ -769,7 +858,7 @@ class Log:
         self.bar = tqdm(total=stage.steps, initial=first, desc=f"stage {stage.name}",
                         disable=RANK != 0, dynamic_ncols=True, mininterval=1)
 
-    def write(self, step, losses, lr, norm, n_images, begin, waited):
+    def write(self, step, losses, loads, lr, norm, n_images, begin, waited):
         """begin: when the step began. waited: the seconds until its data was there."""
         seconds = time.perf_counter() - begin
         self.seconds += seconds
@@ -779,12 +868,19 @@ class Log:
         row |= {name: loss for name, loss in losses.items() if loss != 0 or name == "loss"}
         row |= {"lr": lr, "grad_norm": norm, "images_per_s": n_images / seconds,
                 "seconds": seconds, "waiting": waited / seconds}
+        if loads:
+            row["load"] = {name: [round(n, 4) for n in load] for name, load in loads.items()}
         self.file.write(json.dumps(row) + "\n")
 
         shown = [f"{short(name)} {row[name]:.3g}" for name in row if name in losses]
         shown += [f"lr {lr:.3g}", f"{row['images_per_s']:.0f} img/s"]
         self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update()
+
+    def write_held_out(self, step, loss):
+        row = {"stage": self.stage.name, "step": step, "val_loss": loss}
+        self.file.write(json.dumps(row) + "\n")
+        say(f"stage {self.stage.name}, after step {step + 1}: loss on held-out data {loss:.4f}")
 
     def report(self, counts, compiled):
         text = f"stage {self.stage.name}: {self.stage.steps} steps done"
@@ -816,20 +912,58 @@ def drop_lines(path, name, first):
     if not os.path.exists(path):
         return
     keep = []
-    with open(path) as f:
-        for line in f:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                # A kill has cut this line short.
-                continue
-            if row["stage"] != name or row["step"] < first:
-                keep.append(line)
+    for row in generate.log_rows(path):
+        if row["stage"] != name or row.get("step", 0) < first:
+            keep.append(json.dumps(row) + "\n")
 
     # The file is whole at every moment, the old one or the new one.
     def write(file):
         Path(file).write_text("".join(keep))
     write_atomically(path, write)
+
+
+def measure_held_out(args, stage, model, wrapped, held_out, log, step, device):
+    """The language loss on held_out, every --val-every steps and after the last one -> the log.
+
+    Training does not notice: nothing is drawn by chance that the next step does not draw anew, and
+    no gradient is left behind.
+    """
+    every = args.val_every or args.save_every
+    if not held_out or ((step + 1) % every and step + 1 < stage.steps):
+        return
+    # The mean is over all labels: (sum of losses, their number).
+    total = torch.zeros(2, dtype=torch.float64)
+    model.eval()
+    with torch.no_grad():
+        for batch in held_out_batches(args, stage, held_out):
+            n_labels = int((batch["labels"][:, 1:] != IGNORE).sum())
+            with autocast(device):
+                loss = wrapped(**inputs(model, batch, device)).parts["lm"]
+            if not batch["again"]:
+                total += torch.tensor([n_labels * loss.item(), n_labels])
+    model.train()
+    if LAUNCHED:
+        total = total.to(device)
+        dist.all_reduce(total)
+    loss_sum, n_labels = total.tolist()
+    log.write_held_out(step, loss_sum / max(1, n_labels))
+
+
+def held_out_batches(args, stage, held_out):
+    """This process's share, in micro-batches. All processes get equally many, as they compute
+    together; where one has too few, it repeats its first (or sample 0), and "again" says so."""
+    mine = list(range(RANK, len(held_out), WORLD))
+    size = stage.micro_batch
+    cuts = [mine[i:i + size] for i in range(0, len(mine), size)]
+    most = math.ceil(math.ceil(len(held_out) / WORLD) / size)
+    fillers = most - len(cuts)
+    cuts += [[0]] * fillers
+    batches = DataLoader(held_out, batch_sampler=cuts, collate_fn=data.collate,
+                         num_workers=args.workers)
+    for i, batch in enumerate(batches):
+        for message in batch["broken"]:
+            tqdm.write(f"broken held-out sample replaced: {message}", file=sys.stdout)
+        yield batch | {"again": i >= most - fillers}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -845,13 +979,16 @@ def load_model(args, stage, source, later):
         # A real model's parts, with a new connector between them.
         preset = Config.from_preset(args.preset)
         model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales,
-                                    preset.template, args.seed, torch.float32, later=later,
+                                    None, args.seed, torch.float32, later=later,
                                     audio=args.audio)
+        # The preset's template, unless the decoder's tokenizer knows the marks of another one only.
+        if tokenizer is not None and data.fits(tokenizer, preset.template):
+            model.config.template = preset.template
     elif source.endswith(".safetensors"):
         model, tokenizer = load_backbones(source)
     else:
         model, tokenizer = load(source, dtype=torch.float32, later=later)
-    check_model(args, model, tokenizer, source)
+    check_model(args, stage, model, tokenizer, source)
     return model.float(), tokenizer  # backbones may be stored in fewer bits
 
 
@@ -879,18 +1016,28 @@ def decoder_experts(args, n_layers, n_experts=None):
     return expert_counts(n_layers, where, n_experts or args.n_experts)
 
 
+def expert_parts(args):
+    """The parts of the model that have experts."""
+    if args.experts_in:
+        return args.experts_in.split(",")
+    return ["vision", "connector"] if args.recipe == "cumo" else ["text"]
+
+
+def numbers_of(part):
+    """A part's config -> its numbers of experts, layer by layer. The connector is one layer."""
+    return part.n_experts if isinstance(part.n_experts, list) else [part.n_experts]
+
+
 def make_experts(args, model):
     """Upcycle where the recipe says, unless a stage before did so."""
     config = model.config
-    part = config.vision if args.recipe == "cumo" else config.text
     # Where the model is on meta, its new routers are not.
     how = {"top_k": args.top_k, "seed": args.seed, "real_routers": comes_on_meta(args)}
     # 1. Turn FFNs into experts, and say what their routers' losses count.
-    if any(part.n_experts):
-        check_experts(args, part)
+    if any(any(numbers_of(getattr(config, name))) for name in expert_parts(args)):
+        check_experts(args, config)
     elif args.recipe == "cumo":
-        n = int(args.n_experts)
-        upcycle(model, vision=n, connector=n, **how)
+        upcycle(model, **dict.fromkeys(expert_parts(args), int(args.n_experts)), **how)
         # Released stage-2 folders have zeros here.
         if not config.balance_coef and not config.z_coef:
             config.balance_coef = Config.balance_coef
@@ -950,34 +1097,90 @@ def apply_flags(args, stage, config):
 
 
 def load_samples(args, stage, config, tokenizer):
-    """-> the data set, and its samples' lengths where batches shall hold samples of like length.
+    """-> the data set, its samples' lengths where batches shall hold samples of like length, and
+    the data set that is held out, if any.
 
     Where stage.steps is an epoch, it becomes a number here.
     """
     # Batches of samples of like length have less padding.
     lengths = None
+    held_out = None
     if args.data:
         samples = data.LlavaJson(args.data, args.images)
         lengths = samples.lengths(config.n_image_tokens, config.n_audio_tokens)
-        n_steps = args.epochs * len(samples) // stage.batch_size
-        stage.steps = args.steps or max(1, n_steps)
+        samples, lengths, held_out = hold_out(args, samples, lengths)
+        stage.checksum = checksum(args.data)
+        fit_to_data(args, stage, len(samples))
     else:
         if stage.steps is None:
             raise ValueError(f"{args.preset} on drawn scenes needs --steps; or give your own with "
                              "--data")
         # Every drawn scene is seen once.
         seed = args.seed + stage_number(stage.name)
-        samples = data.Drawn(stage.kind, stage.steps * stage.batch_size, seed)
+        n = stage.steps * stage.batch_size
+        samples = data.Drawn(stage.kind, n, seed)
+        if args.facts:
+            samples = data.Facts(args.facts, n, seed)
+            held_out = data.Facts(args.facts, 2 * args.facts, seed, held_out=True)
         if stage.kind == "mixed chat":
             # Image, sound, both, and so on. Questions about a sound are the shortest.
             lengths = [(1, 0, 2)[i % 3] for i in range(len(samples))]
 
     # An ear takes 100 frames a second.
     seconds = config.audio.n_frames / 100 if config.audio else 0.0
-    encoded = data.Encoded(samples, tokenizer, stage.template, config.vision.image_size,
-                           config.n_image_tokens, stage.max_length, args.strict,
-                           config.n_audio_tokens, seconds, average=not config.frames_apart)
-    return encoded, lengths
+    n_mels = config.audio.n_mels if config.audio else 0
+    encode = functools.partial(
+        data.Encoded, tokenizer=tokenizer, template=stage.template,
+        pictures=data.picture_format(config.vision), n_image_tokens=config.n_image_tokens,
+        max_length=stage.max_length, strict=args.strict, n_audio_tokens=config.n_audio_tokens,
+        seconds=seconds, average=not config.frames_apart, n_mels=n_mels)
+    return encode(samples), lengths, encode(held_out) if held_out else ()
+
+
+def hold_out(args, samples, lengths):
+    """-> the samples to learn from, their lengths, and those that are held out (or None)."""
+    if args.val:
+        return samples, lengths, data.LlavaJson(args.val, args.images)
+    if args.val_fraction is None:
+        return samples, lengths, None
+
+    n = max(1, round(args.val_fraction * len(samples)))
+    if n >= len(samples):
+        raise ValueError(f"--val-fraction {args.val_fraction} of {len(samples)} samples in "
+                         f"{args.data} leaves nothing to learn from")
+    # The same part in each stage and each run with this seed.
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(args.seed))
+    held = sorted(order[:n].tolist())
+    kept = sorted(order[n:].tolist())
+    return Subset(samples, kept), [lengths[i] for i in kept], Subset(samples, held)
+
+
+def checksum(file):
+    """Of a file's contents: a resumed run must go on with the same data."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fit_to_data(args, stage, n):
+    """Say how n samples become steps. Where they do not fill one batch, it is made smaller."""
+    if n < WORLD:
+        raise ValueError(f"{args.data} has {n} samples to learn from, fewer than the {WORLD} "
+                         "processes")
+    if n < stage.batch_size:
+        stage.micro_batch = min(stage.micro_batch, n // WORLD)
+        share = stage.micro_batch * WORLD
+        say(f"{args.data}: {n} samples do not fill a batch of {stage.batch_size}: it becomes "
+            f"{n // share * share}")
+        stage.batch_size = n // share * share
+
+    per_epoch = n // stage.batch_size
+    stage.steps = args.steps or args.epochs * per_epoch
+    text = (f"{args.data}: {n} samples, {stage.steps / per_epoch:.3g} epochs of {per_epoch} steps "
+            f"of {stage.batch_size}")
+    left_out = n % stage.batch_size
+    if left_out:
+        text += f"; in each epoch {left_out} others are left out, too few for a batch"
+    say(text)
 
 
 def print_stage(args, stage, model, source):
@@ -1017,6 +1220,11 @@ def measure(args, stage, device, began):
     model, tokenizer = load(result_path(args, stage.name), device)
     scores = {}
     asked = []  # every (sample, reply)
+    if args.facts:
+        worlds = ()
+        scores = generate.recall(model, tokenizer, args.facts, n, args.seed, asked)
+        generate.print_table(scores, f"after stage {stage.name}: {n} new drawings of known facts, "
+                                     "and of unknown ones, exact match")
     for world in worlds:
         points = generate.evaluate(model, tokenizer, n, world=world, asked=asked)
         scores |= points
@@ -1025,14 +1233,59 @@ def measure(args, stage, device, began):
 
     row = {"stage": stage.name, "seed": args.seed, "dense": args.dense, "scores": scores,
            "seconds": time.time() - began}
-    with open(os.path.join(args.out, "scores.jsonl"), "a") as f:
+    file = os.path.join(args.out, "scores.jsonl")
+    drop_lines(file, stage.name, 0)  # of a run that was killed just here
+    with open(file, "a") as f:
         f.write(json.dumps(row) + "\n")
 
     # A picture of where 250 of these samples were sent.
     if is_last and stage.has_experts:
         samples, replies = zip(*asked[::max(1, len(asked) // 250)])
         png = os.path.join(args.out, "routing.png")
-        generate.draw_experts(model, tokenizer, samples, replies, png, alone=True)
+        try_to_draw(generate.draw_experts, model, tokenizer, samples, replies, png, alone=True)
+
+
+def measure_stage(args, name, device, began):
+    """Scores and pictures of a stage whose model is saved. Then the run notes that it is done."""
+    if RANK == 0:
+        if not args.data:
+            measure(args, settings(args, name), device, began)
+        try_to_draw(generate.draw_curves, os.path.join(args.out, "log.jsonl"),
+                    os.path.join(args.out, "loss.png"))
+        run = read_run(args.out)
+        write_json(run_file(args.out), run | {"done": run["done"] + [name]})
+        drop_checkpoints(args.out)  # there is one if a kill came before `finish_stage`
+    if LAUNCHED:
+        dist.barrier()
+
+
+def try_to_draw(draw, *args, **options):
+    """No picture is worth a run."""
+    try:
+        draw(*args, **options)
+    except Exception as e:
+        say(f"a picture could not be drawn ({draw.__name__}: {e!r}); all else goes on")
+
+
+def next_command(args, last):
+    """What to try with the model of the last stage: a question of its own data."""
+    command = f"python generate.py --model {os.path.normpath(result_path(args, last))}"
+    if args.facts:
+        return f'{command} --image X.png --prompt "What is this?"'
+    if not args.data:
+        return f'{command} --image X.png --prompt "What color is the circle?"'
+    try:
+        sample = data.LlavaJson(args.data, args.images)[0]
+        question = str(sample["conversations"][0]["value"])
+    except (ValueError, TypeError, LookupError):
+        # The first sample is a broken one.
+        return f'{command} --image X.png --prompt "What is this?"'
+    for mark, flag, files in (("<image>", "--image", sample["images"]),
+                              ("<audio>", "--audio", sample["audio"])):
+        question = question.replace(mark, "")
+        for file in files:
+            command += f" {flag} {shlex.quote(file)}"
+    return f"{command} --prompt {shlex.quote(question.strip())}"
 
 
 def finish_stage(args, stopped):
@@ -1069,36 +1322,114 @@ def stages_of(args):
 
 
 def stages_done(args, stages):
-    """The stages that a resumed run has behind it. A new run never writes over what is in --out."""
+    """The stages that a resumed run has behind it: those whose model is there, and those of them
+    that are measured too. A new run never writes over what is in --out."""
     finished = [name for name in stages
                 if os.path.exists(os.path.join(result_path(args, name), "config.json"))]
-    done = []
+    trained = []
+    measured = []
     if args.resume:
-        done = stages[:stages.index(stage_to_resume(args, stages, finished))]
+        trained = stages[:stage_to_resume(args, stages, finished)]
+        measured = trained
+        if os.path.exists(run_file(args.out)):
+            measured = [name for name in read_run(args.out)["done"] if name in trained]
+        if len(measured) == len(stages):
+            raise ValueError(f"nothing to resume: {args.out} holds a finished run")
     elif args.stage is not None:
-        if finished or checkpoints(args.out):
-            holds = "this stage" if finished else "an unfinished run"
-            raise ValueError(f"{args.out} holds {holds} already: --resume, or another --out")
+        if finished:
+            raise ValueError(f"{args.out} holds this stage already, and it is finished; to train "
+                             "it again, give another --out")
+        if checkpoints(args.out):
+            raise ValueError(f"{args.out} holds an unfinished run already: --resume, or another "
+                             "--out")
     elif RANK == 0 and os.path.exists(args.out):
         move_aside(args.out)
     if LAUNCHED:
         dist.barrier()
-    return done
+    return trained, measured
 
 
 def stage_to_resume(args, stages, finished):
-    """The stage that was cut short, or the first that has not begun."""
+    """The index of the stage that was cut short, or that comes after the last finished one.
+
+    (Whoever is short of disk may have removed the folders of stages before that.).
+    """
+    first = max((stages.index(name) + 1 for name in finished), default=0)
     path, saved = newest_checkpoint(args.out)
-    if path is not None:
-        name = saved["identity"]["stage"]
-        if name not in stages:
-            raise ValueError(f"{path} belongs to stage {name}: give the flags that this run began "
-                             "with")
-        return name
-    for name in stages:
-        if name not in finished:
-            return name
-    raise ValueError(f"nothing to resume: {args.out} holds a finished run")
+    if path is None:
+        return first
+    name = saved["identity"]["stage"]
+    if name not in stages:
+        raise ValueError(f"{path} belongs to stage {name}: give the flags that this run began "
+                         "with")
+    # A kill may have left the checkpoint of a stage that is finished.
+    return max(first, stages.index(name))
+
+
+# A run's own file, beside its checkpoints and its model: {"flags": those that were given, "done":
+# the stages that are trained and measured}.
+
+
+def run_file(out):
+    return os.path.join(out, "run.json")
+
+
+def read_run(out):
+    """ValueError if somebody has damaged it."""
+    file = run_file(out)
+    try:
+        run = read_json(file)
+        if not (isinstance(run.get("flags"), dict) and isinstance(run.get("done"), list)):
+            raise ValueError(f"{file}: has no 'flags' and 'done'")
+        known = {f.name: f for f in dataclasses.fields(Args)}
+        for name, value in run["flags"].items():
+            if name not in known:
+                raise ValueError(f"{file}: there is no flag {name!r}")
+            check_limits(known[name], value)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file} cannot be used ({e}); delete it, and give --resume with the "
+                         "flags that the run began with") from None
+    return run
+
+
+def begin_run(args, done):
+    """Make --out, and note with which flags it was begun."""
+    if RANK > 0:
+        return
+    os.makedirs(args.out, exist_ok=True)
+    # What a kill has left while a file was written.
+    for path in Path(args.out).rglob("*.[0-9]*.tmp"):
+        path.unlink()
+    flags = {name: value for name, value in args.given.items() if name not in ("out", "resume")}
+    write_json(run_file(args.out), {"flags": flags, "done": done})
+
+
+def flags_of_run(out, given):
+    """Of a run that is resumed: the flags that it was given, and those that are given now."""
+    file = run_file(out)
+    if not os.path.exists(file):
+        # A run of an earlier version. It must be given its flags again.
+        models = [folder for folder in FOLDERS.values()
+                  if os.path.exists(os.path.join(out, folder, "config.json"))]
+        if not models and not checkpoints(out):
+            raise ValueError(f"--resume: {out} holds no run to go on with; is that the --out that "
+                             "the run began with?")
+        return given
+    flags = read_run(out)["flags"]
+    # How processes share the model is their business, not the run's.
+    sharing = {"fsdp", "expert_parallel"}
+    if not LAUNCHED or sharing & set(given):
+        flags = {name: value for name, value in flags.items() if name not in sharing}
+    before = vars(fill_in(Args(**flags)))
+    both = flags | given | {"out": out}
+    now = vars(fill_in(Args(**both)))
+    # Two different runs must not become one.
+    differs = [f"{name} {before[name]} (now {now[name]})" for name in given
+               if name not in FREE - {"stage"} and before[name] != now[name]]
+    if differs:
+        raise ValueError(f"{file} was written with {', '.join(differs)}: give the same flags, or "
+                         "none")
+    return both
 
 
 def move_aside(out):
@@ -1147,7 +1478,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered, on
 def identity(args, stage):
     """All that a run's numbers depend on, as it is read back from JSON."""
     # A flag that was not given is None; the stage has the value that holds.
-    values = vars(args) | vars(stage)
+    values = dataclasses.asdict(args) | vars(stage)
     kept = {name: value for name, value in values.items() if name not in FREE}
     kept["stage"] = kept.pop("name")
     return json.loads(json.dumps(kept))
@@ -1158,34 +1489,69 @@ def resume(args, stage, model, optimizer, experts):
     new = 0, dict.fromkeys(("skipped", "skipped in a row", "broken", "truncated", "samples"), 0)
     if not args.resume:
         return new
-    path, saved = newest_checkpoint(args.out)
-    if path is None or saved["identity"]["stage"] != stage.name:
-        return new
+    damage = None
+    for path, saved in complete_checkpoints(args.out):
+        if saved["identity"]["stage"] != stage.name:
+            return new
+        check_identity(args, stage, path, saved["identity"])
+        try:
+            read_checkpoint(model, optimizer, experts, path)
+        except ValueError as e:
+            damage = e
+            say(f"{e}; the checkpoint before it will do, if there is one")
+            continue
+        say(f"stage {stage.name}: going on after step {saved['step']} of {stage.steps}")
+        return saved["step"], saved["counts"]
+    if damage is not None:
+        raise damage
+    return new
 
-    # Two different runs must not become one.
-    before = saved["identity"]
-    differs = [f"{name} {before.get(name)} (now {value})"
-               for name, value in identity(args, stage).items() if before.get(name) != value]
+
+def check_identity(args, stage, path, before):
+    """Two different runs must not become one. (Earlier versions wrote down fewer values.)."""
+    differs = [f"{name} {before[name]} (now {value})"
+               for name, value in identity(args, stage).items()
+               if name in before and before[name] != value]
     if differs:
         raise ValueError(f"{path} was written with {', '.join(differs)}: give the same flags")
-
-    read_checkpoint(model, optimizer, experts, path)
-    say(f"stage {stage.name}: going on after step {saved['step']} of {stage.steps}")
-    return saved["step"], saved["counts"]
 
 
 def checkpoints(out):
     """The folders of all checkpoints, complete or not."""
-    return list(Path(out, "checkpoint").glob("*"))
+    return [path for path in Path(out, "checkpoint").glob("*") if path.name.isdigit()]
 
 
 def newest_checkpoint(out):
     """-> (its path, {"identity", "step", "counts"}), or (None, None)."""
+    return next(iter(complete_checkpoints(out)), (None, None))
+
+
+def complete_checkpoints(out):
+    """All (path, {"identity", "step", "counts"}), the newest first. ValueError if none can be used.
+
+    Mostly there is one, and a second one after a kill at the wrong moment.
+    """
+    usable = []
+    damage = None
     complete = [path for path in checkpoints(out) if Path(path, "run.json").exists()]
-    if not complete:
-        return None, None
-    path = max(complete, key=lambda path: int(path.name))
-    return str(path), read_json(str(path / "run.json"))
+    for path in sorted(complete, key=lambda path: int(path.name), reverse=True):
+        try:
+            usable.append((str(path), read_about(path / "run.json")))
+        except (ValueError, RecursionError) as e:
+            damage = f"{path}: cannot be read: {e}"
+            say(f"{damage}; the checkpoint before it will do, if there is one")
+    if damage and not usable:
+        raise ValueError(f"{damage}. Delete {Path(out, 'checkpoint')} to begin this stage anew")
+    return usable
+
+
+def read_about(file):
+    about = read_json(str(file))
+    identity = about.get("identity")
+    if not (isinstance(identity, dict) and "stage" in identity
+            and isinstance(about.get("counts"), dict) and isinstance(about.get("step"), int)):
+        raise ValueError(f"{file}: has no 'identity', 'step' and 'counts'")
+    return about
 
 
 def drop_checkpoints(out, but=None):
@@ -1219,6 +1585,8 @@ def checkpoint_path(args, step):
 def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
     path = checkpoint_path(args, step)
     tensors = tensors_of(get_state_dict(model, optimizer, options=TRAINED), experts)
+    # A damaged one may lie there. It must not count as complete before it is.
+    Path(path, "run.json").unlink(missing_ok=True)
     try:
         with quiet():
             dcp.save(tensors, checkpoint_id=path)
@@ -1260,7 +1628,7 @@ def quiet():
 
 def first_failure(error):
     failure, _ = next(iter(error.failures.values()))
-    return failure
+    return " ".join(str(failure).split())  # in one line
 
 
 class Reader(dcp.FileSystemReader):
@@ -1272,11 +1640,20 @@ class Reader(dcp.FileSystemReader):
 
     def __init__(self, path):
         super().__init__(path)
+        contents = os.path.join(path, ".metadata")
         try:
-            with open(os.path.join(path, ".metadata"), "rb") as file:
+            with open(contents, "rb") as file:
                 self.metadata = MetadataUnpickler(file).load()
         except Exception as e:
-            raise ValueError(f"{path}: cannot be read: {e}") from None
+            raise ValueError(f"{contents}: cannot be read: {e}") from None
+
+        # Is each shard there, and as long as its tensors are?
+        for part in self.metadata.storage_data.values():
+            shard = Path(path, part.relative_path)
+            size = shard.stat().st_size if shard.exists() else 0
+            if size < part.offset + part.length:
+                raise ValueError(f"{shard}: cannot be read: it has {size} bytes, and tensors up to "
+                                 f"{part.offset + part.length}")
 
     def read_metadata(self, *args, **kwargs):
         return self.metadata
@@ -1518,7 +1895,11 @@ def join_processes(args, device):
     Where torchrun has started all of them again because one died, args.resume becomes true.
     """
     if not LAUNCHED:
+        if args.fsdp:
+            raise ValueError("--fsdp shards the model over the processes of torchrun: start it "
+                             "with that, or leave the flag out")
         return device
+    die_with_parent()
     backend = "gloo"
     if device.type == "cuda":
         backend = "nccl"
@@ -1540,6 +1921,18 @@ def join_processes(args, device):
     if died:
         args.resume = True
     return device
+
+
+def die_with_parent():
+    """When torchrun is killed, Linux kills this process with it.
+
+    Else it would go on alone, and write into the same folder as the run that is resumed there.
+    """
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG in <sys/prctl.h>
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leave_processes():
@@ -1730,11 +2123,12 @@ def planned(args, stage):
     """The preset as a stage trains it, and its model without memory."""
     config = Config.from_preset(args.preset)
     if args.recipe == "cumo":
-        n = int(args.n_experts) if stage.has_experts else 0
-        config.vision.n_experts = [n] * config.vision.n_layers
-        config.vision.top_k = args.top_k
-        config.connector.n_experts = n
-        config.connector.top_k = args.top_k
+        # (The decoder's experts, which a Mixtral brings along, stay.)
+        for name in {"vision", "connector", *expert_parts(args)}:
+            n = int(args.n_experts) if stage.has_experts and name in expert_parts(args) else 0
+            part = getattr(config, name)
+            part.n_experts = n if name == "connector" else [n] * part.n_layers
+            part.top_k = args.top_k
     else:
         config.text.n_experts = decoder_experts(args, config.text.n_layers)
         config.text.top_k = args.top_k
@@ -1818,7 +2212,7 @@ def planned_steps(args, stage):
         n_samples = len(data.LlavaJson(args.data))
     else:
         n_samples = N_SAMPLES[args.recipe][stage.name]
-    return max(1, args.epochs * n_samples // stage.batch_size)
+    return max(1, args.epochs * (n_samples // stage.batch_size))
 
 
 def print_head(args, stage):
@@ -1892,14 +2286,18 @@ def print_fit(args, stage):
     if fits(args.gpus, args.fsdp, args.checkpointing):
         print(f"fits into {args.gpu_gb} GB")
         return
-    # From many to few, so that the fewest that do are left.
+    # The smallest number of GPUs that does; with checkpointing only where it must be.
     least = "none. Try a smaller --micro-batch"
-    for exponent in reversed(range(12)):
+    for exponent in range(12):
         gpus = 2**exponent
-        if stage.batch_size % gpus == 0 and fits(gpus, True, True):
+        if stage.batch_size % gpus:
+            continue
+        if not args.checkpointing and fits(gpus, True, False):
+            least = f"{gpus} GPUs with --fsdp"
+            break
+        if fits(gpus, True, True):
             least = f"{gpus} GPUs with --fsdp --checkpointing"
-            if not args.checkpointing and fits(gpus, True, False):
-                least = f"{gpus} GPUs with --fsdp"
+            break
     print(f"does NOT fit into {args.gpu_gb} GB; the smallest number (1, 2, 4, 8...) that does: "
           f"{least}")
 
@@ -1915,10 +2313,7 @@ def validate(args):
     Config.from_preset(args.preset)  # an unknown name stops here
     check_stages(args)
     check_expert_flags(args)
-    if (args.lora_rank or 0) < 0 or (args.lora_alpha is not None and args.lora_alpha <= 0):
-        raise ValueError(f"--lora-rank {args.lora_rank} must be at least 1 (0: no adapters), "
-                         f"--lora-alpha {args.lora_alpha} above 0")
-
+    check_given(args)
     elsewhere = args.init is not None or args.stage not in (None, 1)
     if bool(args.vision) != bool(args.llm) or (args.vision and elsewhere):
         raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room "
@@ -1926,14 +2321,56 @@ def validate(args):
 
 
 def check_limits(f, value):
-    if value is None:
+    """The kind and the size of a flag's value. A number that is no number (nan) fits no limit."""
+    if value is None and "None" in f.type:
         return
-    at_least = f.metadata.get("at_least", value)
-    if value < at_least:
-        raise ValueError(f"{flag_name(f)} = {value} must be at least {at_least}")
+    name = flag_name(f)
+    kind = kind_of(f)
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise ValueError(f"{name} = {value!r} must be of the type {kind.__name__}")
+
+    if kind in (int, float):
+        at_least = f.metadata.get("at_least", -math.inf)
+        above = f.metadata.get("above", -math.inf)
+        at_most = f.metadata.get("at_most", 2**31 - 1)
+        if not value >= at_least:
+            raise ValueError(f"{name} = {value} must be at least {at_least}")
+        if not value > above:
+            raise ValueError(f"{name} = {value} must be above {above}")
+        if not value <= at_most:
+            raise ValueError(f"{name} = {value} must be at most {at_most}")
     choices = f.metadata.get("choices", (value,))
     if value not in choices:
-        raise ValueError(f"{flag_name(f)} {value}: known are {', '.join(choices)}")
+        raise ValueError(f"{name} {value}: known are {', '.join(choices)}")
+
+
+def check_given(args):
+    """A flag that was given must do something."""
+    makes_experts = any(settings(args, name).has_experts for name in stages_of(args))
+    for f in dataclasses.fields(Args):
+        if f.name not in args.given:
+            continue
+        name = flag_name(f)
+        partners = f.metadata.get("belongs_to", ())
+        if partners and not any(getattr(args, partner) for partner in partners):
+            names = " or ".join("--" + partner.replace("_", "-") for partner in partners)
+            raise ValueError(f"{name} does nothing without {names}: give both, or leave it out")
+        rival = f.metadata.get("not_with")
+        if rival in args.given:
+            raise ValueError(f"{name} does nothing with --{rival.replace('_', '-')}: give one of "
+                             "them")
+        recipes = f.metadata.get("recipes", (args.recipe,))
+        if args.recipe not in recipes and getattr(args, f.name):
+            raise ValueError(f"{name} belongs to --recipe {' and '.join(recipes)}")
+        if f.metadata.get("of_experts") and not makes_experts:
+            raise ValueError(f"{name} is about experts, and this run makes none: leave it out (or "
+                             "--dense, or see --stage)")
+
+    if args.lora_alpha and not args.lora_rank and args.recipe != "uni-moe":
+        raise ValueError("--lora-alpha does nothing without --lora-rank")
+    if args.trains and args.stage is None and not makes_experts:
+        raise ValueError("--trains is about the stages with experts in a run of all stages, and "
+                         "--dense makes none: give --stage")
 
 
 def check_stages(args):
@@ -1947,9 +2384,6 @@ def check_stages(args):
             if part not in PARTS and part != "none":
                 raise ValueError(f"--trains {args.trains}: {part!r} is no part; known: "
                                  f"{', '.join(PARTS)}")
-    for name in ("experts", "average", "audio"):
-        if getattr(args, name) and args.recipe != "uni-moe":
-            raise ValueError(f"--{name} belongs to --recipe uni-moe")
 
 
 def check_expert_flags(args):
@@ -1958,17 +2392,16 @@ def check_expert_flags(args):
     except ValueError:
         raise ValueError(f"--n-experts {args.n_experts}: a number, or several with "
                          "commas") from None
+    for part in expert_parts(args):
+        if part not in ("vision", "connector", "text"):
+            raise ValueError(f"--experts-in {args.experts_in}: {part!r} is no part with FFNs; "
+                             "known: vision, connector, text")
     if args.recipe == "cumo" and len(numbers) > 1:
         raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have "
                          "one number")
     if not 1 <= args.top_k <= min(numbers):
         raise ValueError(f"top_k = {args.top_k} of {args.n_experts} experts; need 1 <= --top-k <= "
                          "--n-experts")
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        value = getattr(args, name)
-        if not value >= 0:  # also where it is not a number
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0, or 0 to drop "
-                             "nothing")
 
     # The number of experts of a single stage's model is known only when that is loaded.
     n = args.expert_parallel
@@ -1982,7 +2415,7 @@ def check_expert_flags(args):
         raise ValueError(f"--n-experts {args.n_experts} is not a multiple of --expert-parallel {n}")
 
 
-def check_model(args, model, tokenizer, source):
+def check_model(args, stage, model, tokenizer, source):
     """Is it a model that these flags can train?"""
     if tokenizer is None:
         raise ValueError(f"{source}: has no tokenizer.json, which training needs; copy it there "
@@ -1992,6 +2425,9 @@ def check_model(args, model, tokenizer, source):
         raise ValueError(f"{source}: a language model alone, without the vision tower and "
                          "connector that training needs")
     text = model.config.text
+    if {"audio", "resampler"} & set(stage.trains) and model.config.audio is None:
+        raise ValueError(f"{source}: hears nothing; --trains {','.join(stage.trains)} wants a "
+                         "model with --audio WHISPER_DIR")
     if args.recipe == "uni-moe" and model.config.audio is None:
         raise ValueError(f"{source}: hears nothing; uni-moe's stage 1 wants --vision, --llm and "
                          "--audio WHISPER_DIR")
@@ -1999,14 +2435,23 @@ def check_model(args, model, tokenizer, source):
         decoder_experts(args, text.n_layers)  # a wrong placement stops stage 1 already
 
 
-def check_experts(args, part):
+def check_experts(args, config):
     """The model has experts. Flags that ask for others cannot be met."""
-    default = args.n_experts == Args.n_experts and args.top_k == Args.top_k
-    numbers = set(part.n_experts) - {0}
-    wanted = {int(n) for n in args.n_experts.split(",")}
-    if not default and (numbers != wanted or part.top_k != args.top_k):
-        raise ValueError(f"the model has experts already ({numbers}, top-{part.top_k}): "
-                         "--n-experts and --top-k cannot change them")
+    for name in expert_parts(args):
+        part = getattr(config, name)
+        numbers = set(numbers_of(part)) - {0}
+        differs = "experts" in args.given
+        if "n_experts" in args.given:
+            differs |= {int(n) for n in args.n_experts.split(",")} != numbers
+        if "top_k" in args.given:
+            differs |= args.top_k != part.top_k
+        if "moe_layers" in args.given:
+            wanted = decoder_experts(args, len(part.n_experts))
+            differs |= [n > 0 for n in wanted] != [n > 0 for n in part.n_experts]
+        if differs:
+            raise ValueError(f"the model has experts already ({numbers or 'none'} in {name}, "
+                             f"top-{part.top_k}): --n-experts, --top-k, --moe-layers, --experts "
+                             "and --experts-in cannot change them")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """upcycle.py: a dense model becomes a mixture of experts; and how weights get in and out.
 
 Sparse upcycling (arXiv 2212.05055) does not train experts from scratch. Every expert starts as a
-copy of the trained dense FFN, and only the router is new. The weights of a token's experts sum to
-1, so at first the upcycled block computes exactly what the dense one did: training goes on where
-it was, and the experts grow apart from there. CuMo's "co-upcycling" does this in the vision tower
-and in the connector at once, between its second and third stage. Uni-MoE's experts are no copies
-of one FFN: they were fine-tuned apart, each on one modality or task, and meet in one decoder.
+copy of the trained dense FFN, and only the router is new. The weights of a token's experts sum to 1
+(where it has two or more), so at first the upcycled block computes exactly what the dense one did:
+training goes on where it was, and the experts grow apart from there. CuMo's "co-upcycling" does
+this in the vision tower and in the connector at once, between its second and third stage. Uni-MoE's
+experts are no copies of one FFN: they were fine-tuned apart, each on one modality or task, and meet
+in one decoder.
 
 The second part of this file reads and writes model folders: this project's own (config.json,
 model.safetensors, tokenizer.json) and those of other programs. `python upcycle.py --help` says how
@@ -22,10 +23,12 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from os.path import exists, join
+from types import NoneType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,10 +37,11 @@ from tokenizers import Tokenizer
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import data
 from kernels import FFN, MoE
 from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connector, ConnectorConfig,
                    CuMo, Decoder, Resampler, TextConfig, VisionConfig, VisionTransformer, adapted,
-                   merge_state)
+                   check_fields, merge_state)
 
 # -------------------------------------------------------------------------------------------------
 # 1. Dense -> experts
@@ -45,11 +49,11 @@ from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connecto
 
 @torch.no_grad()
 def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **limits) -> MoE:
-    """A MoE whose experts are all copies of one dense FFN, on its device and in its dtype.
+    """A MoE whose experts are all copies of one dense FFN, on its device, in its dtype and mode.
 
     real_router: draw the router now, on the CPU, even if the dense FFN is on meta and gets its
-    weights later (FSDP). limits: the capacities that kernels.MoE takes. Asserts that the output is
-    unchanged.
+    weights later (FSDP). limits: what else kernels.MoE takes. Asserts that the output is unchanged,
+    or at top-1 the dense one times the router's probability.
     """
     ffn_dim, dim = dense.w_in.shape
     # A module on meta takes no memory: its weights are made below.
@@ -66,6 +70,7 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
     if not (real_router and dense.w_in.is_meta):
         state["router"] = router.to(dense.w_in)
     moe.load_state_dict(state, assign=True)
+    moe.train(dense.training)
 
     # Drawn even where nothing can be compared, as the next layer's router depends on the generator.
     assert_same_output(dense, moe, torch.randn(16, dim, generator=generator))
@@ -73,13 +78,16 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
 
 
 def assert_same_output(dense, moe, x):
-    """Stop if the MoE does not give what the dense FFN gives for x (N, D)."""
+    """Stop if the MoE does not give what the dense FFN gives for x (N, D), weighted at top-1."""
     # There is nothing to compare on meta, and experts with a capacity may drop tokens.
     if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
         return
     x = x.to(dense.w_in)
     before = dense(x)[0].float()
-    difference = (before - moe(x)[0].float()).abs().max()
+    after, routing = moe(x)
+    if moe.top_k == 1:
+        before = before * routing.weights  # (N, D) * (N, 1)
+    difference = (before - after.float()).abs().max()
 
     # Rounding is allowed: weights sum to 1 only nearly, and long sums are added in another order.
     # A real fault would be larger by far.
@@ -97,6 +105,7 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     experts: folders or CuMos of this architecture, fine-tuned apart, to be put together as the
     decoder's experts (`mix_experts`). Without `text`, in all layers. real_routers: a model on meta,
     whose other weights come later, gets its routers now.
+    With top_k=1 the output changes, see warn_of_top_1.
     Raises ValueError for what cannot be done, before anything changes.
     """
     # Uni-MoE: as many experts as there are models to put together.
@@ -106,13 +115,17 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
         text = text or len(sources)
     wanted = {"vision": vision, "connector": connector, "text": text}
     counts = layer_counts(model, wanted, top_k, sources)
+    if top_k == 1:
+        warn_of_top_1(model.config, counts)
 
     # A generator of its own: the same routers in every process.
     generator = torch.Generator().manual_seed(seed)
     for part, numbers in counts.items():
         config = getattr(model.config, part)
         # Only the decoder's experts can have a capacity.
-        limits = config.expert_limits if part == "text" else {}
+        limits = {"renormalise": config.renormalise}
+        if part == "text":
+            limits = config.expert_limits
         for layer, (owner, n_experts) in enumerate(zip(ffn_owners(model, part), numbers)):
             if n_experts == 0:
                 continue
@@ -432,10 +445,19 @@ DECODER_KEYS = dict(
     vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers",
     n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
     ffn_dim="intermediate_size", act="hidden_act", norm_eps="rms_norm_eps",
-    tie_embeddings="tie_word_embeddings")
+    tie_embeddings="tie_word_embeddings", max_positions="max_position_embeddings",
+    start_token="bos_token_id")
 LOSS_KEYS = dict(balance_coef="balance_loss_coef", z_coef="router_z_loss_coef")
 MOE_LLAVA_KEYS = dict(top_k="top_k_experts", capacity_factor="capacity_factor",
                       eval_capacity_factor="eval_capacity_factor", min_capacity="min_capacity")
+
+
+def read_object(theirs, key):
+    """An object inside their config; {} where there is none."""
+    value = theirs.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} = {value!r:.60} must be an object")
+    return value
 
 
 def read_keys(theirs, keys):
@@ -444,8 +466,9 @@ def read_keys(theirs, keys):
 
 
 def write_keys(config, keys):
-    """{their key: the value of our field}"""
-    return {key: getattr(config, ours) for ours, key in keys.items()}
+    """{their key: the value of our field}; what we do not know is left out."""
+    fields = {key: getattr(config, ours) for ours, key in keys.items()}
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def count(names, pattern):
@@ -493,6 +516,7 @@ def text_config(theirs, shapes, kind):
         in_files = count(shapes, r"block_sparse_moe\.experts\.(\d+)\.")
         fields |= dict(norm_eps=1e-5, n_experts=theirs.get("num_local_experts", in_files))
     fields |= read_keys(theirs, DECODER_KEYS)
+    check_fields("text.", TextConfig, fields)
 
     # The projections' outputs are all heads side by side.
     if "head_dim" not in fields:
@@ -500,17 +524,30 @@ def text_config(theirs, shapes, kind):
     if "n_kv_heads" not in fields:
         fields["n_kv_heads"] = shapes[attention + "k_proj.weight"][0] // fields["head_dim"]
 
-    return TextConfig(**fields, **rotary_fields(theirs, kind),
+    # One id, or several.
+    ends = theirs.get("eos_token_id")
+    if ends is None:
+        ends = []
+    elif not isinstance(ends, list):
+        ends = [ends]
+
+    top_k = theirs.get("num_experts_per_tok", 2)
+    return TextConfig(**fields, **rotary_fields(theirs, kind), end_tokens=ends,
                       sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
                       qkv_bias=attention + "q_proj.bias" in shapes,
-                      top_k=theirs.get("num_experts_per_tok", 2))
+                      top_k=top_k, renormalise=rescaled(top_k))
+
+
+def rescaled(top_k):
+    """`renormalise` of CuMo's and Mixtral's codes: they rescale a single weight too, to 1."""
+    return True if top_k == 1 else None
 
 
 def rotary_fields(theirs, kind):
     """rope_theta and rope_scaling, from the older style of config (rope_theta and rope_scaling
     apart) or the current one (rope_parameters)."""
     # The type had another key in early files.
-    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
+    rope = read_object(theirs, "rope_scaling") | read_object(theirs, "rope_parameters")
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling not in ("default", "llama3"):
         raise ValueError(f"rotary scaling {scaling!r} is not supported; known: default, llama3")
@@ -541,10 +578,13 @@ def sliding_window(theirs, kind, n_layers):
 
 
 def read_clip(theirs, shapes, path):
-    """CLIPVisionModel, or CLIPModel, which keeps the tower's config inside its own."""
+    """CLIPVisionModel, or CLIPModel, which keeps the tower's config inside its own.
+
+    CLIP itself saw the middle of each picture. CuMo and its kin train the tower on padded ones, and
+    that is what a model becomes that is assembled from it."""
     if theirs["model_type"] == "clip":
-        theirs = theirs.get("vision_config") or {}
-    return vision_config(theirs, shapes)
+        theirs = read_object(theirs, "vision_config")
+    return vision_config(theirs, shapes, **picture_fields(read_preprocessor(path), "pad"))
 
 
 def read_whisper(theirs, shapes, path):
@@ -568,20 +608,29 @@ def read_decoder(theirs, shapes, path):
                   template="mistral" if kind in ("mistral", "mixtral") else "vicuna")
 
 
-def read_transformers_llava(theirs, shapes):
-    """LLaVA-1.5 as transformers writes it: the parts' configs inside one."""
-    kind = theirs["text_config"].get("model_type", "llama")
+def read_transformers_llava(theirs, shapes, path):
+    """LLaVA-1.5 as transformers writes it: the parts' configs inside one.
+
+    Its preprocessor crops unless it says "do_pad". Without one, pictures are padded, as the model
+    was trained."""
+    text = read_object(theirs, "text_config")
+    kind = text.get("model_type", "llama")
     if kind not in DECODERS:
         raise ValueError(f"a decoder of type {kind} is not supported; supported: "
                          f"{', '.join(DECODERS.values())}")
     if theirs.get("vision_feature_select_strategy", "default") != "default":
         raise ValueError(PATCHES_ONLY)
 
+    preprocessor = read_preprocessor(path)
+    pads = preprocessor.get("do_pad") or not preprocessor
+
     # The whole model decides whether the head is tied, whatever the decoder's own config says.
-    text = theirs["text_config"] | {"tie_word_embeddings": "lm_head.weight" not in shapes}
+    text = text | read_keys(theirs, START_AND_END)
+    text["tie_word_embeddings"] = "lm_head.weight" not in shapes
     return Config(
-        vision=vision_config(theirs.get("vision_config") or {}, shapes,
-                             select_layer=theirs.get("vision_feature_layer", -2)),
+        vision=vision_config(read_object(theirs, "vision_config"), shapes,
+                             select_layer=theirs.get("vision_feature_layer", -2),
+                             **picture_fields(preprocessor, "pad" if pads else "square")),
         connector=ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu")),
         text=text_config(text, shapes, kind),
         template="vicuna" if kind == "llama" else "mistral",
@@ -591,7 +640,7 @@ def read_transformers_llava(theirs, shapes):
 def read_llava(theirs, shapes, path):
     """CuMo, MoE-LLaVA and the first LLaVA-1.5: one flat config with mm_... for the senses."""
     if "text_config" in theirs:
-        return read_transformers_llava(theirs, shapes)
+        return read_transformers_llava(theirs, shapes, path)
 
     # Refuse what this project has no code for.
     projector = theirs.get("image_projector_type") or theirs.get("mm_projector_type")
@@ -603,18 +652,21 @@ def read_llava(theirs, shapes, path):
     # CuMo: one number of experts, and two switches for where they are.
     n_experts = theirs.get("num_experts") or 0
     top_k = theirs.get("num_selected") or 2
+    preprocessor = read_preprocessor(path, tower_folder(theirs, path))
     vision = vision_config(
-        tower_json(theirs, path), shapes, top_k=top_k,
+        tower_json(theirs, path), shapes, top_k=top_k, renormalise=rescaled(top_k),
+        **picture_fields(preprocessor, theirs.get("image_aspect_ratio")),
         n_experts=n_experts if theirs.get("clip_smoe") else 0,
         **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")))
-    connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k)
+    connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k,
+                                renormalise=rescaled(top_k))
 
     # The decoder's own keys stand in the same file.
     kind = LLAVA_DECODERS.get(theirs["model_type"], theirs["model_type"])
     text = text_config(theirs, shapes, kind)
     losses = read_keys(theirs, LOSS_KEYS)
     template = "vicuna" if kind == "llama" else "mistral"
-    moe = theirs.get("moe")
+    moe = read_object(theirs, "moe")
     if moe:
         text = with_moe_llava_experts(text, moe)
         losses = dict(balance_coef=moe["router_aux_loss_coef"], z_coef=0.0)
@@ -628,18 +680,23 @@ def with_moe_llava_experts(text, moe):
     if moe.get("use_residual"):
         raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
 
+    for key in ("num_experts", "moe_layers_idx"):
+        if not isinstance(moe.get(key, []), (list, NoneType)):
+            raise ValueError(f"moe.{key} = {moe[key]!r:.60} must be a list")
+
     # Every other layer by default.
     layers = moe.get("moe_layers_idx")
     if layers is None:
         layers = range(0, text.n_layers, 2)
+    # DeepSpeed's top-1 gate weights by the probability, which is our default.
     return replace(text, n_experts=spread(moe["num_experts"], layers, text.n_layers), aux="sum",
-                   **{ours: moe[key] for ours, key in MOE_LLAVA_KEYS.items()})
+                   renormalise=None, **{ours: moe[key] for ours, key in MOE_LLAVA_KEYS.items()})
 
 
 def tower_json(theirs, path):
     """The config of a LLaVA's tower, from the folder that it names or from clip_config.json beside
     its own config.json; {} where neither is there."""
-    for folder, name in ((tower_folder(theirs), "config.json"), (path, "clip_config.json")):
+    for folder, name in ((tower_folder(theirs, path), "config.json"), (path, "clip_config.json")):
         file = join(folder, name)
         if folder and os.path.isfile(file):
             found = read_json(file)
@@ -647,9 +704,49 @@ def tower_json(theirs, path):
     return {}
 
 
-def tower_folder(theirs):
+def read_preprocessor(*folders):
+    """The preprocessor_config.json in the first of these folders that has one, or {}. Where
+    transformers 5 saves a whole processor, it is a part of processor_config.json."""
+    for folder in folders:
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            file = join(folder, name)
+            if folder and os.path.isfile(file):
+                found = read_json(file)
+                return found.get("image_processor", found)
+    return {}
+
+
+# LLaVA's image_aspect_ratio -> ours. Without one, its code has pictures cropped.
+ASPECTS = {"pad": "pad", "square": "crop", None: "crop"}
+# All that a preprocessor may ask for beside mean and standard deviation: Pillow's bicubic filter.
+PREPROCESSED = dict(do_resize=True, resample=3, do_center_crop=True, do_rescale=True,
+                    rescale_factor=1 / 255, do_normalize=True)
+
+
+def picture_fields(preprocessor, aspect_ratio):
+    """VisionConfig's fields about pictures, from a preprocessor's config and LLaVA's word."""
+    if aspect_ratio not in ASPECTS:
+        raise ValueError(f"image_aspect_ratio {aspect_ratio!r} is not supported; known: pad, "
+                         "square")
+    aspect = ASPECTS[aspect_ratio]
+    for key, value in PREPROCESSED.items():
+        # A square that was made by padding has nothing to crop.
+        if key == "do_center_crop" and aspect == "pad":
+            continue
+        if preprocessor.get(key) not in (None, value):
+            raise ValueError(f"preprocessor_config.json: {key} = {preprocessor[key]} is not "
+                             f"supported, only {value}")
+    means = read_keys(preprocessor, dict(image_mean="image_mean", image_std="image_std"))
+    return means | {"image_aspect": aspect}
+
+
+def tower_folder(theirs, path):
     """The folder or hub name that a LLaVA's config gives for its tower, "" for none."""
-    return theirs.get("mm_vision_tower") or theirs.get("mm_image_tower") or ""
+    named = theirs.get("mm_vision_tower") or theirs.get("mm_image_tower") or ""
+    if not isinstance(named, str):
+        raise ValueError(f"{join(path, 'config.json')}: mm_vision_tower = {named!r:.60} must be "
+                         "text in quotes")
+    return named
 
 
 def is_multimodal(theirs):
@@ -667,12 +764,30 @@ def is_own(theirs):
     return not {"model_type", "architectures"} & theirs.keys()
 
 
-def read_config(theirs, shapes, path):
+def read_own(theirs):
+    """This project's own config.json."""
+    config = Config.from_dict(theirs)
+    # Before there was a field that says so, a single weight was rescaled to 1 like any others.
+    for name in ("vision", "connector", "text"):
+        part = getattr(config, name)
+        if part is not None and "renormalise" not in read_object(theirs, name):
+            part.renormalise = rescaled(part.top_k)
+    return config
+
+
+# What generation_config.json says, too, and there it counts.
+START_AND_END = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
+
+
+def read_config(theirs, shapes, path, tokenizer):
     """The configuration of the model in a folder. Its kind says which class it belongs to."""
     if is_own(theirs):
-        return Config.from_dict(theirs)
+        return read_own(theirs)
 
-    kind = theirs.get("model_type", "")
+    file = join(path, "generation_config.json")
+    if exists(file):
+        theirs = theirs | read_keys(read_json(file), START_AND_END)
+    kind = str(theirs.get("model_type") or "")
     reader = READERS.get(kind)
     if kind in DECODERS and is_multimodal(theirs):
         reader = read_llava
@@ -681,19 +796,25 @@ def read_config(theirs, shapes, path):
         raise ValueError(f"architecture {architecture} is not supported; supported: {SUPPORTED}")
     config = reader(theirs, shapes, path)
 
-    # Our own key in the configs that section 4 writes.
+    # Our own key in the configs that section 4 writes. Without it, the marks that the tokenizer
+    # knows tell more than the architecture: SmolLM2 is a LLaMA that ends answers with <|im_end|>.
     if "template" in theirs:
+        check_fields("", Config, {"template": theirs["template"]})
         config.template = theirs["template"]
+    elif tokenizer is not None and isinstance(config, Config):
+        config.template = data.template_for(tokenizer, config.template)
     return config
 
 
 def read_json(file):
     """A JSON file that holds an object; ValueError for anything else."""
-    with open(file, encoding="utf-8") as f:
+    check_is_file(file)
+    # Windows' editors put a byte order mark in front, which utf-8-sig passes over.
+    with open(file, encoding="utf-8-sig") as f:
         try:
             value = json.load(f)
-        except ValueError as e:
-            raise ValueError(f"{file}: malformed JSON: {e}") from None
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{file}: malformed JSON: {first_line(e)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must hold an object, not {str(value)[:40]}")
     return value
@@ -712,6 +833,19 @@ def clip_json(vision):
             **write_keys(vision, CLIP_KEYS), "num_channels": 3}
 
 
+def rescales(part):
+    """Do the weights of a token's experts sum to 1? See kernels.route."""
+    if part.renormalise is None:
+        return part.top_k > 1
+    return part.renormalise
+def preprocessor_json(vision):
+    """preprocessor_config.json of a CLIPImageProcessor, which crops what is not padded before."""
+    size = vision.image_size
+    return {"image_processor_type": "CLIPImageProcessor", **PREPROCESSED,
+            "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
+            "image_mean": vision.image_mean, "image_std": vision.image_std}
+
+
 def decoder_json(text, tokenizer, template):
     """config.json of a Hugging Face decoder. Raises ValueError where none has such a shape."""
     n_experts = max(text.n_experts)
@@ -724,6 +858,9 @@ def decoder_json(text, tokenizer, template):
     if n_experts and factor:
         raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
                          "drop tokens")
+    if n_experts and not rescales(text):
+        raise ValueError(f"text: top_k = {text.top_k} without rescaling; Mixtral's code rescales "
+                         "the weights to sum to 1")
 
     # The family of decoders that this one belongs to.
     kind = "llama"
@@ -739,11 +876,16 @@ def decoder_json(text, tokenizer, template):
     elif text.sliding_window or template == "mistral":
         kind = "mistral"
 
+    start = None
+    ends = answer_ends(text, tokenizer, template)
+    if tokenizer is not None:
+        start = tokenizer.token_to_id("<s>")
     described = {
         "architectures": [DECODERS[kind]], "model_type": kind,
+        # Where a key is left out, transformers takes <s> = 1 and </s> = 2 for granted.
+        "bos_token_id": start, "eos_token_id": one_or_list(text.end_tokens or ends),
         **write_keys(text, DECODER_KEYS), **more,
         "rope_theta": text.rope_theta, "sliding_window": text.sliding_window,
-        "max_position_embeddings": 32768,
         # ours; other programs pass over it.
         "template": template,
     }
@@ -751,11 +893,42 @@ def decoder_json(text, tokenizer, template):
     if text.rope_scaling:
         described["rope_scaling"] = {"rope_type": "llama3", **text.rope_scaling}
         stretched = text.rope_scaling["original_max_position_embeddings"]
-        described["max_position_embeddings"] = int(stretched * text.rope_scaling["factor"])
-
-    for key, token in (("bos_token_id", "<s>"), ("eos_token_id", "</s>")):
-        described[key] = tokenizer.token_to_id(token) if tokenizer else None
+        described.setdefault("max_position_embeddings",
+                             int(stretched * text.rope_scaling["factor"]))
     return described
+
+
+def answer_ends(text, tokenizer, template):
+    """The ids that end an answer: those of the decoder's own files, and the template's."""
+    ends = list(text.end_tokens)
+    if tokenizer is not None and data.fits(tokenizer, template):
+        mark = data.end_token(tokenizer, template)
+        if mark not in ends:
+            ends.append(mark)
+    return ends
+
+
+def one_or_list(ids):
+    """As config.json has it: null, one id, or a list."""
+    return ids if len(ids) > 1 else (ids or [None])[0]
+
+
+def files_beside(decoder, config, tokenizer):
+    """{file: its JSON} of what transformers wants to know beside the decoder's config.json: when to
+    stop, and what the tokenizer's marks are."""
+    start = decoder["bos_token_id"]
+    ends = answer_ends(config.text, tokenizer, config.template)
+    files = {"generation_config.json": {"bos_token_id": start, "eos_token_id": one_or_list(ends)}}
+
+    # A tokenizer that came from such a folder has its own.
+    if tokenizer is not None and "tokenizer_config.json" not in neighbours_of(tokenizer):
+        described = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if start is not None:
+            described["bos_token"] = tokenizer.id_to_token(start)
+        if data.fits(tokenizer, config.template):
+            described["eos_token"] = data.EOS[config.template]
+        files["tokenizer_config.json"] = described
+    return files
 
 
 # Each layout has a writer. It takes our config, our state dict and the tokenizer (or None), and
@@ -768,19 +941,23 @@ def write_own(config, state, tokenizer):
     return {"config.json": config.to_dict()}, state
 
 
-def published_json(decoder, vision, tower_key, more):
+def published_json(decoder, vision, tower_key, beside, more):
     """The JSON files of the two published layouts: the decoder's keys, those of tower and
     connector, and more. Their codes load the tower from the hub by its name, so its sizes are kept
-    in a file of our own."""
-    known = clip_json(vision) == clip_json(VisionConfig())
+    in a file of our own. beside: other files."""
+    preprocessor = preprocessor_json(vision)
+    known = (clip_json(vision) == clip_json(VisionConfig())
+             and preprocessor == preprocessor_json(VisionConfig()))
     described = decoder | {
         tower_key: CLIP_L if known else "",
         "mm_hidden_size": vision.dim,
         "mm_vision_select_layer": vision.select_layer, "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-        "use_mm_proj": True, "image_aspect_ratio": "pad",
+        "use_mm_proj": True,
+        "image_aspect_ratio": "pad" if vision.image_aspect == "pad" else "square",
     }
-    return {"clip_config.json": clip_json(vision), "config.json": described | more}
+    return {"clip_config.json": clip_json(vision), "preprocessor_config.json": preprocessor,
+            **beside, "config.json": described | more}
 
 
 def write_cumo(config, state, tokenizer):
@@ -797,6 +974,10 @@ def write_cumo(config, state, tokenizer):
             or (connector.n_experts and connector.top_k != top_k)):
         raise ValueError("the published layout has one number of experts and one top-k, for all "
                          "layers of the tower and the connector")
+    if (tower_has_experts and not rescales(vision)) or (
+            connector.n_experts and not rescales(connector)):
+        raise ValueError(f"top_k = {top_k} without rescaling; CuMo's released code rescales the "
+                         "weights to sum to 1")
     if connector.act != "gelu":
         raise ValueError("the published layout's connector has activation gelu, not "
                          f"{connector.act}")
@@ -811,7 +992,8 @@ def write_cumo(config, state, tokenizer):
     if kind == "llama" and not config.text.rope_scaling:
         kind = "mistral"
 
-    return published_json(decoder, vision, "mm_vision_tower", {
+    beside = files_beside(decoder, config, tokenizer)
+    return published_json(decoder, vision, "mm_vision_tower", beside, {
         "architectures": [f"Llava{kind.capitalize()}ForCausalLM"], "model_type": f"llava_{kind}",
         "mm_projector_type": "smoe_mlp" if connector.n_experts else "mlp2x_gelu",
         "scales": vision.scales,
@@ -834,6 +1016,9 @@ def write_moe_llava(config, state, tokenizer):
             or connector.act != "gelu" or text.qkv_bias or config.z_coef):
         raise ValueError("MoE-LLaVA's layout has a dense tower of one scale, a dense connector "
                          "with gelu, a LLaMA or Mistral decoder and no z loss")
+    if rescales(text) != (text.top_k > 1):
+        raise ValueError(f"text.renormalise = {text.renormalise}: DeepSpeed's gate, which "
+                         "MoE-LLaVA's layout stands for, rescales from top-2 on")
     if text.aux != "sum" or not (text.capacity_factor and text.eval_capacity_factor):
         raise ValueError("MoE-LLaVA's layout has capacity factors, and sums the auxiliary losses "
                          "over the layers (text.aux sum); this model does not")
@@ -843,7 +1028,8 @@ def write_moe_llava(config, state, tokenizer):
     decoder = decoder_json(dense, tokenizer, config.template)
     kind = decoder["model_type"]
     counts = {layer: n for layer, n in enumerate(text.n_experts) if n}
-    files = published_json(decoder, vision, "mm_image_tower", {
+    beside = files_beside(decoder, config, tokenizer)
+    files = published_json(decoder, vision, "mm_image_tower", beside, {
         "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"],
         "model_type": f"moe_llava_{kind}", "image_projector_type": "mlp2x_gelu",
         "moe": {
@@ -861,7 +1047,8 @@ def write_moe_llava(config, state, tokenizer):
 def write_hf_decoder(config, state, tokenizer):
     """The decoder alone, as transformers writes it."""
     described = decoder_json(config.text, tokenizer, config.template)
-    return {"config.json": described}, published(starting_with("text.", state))
+    files = files_beside(described, config, tokenizer) | {"config.json": described}
+    return files, published(starting_with("text.", state))
 
 
 def write_hf_tower(config, state, tokenizer):
@@ -874,7 +1061,8 @@ def write_hf_tower(config, state, tokenizer):
                          "cumo")
     tensors = published(starting_with("vision.", state))
     tensors = {name.removeprefix("model.vision_tower."): w for name, w in tensors.items()}
-    return {"config.json": clip_json(config.vision)}, tensors
+    return {"preprocessor_config.json": preprocessor_json(config.vision),
+            "config.json": clip_json(config.vision)}, tensors
 
 
 def starting_with(prefix, state):
@@ -914,9 +1102,29 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
     os.makedirs(folder, exist_ok=True)
     save_tensors(folder, tensors)
     if tokenizer is not None and layout != "hf-clip":
-        write_atomically(join(folder, "tokenizer.json"), tokenizer.save)
+        save_tokenizer(tokenizer, folder)
     for file, described in files.items():
         write_json(join(folder, file), described)
+
+
+# What transformers keeps beside a tokenizer.json. Nothing of it is used here, but it goes along.
+NEIGHBOURS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "chat_template.jinja")
+
+
+def neighbours_of(tokenizer):
+    """{file: its content} of what lay beside the tokenizer's file when it was read."""
+    return getattr(tokenizer, "neighbours", {})
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write tokenizer.json, and what came along with it."""
+    write_atomically(join(folder, "tokenizer.json"), tokenizer.save)
+    for name, content in neighbours_of(tokenizer).items():
+        def write(temporary):
+            with open(temporary, "wb") as f:
+                f.write(content)
+        write_atomically(join(folder, name), write)
 
 
 SHARD_BYTES = 5 * 10**9
@@ -961,6 +1169,7 @@ def write_tensors(file, tensors, **header):
 
 def write_atomically(path, write):
     """Call write(temporary name), then rename: a kill in between leaves the old file whole."""
+    remove_leftovers(os.path.dirname(path) or ".")
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         write(temporary)
@@ -973,6 +1182,27 @@ def write_atomically(path, write):
     finally:
         if exists(temporary):
             os.remove(temporary)
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files of processes that were killed while they wrote."""
+    for name in os.listdir(folder):
+        match = re.fullmatch(r".+\.(\d{1,9})\.tmp", name)
+        if match and not is_alive(int(match[1])):
+            # Another process may have been faster.
+            with contextlib.suppress(OSError):
+                os.remove(join(folder, name))
+
+
+def is_alive(pid):
+    """Is there a process of this number? (Signal 0 is not sent; it only asks.)"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is somebody else's
+    return True
 
 
 def write_json(path, value):
@@ -1013,11 +1243,20 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
         rename = published_whisper_name if is_whisper else published_name
         shapes = shapes_in(files, rename)
 
+    tokenizer = None
+    tokenizer_file = join(path, "tokenizer.json")
+    if exists(tokenizer_file):
+        tokenizer = read_tokenizer(tokenizer_file)
+
     # Values of a wrong kind lead to errors of many kinds.
     try:
-        model = build_on_meta(read_config(theirs, shapes, path))
-    except Exception as e:
+        model = build_on_meta(read_config(theirs, shapes, path, tokenizer))
+    except ValueError as e:
         raise ValueError(f"{config_file}: {e}") from None
+    except Exception as e:
+        raise ValueError(f"{config_file}: {type(e).__name__}: {first_line(e)}") from None
+    if tokenizer is not None and isinstance(model, CuMo):
+        check_vocabulary(tokenizer, model.config, tokenizer_file)
 
     stream = match_tensors(files, state_of(model), path, rename, listing)
     if later is not None:
@@ -1025,8 +1264,7 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     else:
         fill_from(stream, model, dtype, device)
 
-    file = join(path, "tokenizer.json")
-    return model.eval(), read_tokenizer(file) if exists(file) else None
+    return model.eval(), tokenizer
 
 
 def build_on_meta(config):
@@ -1036,7 +1274,7 @@ def build_on_meta(config):
             # Through Config, which checks the fields.
             return VisionTransformer(Config(vision=config).vision)
         if isinstance(config, AudioConfig):
-            return AudioTransformer(config)
+            return AudioTransformer(Config(audio=config).audio)
         return CuMo(config)
 
 
@@ -1063,6 +1301,7 @@ def fill_from(stream, model, dtype=None, device="cpu"):
 
     # What is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
     prefix = PREFIXES[type(model)]
+    unify_types(state)
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
 
@@ -1071,6 +1310,21 @@ def fill_from(stream, model, dtype=None, device="cpu"):
         model.connector.to(model.vision.patch.weight.dtype)
     if isinstance(model, CuMo) and model.audio:
         model.resampler.to(model.audio.conv1.weight.dtype)
+
+
+def unify_types(state):
+    """Give each part of a model, in place, the float type that most of its numbers have.
+
+    Some programs leave norms in float32 in a bfloat16 model, and products of two types are an
+    error. transformers has one type for a whole model. Routers keep theirs: see MoE.logits.
+    """
+    sizes = defaultdict(Counter)  # part -> {type: how many numbers}
+    for name, tensor in state.items():
+        sizes[name.split(".")[0]][tensor.dtype] += tensor.numel()
+    for name, tensor in state.items():
+        [(dtype, _)] = sizes[name.split(".")[0]].most_common(1)
+        if not name.endswith(".router"):
+            state[name] = tensor.to(dtype)
 
 
 def match_tensors(files, wanted, where, rename=None, listing=None):
@@ -1092,6 +1346,8 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
                 continue
             raise ValueError(f"{where}: tensor {theirs} has no place in this model")
 
+        check_values(where, theirs, tensor)
+
         # The place must have its shape.
         ours, expert = places[name]
         shape = wanted[ours].shape
@@ -1112,6 +1368,19 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
     # Naming the first one is enough.
     for name in missing:
         raise ValueError(f"{where}: tensor {name} is missing")
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_values(where, name, tensor):
+    """Raise ValueError for a tensor that is no plain array of floating-point numbers."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(f"{where}: tensor {name} is sparse, or without values (on meta); save it "
+                         "as a dense one")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{where}: tensor {name} is {tensor.dtype}; weights are float32, bfloat16 "
+                         "or float16. Quantized ones must be converted first")
 
 
 @torch.no_grad()
@@ -1150,16 +1419,18 @@ def local_folder(path):
     on the hub ("shi-labs/CuMo-mistral-7b")."""
     if os.path.isfile(join(path, "config.json")):
         return path
-    if exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    # Nobody's models on the hub are called out/...; that is where train.py writes.
+    is_ours = path.startswith("out/")
+    if is_ours or exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
                          "train.py`, or check the path")
 
     # It comes with tokenizers, and is needed here only.
     from huggingface_hub import snapshot_download
     try:
-        folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+        folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
         if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-            folder = snapshot_download(path, allow_patterns=["*.json", "*.bin"])
+            folder = snapshot_download(path, allow_patterns=["*.json", "*.bin", "*.jinja"])
         return folder
     except Exception as e:
         # No network, no such repository, no permission...
@@ -1191,7 +1462,7 @@ def weight_files(path, theirs):
         if exists(tower):
             files.append(tower)
         else:
-            named = tower_folder(theirs) or "(no mm_vision_tower in the config)"
+            named = tower_folder(theirs, path) or "(no mm_vision_tower in the config)"
             files += weight_files(local_folder(named), {})
     connector = join(path, "mm_projector.bin")
     if not starting_with(PROJECTOR, names) and exists(connector):
@@ -1264,7 +1535,8 @@ def read_bin(file, device):
     # Where shapes are enough, the file is mapped and its tensors are not read.
     mmap = device == "meta" and zipfile.is_zipfile(file)
     state = torch.load(file, map_location=device, weights_only=True, mmap=mmap)
-    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and torch.is_tensor(t) for name, t in state.items()):
         raise ValueError("must hold a dictionary of tensors")
     return state
 
@@ -1272,6 +1544,7 @@ def read_bin(file, device):
 @contextlib.contextmanager
 def errors_that_name(file):
     """Turn whatever goes wrong while a file is read into one line that names the file."""
+    check_is_file(file)
     try:
         yield
     except FileNotFoundError:
@@ -1283,17 +1556,42 @@ def errors_that_name(file):
         raise ValueError(f"{file}: cannot be read, truncated perhaps: {first_line(e)}") from None
 
 
+def check_is_file(file):
+    """Raise ValueError for a folder, or for a pipe, which would be waited for for ever."""
+    if exists(file) and not os.path.isfile(file):
+        raise ValueError(f"{file}: a folder or a pipe stands in the file's place")
+
+
 def read_tokenizer(file):
     """A tokenizer.json, without the truncation and padding that it may ask for: data.py pads and
     cuts."""
+    check_is_file(file)
     try:
-        tokenizer = Tokenizer.from_file(file)
+        with open(file, encoding="utf-8-sig") as f:
+            tokenizer = Tokenizer.from_str(f.read())
     except Exception as e:
         # Tokenizers raises bare Exceptions.
         raise ValueError(f"{file}: cannot be read as a tokenizer: {e}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+
+    # They are kept with it, for `save_tokenizer`.
+    tokenizer.neighbours = {}
+    for name in NEIGHBOURS:
+        neighbour = join(os.path.dirname(file), name)
+        if os.path.isfile(neighbour):
+            with open(neighbour, "rb") as f:
+                tokenizer.neighbours[name] = f.read()
     return tokenizer
+
+
+def check_vocabulary(tokenizer, config, where):
+    """Raise ValueError unless the decoder has an embedding for all that the tokenizer may say."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= config.text.vocab_size:
+        raise ValueError(f"{where}: its ids go up to {highest}, the decoder's embedding has "
+                         f"{config.text.vocab_size} rows (text.vocab_size), 0 to "
+                         f"{config.text.vocab_size - 1}; this tokenizer belongs to another model")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1472,6 +1770,21 @@ def layer_counts(model, wanted, top_k, sources):
     return counts
 
 
+def warn_of_top_1(config, counts):
+    """Say that upcycling changes the output, where each token gets one expert of several.
+
+    Its weight is the router's probability, at first about 1 / E; if it were 1, the router would
+    learn from the auxiliary losses alone (kernels.route). The price is that training begins worse
+    than the dense model ended. The released CuMo has the weight 1: to have that too, set
+    `renormalise` in the part's config to True before.
+    """
+    for part, numbers in counts.items():
+        if max(numbers, default=0) > 1 and not getattr(config, part).renormalise:
+            warnings.warn(f"top_k = 1 changes the output of {part}: an expert counts as much as "
+                          f"its probability, at first about 1 / {max(numbers)} instead of 1",
+                          stacklevel=3)
+
+
 def check_decoder(model, where):
     """Raise ValueError unless a folder's model has a decoder to take experts from."""
     if not isinstance(model, CuMo):
@@ -1479,8 +1792,8 @@ def check_decoder(model, where):
 
 
 # Fields in which a source's decoder may differ from the model that it goes into.
-ABOUT_EXPERTS = {"n_experts", "top_k", "capacity_factor", "eval_capacity_factor", "min_capacity",
-                 "noisy", "aux"}
+ABOUT_EXPERTS = {"n_experts", "top_k", "renormalise", "capacity_factor", "eval_capacity_factor",
+                 "min_capacity", "noisy", "aux", "max_positions", "start_token", "end_tokens"}
 
 
 def check_same_sizes(where, theirs, ours, average):
@@ -1539,11 +1852,11 @@ def parse(argv=None):
         ("--audio", "DIR", "take an ear from this folder (Whisper)"),
         ("--connector", "FILE", "take the connector from this mm_projector.bin; default: new"),
         ("--experts", "DIRS", "with commas: their decoders' FFNs become the first one's experts"),
-        ("--template", None, "chat template: mistral, vicuna, openchat, plain or tiny; default: "
-         "by the decoder's architecture"),
         ("--tokenizer", "FILE", "a tokenizer.json, for folders with an older tokenizer.model"),
     ):
         add(flag, metavar=metavar, help=what)
+    add("--template", choices=data.TEMPLATES, help="how a conversation is written; default: by the "
+        "marks that the tokenizer knows and by the decoder's architecture")
     add("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
     add("--average", action="store_true", help="with --experts: all else is the mean over them")
     add("--every-other", action="store_true",
@@ -1599,6 +1912,12 @@ def main(argv=None):
         model.config.template = args.template
     if args.tokenizer:
         tokenizer = read_tokenizer(args.tokenizer)
+        if not is_tower:
+            check_vocabulary(tokenizer, model.config, args.tokenizer)
+            if not data.fits(tokenizer, model.config.template):
+                model.config.template = data.template_for(tokenizer, model.config.template)
+    if args.template and tokenizer is not None:
+        data.check_end_mark(tokenizer, args.template)
     save(model, args.out, tokenizer, layout=args.to)
 
     n_params = sum(p.numel() for p in model.parameters())

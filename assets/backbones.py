@@ -23,6 +23,11 @@ import random
 import sys
 from dataclasses import dataclass
 
+# OpenMP's threads wait for each other by spinning, on a busy machine for ages: they shall give up
+# sooner. libgomp reads this when torch is loaded. What the user has set holds.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -157,7 +162,7 @@ class Regions(torch.utils.data.Dataset):
     def __init__(self, size, seed, tokenizer, config):
         self.scenes = data.Drawn("caption", size, seed)
         self.tokenizer = tokenizer
-        self.size = config.vision.image_size
+        self.wanted = data.picture_format(config.vision)
         self.cells = patch_cells(config.vision.image_size // config.vision.patch_size)  # (N,)
 
     def __len__(self):
@@ -182,7 +187,7 @@ class Regions(torch.utils.data.Dataset):
         return {
             "tokens": data.pad_rows([ids_of(p, self.tokenizer) + end for p in different], PAD),
             "labels": labels,
-            "images": torch.stack([data.load_image(s["images"][0], self.size) for s in samples]),
+            "images": torch.stack([data.load_image(s["images"][0], self.wanted) for s in samples]),
             "captions": data.pad_rows([ids + end for ids in captions], PAD),
             "broken": [],
             "truncated": 0,
@@ -198,7 +203,7 @@ def train_scene_tokenizer(vocab_size: int):
             pairs = [("Describe the scene.", data.describe(scene))]
             pairs += [(question, answer) for _, question, answer in asked]
             chat = data.render(data.as_turns(pairs), "tiny")
-            yield "".join(text for text, _ in chat) + data.describe(scene)
+            yield "".join(piece.text for piece in chat) + data.describe(scene)
 
     return data.train_tokenizer(texts(), vocab_size)
 
@@ -392,6 +397,7 @@ class Sounds(torch.utils.data.Dataset):
         self.tokenizer = tokenizer
         self.n = config.audio.n_frames // 2
         self.seconds = config.audio.n_frames / 100
+        self.n_mels = config.audio.n_mels
 
     def __len__(self):
         return len(self.sounds)
@@ -400,7 +406,7 @@ class Sounds(torch.utils.data.Dataset):
         sample = self.sounds[i]
         ids = self.tokenizer.encode(" " + data.describe_sound(sample["sound"])).ids
         ids = ids + [self.tokenizer.token_to_id("</s>")]
-        audio = data.load_audio(sample["audio"][0], self.seconds)
+        audio = data.load_audio(sample["audio"][0], self.seconds, self.n_mels)
         return [IMAGE] * self.n + ids, [IGNORE] * self.n + ids, audio
 
     def collate(self, samples):

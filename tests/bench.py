@@ -17,6 +17,11 @@ import time
 from typing import NamedTuple
 from unittest import mock
 
+# OpenMP's threads wait for each other by spinning, on a busy machine for ages: they shall give up
+# sooner. libgomp reads this when torch is loaded. What the user has set holds.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import torch
 from PIL import Image
@@ -296,7 +301,7 @@ def a_batch(args, stage: train.Stage, config: Config, device) -> dict:
     if args.preset == "tiny":
         tokenizer = load_backbones(train.BACKBONES)[1]
         drawn = data.Drawn("chat", rows, args.seed)
-        encoded = data.Encoded(drawn, tokenizer, "tiny", config.vision.image_size,
+        encoded = data.Encoded(drawn, tokenizer, "tiny", data.picture_format(config.vision),
                                config.n_image_tokens, stage.max_length)
         batch = data.collate([encoded[i] for i in range(rows)])
     else:

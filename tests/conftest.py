@@ -1,8 +1,13 @@
 """What all tests share: the project on the path, two threads at most, one seed, and very small models."""
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+if "OMP_WAIT_POLICY" not in os.environ:              # as train.py does, before torch is loaded; the processes that tests start inherit it
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]

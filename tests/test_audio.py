@@ -76,11 +76,50 @@ def test_extensible_pcm_reads_like_plain_pcm_and_other_kinds_are_refused(width, 
         d.read_wav(file)
 
 
+@pytest.mark.parametrize("dtype", ["<f4", "<f8"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_floats_read_as_written(dtype, channels, tmp_path):
+    both = np.stack([sine(440), sine(880, level=1.5)], 1)[:, :channels].astype(dtype)     # floats may be louder than 1
+    content = header(1, fmt=3, bits=8 * both.itemsize, channels=channels, data=both.tobytes())
+    for form in (content, extensible(content, 3), piped(content, 0xFFFFFFFF)):
+        (tmp_path / "x.wav").write_bytes(form)
+        wave, rate = d.read_wav(tmp_path / "x.wav")
+        assert wave.dtype == np.float32 and rate == 16_000 and np.abs(wave - both.mean(1)).max() < 1e-6
+
+
+def piped(content, size):
+    """The same WAV as a program writes it into a pipe, where it cannot come back to fill in the size."""
+    at = content.index(b"data") + 4
+    return content[:4] + struct.pack("<I", size) + content[8:at] + struct.pack("<I", size) + content[at + 4:]
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x80000000, 0x7FFFF000])          # others, ffmpeg, arecord, sox
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_a_wav_from_a_pipe_is_read_to_its_end(size, width, tmp_path):
+    content = open(write_wav(tmp_path / "x.wav", sine(440, 0.2), width=width), "rb").read()
+    want, _ = d.read_wav(tmp_path / "x.wav")
+    for rest in (b"", b"\1"[:width - 1]):                                          # a killed program leaves half a sample
+        (tmp_path / "x.wav").write_bytes(piped(content, size) + rest)
+        assert np.array_equal(d.read_wav(tmp_path / "x.wav", max_seconds=1)[0], want)
+
+
+def test_chunks_around_the_samples_are_passed_over(tmp_path):
+    content = open(write_wav(tmp_path / "x.wav", sine(440, 0.2)), "rb").read()
+    want, _ = d.read_wav(tmp_path / "x.wav")
+    odd, rest = b"LIST\5\0\0\0a data"[:13] + b"\0", b"id3 \4\0\0\0data"
+    (tmp_path / "x.wav").write_bytes(content[:36] + odd + content[36:] + rest)
+    assert np.array_equal(d.read_wav(tmp_path / "x.wav")[0], want)
+
+
 BAD_WAVS = {"missing": (None, "no such file; check the path"), "empty": (b"", "empty.*ffmpeg"),
             "text": (b"no sound" * 50, "ffmpeg"), "mp3": (b"ID3\4" + bytes(300), "ffmpeg"),
             "truncated": (header(2, data=bytes(16_000)), "truncated, 8000 of 32000 samples.*again"),
             "header alone": (header(2), "truncated, 0 of 32000"), "half a header": (header(2)[:30], "ends too early"),
-            "0 samples": (header(0), "0 samples"), "float": (header(1, fmt=3, bits=32, data=bytes(64_000)), "format.*ffmpeg"),
+            "0 samples": (header(0), "0 samples"), "pipe without samples": (piped(header(0), 0xFFFFFFFF), "0 samples"),
+            "half floats": (header(1, fmt=3, bits=16, data=bytes(32_000)), "16 bits.*format 3.*ffmpeg"),
+            "mu-law": (header(1, fmt=7, bits=8, data=bytes(16_000)), "mu-law.*ffmpeg"), "MP3 inside": (header(1, fmt=85), "format 85.*ffmpeg"),
+            "A-law": (header(1, fmt=6, bits=8, data=bytes(16_000)), "A-law.*ffmpeg"), "no channels": (header(1, channels=0), "0 samples"),
+            "data first": (header(1).replace(b"fmt ", b"tmf "), "before their format"), "RF64": (b"RF64" + header(1)[4:], "RIFF.*ffmpeg"),
             "rate of 0": (header(0.001, data=bytes(32)).replace(struct.pack("<I", 16_000), bytes(4)), "0 Hz"),
             "64 bits": (header(1, bits=64, data=bytes(128_000)), "64 bits"),
             "3 hours": (header(3 * 3600), "10,800 s of sound, over the limit of 600 s; cut it")}
@@ -180,18 +219,20 @@ WAVES = {"sweep": np.sin(2 * np.pi * (100 * (t := np.arange(48_000) / 16_000) + 
          "one sample": np.ones(1, np.float32)}
 
 
+@pytest.mark.parametrize("n_mels", [80, 128])                                     # up to large-v2; large-v3
 @pytest.mark.parametrize("kind", WAVES)
-def test_log_mel_equals_transformers(kind):
+def test_log_mel_equals_transformers(kind, n_mels):
     transformers = pytest.importorskip("transformers")
-    want = transformers.WhisperFeatureExtractor()(WAVES[kind], sampling_rate=16_000, return_tensors="pt").input_features
-    got = d.log_mel(WAVES[kind], 16_000)
-    assert got.shape == want.shape == (1, 80, 3000) and got.dtype == torch.float32 and (got - want).abs().max() < 1e-4
+    want = transformers.WhisperFeatureExtractor(n_mels)(WAVES[kind], sampling_rate=16_000, return_tensors="pt").input_features
+    got = d.log_mel(WAVES[kind], 16_000, n_mels=n_mels)
+    assert got.shape == want.shape == (1, n_mels, 3000) and got.dtype == torch.float32 and (got - want).abs().max() < 1e-4
 
 
-def test_mel_filters_equal_transformers():
+@pytest.mark.parametrize("n_mels", [80, 128])
+def test_mel_filters_equal_transformers(n_mels):
     audio = pytest.importorskip("transformers.audio_utils")
-    want = audio.mel_filter_bank(201, 80, 0, 8000, 16_000, norm="slaney", mel_scale="slaney").T
-    assert np.abs(d.whisper_ear()[1].numpy() - want).max() < 1e-7
+    want = audio.mel_filter_bank(201, n_mels, 0, 8000, 16_000, norm="slaney", mel_scale="slaney").T
+    assert np.abs(d.whisper_ear(n_mels)[1].numpy() - want).max() < 1e-7
 
 
 def test_chunks_are_computed_each_for_itself():
@@ -223,7 +264,7 @@ def turns(*texts):
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = d.train_tokenizer(["What is it? A red ring. Yes, no, five."] * 3, 300)
-    tokenizer.add_special_tokens([d.EOS["openchat"]])
+    tokenizer.add_special_tokens(sorted({mark for form in d.TEMPLATES.values() for mark in form.tokens}))
     return tokenizer
 
 
@@ -232,7 +273,7 @@ def item(*texts, images=(), **more):
 
 
 def encoded(samples, tokenizer, **kw):
-    return d.Encoded(samples, **{**dict(tokenizer=tokenizer, template="tiny", image_size=16, n_image_tokens=4, max_length=96,
+    return d.Encoded(samples, **{**dict(tokenizer=tokenizer, template="tiny", pictures=16, n_image_tokens=4, max_length=96,
                                         n_audio_tokens=3, seconds=1.0), **kw})
 
 
@@ -248,6 +289,8 @@ def test_every_chunk_of_a_long_sound_fills_its_own_slots(tokenizer):
     runs = [len(run) for run in re.findall("a+", "".join("a" if i == d.AUDIO else "." for i in x["tokens"].tolist()))]
     assert runs == [9, 3] and (x["tokens"] == d.IMAGE).sum() == 4 and (x["labels"][x["tokens"] < 0] == d.IGNORE).all()
     assert "frames" not in x
+    assert torch.equal(encoded([sample], tokenizer, n_mels=128)[0]["audio"][3:], d.load_audio(SHORT, 1.0, 128))
+    assert encoded([item("What?", "Yes.")], tokenizer, n_mels=128)[0]["audio"].shape == (0, 128, 100)
 
 
 def test_encode_chat_takes_one_number_for_each_audio_mark(tokenizer):
@@ -266,8 +309,7 @@ def test_encode_chat_takes_one_number_for_each_audio_mark(tokenizer):
 
 BAD_SENSES = {"too few sounds": (item("<audio><audio>", "Yes.", audio=[SHORT]), {}, "2 <audio>, the sample has 1 sounds"),
               "too many sounds": (item("<audio>", "Yes.", audio=[SHORT] * 2), {}, "1 <audio>, the sample has 2 sounds"),
-              "no sound": (item("<audio>", "Yes."), {}, "1 <audio>, the sample has 0 sounds"),
-              "no video": (item("<video>", "Yes."), {}, "1 <video>, the sample has 0 videos"),
+              "an image among videos": (item("<image><video>", "Yes.", video=[[RED]]), {}, "1 <image>, the sample has 0 images"),
               "video without mark": (item("<image>", "Yes.", images=[RED], video=[[RED]]), {}, "0 <video>, the sample has 1 videos"),
               "frames without end": (item("<video>", "Yes.", video=[[]]), {}, "without frames"),
               "deaf": (item("<audio>", "Yes.", audio=[SHORT]), {"n_audio_tokens": 0}, "hears nothing; leave them out"),
@@ -293,6 +335,20 @@ def test_frame_of_another_size_is_named(tmp_path, tokenizer):
         Image.new("RGB", (20, 20 + 4 * (i == 2))).save(file)
     with pytest.raises(ValueError, match=r"2\.png.*\(20, 24\).*\(20, 20\)"):
         encoded([item("<video>", "Yes.", video=[files])], tokenizer, strict=True)[0]
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<audio>", "<video>"])
+def test_a_mark_without_a_file_is_a_word_as_in_llava(mark, tokenizer):
+    others = {"images": [RED], "video": [[RED]], "audio": [SHORT]}
+    others.pop({"<image>": "images", "<audio>": "audio", "<video>": "video"}[mark])
+    if mark == "<image>":
+        others.pop("video")                                                        # its frames become images: the word is refused there
+    places = "".join({"images": "<image>", "video": "<video>", "audio": "<audio>"}[kind] for kind in others)
+    for files, places in (({}, ""), (others, places)):
+        x = encoded([item(f"{places}Is  {mark} a tag? ", f"{mark} is.", **files)], tokenizer, strict=True)[0]
+        text = tokenizer.decode([i for i in x["tokens"].tolist() if i >= 0], skip_special_tokens=False)
+        assert f"Is  {mark} a tag?" in text and f"<a> {mark} is.</s>" in text and x["broken"] == []
+        assert sorted({i for i in x["tokens"].tolist() if i < 0}) == sorted([-201] * ("audio" in files) + [-200] * bool(files.keys() - {"audio"}))
 
 
 def test_a_sample_without_sound_keeps_the_word_for_a_deaf_model(tokenizer):

@@ -2,6 +2,7 @@
 import io
 import itertools
 import json
+import os
 import random
 import re
 import struct
@@ -74,6 +75,148 @@ def test_image_cut_anywhere_raises_nothing_but_value_errors(kind, tmp_path):
     assert failed >= 20                                                            # (a decoder may forgive a short tail)
 
 
+# Pictures of every kind
+
+
+def levels(image, size=16):
+    """(size, size, 3): what load_image made of a picture, as values of 0 to 255 again."""
+    pixels = d.load_image(image, size).permute(1, 2, 0).double().numpy()
+    return (pixels * d.CLIP_STD + d.CLIP_MEAN) * 255
+
+
+def stored(image, kind, **how):
+    """The picture, written to a file of this kind and opened again."""
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+RAMP = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+GRAY = {"PNG": lambda: stored(Image.fromarray(RAMP), "PNG"), "TIFF": lambda: stored(Image.fromarray(RAMP), "TIFF"),
+        "big-endian TIFF": lambda: stored(Image.frombytes("I;16B", (16, 16), RAMP.astype(">u2").tobytes()), "TIFF"),
+        "PGM": lambda: Image.open(io.BytesIO(b"P5 16 16 65535\n" + RAMP.astype(">u2").tobytes())),
+        "in memory": lambda: Image.fromarray(RAMP), "16-bit RGB": lambda: Image.open(io.BytesIO(png(RAMP)))}
+
+
+def png(gray):
+    """A PNG of 16 bits a color, which Pillow cannot write."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in gray)
+    header = struct.pack(">IIBBBBB", *gray.shape, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", GRAY)
+def test_a_ramp_of_16_bits_stays_a_ramp(kind):
+    assert np.abs(levels(GRAY[kind]()) - (RAMP >> 8)[..., None]).max() < 1e-3
+
+
+@pytest.mark.parametrize("pixels", [RAMP.astype(np.int32), RAMP.astype(np.float32) / 65535])
+def test_32_bits_a_pixel_are_refused_by_name(pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "depth.tiff")
+    with pytest.raises(ValueError, match="depth.tiff: .*32 bits.*save it with 8 or 16"):
+        d.load_image(tmp_path / "depth.tiff", 16)
+
+
+# How EXIF's eight orientations are made of an upright picture: what undoes each.
+HELD = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
+@pytest.mark.parametrize("orientation", HELD)
+def test_a_picture_is_turned_upright_as_its_camera_says(orientation, kind):
+    upright, exif = picture(60, 40), Image.Exif()
+    exif[0x0112] = orientation
+    held = upright.transpose(Image.Transpose[HELD[orientation]]) if orientation > 1 else upright
+    image = stored(held, kind, exif=exif, **dict(quality=100, subsampling=0) if kind == "JPEG" else {})
+    apart = np.abs(levels(image, 48) - levels(upright, 48)).max()
+    assert apart < (6 if kind == "JPEG" else 1e-3)                                 # turned wrongly it would be 200
+    image = stored(held, "PNG", exif=exif)
+    d.load_image(image, 48)
+    assert image.size == held.size                                                 # a caller's own picture stays as it is
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_data_say_nothing():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a maker"
+    good, rng = exif.tobytes(), random.Random(0)
+    want = levels(picture(60, 40), 48)
+    for _ in range(100):
+        damaged = bytearray(good)
+        for _ in range(4):
+            damaged[rng.randrange(6, len(good))] = rng.randrange(256)
+        got = levels(stored(picture(60, 40), "PNG", exif=bytes(damaged)), 48)
+        assert got.shape == want.shape
+    assert np.abs(levels(stored(picture(60, 40), "PNG", exif=good[:9]), 48) - want).max() < 1e-3
+
+
+def clear(kind):
+    """A picture from clear black on the left to full red, blue or gray on the right, and its (color, alpha) there."""
+    alpha = np.broadcast_to(np.linspace(0, 255, 16).astype(np.uint8), (16, 16))
+    solid = Image.new("RGB", (16, 16), (200, 30, 90))
+    if kind in ("RGBA", "RGBa"):
+        solid.putalpha(Image.fromarray(alpha))
+        return solid.convert(kind), (200, 30, 90), alpha
+    if kind == "LA":
+        return Image.merge("LA", [Image.new("L", (16, 16), 60), Image.fromarray(alpha)]), (60, 60, 60), alpha
+    steps = np.where(alpha > 99, 255, 0).astype(np.uint8)                          # one color of these is clear as a whole
+    if kind == "P":
+        image = Image.fromarray((steps > 0).astype(np.uint8)).convert("P")
+        image.putpalette([0, 0, 0, 200, 30, 90])
+        return stored(image, "GIF", transparency=0), (200, 30, 90), steps
+    image = Image.fromarray(np.where(steps > 0, 60, 0).astype(np.uint8))
+    if kind == "RGB":
+        return stored(image.convert("RGB"), "PNG", transparency=(0, 0, 0)), (60, 60, 60), steps
+    return stored(image, "PNG", transparency=0), (60, 60, 60), steps
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "RGBa", "LA", "P", "L", "RGB"])
+def test_what_is_transparent_lies_on_white(kind):
+    image, color, alpha = clear(kind)
+    share = alpha[..., None] / 255
+    assert np.abs(levels(image) - (share * np.array(color) + (1 - share) * 255)).max() < 2
+
+
+@pytest.mark.parametrize("mode, kind, near", [("CMYK", "JPEG", 12), ("CMYK", "TIFF", 1), ("P", "PNG", 1), ("YCbCr", "JPEG", 12), ("RGB", "WEBP", 16),
+                                              ("RGBA", "PNG", 1), ("HSV", None, 4)])
+@pytest.mark.parametrize("color", [(220, 40, 60), (30, 160, 80), (250, 250, 250)])
+def test_colors_are_right_in_every_mode(mode, kind, near, color):
+    image = Image.new("RGB", (16, 16), color).convert(mode, palette=Image.Palette.ADAPTIVE)
+    image = stored(image, kind) if kind else image
+    assert np.abs(levels(image) - np.array(color)).max() <= near
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_black_and_white_are_black_and_white(mode):
+    board = np.indices((16, 16)).sum(0) % 2 * 255
+    image = stored(Image.fromarray(board.astype(np.uint8)).convert(mode), "PNG")
+    assert image.mode == mode and np.abs(levels(image) - board[..., None]).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animation_is_its_first_frame(kind):
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
+    image = stored(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert image.n_frames == 3 and np.abs(levels(image) - (255, 0, 0)).max() < 4
+
+
+@pytest.mark.parametrize("size", [(3, 65_000), (65_000, 3), (20_000, 90), (31_000, 300)])
+def test_a_ribbon_is_refused_before_its_square_fills_the_memory(size, tmp_path):
+    Image.new("1", size).save(tmp_path / "ribbon.png")
+    with pytest.raises(ValueError, match=f"ribbon.png: .*{size[0]} x {size[1]} pixels.*cut it"):
+        d.load_image(tmp_path / "ribbon.png", 16)
+
+
+@pytest.mark.parametrize("read", [lambda path: d.load_image(path, 16), d.read_wav])
+def test_what_is_no_file_is_refused_and_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path}: is a folder, a pipe or a device"):
+            read(path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat. In the expected texts «...» marks what is learnt: the answer, the space that leads to it, and the end mark. A model that
 # is asked stops reading before that space, so it has to write it.
@@ -135,8 +278,16 @@ CHATS = {
         "mistral": INST + "<image>\nWhat? [/INST]«  </s>»[INST] So? [/INST]« No. </s>»",
         "vicuna": SYS + " USER: <image>\nWhat? ASSISTANT:« </s>»USER: So? ASSISTANT:« No.</s>»"}),
 }
+CHATML = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
+LLAMA3 = ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to understand "
+          "the visual content that the user provides, and assist the user with a variety of tasks using natural language.<|eot_id|>",
+          "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>")
 for _, texts in CHATS.values():                                                        # MoE-LLaVA's openchat differs in the end mark alone
     texts["openchat"] = texts["vicuna"].replace("</s>", "<|end_of_turn|>")
+    for name, (system, question, answer, end) in {"chatml": CHATML, "llama3": LLAMA3}.items():
+        text = re.sub(r"\s+</s>", "</s>", texts["tiny"]) if name == "llama3" else texts["tiny"]        # Llama 3 strips
+        text = re.sub("<a>« ?", "<a>«", text).replace("<q>", question).replace("<a>", answer)
+        texts[name] = system + text.replace("</s>", end)
 EVERY = pytest.mark.parametrize("name, template", [(n, t) for n in CHATS for t in d.TEMPLATES])
 
 
@@ -149,10 +300,13 @@ def words():
     return [SYS, "USER: What is it? ASSISTANT: A red ring. [INST] Which color? [/INST] Yes, sure. No, two plus two is four. "] * 3
 
 
+MARKS = ["<s>", "</s>", "<|end_of_turn|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     t = d.train_tokenizer(words(), 400)
-    t.add_special_tokens([d.EOS["openchat"]])
+    t.add_special_tokens(MARKS)
     return t
 
 
@@ -172,7 +326,7 @@ def sentencepiece(kind):
     else:
         t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ("<unk>", "<s>", "</s>", "<|end_of_turn|>")])
+    t.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in ["<unk>", *MARKS]])
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return t
 
@@ -186,12 +340,12 @@ def unmark(marked):
     return re.sub("[«»]", "", marked), "".join(re.findall("«(.*?)»", marked, re.S))
 
 
-def llava_ids(text, tokenizer, n):
+def llava_ids(text, tokenizer, n, bos=True):
     """The text between the images is tokenized chunk by chunk; a <s> that the tokenizer adds stays at the first only."""
     ids = []
     for i, chunk in enumerate(text.split("<image>")):
-        new = tokenizer.encode(chunk).ids
-        has_bos = tokenizer.post_processor is not None
+        new = tokenizer.encode(chunk, add_special_tokens=bos).ids
+        has_bos = bos and tokenizer.post_processor is not None
         ids += new if i == 0 else [-200] * n + new[has_bos:]
     return ids
 
@@ -213,17 +367,17 @@ def test_ids_are_the_spelled_out_text_and_labels_the_answers(name, template, tok
 def test_sentencepiece_ids_equal_llavas_with_one_bos_in_front(name, template, spm):
     text, answers = unmark(CHATS[name][1][template])
     ids, labels = d.encode_chat(turns(CHATS[name][0]), spm, template, 3)
-    assert ids == llava_ids(text, spm, 3)
+    assert ids == llava_ids(text, spm, 3, bos=template not in ("chatml", "llama3"))
     # The released CuMo spells "<s>" out though its tokenizer adds one, too: for mistral there are two
-    n = 2 if template == "mistral" else 1
+    n = {"mistral": 2, "chatml": 0, "llama3": 0}.get(template, 1)
     assert ids[:n] == [1] * n and ids.count(1) == n and labels[:n] == [-100] * n
     learnt = spm.decode([label for label in labels if label != -100], skip_special_tokens=False)
     # This kind puts a space before each chunk, and drops the first when decoding
-    assert learnt.replace("\n ", "\n") == answers.removeprefix(" ")
+    assert learnt.replace("\n ", "\n").replace("> \n", ">\n") == answers.removeprefix(" ")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
-@pytest.mark.parametrize("template", ["tiny", "mistral", "vicuna", "openchat"])
+@pytest.mark.parametrize("template", ["tiny", "mistral", "vicuna", "openchat", "chatml", "llama3"])
 @pytest.mark.parametrize("name", [n for n in CHATS if "prompt" not in n])
 def test_a_prompt_is_what_stands_before_the_learnt_answer(name, template, kind, tokenizer):
     conversation, t = turns(CHATS[name][0]), tokenizer if kind == "bytes" else sentencepiece(kind)
@@ -252,6 +406,120 @@ def test_openchat_wants_a_tokenizer_with_its_end_mark(tokenizer):
         d.encode_chat(turns(["Why?", "No."]), d.train_tokenizer(words(), 400), "openchat", 1)
 
 
+# What the chat models of the field bring: GPT-2's kind of tokenizer, and a template in Jinja (Qwen2's and Llama 3's).
+BYTES = {
+    "chatml": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+               "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    "llama3": (MARKS[5:], "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+               "m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+               "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")}
+
+
+def gpt2_kind(marks, trim_offsets=True, **more):
+    """The tokenizer of a model that has no </s>. trim_offsets, SmolLM2's: tokens of blanks are told to stand for no characters."""
+    t = Tokenizer(models.BPE(**more))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.post_processor, t.decoder = processors.ByteLevel(trim_offsets=trim_offsets), decoders.ByteLevel()
+    t.train_from_iterator(words(), trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    t.add_special_tokens(marks)
+    return t
+
+
+@pytest.mark.parametrize("template", BYTES)
+def test_ids_equal_apply_chat_templates_and_labels_are_the_answers(template):
+    transformers = pytest.importorskip("transformers")
+    marks, jinja = BYTES[template]
+    t = gpt2_kind(marks)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token=marks[0], chat_template=jinja)
+    theirs.add_special_tokens({"additional_special_tokens": ["<image>"]})         # so LLaVA-NeXT makes room for an image
+    image, system = theirs.convert_tokens_to_ids("<image>"), re.search("(You are.*?)<", (CHATML if template == "chatml" else LLAMA3)[0])[1]
+    for texts in (["<image>\nWhat is it?", "A  red\n\nring. ", "Sure?", "Yes."], ["  Why?\n", "No", "Which   color?"], ["What?", ""]):
+        messages = [{"role": "system", "content": system}]
+        messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        want = theirs.apply_chat_template(messages, add_generation_prompt=len(texts) % 2 == 1, return_dict=False)
+        ids, labels = d.encode_chat(turns(texts), t, template, 1)
+        assert ids == [d.IMAGE if i == image else i for i in want]
+        learnt = t.decode([i for i in labels if i >= 0], skip_special_tokens=False)
+        assert learnt == "".join(a + "<|im_end|>\n" if template == "chatml" else a.strip() + "<|eot_id|>" for a in texts[1::2])
+
+
+def test_the_template_is_the_one_whose_marks_the_tokenizer_knows(tokenizer):
+    for name, (marks, _) in BYTES.items():
+        assert d.template_for(gpt2_kind(marks), "vicuna") == name
+    assert d.template_for(sentencepiece("prepend"), "mistral") == "chatml"
+    assert d.template_for(d.train_tokenizer(words(), 400), "mistral") == "mistral"
+    assert d.template_for(gpt2_kind(["<|end_of_turn|>"]), "mistral") == "openchat"
+
+
+def test_a_tokenizer_without_the_end_mark_is_refused_and_told_what_fits():
+    chat, t = turns(["Why?", "No."]), gpt2_kind(BYTES["chatml"][0])
+    t.add_tokens(["</"])
+    with pytest.raises(ValueError, match="vicuna ends answers with </s>.*--template chatml$"):
+        d.encode_chat(chat, t, "vicuna", 1)
+    with pytest.raises(ValueError, match="does not know </s>.*--template chatml"):
+        d.Encoded([chat], t, "mistral", 16, 4, 64)                                # before a run, not in its every sample
+    with pytest.raises(ValueError, match="unknown template 'nope'"):
+        d.Encoded([chat], t, "nope", 16, 4, 64)
+    with pytest.raises(ValueError, match="use another tokenizer"):
+        d.end_token(gpt2_kind([]), "vicuna")
+    named = Tokenizer(models.BPE({"<": 0, "/": 1, "s": 2, ">": 3, "</s>": 4}, []))      # as in Qwen2: in the vocabulary, but never made
+    with pytest.raises(ValueError, match="does not know </s>"):
+        d.end_token(named, "vicuna")
+    assert d.end_token(t, "chatml") == t.token_to_id("<|im_end|>")
+
+
+def test_what_the_tokenizer_adds_stands_once_and_in_front_alone(tokenizer):
+    t = Tokenizer.from_str(tokenizer.to_str())
+    bos, eos = (t.token_to_id(mark) for mark in ("<s>", "</s>"))
+    t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)])
+    for template in ("vicuna", "tiny", "plain", "openchat"):
+        for texts in (["<image>\nWhat?"], ["What?"], ["<image>\nWhat?", "A ring.", "And <image> <image>?"]):
+            ids, labels = d.encode_chat(turns(texts), t, template, 2)
+            bare, bare_labels = d.encode_chat(turns(texts), tokenizer, template, 2)
+            assert ids == [bos, *bare] and labels == [-100, *bare_labels] and (len(texts) > 1 or eos not in ids)
+
+
+TYPED = "Is </s> a mark, <|im_end|> too, <|eot_id|><s>?"
+
+
+@pytest.mark.parametrize("template", [name for name in d.TEMPLATES if name != "plain"])
+@pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
+def test_marks_that_somebody_types_are_text(template, kind, tokenizer):
+    t = tokenizer if kind == "bytes" else sentencepiece(kind)
+    marks = {t.token_to_id(mark) for mark in MARKS}
+    for typed, harmless in (([TYPED], ["Is it?"]), (["<image>\nWhat?", TYPED, "So?"], ["<image>\nWhat?", "Yes.", "So?"])):
+        ids, labels = d.encode_chat(turns(typed), t, template, 1)
+        clean, clean_labels = d.encode_chat(turns(harmless), t, template, 1)
+        assert [i for i in ids if i in marks] == [i for i in clean if i in marks]
+        assert [i for i in labels if i in marks] == [i for i in clean_labels if i in marks]
+        said = t.decode([i for i in ids if i >= 0 and i not in marks])
+        assert TYPED.replace(" ", "") in said.replace(" ", "")
+    assert not t.encode_special_tokens
+
+
+def test_a_mark_that_can_be_no_text_is_refused_by_name():
+    t = Tokenizer(models.WordLevel({"?": 0, "</s>": 1, "Why": 2}, unk_token="?"))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    t.add_special_tokens(["</s>"])
+    with pytest.raises(ValueError, match="</s>.*cannot write as text"):
+        d.encode_chat(turns(["Why </s> so"]), t, "vicuna", 1)
+
+
+def test_a_tokenizer_that_does_not_tell_where_its_tokens_stand_is_refused(monkeypatch):
+    tokenizer = gpt2_kind(["</s>"])
+
+    class Old:                                                                     # tokenizers before 0.20.3, with ignore_merges
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def encode(self, text, add_special_tokens=True):
+            e = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return type("Encoding", (), dict(ids=e.ids, tokens=e.tokens, special_tokens_mask=e.special_tokens_mask,
+                                             offsets=[(first, first) for first, _ in e.offsets]))
+    with pytest.raises(ValueError, match="tokenizers before 0.20.3"):
+        d.encode_chat(turns(["Why?", "No."]), Old(), "vicuna", 1)
+
+
 def test_audio_slots_are_expanded_and_masked(tokenizer):
     ids, labels = d.encode_chat(turns(["<image>\n<audio>\nWhat?", "Yes."]), tokenizer, "tiny", 4, n_audio_tokens=3)
     assert Counter(i for i in ids if i < 0) == {-200: 4, -201: 3}
@@ -275,8 +543,8 @@ def test_bad_conversation_is_a_value_error_that_says_where(kind, template, token
 
 
 def test_unknown_template_is_a_value_error_naming_the_known_ones(tokenizer):
-    with pytest.raises(ValueError, match="chatml.*mistral"):
-        d.encode_chat([ASK, SAY], tokenizer, "chatml", 4)
+    with pytest.raises(ValueError, match="alpaca.*mistral"):
+        d.encode_chat([ASK, SAY], tokenizer, "alpaca", 4)
 
 
 def test_nothing_to_learn_is_a_value_error_that_shows_the_sample():
@@ -290,7 +558,7 @@ def test_nothing_to_learn_is_a_value_error_that_shows_the_sample():
                                   "\x00\x7f\ufffd\u2028", "a" * 300])
 def test_trained_tokenizer_gives_any_text_back(text, tokenizer):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert tokenizer.get_vocab_size() <= 400
+    assert tokenizer.get_vocab_size() <= 400 + len(MARKS)
     assert tokenizer.encode("<q><a></s>").tokens == ["<q>", "<a>", "</s>"]
 
 
@@ -452,10 +720,12 @@ SAMPLES = [sample("a.png", ("<image>\nWhat?", "Ring."), id="x"), sample(),
            sample(["a.png", "b.png"], ("<image><image>\nSame?", "No. 猫\u2028")), sample(["a.png"], ("<image>", "ça va"))]
 
 
-@pytest.mark.parametrize("form", ["json", "pretty json", "jsonl", "jsonl, escaped", "jsonl, blank lines", "jsonl, CRLF"])
+@pytest.mark.parametrize("form", ["json", "pretty json", "jsonl", "jsonl, escaped", "jsonl, blank lines", "jsonl, CRLF", "json, BOM",
+                                  "jsonl, BOM"])
 def test_json_and_jsonl_give_the_same_samples(form, tmp_path):
     lines = [json.dumps(s, ensure_ascii="escaped" in form) for s in SAMPLES]
     text = {"json": json.dumps(SAMPLES), "pretty json": "\n " + json.dumps(SAMPLES, indent=2, ensure_ascii=False),
+            "json, BOM": "\ufeff" + json.dumps(SAMPLES), "jsonl, BOM": "\ufeff" + "\n".join(lines),
             "jsonl, blank lines": "\n\n".join(lines) + "\n\n", "jsonl, CRLF": "\r\n".join(lines)}.get(form, "\n".join(lines) + "\n")
     (tmp_path / "x.json").write_bytes(text.encode())
     data = d.LlavaJson(tmp_path / "x.json", "/pictures")
@@ -470,7 +740,8 @@ GOOD = json.dumps(sample())
 BAD_FILES = {"malformed jsonl": (f"{GOOD}\n{GOOD}\n{{broken\n{GOOD}", "line 3"), "cut jsonl": (f"{GOOD}\n{GOOD[:30]}", "line 2"),
              "malformed json": ('[\n{"id": 1},\n{"id": }\n]', "line 3"), "cut json": (f"[{GOOD},\n", "line 2"),
              "text": ("hello", "line 1"), "empty": ("", "no samples"), "white space": ("\n \n", "no samples"),
-             "empty list": ("[]", "no samples"), "not utf-8": (b'[{"id": "\xff\xfe"}]', "utf-8"), "missing": (None, "No such file")}
+             "empty list": ("[]", "no samples"), "deep": ("[" * 1000 + "]" * 1000, "too deeply"),
+             "deep line": (GOOD + "\n" + "[" * 1000, "line 2 on.*too deeply"), "not utf-8": (b'[{"id": "\xff\xfe"}]', "utf-8"), "missing": (None, "No such file")}
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
@@ -483,13 +754,20 @@ def test_bad_data_file_is_a_value_error_naming_file_and_line(kind, tmp_path):
         d.LlavaJson(str(file))
 
 
-@pytest.mark.parametrize("wrong", [3, "text", [1], {"id": 1}, {"conversations": "text"}, sample(5), sample([5]), sample({"a": 1})])
+@pytest.mark.parametrize("wrong", [sample(texts=("Why?", "half \ud83d")), sample("a\ud800.png"), 3, "text", [1], {"id": 1},
+                                   {"conversations": "text"}, sample(5), sample([5]), sample({"a": 1})])
 def test_sample_of_wrong_type_is_a_value_error_naming_it(wrong, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([sample(), wrong]))
     data = d.LlavaJson(tmp_path / "x.json")
     assert data[0]["conversations"] and len(data.lengths()) == 2
-    with pytest.raises(ValueError, match="x.json: sample 2"):
+    with pytest.raises(ValueError, match="x.json: sample 2") as e:
         data[1]
+    str(e.value).encode()                                                          # it can be printed
+
+
+def test_half_a_character_in_a_turn_is_an_error_that_can_be_printed(tokenizer):
+    with pytest.raises(ValueError, match="turn 1: half a character"):
+        d.encode_chat([{"from": "human", "value": "half \ud83d"}], tokenizer, "tiny", 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,7 +781,7 @@ def item(images=(), texts=("Why?", "No."), name="n"):
 
 
 def encoded(samples, tokenizer, **kw):
-    return d.Encoded(samples, **{**dict(tokenizer=tokenizer, template="tiny", image_size=16, n_image_tokens=4, max_length=64), **kw})
+    return d.Encoded(samples, **{**dict(tokenizer=tokenizer, template="tiny", pictures=16, n_image_tokens=4, max_length=64), **kw})
 
 
 BROKEN = {"too few images": (item([RED], ("<image><image>\nWhat?", "No.")), "2 <image>.*1 images"),

@@ -1,5 +1,6 @@
 """generate.py: answers, chat, measuring, pictures of the routing, and the command line."""
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data as d
 import generate
-from model import Config, CuMo
+from model import Config, CuMo, VisionConfig
 from upcycle import load, save
 from test_data import truth
 
@@ -71,7 +73,8 @@ def scripted(tokenizer, text, cut=None, template="tiny"):
             if on_token is not None:
                 on_token(torch.tensor([i]))
         return torch.tensor([ids])
-    config = SimpleNamespace(template=template, n_image_tokens=36, n_audio_tokens=0, frames_apart=False, vision=SimpleNamespace(image_size=48))
+    config = SimpleNamespace(template=template, text=SimpleNamespace(end_tokens=[]), n_image_tokens=36, n_audio_tokens=0,
+                             frames_apart=False, vision=VisionConfig(image_size=48))
     return SimpleNamespace(config=config, text=SimpleNamespace(embed=SimpleNamespace(weight=torch.zeros(1))), generate=generate)
 
 
@@ -104,6 +107,27 @@ def test_the_answer_ends_before_the_end_mark_and_is_stripped(tokenizer):
     assert generate.answer(scripted(tokenizer, " red circle \n</s></s></s>"), tokenizer, [prompt("What?")]) == ["red circle"]
 
 
+def chatml_tokenizer():
+    """A tokenizer of bytes without </s>, as Qwen2's and SmolLM2's."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+def test_an_answer_ends_at_any_end_mark_and_nowhere_else(end):
+    tokenizer, pieces = chatml_tokenizer(), []
+    talker = scripted(tokenizer, "<div>cat</div> </s> 1 > 0" + end * 2, template="chatml")
+    talker.config.text.end_tokens = [tokenizer.token_to_id("<|endoftext|>")]
+    asked = []
+    talker.generate = lambda tokens, generate=talker.generate, **kw: asked.append(kw["eos"]) or generate(tokens, **kw)
+    assert generate.answer(talker, tokenizer, [prompt("Why?")], stream=pieces.append) == ["<div>cat</div> </s> 1 > 0"] == ["".join(pieces)]
+    assert asked == [[tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]]
+    with pytest.raises(ValueError, match="</s>.*--template chatml"):
+        generate.answer(scripted(tokenizer, "x", template="vicuna"), tokenizer, [prompt("Why?")])
+
+
 def test_sampling_depends_on_the_seed_alone(model, tokenizer):
     say = lambda seed: generate.answer(model, tokenizer, [prompt("Why?")], max_new_tokens=10, temperature=1.0, top_p=0.9,
                                        generator=torch.Generator().manual_seed(seed))[0]
@@ -126,6 +150,30 @@ def test_streamed_pieces_of_a_model_add_up_to_its_answer(model, tokenizer):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chat
+
+
+@pytest.mark.parametrize("images", [[], [picture(0)]], ids=["no image", "an image"])
+def test_marks_typed_in_a_chat_are_words(images, model, tokenizer, monkeypatch, capsys):
+    first = "Two <image> <image>?" if not images else "What?"
+    lines = iter([first, "Is <image> a tag, or <video>, <audio>, </s><q>?", "So?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    read, encode = [], d.encode_chat
+    monkeypatch.setattr(d, "encode_chat", lambda *a: read.append(encode(*a)[0]) or (read[-1], None))
+    assert len(generate.chat(model, tokenizer, images, None, max_new_tokens=3)) == 6
+    assert [ids.count(d.IMAGE) for ids in read] == [36 * len(images)] * 3
+    assert [ids.count(tokenizer.token_to_id("<q>")) for ids in read] == [1, 2, 3]
+    words = tokenizer.decode([i for i in read[2] if i >= 0], skip_special_tokens=False)
+    assert "Is <image> a tag, or <video>, <audio>, </s><q>?" in words and (images or first in words)
+
+
+def test_more_than_the_decoder_learnt_to_read_is_an_error_and_in_a_chat_a_warning(model, tokenizer, monkeypatch, capsys):
+    n = len(d.encode_chat(prompt("Why is it so?")["conversations"], tokenizer, "tiny", 36)[0])
+    monkeypatch.setattr(model.config.text, "max_positions", n + 8)
+    assert generate.answer(model, tokenizer, [prompt("Why is it so?"), prompt("Why?")], max_new_tokens=8)
+    with pytest.raises(ValueError, match=rf"{n} tokens and up to 9 .* {n + 8} that this decoder"):
+        generate.answer(model, tokenizer, [prompt("Why?"), prompt("Why is it so?")], max_new_tokens=9)
+    with pytest.warns(UserWarning, match=f"more than the {n + 8}"):
+        assert len(generate.chat(model, tokenizer, [], "Why is it so?", max_new_tokens=9)) == 2
 
 
 def test_chat_keeps_the_turns_and_encodes_the_images_once(model, tokenizer, monkeypatch, capsys):
@@ -299,6 +347,12 @@ def test_the_image_is_shown_as_the_tower_gets_it(image, seer, tmp_path, written)
     torch.testing.assert_close((seen - mean) / std, d.load_image(image, 48), atol=0.5 / 255 / 0.26 + 1e-4, rtol=0)
 
 
+def test_another_normalisation_is_undone_in_the_picture(seer):
+    half, image = (0.5, 0.5, 0.5), picture(1).resize((48, 48))
+    wanted = d.PictureFormat(48, half, half)
+    assert np.array_equal(generate.as_seen(d.load_image(image, wanted), wanted).resize((48, 48), Image.Resampling.NEAREST), image)
+
+
 def test_patches_are_painted_in_the_color_of_their_first_choice(seer, tmp_path):
     black = Image.new("RGB", (48, 48))
     generate.draw_routing(seer, [black], str(tmp_path / "r.png"))
@@ -390,3 +444,59 @@ def test_the_program_fails_with_one_line_on_stderr(bad, folder, tmp_path):
                          capture_output=True, text=True, timeout=120)
     lines = run.stderr.strip().splitlines()
     assert run.returncode == 1 and run.stdout == "" and len(lines) == 1 and bad in lines[0]
+
+
+def test_before_any_training_the_error_says_to_train_and_the_hub_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)                      # to import it would fail
+    with pytest.raises(ValueError, match="^out/tiny: no model folder.*python train.py"):
+        generate.main(["--prompt", "Why?", "--device", "cpu"])
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text("\ufeff" + config.read_text(), encoding="utf-8")
+    assert load(str(tmp_path / "m"))[0].config == load(folder)[0].config
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--images", "pic.png", "--prompt", "hi"], "--images acts with --eval only.*--image"),
+    (["--out", "a", "--prompt", "hi"], "--out acts with --eval"),
+    (["--answers", "a"], "--answers acts with --score"), (["--allow-missing", "--prompt", "hi"], "--allow-missing"), (["--batch", "3"], "--batch"),
+    (["--suffix", "x"], "--suffix"), (["--eval", "q", "--out", "a", "--image", "x.png"], "--image acts"),
+    (["--eval", "q", "--out", "a", "--audio", "x.wav", "--routing", "r.png"], "--audio acts"), (["--eval-drawn", "3", "--images", "x"], "--images"),
+    (["--score", "exact", "--answers", "a", "--annotations", "b", "--model", "m"], "--model acts"),
+    (["--write-drawn", "d", "--prompt", "x"], "--prompt"),
+    (["--score", "exact", "--answers", "a", "--annotations", "b", "--eval-drawn", "3"], "--eval-drawn"), (["--prompt", " "], "--prompt is empty"),
+    (["--prompt", "x", "--top-p", "0.5"], "--temperature"), (["--prompt", "x", "--seed", "1"], "--temperature"),
+    (["--prompt", "x", "--batch", "16"], "--batch")])                              # given, though it is the default
+def test_a_flag_that_would_be_ignored_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        generate.main(flags)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--device", "abc"], "--device abc"), (["--device", "cuda"], "--device cuda"), (["--device", "meta"], "--device meta"),
+    (["--temperature", "nan"], "temperature"), (["--temperature", "inf"], "temperature"), (["--top-p", "nan"], "top_p"),
+    (["--max-new-tokens", "1" + "0" * 20], "--max-new-tokens"), (["--seed", "-1"], "--seed"), (["--seed", "1" + "0" * 20], "--seed"),
+    (["--eval-drawn", "0"], "--eval-drawn"), (["--eval-drawn", "-3"], "--eval-drawn"),
+    (["--eval", "q", "--out", "a", "--batch", "1" + "0" * 20], "--batch"),
+    (["--prompt", "half \ud83d"], "half a character")])
+def test_flags_of_a_wrong_kind_are_value_errors_in_words(flags, message, folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if flags == ["--device", "cuda"] and torch.cuda.device_count():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=message):
+        generate.main(["--model", folder, *([] if "--prompt" in flags or "--eval" in flags else ["--prompt", "x"]), *flags])
+
+
+def test_flags_that_are_given_reach_the_drawn_questions(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(generate, "answer", lambda m, t, samples, **options: calls.append((len(samples), options)) or [""] * len(samples))
+    for flags in ([], ["--batch", "4", "--max-new-tokens", "3", "--temperature", "0.5", "--seed", "2", "--compile"]):
+        generate.main(["--model", folder, "--device", "cpu", "--eval-drawn", "6", *flags])
+    (n, default), (first, given), (second, _) = calls
+    assert n == 6 and default["max_new_tokens"] == 16 and default["temperature"] == 0 and not default["compile"]
+    assert (first, second) == (4, 2) and given["max_new_tokens"] == 3 and given["temperature"] == 0.5 and given["compile"]
+    assert given["generator"].initial_seed() == 2

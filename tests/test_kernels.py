@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import Routing, moe_ffn, route
+from kernels import MoE, Routing, moe_ffn, route
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Routing
@@ -38,7 +38,8 @@ def plain_route(logits, k, mask=None, factor=None, min_capacity=0):
                     taken[e] += 1
                     if taken[e] > capacity:
                         weights[n][choice] = 0.0
-    weights = [[w / (sum(row) or 1) for w in row] for row in weights]
+    if k > 1:                                            # a single weight stays the probability
+        weights = [[w / (sum(row) or 1) for w in row] for row in weights]
     n = max(n_real, 1)
     return weights, experts, n_experts * sum(a / n * b / n for a, b in zip(mean_p, first)), z / n
 
@@ -57,11 +58,12 @@ def check_rows(r, logits, k, mask=None, *capacity):
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_routing_is_softmax_topk_renormalised_with_losses_averaged_over_rows(k):
+def test_routing_is_softmax_topk_renormalised_from_top_2_on_with_losses_averaged_over_rows(k):
     logits = torch.randn(3, 7, 5) * 2
     r = route(logits, k)
     check_rows(r, logits, k)
-    torch.testing.assert_close(r.weights.sum(-1), torch.ones(3, 7))
+    torch.testing.assert_close(r.weights.sum(-1), torch.ones(3, 7) if k > 1 else logits.softmax(-1).amax(-1))
+    assert torch.equal(route(logits, 1, renormalise=True).weights, torch.ones(3, 7, 1))      # as in the released CuMo, and in Mixtral
     deep = route(logits.view(3, 1, 7, 5), k)                                 # more leading dimensions: the same rows
     assert torch.equal(deep.weights[:, 0], r.weights) and deep.weights.shape == (3, 1, 7, k)
     torch.testing.assert_close((deep.balance, deep.z), (r.balance, r.z))
@@ -69,7 +71,7 @@ def test_routing_is_softmax_topk_renormalised_with_losses_averaged_over_rows(k):
 
 def test_one_row_needs_no_leading_dimension():
     logits = torch.randn(6, 4)
-    for got, want in zip(route(logits, 2), route(logits[None], 2)):
+    for got, want in zip(route(logits, 2)[:4], route(logits[None], 2)):
         torch.testing.assert_close(got, want.view_as(got))
 
 
@@ -176,7 +178,7 @@ def test_gradients_of_routing_equal_a_dense_restatement():
 def test_dropped_and_masked_tokens_have_finite_gradients():
     logits = torch.zeros(6, 2).requires_grad_()                              # all choose alike; five of six find no place
     r = route(logits, 1, torch.tensor([True] * 5 + [False]), capacity_factor=0.1)
-    assert r.weights[:, 0].tolist() == [1, 0, 0, 0, 0, 0]
+    assert r.weights[:, 0].tolist() == [0.5, 0, 0, 0, 0, 0]
     (r.weights * 1000).sum().backward()
     assert logits.grad.isfinite().all()
 
@@ -192,7 +194,7 @@ def test_statistics_are_float32_inside_autocast():
 
 def test_bf16_logits_are_routed_in_float32():
     logits = torch.randn(5, 4).bfloat16()
-    for a, b in zip(route(logits, 2), route(logits.float(), 2)):
+    for a, b in zip(route(logits, 2)[:4], route(logits.float(), 2)):
         assert torch.equal(a, b) and a.dtype == b.dtype
 
 
@@ -367,6 +369,68 @@ def test_moe_ffn_refuses_a_routing_for_other_tokens():
     (x, w, *rest), experts = problem(dtype=torch.float32)
     with pytest.raises(ValueError, match=r"\(8,\).*\(9,\)"):
         moe_ffn(x, Routing(w[:8], experts[:8], None, None), *rest)
+    with pytest.raises(ValueError, match=r"weights \(9, 1\) for experts \(9, 2\)"):
+        moe_ffn(x, Routing(w[:, :1], experts, None, None), *rest)
+
+
+@pytest.mark.parametrize("backend", [None, "loop", "sorted", "grouped"])
+def test_moe_ffn_refuses_a_routing_over_another_number_of_experts(backend):
+    (x, w, w_in, *rest), experts = problem(dtype=torch.bfloat16)
+    for n_experts in (3, 8):                             # with 8, choices of experts 4 to 7 were dropped, or their rows not written
+        with pytest.raises(ValueError, match=f"over {n_experts} experts, the layer has 4"):
+            moe_ffn(x, route(torch.randn(9, n_experts), 2), w_in, *rest, backend=backend)
+    for wrong, words in ((4, "0 to 4"), (-1, "-1 to ")):                         # a routing made by hand does not say of how many
+        experts[0] = torch.tensor([wrong, 0])
+        with pytest.raises(ValueError, match=f"chooses experts {words}.*the layer has 4"):
+            moe_ffn(x, Routing(w, experts, None, None), w_in, *rest, backend=backend)
+    with pytest.raises(ValueError, match="differ in the number of experts"):
+        moe_ffn(x, route(torch.randn(9, 4), 2), w_in[:3], *rest, backend=backend)
+
+
+def test_with_expert_parallelism_a_layer_has_its_part_of_the_experts(monkeypatch):
+    monkeypatch.setattr(kernels.dist, "get_world_size", lambda group: 2)
+    (_, _, *layer), _ = problem()
+    kernels.check_experts(route(torch.randn(9, 8), 2), layer, "two ranks")
+    with pytest.raises(ValueError, match="over 4 experts, the layer has 8"):
+        kernels.check_experts(route(torch.randn(9, 4), 2), layer, "two ranks")
+
+
+def moe(**more):
+    layer = MoE(8, 16, "gelu", 4, 2, **more)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return layer
+
+
+def test_top_1_routers_learn_from_the_task():
+    """Rescaled to sum to 1, the only weight is 1 whatever the router says: its gradient was rounding noise, under 1e-7."""
+    layer, x, up = moe(), torch.randn(50, 8), torch.randn(50, 8)
+    layer.top_k = 1
+    (layer(x)[0] * up).sum().backward()
+    logits = (x @ layer.router.T).detach().requires_grad_()                      # by hand: p of the best times its FFN
+    p, experts = logits.softmax(-1).max(-1)
+    y = plain_moe(x, torch.ones(50, 1), experts[:, None], layer.w_in, layer.w_out, None, None, None, "gelu").detach()
+    (p * (y * up).sum(1)).sum().backward()
+    torch.testing.assert_close(layer.router.grad, logits.grad.T @ x, rtol=1e-4, atol=1e-4)
+    assert layer.router.grad.norm() > 1
+
+
+def test_autocast_rounds_a_router_unless_it_is_a_float32_router():
+    """CuMo's and Mixtral's gate is a linear layer in the model's type; DeepSpeed's computes in float32, whatever it is stored in."""
+    plain, exact = moe(), moe(float32_router=True)
+    exact.load_state_dict(plain.state_dict())
+    x = torch.randn(400, 8)
+    want = x @ plain.router.T
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, logits = plain.logits(x), exact.logits(x)
+        y, _ = exact(x)
+    assert rounded.dtype == y.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, want)
+    logits.sum().backward()
+    assert exact.router.grad.dtype == torch.float32
+    half, x = exact.bfloat16(), x.bfloat16()
+    torch.testing.assert_close(half.logits(x), x.float() @ half.router.float().T)
+    assert exact.to("meta").logits(x.to("meta")).dtype == torch.float32          # train.py --plan
 
 
 def test_the_example_in_the_docstring_runs_and_its_loss_falls():

@@ -15,13 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import data
+import generate
 import upcycle as U
-from model import IMAGE, PAD, CuMo, VisionTransformer
+from model import IMAGE, PAD, CuMo, VisionConfig, VisionTransformer
 from upcycle import assemble, load, main, save
 
 UPCYCLE = Path(U.__file__)
@@ -282,6 +286,18 @@ def test_keys_that_a_decoders_config_leaves_out_have_transformers_defaults(hf, t
         assert (ours.top_k, ours.n_experts) == (theirs.num_experts_per_tok, [theirs.num_local_experts] * 2)
 
 
+@torch.no_grad()
+def test_a_mixtral_of_one_expert_a_token_rescales_its_weight_to_1_as_transformers_does(hf, tmp_path):
+    reference = hf("mixtral")
+    store(reference.model, tmp_path, STORES[0])
+    edit_json(tmp_path / "config.json", lambda cfg: cfg.update(num_experts_per_tok=1))
+    theirs, (ours, _) = type(reference.model).from_pretrained(tmp_path).eval(), load(tmp_path)
+    want = reference.ask(theirs, n_new=0)[0][0]
+    assert (ours(reference.tokens).logits[0] - want).abs().max() < 1e-4
+    again = there_and_back(ours, tmp_path / "again", "hf-llm")
+    assert again.config.text == ours.config.text and again.config.text.renormalise is True
+
+
 @pytest.mark.parametrize("begin", [0, 1, 2, 28])
 @torch.no_grad()
 def test_qwen2s_window_begins_at_its_layer_or_is_refused(hf, begin, tmp_path):
@@ -349,10 +365,13 @@ TEXTS = {
     "mixtral-window": dict(template="mistral", text=dict(n_experts=4, sliding_window=5)),
     "own-template": dict(template="tiny"),
 }
+KNOWN = dict(start_token=1, end_tokens=[2], max_positions=128)                     # or else an export adds what its tokenizer knows
+for kw in TEXTS.values():
+    kw["text"] = KNOWN | kw.get("text", {})
 SIGHTS = {
     "dense": {},
     "experts": dict(vision=dict(n_experts=4, scales=[1, 2]), connector=dict(n_experts=4)),
-    "one-of-three": dict(vision=dict(n_experts=3, top_k=1), connector=dict(n_experts=3, top_k=1)),
+    "one-of-three": dict(vision=dict(n_experts=3, top_k=1, renormalise=True), connector=dict(n_experts=3, top_k=1, renormalise=True)),
     "connector-only": dict(connector=dict(n_experts=2), vision=dict(scales=[1, 3], select_layer=-1)),
     "tower-only": dict(vision=dict(n_experts=4, act="gelu", norm_eps=1e-6), balance_coef=0.5, z_coef=0.25),
 }
@@ -368,6 +387,7 @@ def there_and_back(model, folder, layout):
 def words():
     tokenizer = Tokenizer(models.WordLevel({"?": 0, "<s>": 1, "</s>": 2, "red": 3}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
     return tokenizer
 
 
@@ -396,7 +416,7 @@ def test_a_whole_model_comes_back_bit_for_bit(tiny_model, sight, kind, layout, t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tower_and_a_decoder_come_out_of_a_whole_model_bit_for_bit(tiny_model, dtype, tmp_path):
-    model = tiny_model(template="mistral").to(dtype)
+    model = tiny_model(**TEXTS["mistral"]).to(dtype)
     tower, decoder = there_and_back(model, tmp_path / "clip", "hf-clip"), there_and_back(model, tmp_path / "llm", "hf-llm")
     assert same(tower, model.vision) and tower.config == model.config.vision
     assert same(decoder.text, model.text) and decoder.config == dataclasses.replace(model.config, vision=None)
@@ -407,6 +427,7 @@ def test_a_tower_and_a_decoder_come_out_of_a_whole_model_bit_for_bit(tiny_model,
 @pytest.mark.parametrize("name", [*DECODERS, "llava"])
 def test_a_foreign_model_comes_back_bit_for_bit_from_every_layout_that_can_hold_it(hf, name, tmp_path):
     model = load(store(hf(name).model, tmp_path / "theirs", STORES[0]))[0]
+    vars(model.config.text).update(start_token=1, end_tokens=[2])                  # Qwen2's class does not say
     for layout in ("own", "cumo") if name == "llava" else ("own", "hf-llm"):
         again = there_and_back(model, tmp_path / layout, layout)
         assert again.config == model.config and same(again, model)
@@ -418,6 +439,8 @@ def test_a_foreign_model_comes_back_bit_for_bit_from_every_layout_that_can_hold_
     (dict(vision=dict(n_experts=4), connector=dict(n_experts=2)), "cumo", "one number of experts"),
     (dict(vision=dict(n_experts=[4, 0, 4])), "cumo", "one number of experts"), (dict(connector=dict(act="silu")), "cumo", "silu"),
     (dict(vision=dict(n_experts=4, top_k=1), connector=dict(n_experts=4)), "cumo", "top-k"),
+    (dict(connector=dict(n_experts=4, top_k=1)), "cumo", "top_k = 1 without rescaling"),
+    (dict(text=dict(n_experts=4, top_k=1)), "hf-llm", "top_k = 1 without rescaling"),
     (dict(vision=None), "cumo", "no tower"), (dict(vision=None), "hf-clip", "no tower"), ({}, "gguf", "unknown layout")])
 def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(tiny_model, kw, layout, words, tmp_path):
     with pytest.raises(ValueError, match=words):
@@ -468,6 +491,95 @@ def test_llava_becomes_the_published_cumo_layout(hf, tmp_path, capsys):
         assert torch.equal(names[published], theirs[name])
     assert len(names) == len(theirs) - 2                                           # post_layernorm
     reference.check(load(tmp_path / "cumo")[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a model wants its pictures
+
+HALF = [0.5, 0.5, 0.5]
+NORMAL = U.preprocessor_json(VisionConfig(image_mean=HALF, image_std=[0.25, 0.5, 0.5]))
+
+
+def looks(vision):
+    return vision.image_aspect, vision.image_mean, vision.image_std
+
+
+CLIPS = looks(VisionConfig())
+
+
+def llava_folder(hf, folder, aspect=None, preprocessor=None, file="preprocessor_config.json"):
+    """LLaVA as it was first published, whose config.json says this about pictures."""
+    tower, connector, decoder, described = first_llava(hf("llava").model, folder / "tower")
+    described.pop("image_aspect_ratio")
+    described |= {"image_aspect_ratio": aspect} if aspect else {}
+    write(folder, tower | connector | decoder, "safetensors", described)
+    if preprocessor:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(json.dumps(preprocessor))
+    return folder
+
+
+@pytest.mark.parametrize("aspect, ours", [("pad", "pad"), ("square", "crop"), (None, "crop")])
+def test_image_aspect_ratio_says_whether_pictures_are_padded_or_cropped(hf, aspect, ours, tmp_path):
+    assert looks(load(llava_folder(hf, tmp_path, aspect))[0].config.vision) == (ours, *CLIPS[1:])
+
+
+@pytest.mark.parametrize("aspect, preprocessor, words", [
+    ("anyres", None, "image_aspect_ratio 'anyres'"), ("pad", dict(resample=2), "resample = 2"), ("pad", dict(do_normalize=False), "do_normalize"),
+    ("square", dict(do_center_crop=False), "do_center_crop"), ("pad", dict(image_std=[0, 1, 1]), "vision.image_std"),
+    ("pad", dict(image_mean=0.5), "vision.image_mean"), ("pad", dict(image_mean=["a", 1, 1]), "vision.image_mean")])
+def test_pictures_of_another_make_are_refused_by_name(hf, aspect, preprocessor, words, tmp_path):
+    with pytest.raises(ValueError, match=f"config.json: .*{words}"):
+        load(llava_folder(hf, tmp_path, aspect, preprocessor))
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "tower/preprocessor_config.json"])
+def test_mean_and_deviation_come_from_the_preprocessor_of_the_folder_or_of_its_tower(hf, file, tmp_path):
+    model, _ = load(llava_folder(hf, tmp_path, "pad", NORMAL, file))
+    assert looks(model.config.vision) == ("pad", HALF, [0.25, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("said, ours", [(None, "pad"), (dict(), "crop"), (dict(do_pad=True), "pad"), (dict(do_pad=False), "crop")])
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_transformers_llava_crops_unless_its_preprocessor_pads(hf, said, ours, file, tmp_path):
+    store(hf("llava").model, tmp_path, STORES[0])
+    if said is not None:
+        described = NORMAL | said
+        (tmp_path / file).write_text(json.dumps(described if file[:3] == "pre" else {"image_processor": described}))
+    assert looks(load(tmp_path)[0].config.vision) == (ours, *(CLIPS[1:] if said is None else (HALF, [0.25, 0.5, 0.5])))
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+@pytest.mark.parametrize("layout", ["own", "cumo", "moe-llava"])
+def test_how_a_model_wants_its_pictures_comes_back_from_every_layout(tiny_model, layout, aspect, tmp_path):
+    moe = dict(n_experts=[4, 0], aux="sum", capacity_factor=1.5, eval_capacity_factor=2.0) if layout == "moe-llava" else {}
+    model = tiny_model(vision=dict(image_mean=HALF, image_std=[0.25, 0.5, 0.5], image_aspect=aspect), text=moe, template="vicuna",
+                       z_coef=0.0)
+    assert looks(there_and_back(model, tmp_path, layout).config.vision) == (aspect, HALF, [0.25, 0.5, 0.5])
+    if layout != "own":
+        assert json.loads((tmp_path / "config.json").read_text())["image_aspect_ratio"] == ("pad" if aspect == "pad" else "square")
+
+
+def test_a_tower_brings_its_mean_along_and_transformers_reads_its_preprocessor(hf, tiny_model, tmp_path):
+    t = sys.modules["transformers"] if hf("clip") else None
+    model = tiny_model(vision=dict(image_mean=HALF, image_std=HALF, image_aspect="crop"), template="mistral")
+    save(model, tmp_path / "clip", layout="hf-clip")
+    save(model, tmp_path / "llm", words(), layout="hf-llm")
+    assembled, _ = assemble(str(tmp_path / "clip"), str(tmp_path / "llm"))
+    assert looks(assembled.config.vision) == ("pad", HALF, HALF)                   # new models pad, as CuMo's recipe does
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    theirs = t.CLIPImageProcessorPil.from_pretrained(tmp_path / "clip")(image, return_tensors="pt").pixel_values[0]
+    assert (data.load_image(image, data.picture_format(model.config.vision)) - theirs).abs().max() < 1e-5
+
+
+def test_folders_from_before_these_fields_load_on_as_clip_and_padded(tiny_model, tmp_path):
+    save(tiny_model(), tmp_path)
+
+    def older(cfg):
+        for name in ("image_mean", "image_std", "image_aspect"):
+            del cfg["vision"][name]
+    edit_json(tmp_path / "config.json", older)
+    assert looks(load(tmp_path)[0].config.vision) == CLIPS == ("pad", list(data.CLIP_MEAN), list(data.CLIP_STD))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,7 +714,7 @@ def test_parts_stored_in_different_dtypes_run_together(tiny_model, tmp_path):
 @pytest.fixture
 def parts(tiny_model, tmp_path):
     """A CLIP folder, an LLM folder with a tokenizer, and the model that they are the parts of."""
-    model = tiny_model(template="mistral")
+    model = tiny_model(template="mistral", text=KNOWN)
     save(model, tmp_path / "clip", layout="hf-clip")
     save(model, tmp_path / "llm", words(), layout="hf-llm")
     return model
@@ -655,7 +767,7 @@ def test_the_table_shows_where_every_tensor_goes(tiny_model, kw, tmp_path, capsy
 
 @pytest.mark.parametrize("layout", ["cumo", "hf-llm", "hf-clip"])
 def test_converting_there_and_back_on_the_command_line(tiny_model, layout, tmp_path, capsys):
-    model = tiny_model(template="mistral")
+    model = tiny_model(template="mistral", text=KNOWN)
     save(model, tmp_path / "own", words())
     main(["--from", str(tmp_path / "own"), "--to", layout, "--out", str(tmp_path / "theirs")])
     if layout == "hf-clip":
@@ -676,6 +788,117 @@ def test_a_missing_tokenizer_is_said_and_can_be_given(parts, tmp_path, capsys):
     assert "give one with --tokenizer" in capsys.readouterr().out
     main(["--from", str(tmp_path / "llm"), "--out", str(tmp_path / "with"), "--tokenizer", str(tmp_path / "t.json")])
     assert "--tokenizer" not in capsys.readouterr().out and load(tmp_path / "with")[1].to_str() == words().to_str()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a decoder's answers end, and what its tokenizer brings along
+
+CHATML_MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+JINJA = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def chat_tokenizer(marks):
+    """A tokenizer of bytes and these marks. The marks come first, as SmolLM2's do."""
+    t = Tokenizer(models.BPE({mark: i for i, mark in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, []))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.add_special_tokens(marks)
+    return t
+
+
+@pytest.fixture
+def smollm(hf, tmp_path):
+    """A folder as SmolLM2-Instruct's: a LLaMA without </s>, with two ends in generation_config.json, made by transformers."""
+    t = sys.modules["transformers"] if hf("llama") else None
+    config = t.LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                           max_position_embeddings=96, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+    model = t.LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = [2, 0]
+    model.save_pretrained(tmp_path / "smollm")
+    theirs = t.PreTrainedTokenizerFast(tokenizer_object=chat_tokenizer(CHATML_MARKS), bos_token="<|im_start|>", eos_token="<|im_end|>",
+                                       chat_template=JINJA, model_max_length=96)
+    theirs.save_pretrained(tmp_path / "smollm")
+    return tmp_path / "smollm"
+
+
+def test_a_decoder_is_asked_and_ends_as_its_own_files_say(smollm):
+    model, tokenizer = load(smollm)
+    text = model.config.text
+    assert (model.config.template, text.start_token, text.end_tokens, text.max_positions) == ("chatml", 1, [2, 0], 96)
+    (smollm / "generation_config.json").unlink()                                   # then config.json counts
+    assert load(smollm)[0].config.text.end_tokens == [2]
+    for value, ends in ((None, []), ([7, 8], [7, 8])):
+        edit_json(smollm / "config.json", lambda cfg: cfg.update(eos_token_id=value))
+        assert load(smollm)[0].config.text.end_tokens == ends
+    edit_json(smollm / "config.json", lambda cfg: cfg.update(eos_token_id="</s>"))
+    with pytest.raises(ValueError, match=r"config.json: text.end_tokens = \['</s>'\] must be a list, each entry a whole number"):
+        load(smollm)
+    edit_json(smollm / "config.json", lambda cfg: cfg.update(eos_token_id=2, template="tiny"))
+    assert load(smollm)[0].config.template == "tiny"                               # our own key in an export tells
+
+
+def test_parts_and_train_take_the_template_that_the_tokenizer_knows(smollm, tiny_model, tmp_path):
+    import train
+    save(tiny_model(), tmp_path / "clip", layout="hf-clip")
+    main(["--vision", str(tmp_path / "clip"), "--llm", str(smollm), "--out", str(tmp_path / "o")])
+    assert load(tmp_path / "o")[0].config.template == "chatml"
+    args = train.parse(["--preset", "cumo-1b", "--vision", str(tmp_path / "clip"), "--llm", str(smollm), "--data", "x", "--stage", "1"])
+    assert train.load_model(args, train.settings(args, 1), "", None)[0].config.template == "chatml"
+    known = chat_tokenizer(["</s>", *CHATML_MARKS])
+    known.save(str(smollm / "tokenizer.json"))
+    assert train.load_model(args, train.settings(args, 1), "", None)[0].config.template == "vicuna"        # the preset's, where it fits
+
+
+def test_an_export_keeps_ends_context_and_tokenizer(smollm, tmp_path):
+    import transformers
+    main(["--from", str(smollm), "--out", str(tmp_path / "own")])
+    main(["--from", str(tmp_path / "own"), "--to", "hf-llm", "--out", str(tmp_path / "back")])
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "back")
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "back")
+    assert (config.bos_token_id, config.max_position_embeddings) == (1, 96)
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, [2, 0])
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(f) for f in (tmp_path / "back", smollm))
+    assert (ours.eos_token, ours.bos_token, ours.model_max_length, ours.chat_template) == ("<|im_end|>", "<|im_start|>", 96, JINJA)
+    chat = [{"role": "user", "content": "Why?"}]
+    assert ours.apply_chat_template(chat, add_generation_prompt=True) == theirs.apply_chat_template(chat, add_generation_prompt=True)
+    assert load(tmp_path / "back")[0].config == load(smollm)[0].config
+
+
+@pytest.mark.parametrize("layout", ["hf-llm", "cumo"])
+def test_an_export_without_a_source_ends_where_its_template_does(tiny_model, layout, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = chat_tokenizer(["<unk>", "</s>", "<|end_of_turn|>"])
+    save(tiny_model(template="openchat", text=dict(vocab_size=300)), tmp_path, tokenizer, layout=layout)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 2) and "max_position_embeddings" not in config
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token == "<|end_of_turn|>" and theirs("Why?").input_ids == tokenizer.encode("Why?").ids
+
+
+def test_a_tokenizer_beyond_the_embedding_is_refused_when_it_is_loaded_or_given(tiny_model, tmp_path):
+    save(tiny_model(), tmp_path / "m", words())
+    large = words()
+    large.add_tokens([f"word{i}" for i in range(40)])
+    large.save(str(tmp_path / "t.json"))
+    with pytest.raises(ValueError, match=r"t\.json.*up to 43.*40 rows"):
+        main(["--from", str(tmp_path / "m"), "--out", str(tmp_path / "o"), "--tokenizer", str(tmp_path / "t.json")])
+    large.save(str(tmp_path / "m" / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*up to 43.*40 rows"):
+        load(tmp_path / "m")
+
+
+def test_a_tokenizer_that_is_given_chooses_the_template_too(smollm, tmp_path):
+    (smollm / "tokenizer.json").rename(tmp_path / "t.json")
+    assert load(smollm)[0].config.template == "vicuna"
+    main(["--from", str(smollm), "--out", str(tmp_path / "o"), "--tokenizer", str(tmp_path / "t.json")])
+    assert load(tmp_path / "o")[0].config.template == "chatml"
+
+
+def test_a_template_that_does_not_fit_is_refused_before_anything_is_written(smollm, tmp_path):
+    with pytest.raises(ValueError, match="</s>.*--template chatml"):
+        main(["--from", str(smollm), "--out", str(tmp_path / "o"), "--template", "vicuna"])
+    assert not (tmp_path / "o").exists()
 
 
 def command(*args):
@@ -814,7 +1037,30 @@ BROKEN = {                                                       # name: (how to
                              ["config.json", "original_max_position_embeddings"]),
     "activation": (config(hidden_act="relu2"), ["config.json", "relu2", "silu"]),
     "heads": (config(num_attention_heads=3), ["config.json", "n_heads = 3"]),
-    "type of a value": (config(hidden_size="wide"), ["config.json", "'wide'"]),
+    "type of a value": (config(hidden_size="wide"), ["config.json", "text.dim = 'wide' must be a whole number"]),
+    "type of our own key": (config(template=5), ["config.json", "template = 5 must be text in quotes"]),
+    "zero heads": (config(num_attention_heads=0), ["config.json", "text.n_heads = 0 must be a whole number"]),
+    "rope scaling that is a number": (config(rope_scaling=5), ["config.json", "rope_scaling = 5 must be an object"]),
+    "architecture that is a list": (config(model_type=["mixtral"], architectures=None), ["config.json", "['mixtral'] is not supported"]),
+    "tower that is a number": (config(mm_vision_tower=5), ["config.json", "mm_vision_tower = 5"]),
+    "config nested too deep": (lambda f: (f / "config.json").write_text('{"a": ' + "[" * 100000 + "]" * 100000 + "}"),
+                               ["config.json: malformed JSON"]),
+    "sparse tensor": (lambda f: to_bin(f, {**read(f), Q: read(f)[Q].to_sparse()}), [Q, "is sparse, or without values"]),
+    "tensor on meta": (tensors(lambda t: t.update({Q: t[Q].to("meta")}), "bin"), [Q, "is sparse, or without values (on meta)"]),
+    "tensor without a name": (lambda f: to_bin(f, {1: torch.zeros(1)}), ["must hold a dictionary of tensors"]),
+    "integers": (tensors(lambda t: t.update({Q: t[Q].char()})), [Q, "is torch.int8; weights are float32", "converted first"]),
+    "booleans": (tensors(lambda t: t.update({Q: t[Q] > 0})), [Q, "is torch.bool"]),
+    "float8": (tensors(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), [Q, "is torch.float8_e4m3fn"]),
+    "complex": (tensors(lambda t: t.update({Q: t[Q].to(torch.complex64)}), "bin"), [Q, "is torch.complex64"]),
+    "folder for a file": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),
+                          ["model.safetensors: a folder or a pipe"]),
+    "pipe for a file": (lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")),
+                        ["model.safetensors: a folder or a pipe"]),
+    "pipe for a tokenizer": (lambda f: ((f / "tokenizer.json").unlink(), os.mkfifo(f / "tokenizer.json")),
+                             ["tokenizer.json: a folder or a pipe"]),
+    "pipe for an index": (lambda f: os.mkfifo(f / "model.safetensors.index.json"), ["model.safetensors.index.json: a folder or a pipe"]),
+    "tokenizer of a larger model": (lambda f: Tokenizer(models.WordLevel({"?": 40}, unk_token="?")).save(str(f / "tokenizer.json")),
+                                    ["tokenizer.json: its ids go up to 40", "has 40 rows"]),
     "config cut short": (cut("config.json", 0.5), ["config.json: malformed JSON"]),
     "config missing": (lambda f: (f / "config.json").unlink(), ["no config.json in it"]),
     "weights missing": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors: missing"]),
@@ -989,3 +1235,16 @@ def test_whispers_encoder_equals_transformers(tmp_path):
     assert tokenizer is None
     with pytest.raises(ValueError, match="3000"):
         model(mel[:, :, :2000])
+
+
+@torch.no_grad()
+def test_an_ear_of_128_bands_is_given_128_bands(parts, tmp_path):
+    """Whisper large-v3."""
+    hf = pytest.importorskip("transformers", reason="the ear is made by transformers")
+    hf.WhisperModel(hf.WhisperConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                                     encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                     decoder_start_token_id=1, num_mel_bins=128)).save_pretrained(tmp_path / "whisper")
+    model, _ = assemble(str(tmp_path / "clip"), str(tmp_path / "llm"), audio=str(tmp_path / "whisper"), template="tiny")
+    sample = generate.sample_of("What?", audio=[(np.ones(16_000, np.float32), 16_000)])
+    _, senses = generate.sense(model, [sample])
+    assert senses["audio"].shape == (1, 128, 3000) and model.encode_audio(senses["audio"]).isfinite().all()

@@ -43,7 +43,7 @@ SHAPES = [(336, 640, 480), (336, 427, 640), (336, 336, 336), (336, 337, 336), (3
 
 
 @pytest.mark.parametrize("size, w, h, mode", [(*shape, "RGB") for shape in SHAPES] + [
-    (48, 90, 70, "L"), (48, 33, 70, "LA"), (48, 64, 99, "RGBA"), (336, 75, 40, "P"), (48, 40, 41, "1"), (336, 60, 50, "CMYK"),
+    (48, 90, 70, "L"), (48, 33, 70, "LA"), (336, 75, 40, "P"), (48, 40, 41, "1"), (336, 60, 50, "CMYK"),
     (48, 51, 80, "YCbCr")])
 def test_pixels_equal_llavas(size, w, h, mode, tmp_path):
     image = picture(w, h, mode)
@@ -53,6 +53,27 @@ def test_pixels_equal_llavas(size, w, h, mode, tmp_path):
     if mode not in ("CMYK", "YCbCr"):                                              # which PNG does not know
         image.save(tmp_path / "x.png")
         assert torch.equal(d.load_image(tmp_path / "x.png", size), x) and torch.equal(d.load_image(str(tmp_path / "x.png"), size), x)
+
+
+@pytest.mark.parametrize("size, w, h", SHAPES)
+def test_cropped_pixels_equal_clips(size, w, h):
+    """LLaVA's "square", which is also what it does without an image_aspect_ratio: CLIP's processor, and nothing else."""
+    image = picture(w, h)
+    want = clip_processor(size)(image, return_tensors="np")["pixel_values"][0]
+    assert np.abs(d.load_image(image, d.PictureFormat(size, aspect="crop")).numpy() - want).max() < 1e-5
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_another_mean_and_deviation_are_those_of_the_pixels_and_of_the_margins(aspect):
+    """SigLIP's, for example."""
+    half, image = (0.5, 0.5, 0.5), picture(90, 60)
+    kind, square = type(clip_processor(48)), image
+    if aspect == "pad":
+        square = Image.new("RGB", (90, 90), (127, 127, 127))
+        square.paste(image, (0, 15))
+    processor = kind(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_mean=half, image_std=half)
+    want = processor(square, return_tensors="np")["pixel_values"][0]
+    assert np.abs(d.load_image(image, d.PictureFormat(48, half, half, aspect)).numpy() - want).max() < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,8 +226,7 @@ def test_labels_are_the_answers_also_where_llava_drops_the_sample(template, kind
 @pytest.mark.parametrize("template", d.TEMPLATES)
 def test_a_prompt_is_llavas_and_what_precedes_the_answer_in_training(template, kind):
     tokenizer = tokenizer_of(kind)
-    if template == "openchat":
-        tokenizer.add_special_tokens([d.EOS[template]])
+    tokenizer.add_special_tokens(list(d.TEMPLATES[template].tokens))
     for texts in ordinary(template):
         prompt, masked = d.encode_chat(turns(texts[:-1]), tokenizer, template, 2)
         ids, labels = d.encode_chat(turns(texts), tokenizer, template, 2)

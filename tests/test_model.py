@@ -1,5 +1,7 @@
 """model.py: parameter counts, vision, connector, decoder, the splice, losses, decoding."""
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -84,7 +86,8 @@ def test_presets_do_not_share_lists(monkeypatch):
     (dict(connector=dict(n_experts=2, top_k=3)), "connector: top_k = 3 of n_experts = 2"),
     (dict(vision=dict(n_experts=4, top_k=5)), "vision: top_k = 5"),
     (dict(text=dict(n_experts=2, top_k=0)), "text: top_k = 0"),
-    (dict(text=dict(n_experts=-1)), "text: .*-1"),
+    (dict(text=dict(n_experts=-1)), "text.n_experts = -1"),
+    (dict(connector=dict(n_experts=10**20)), "connector.n_experts = 1000"),
     (dict(vision=dict(image_size=50, patch_size=8)), "50 .* 8"),
     (dict(vision=dict(n_layers=3, n_experts=[4, 4])), "lists 2 layers.* 3"),
     (dict(text=dict(n_layers=2, n_experts=[4, 4, 0])), "lists 3 layers.* 2"),
@@ -100,10 +103,48 @@ def test_presets_do_not_share_lists(monkeypatch):
     (dict(vision=5), "vision"),
     (dict(text=dict(n_heads=0)), "text.n_heads"),
     (dict(vision=dict(patch_size=0)), "vision.patch_size"),
+    (dict(text=dict(norm_eps="abc")), "text.norm_eps = 'abc' must be a number from"),
+    (dict(text=dict(norm_eps=float("nan"))), "text.norm_eps = nan must be"),
+    (dict(text=dict(n_experts=4, top_k=1.5)), "text.top_k = 1.5 must be a whole number"),
+    (dict(template=5), "template = 5 must be text"),
+    (dict(frames_apart=1), "frames_apart = 1 must be true or false"),
+    (dict(balance_coef="a"), "balance_coef = 'a' must be a number"),
+    (dict(text=dict(sliding_window=[])), r"text.sliding_window = \[\] must be a whole number from 1 to 1e\+09 or null"),
+    (dict(text=dict(rope_theta=None)), "text.rope_theta = None"),
+    (dict(text=dict(rope_scaling=5)), "text.rope_scaling = 5 must be an object, each value a number"),
+    (dict(text=dict(rope_scaling=dict(factor="a"))), "text.rope_scaling = {'factor': 'a'}"),
+    (dict(text=dict(rope_scaling=dict(factor=8, low_freq_factor=4, high_freq_factor=4, original_max_position_embeddings=64))), "low_freq"),
+    (dict(text=dict(head_dim=3)), "text.head_dim = 3 must be even"),
+    (dict(text=dict(n_heads=True)), "text.n_heads = True"),
+    (dict(text=dict(n_layers=10**9)), "text.n_layers = 1000000000 must be a whole number from 1 to 1000"),
+    (dict(text=dict(n_experts="4")), "text.n_experts = '4' must be a whole number from 0 to 1e.06 or a list, each"),
+    (dict(text=dict(n_experts=[4.0] * 32)), "text.n_experts = .4.0"),
+    (dict(text=dict(act=[])), r"text.act = \[\] must be one of gelu, quick_gelu, silu"),
+    (dict(text=dict(capacity_factor="1")), "text.capacity_factor = '1'"),
+    (dict(text=dict(min_capacity=-1)), "text.min_capacity = -1"),
+    (dict(text=dict(qkv_bias="no")), "text.qkv_bias = 'no' must be true or false"),
+    (dict(vision=dict(scales=5)), "vision.scales = 5 must be a list"),
+    (dict(vision=dict(scales=[1, True])), "vision.scales"),
+    (dict(vision=dict(select_layer="x")), "vision.select_layer = 'x'"),
+    (dict(audio=5), "audio must be an object"),
 ])
 def test_config_errors_name_the_field(d, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as e:
         Config.from_dict(d)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_a_field_without_limits_needs_only_its_annotation():
+    @dataclasses.dataclass
+    class Part:
+        mean: list[float] = None
+        end: int | list[int] | None = None
+        anything: list = None
+    M.check_fields("new.", Part, dict(mean=[0.5, 1], end=[2, 7], anything=["a", 1]))
+    M.check_fields("new.", Part, dict(end=None))
+    for name, value in (("mean", [0.5, "1"]), ("mean", 0.5), ("end", "2"), ("anything", 1)):
+        with pytest.raises(ValueError, match=f"new.{name} = "):
+            M.check_fields("new.", Part, {name: value})
 
 
 def test_unknown_preset_is_an_error_that_lists_the_known():
@@ -332,6 +373,27 @@ def test_rows_are_filled_with_eos_behind_their_first(tiny_model):
     assert model.generate(tokens[:1], max_new_tokens=10, eos=eos).tolist() == [free[0][:stop[0] + 1]]     # alone: no filling at all
 
 
+@torch.no_grad()
+def test_any_of_several_ends_ends_a_row(tiny_model):
+    model, tokens = tiny_model(), tokens_of([7, 3], [5], [11, 20, 30])
+    free = model.generate(tokens, max_new_tokens=10).tolist()
+    ends = [free[0][2], free[1][4], 39]
+    stop = [next((i for i, t in enumerate(row) if t in ends), 10) for row in free]
+    want = [[ends[0] if i > at else t for i, t in enumerate(row)][:min(10, max(stop) + 1)] for row, at in zip(free, stop)]
+    assert model.generate(tokens, max_new_tokens=10, eos=ends).tolist() == want and len(set(stop)) > 1
+    assert model.generate(tokens, max_new_tokens=10, eos=[]).tolist() == free
+
+
+@torch.no_grad()
+def test_context_ends_where_the_decoders_does(tiny_model):
+    model, tokens = tiny_model(text=dict(max_positions=12)), tokens_of([7, 3], [5], length=8)
+    assert model.generate(tokens, max_new_tokens=10).shape == (2, 10)                       # padding does not count
+    with pytest.raises(ValueError, match="2 tokens and up to 11 .* 12 that"):
+        model.generate(tokens, max_new_tokens=11)
+    with pytest.warns(UserWarning, match="12 that this decoder"):
+        assert model.generate(tokens, max_new_tokens=11, too_long="warn").shape == (2, 11)
+
+
 def test_sampling_follows_temperature_and_top_p():
     p = torch.tensor([0.1, 0.5, 0.04, 0.36])
     draw = lambda t, top_p, n=8000: sample(p.log().expand(n, 4), t, top_p, torch.Generator().manual_seed(1)).bincount(minlength=4) / n
@@ -339,6 +401,22 @@ def test_sampling_follows_temperature_and_top_p():
     torch.testing.assert_close(draw(2.0, 1.0), p.sqrt() / p.sqrt().sum(), rtol=0, atol=0.02)
     torch.testing.assert_close(draw(1.0, 0.8), torch.tensor([0, 0.5, 0, 0.36]) / 0.86, rtol=0, atol=0.02)     # 0.5 is not 0.8 yet
     assert draw(1.0, 0.4).tolist() == [0, 1, 0, 0] and draw(0.01, 1.0).tolist() == [0, 1, 0, 0] and draw(0, 1.0).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-300])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature):
+    logits = torch.tensor([[-3.0, 5.0, 4.99], [80.0, -1e4, 79.9]])
+    assert sample(logits, temperature, 0.9).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("number, how", [(math.nan, {}), (math.nan, dict(temperature=1.0)), (math.inf, dict(eos=3)), (-math.inf, {})])
+def test_logits_that_are_no_numbers_are_an_error_that_names_the_likely_cause(number, how, tiny_model):
+    model, steps = tiny_model(), []
+    with torch.no_grad():
+        model.text.norm.weight.fill_(number)
+    with pytest.raises(ValueError, match="NaN or infinite.*diverged.*float16"):
+        model.generate(tokens_of([7], [8, 9]), max_new_tokens=3, on_token=steps.append, **how)
+    assert len(steps) == 1                                                         # it stops at once
 
 
 def test_sampling_repeats_with_its_generator(tiny_model):
@@ -354,7 +432,7 @@ def test_generate_refuses_padding_that_is_not_on_the_right(tiny_model, rows, wor
         tiny_model().generate(torch.tensor(rows))
 
 
-@pytest.mark.parametrize("kw", [dict(max_new_tokens=0), dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.5)])
+@pytest.mark.parametrize("kw", [dict(max_new_tokens=0), dict(temperature=-1.0), dict(temperature=math.nan), dict(top_p=0.0), dict(top_p=1.5)])
 def test_generate_refuses_numbers_out_of_range(tiny_model, kw):
     with pytest.raises(ValueError, match="max_new_tokens >= 1"):
         tiny_model().generate(torch.tensor([[1]]), **kw)

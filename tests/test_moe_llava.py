@@ -41,6 +41,36 @@ def deepspeed_top2(logits, factor, min_capacity, noise=None):
     return gates1 / total * mask1 + gates2 / total * mask2, mask1, mask2, l_aux
 
 
+def deepspeed_top1(logits, factor, min_capacity):
+    """The same file's top1gating, token by token, with use_rts=False: whoever comes first is served. logits (N, E) -> weights (N, E), loss."""
+    n, n_experts = logits.shape
+    capacity = max(math.ceil(Fraction(n, n_experts) * Fraction(factor)), min_capacity)
+    gates, taken = logits.softmax(1), [0] * n_experts
+    served, first = torch.zeros_like(gates), torch.zeros_like(gates)
+    for i, expert in enumerate(gates.argmax(1).tolist()):
+        first[i, expert] = 1
+        taken[expert] += 1
+        if taken[expert] <= capacity:
+            served[i, expert] = 1
+    return gates * served, n_experts * (gates.mean(0) * first.mean(0)).sum()
+
+
+def test_route_is_deepspeeds_top_1_gate():
+    """Not rescaled: the weight is the probability, so the router has a gradient."""
+    dropped = 0
+    for logits, factor, least, g in cases(100, seed=5):
+        x, y = (logits.clone().requires_grad_() for _ in range(2))
+        r, (weights, loss) = route(x, 1, capacity_factor=factor, min_capacity=least), deepspeed_top1(y, factor, least)
+        got = torch.zeros_like(x).scatter(1, r.experts, r.weights)
+        torch.testing.assert_close((got, r.balance), (weights, loss), atol=2e-6, rtol=2e-6)
+        ramp = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+        ((got * ramp).sum() + r.balance).backward()
+        ((weights * ramp).sum() + loss).backward()
+        torch.testing.assert_close(x.grad, y.grad, atol=1e-5, rtol=1e-4)
+        dropped += int((r.weights == 0).sum())
+    assert dropped > 500
+
+
 def dense(r, n_experts):
     """A Routing of (N, 2) as the gate's (N, E)."""
     one_hot = F.one_hot(r.experts, n_experts)
@@ -213,10 +243,33 @@ def test_published_layout_loads_runs_and_comes_back(tmp_path):
     assert torch.equal(again(tokens, images).logits, out.logits)
 
 
+@torch.no_grad()
+def test_a_published_layout_of_top_1_has_deepspeeds_top_1_gate(tmp_path):
+    moe = {**MOE, "top_k_experts": 1, "min_capacity": 4}
+    (tmp_path / "a").mkdir()
+    model, tensors = load(write_published(tmp_path / "a", moe=moe))[0], published_tensors()
+    x, at = torch.randn(50, D), "model.layers.2.mlp.deepspeed_moe."
+    for training, factor in ((False, 2.0), (True, 1.5)):
+        weights, loss = deepspeed_top1(x @ tensors[at + "gate.wg.weight"].T, factor, 4)
+        expert = lambda e, name: tensors[f"{at}experts.deepspeed_experts.{e}.{name}_proj.weight"].T
+        wanted = sum(weights[:, e:e + 1] * ((F.silu(x @ expert(e, "gate")) * (x @ expert(e, "up"))) @ expert(e, "down")) for e in range(EXPERTS))
+        got, routing = model.text.layers[2].ffn.train(training)(x)
+        torch.testing.assert_close((got, routing.balance), (wanted, loss), atol=1e-5, rtol=1e-5)
+    save(model.eval(), str(tmp_path / "b"), layout="moe-llava")
+    assert load(str(tmp_path / "b"))[0].config == model.config
+    model.config.text.renormalise = True                                       # as models of before were trained: that gate computes otherwise
+    with pytest.raises(ValueError, match="text.renormalise = True: DeepSpeed's gate"):
+        save(model, str(tmp_path / "c"), layout="moe-llava")
+
+
 def test_the_gate_may_be_stored_in_float32(tmp_path):
-    """DeepSpeed keeps its gate in float32 in a model that is bfloat16."""
+    """DeepSpeed keeps its gate in float32 in a model that is bfloat16, and computes it so inside autocast too."""
     tensors = published_tensors(torch.bfloat16, torch.float32)
     model, _ = load(write_published(tmp_path, tensors=tensors))
+    moe, x = model.text.layers[2].ffn, torch.randn(50, D)
+    want = x @ tensors["model.layers.2.mlp.deepspeed_moe.gate.wg.weight"].T
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(moe.logits(x), want)
     tokens, _ = question()
     assert model(tokens, torch.randn(2, 3, 28, 28)).logits.isfinite().all()
     assert model.generate(tokens, torch.randn(2, 3, 28, 28), max_new_tokens=3).shape == (2, 3)
@@ -236,6 +289,7 @@ def test_num_experts_once_stands_for_all_layers(tmp_path):
     (MOE, dict(model_type="moe_llava_qwen", architectures=["MoELLaVAQWenForCausalLM"]), "MoELLaVAQWenForCausalLM is not supported"),
     (MOE, dict(model_type="moe_llava_phi", architectures=None), "moe_llava_phi is not supported"),
     ({**MOE, "num_experts": [4, 4, 4]}, {}, "config.json"),
+    ({**MOE, "num_experts": 4}, {}, "moe.num_experts = 4 must be a list"),
     ({**MOE, "moe_layers_idx": [0, 7], "num_experts": [4]}, {}, "config.json|has no place|missing"),
     (MOE, dict(image_projector_type="qformer"), "mlp2x_gelu")])
 def test_published_layouts_that_are_refused(tmp_path, moe, more, words):
@@ -357,7 +411,7 @@ def test_placements(base, where, layers):
     (("--moe-layers", "0,4"), "--moe-layers 0,4: the decoder has layers 0 to 3"), (("--moe-layers", "1,1"), "--moe-layers 1,1: .*each once"),
     (("--moe-layers=-1",), "--moe-layers -1: the decoder has layers 0 to 3"), (("--moe-layers", "odd"), "--moe-layers odd: every_other, all"),
     (("--moe-layers", ""), "--moe-layers"), (("--moe-layers", "0,,2"), "--moe-layers 0,,2"),
-    (("--capacity-factor", -1), "--capacity-factor -1.0: must be above 0"), (("--eval-capacity-factor", "nan"), "--eval-capacity-factor nan"),
+    (("--capacity-factor", -1), "--capacity-factor = -1.0 must be at least 0"), (("--eval-capacity-factor", "nan"), "--eval-capacity-factor = nan must be at least 0"),
     (("--top-k", 5), "top_k = 5 of 4 experts"), (("--n-experts", 1), "top_k = 2 of 1 experts"), (("--top-k", 0), "top_k = 0"),
     (("--recipe", "moe"), "--recipe moe: known are cumo, moe-llava"), (("--trains", "text,router"), "'router' is no part"),
     (("--trains", ""), "is no part"), (("--upcycle-at", 4), "--upcycle-at 4")])
@@ -377,8 +431,8 @@ def test_bad_placement_is_found_before_stage_1(base, tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     (dict(n_experts=[4, 0]), "text.n_experts lists 2 layers, text.n_layers is 4"), (dict(n_experts=[4, 0, 1, 0]), "top_k = 2 of n_experts = 1"),
-    (dict(capacity_factor=0), "text.capacity_factor = 0 must be positive"), (dict(eval_capacity_factor=-2.), "text.eval_capacity_factor = -2.0"),
-    (dict(aux="max"), "text.aux = 'max'; known: mean, sum")])
+    (dict(capacity_factor=0), "text.capacity_factor = 0 must be"), (dict(eval_capacity_factor=-2.), "text.eval_capacity_factor = -2.0"),
+    (dict(aux="max"), "text.aux = 'max' must be one of mean, sum")])
 def test_bad_configs(text, words):
     with pytest.raises(ValueError, match=words):
         Config(**{**SMALL, "text": {**SMALL["text"], **text}})
@@ -418,8 +472,8 @@ def listen(monkeypatch):
     """-> lists that fill up: the logits of every step of generation (B, V), and (logits, mask, factor, Routing) of every routing."""
     steps, routings, sample = [], [], m.sample
 
-    def heard(logits, top_k, mask=None, capacity_factor=None, min_capacity=0, noise=None):
-        r = route(logits, top_k, mask, capacity_factor, min_capacity, noise)
+    def heard(logits, top_k, mask=None, capacity_factor=None, min_capacity=0, noise=None, renormalise=None):
+        r = route(logits, top_k, mask, capacity_factor, min_capacity, noise, renormalise)
         routings.append((logits, mask, capacity_factor, r))
         return r
     monkeypatch.setattr(m, "sample", lambda logits, *rest: (steps.append(logits), sample(logits, *rest))[1])

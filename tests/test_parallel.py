@@ -90,7 +90,7 @@ def ways(base, tmp_path_factory):
     at = lambda name: os.path.join(folder, name)
     torch.set_num_threads(1)
     stage3, two, clip = ["--stage", 3, "--lr", 1e-3], ["--expert-parallel", 2], ["--grad-clip", 0.1]
-    mixed = [*stage3, "--steps", 4, "--batch-size", 4, "--epochs", 4, *write_llava(folder, alternating())]
+    mixed = [*stage3, "--steps", 4, "--batch-size", 4, *write_llava(folder, alternating())]
     speaker, tokenizer = load(base)
     config = speaker.config.to_dict()
     torch.manual_seed(1)                                                           # experts in the decoder, few slots, an odd layer dense

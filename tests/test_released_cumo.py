@@ -36,6 +36,7 @@ CASES = {
     "connector-only": {**BASE, "clip_smoe": False, "tower_layers": 2},
     "mixtral-dense": {**BASE, "llm_experts": 6, "clip_smoe": False, "mlp_smoe": False, "tower_layers": 2},
     "one-scale": {**BASE, "scales": [1], "tower_layers": 2},
+    "top-1": {**BASE, "chosen": 1, "scales": [1], "tower_layers": 2},                             # its one weight is rescaled to 1
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

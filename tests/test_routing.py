@@ -371,13 +371,14 @@ def test_question_files_hold_sounds_and_videos(world, tmp_path):
             {"question_id": 3, "video": [["0.png", "1.png"], "film"], "text": "<video> or <video>?"}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     questions = generate.read_questions(str(tmp_path / "q.jsonl"), str(world))
-    assert questions["1"]["conversations"][0]["value"] == "<video>\n<audio>\nWhat?" and [len(v) for v in questions["3"]["video"]] == [2, 3]
+    first, _, last = questions.values()
+    assert first["conversations"][0]["value"] == "<video>\n<audio>\nWhat?" and [len(v) for v in last["video"]] == [2, 3]
     flags = ["--eval", tmp_path / "q.jsonl", "--images", world, "--out", tmp_path / "a.jsonl", "--routing", tmp_path / "r.png"]
     run(world, "ears", *flags)
     model, tokenizer = load(str(world / "ears"))
     for line in (tmp_path / "a.jsonl").read_text().splitlines():
         row = json.loads(line)
-        assert [row["text"]] == generate.answer(model, tokenizer, [questions[str(row["question_id"])]], max_new_tokens=6)
+        assert [row["text"]] == generate.answer(model, tokenizer, [questions[str(row["question_id"]), row["prompt"]]], max_new_tokens=6)
     with pytest.raises(ValueError, match="cannot hear"):
         run(world, "tiny", *flags[:5], tmp_path / "b.jsonl")
     (tmp_path / "q.jsonl").write_text('{"question_id": 2, "text": "An <audio> tag?"}')

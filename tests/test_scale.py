@@ -142,7 +142,7 @@ def launched(base, tmp_path_factory):
             dict(argv=flags(base, at("one to fsdp"), *fsdp, "--resume")),
             dict(argv=flags(base, at("fsdp to one"), *fsdp), **stopped),
             dict(argv=flags(base, at("fsdp to ddp"), *fsdp), **stopped),
-            dict(argv=flags(base, at("fsdp to ddp"), *STAGE3, "--resume")),
+            dict(argv=flags(base, at("fsdp to ddp"), *STAGE3, "--resume", "--no-fsdp")),
             dict(argv=flags(base, at("fsdp to ep"), *fsdp), **stopped),
             dict(argv=flags(base, at("fsdp to ep"), *STAGE3, "--resume", "--expert-parallel", 2)),
             dict(argv=[*flags(base, at("full"), *fsdp), "full"], file=at("faulty.py")),
@@ -244,9 +244,9 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(launched, base, tmp_path,
 
 def test_the_checks_on_resuming_hold_for_shards_too(launched, base, tmp_path):
     out = shutil.copytree(f"{launched[0]}/fsdp to one", tmp_path / "o")
-    with pytest.raises(ValueError, match=r"checkpoint/\d was written with lr 0.001 \(now 0.5\): give the same flags"):
+    with pytest.raises(ValueError, match=r"run.json was written with lr 0.001 \(now 0.5\): give the same flags"):
         run(base, out, *STAGE3, "--resume", "--lr", 0.5)
-    with pytest.raises(ValueError, match="belongs to stage 3"):
+    with pytest.raises(ValueError, match=r"run.json was written with stage 3 \(now 2\)"):
         run(base, out, *STAGE3, "--resume", "--stage", 2)
     with pytest.raises(ValueError, match="holds an unfinished run"):
         run(base, out, *STAGE3)

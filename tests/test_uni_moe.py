@@ -19,7 +19,7 @@ from test_train import (SMALL, assert_same_run, base, checkpoint, command_line, 
                         write_llava)
 from upcycle import load, load_backbones, save
 
-EAR = dict(n_mels=80, n_frames=150, dim=32, n_layers=2, n_heads=4, ffn_dim=64, n_queries=4, n_query_layers=1)
+EAR = dict(n_mels=128, n_frames=150, dim=32, n_layers=2, n_heads=4, ffn_dim=64, n_queries=4, n_query_layers=1)
 STAGES = ("stage1", "stage2-image", "stage2-sound", "stage2-both", "")
 
 
@@ -36,6 +36,8 @@ def flags(source, out, *more):
     more = [str(f) for f in more]
     given = {"--recipe": "uni-moe", "--init": source, "--out": out, "--device": "cpu", "--batch-size": 6, "--eval-questions": 9, "--steps": 2,
              "--lora-rank": 4}
+    if "--data" in more:
+        del given["--eval-questions"]
     return [str(x) for kv in given.items() if kv[0] not in more for x in kv] + more
 
 
@@ -195,7 +197,7 @@ def test_two_processes_with_different_senses_train_as_one(ways, way):
 
 
 @pytest.mark.parametrize("more, words", [
-    (("--lora-rank", -1), "--lora-rank -1 must be at least 1"), (("--lora-alpha", 0), "--lora-alpha 0.0 above 0"),
+    (("--lora-rank", -1), "--lora-rank = -1 must be at least 0"), (("--lora-alpha", 0), "--lora-alpha = 0.0 must be above 0"),
     (("--experts", "nowhere,elsewhere"), "nowhere"), (("--moe-layers", "0,2"), "--moe-layers 0,2: the decoder has layers 0 to 1"),
     (("--n-experts", "4,x"), "--n-experts 4,x"), (("--n-experts", "4,2,4"), "--n-experts 4,2,4 has 3 numbers, --moe-layers all are 2 layers")])
 def test_bad_values(hearing, tmp_path, more, words):

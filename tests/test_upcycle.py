@@ -2,6 +2,9 @@
 import json
 import os
 import stat
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -75,6 +78,43 @@ def test_upcycling_that_changes_the_output_is_stopped(tiny_model, monkeypatch, d
 
 
 @torch.no_grad()
+def test_upcycling_to_top_1_weights_the_output_by_the_probability_and_says_so(tiny_model):
+    model, x = tiny_model(), torch.randn(20, 16)
+    dense = {"text": model.text.layers[0].ffn, "vision": model.vision.layers[0].ffn}
+    with pytest.warns(UserWarning, match="top_k = 1 changes the output of (vision|text).*about 1 / 4 instead of 1"):
+        upcycle(model, vision=4, text=4, top_k=1)
+    for part, ffn in dense.items():
+        moe = getattr(model, part).layers[0].ffn
+        p = (x @ moe.router.T).softmax(-1).amax(-1, keepdim=True)                  # about 1 / 4
+        torch.testing.assert_close(moe(x)[0], p * ffn(x)[0], rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings(action="error"):
+        upcycle(tiny_model(), text=1, top_k=1)                                     # of one expert, the probability is 1
+        released = tiny_model(connector=dict(renormalise=True))                    # as the released CuMo computes
+        before = run(released).image_embeds
+        torch.testing.assert_close(run(upcycle(released, connector=4, top_k=1)).image_embeds, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:top_k = 1")
+def test_upcycling_to_top_1_that_changes_the_output_in_another_way_is_stopped(tiny_model, monkeypatch):
+    real = MoE.forward
+    monkeypatch.setattr(MoE, "forward", lambda self, x, mask=None: (real(self, x, mask)[0] * 0.9, real(self, x, mask)[1]))
+    with pytest.raises(AssertionError, match="upcycling changed the output"):
+        upcycle(tiny_model(), vision=4, top_k=1)
+
+
+@torch.no_grad()
+def test_folders_from_before_renormalise_keep_their_top_1_weight_of_1(tiny_model, tmp_path):
+    model = tiny_model(text=dict(n_experts=4, top_k=1, renormalise=True), vision=dict(n_experts=3))
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in ("vision", "connector", "text"):
+        del config[part]["renormalise"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again, _ = load(tmp_path)
+    assert again.config == model.config and torch.equal(run(again).logits, run(model).logits)
+
+
+@torch.no_grad()
 def test_experts_are_copies_that_can_grow_apart(tiny_model):
     model = tiny_model()
     dense = {name: w.clone() for name, w in model.named_parameters()}
@@ -106,6 +146,7 @@ def test_routers_are_small_and_follow_the_seed_alone(tiny_model):
     assert abs(everything.std() - 0.02) < 0.003 and abs(everything.mean()) < 0.003
 
 
+@pytest.mark.filterwarnings("ignore:top_k = 1")
 def test_the_config_follows_and_rebuilds_the_model(tiny_model):
     model = upcycle(tiny_model(text=dict(capacity_factor=1.5)), vision=[4, 0, 2], connector=3, text=[0, 4], top_k=1)
     c = model.config
@@ -119,6 +160,7 @@ def test_the_config_follows_and_rebuilds_the_model(tiny_model):
         assert torch.equal(run(twin.eval()).logits, run(model).logits)
 
 
+@pytest.mark.filterwarnings("ignore:top_k = 1")
 def test_parts_that_were_not_asked_for_keep_their_top_k(tiny_model):
     model = upcycle(tiny_model(text=dict(n_experts=4, top_k=3)), vision=4, top_k=1)
     assert model.config.text.top_k == 3 and model.config.connector.n_experts == 0 and model.config.vision.top_k == 1
@@ -312,6 +354,35 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     write_atomically(str(path), lambda name: open(name, "w").write("new"))
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_kill_left_behind_is_removed_by_the_next_write(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()                                                              # its number is nobody's now
+    for pid in (gone.pid, os.getpid(), 1, "now"):
+        (tmp_path / f"model.safetensors.{pid}.tmp").touch()
+    write_atomically(str(tmp_path / "file"), lambda name: open(name, "w").write("new"))
+    left = [f"model.safetensors.{pid}.tmp" for pid in (1, os.getpid(), "now")]     # those of living processes, and what is not ours
+    assert sorted(os.listdir(tmp_path)) == sorted(["file", *left])
+
+
+@torch.no_grad()
+def test_a_part_has_one_float_type_but_its_routers_keep_theirs(tiny_model, tmp_path):
+    """As a fine-tuning with norms in float32 leaves a bfloat16 model."""
+    model = tiny_model(vision=dict(n_experts=2), text=dict(n_experts=2)).bfloat16()
+    save(model, tmp_path)
+    odd = "text.norm.weight", "text.layers.0.q.weight", "vision.pos", "vision.layers.0.ffn.router"
+    change(tmp_path, lambda t: t.update({name: t[name].float() for name in odd}))
+    again, _ = load(tmp_path)
+    assert {name for name, p in again.named_parameters() if p.dtype != torch.bfloat16} == {"vision.layers.0.ffn.router"}
+    assert torch.equal(run(again).logits, run(model).logits)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_byte_order_mark_is_read_over(folder, tiny_model, file):
+    (folder / file).write_bytes(b"\xef\xbb\xbf" + (folder / file).read_bytes())
+    again, tokenizer = load(folder)
+    assert same(again, tiny_model()) and tokenizer.to_str() == words().to_str()
 
 
 def test_an_interrupted_save_leaves_the_old_model(folder, tiny_model, monkeypatch):

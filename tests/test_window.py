@@ -304,9 +304,14 @@ def test_what_is_no_json_object_is_refused(body, status, windows):
     question(3), question("/etc/passwd"), question("../../assets/scene.png"), question({"path": "assets/scene.png"}), question("file:///etc/passwd"),
     question(temperature="hot"), question(temperature=None), question(temperature=-1), question(temperature=float("nan")), question(text=7),
     {"turns": question()["turns"] * 2, "temperature": 0}, {"turns": [{**question()["turns"][0], "from": "gpt"}], "temperature": 0},
-    question(text="<image> and nothing to see"), question(text="<video>")])
+    question(png(Image.new("RGB", (9, 9))), text="<image> and <image>")])
 def test_what_is_no_conversation_gets_one_line(asked, windows):
     error(windows("tiny"), asked)
+
+
+def test_a_mark_without_a_file_is_a_word(windows):
+    for mark in ("<image>", "<audio>", "<video>"):
+        assert d.IMAGE not in only(ask(windows("tiny"), question(text=mark)), "pieces")
 
 
 def test_limits(windows, monkeypatch):
@@ -483,11 +488,14 @@ def test_ctrl_c_ends_it_in_the_midst_of_an_answer(endless, models, tokenizer, tm
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--image", "x.png"], "--image"), (["--prompt", "Why?"], "--prompt"), (["--routing", "r.png"], "--routing"), (["--eval-drawn", "3"], "--eval-drawn"),
-    (["--compile"], "--compile")])
-def test_serve_goes_alone(flags, words):
-    with pytest.raises(ValueError, match=f"--serve.*{words}"):
-        generate.check_flags(generate.parse(["--serve", *flags]))
+    (["--image", "x.png"], "--image acts"), (["--prompt", "Why?"], "--prompt acts"), (["--routing", "r.png"], "--routing acts"),
+    (["--eval-drawn", "3"], "--eval-drawn acts"), (["--compile"], "--compile acts"), (["--serve", "70000"], "--serve must be from 0 to 65535")])
+def test_flags_that_the_window_would_not_heed_are_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        generate.check_flags(generate.parse(["--serve", *flags] if flags[0] != "--serve" else flags))
+    generate.check_flags(generate.parse(["--serve", "--host", "0.0.0.0", "--seed", "1", "--top-p", "0.9", "--temperature", "0.5"]))
+    with pytest.raises(ValueError, match="--host acts with --serve only"):
+        generate.check_flags(generate.parse(["--host", "0.0.0.0"]))
 
 
 def test_a_port_that_is_taken_or_none_is_an_error_in_words(windows, models, tokenizer):
