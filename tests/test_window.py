@@ -227,6 +227,14 @@ def test_the_pieces_of_a_text_are_whole(tokenizer):
     assert "".join(pieces[2:-1]).replace("\ufffd", "").startswith("<q> How  many rings, ")
 
 
+def test_each_token_of_an_answer_is_a_piece_also_half_a_character(tokenizer):
+    pieces, ids = [], tokenizer.encode("a 猫 or é 🙂?").ids
+    on_token = generate.streamer(tokenizer, pieces.append)
+    for token in ids:
+        on_token(torch.tensor([token]))
+    assert len(pieces) == len(ids) and "".join(pieces) == "a 猫 or é 🙂?" and pieces.count("") >= 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the page gets besides
 
