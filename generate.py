@@ -170,13 +170,11 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
 
 def typed_lines():
     """What the user types, line by line, until Ctrl-D."""
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            print()
-            return
-        yield line
+    try:
+        while True:
+            yield input("> ")
+    except EOFError:
+        print()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -201,8 +199,10 @@ def sense(model, samples):
     # A model without eyes or ears needs no sizes; load_senses complains if there are files for it.
     config = model.config
     wanted = data.picture_format(config.vision)
-    n_mels = config.audio.n_mels if config.n_audio_tokens else 0
-    seconds = config.audio.n_frames / 100 if config.n_audio_tokens else 0.0
+    ears = {}
+    if config.n_audio_tokens:
+        ears = {"n_audio_tokens": config.n_audio_tokens, "n_mels": config.audio.n_mels,
+                "seconds": config.audio.n_frames / 100}
 
     texts = []
     pictures = []
@@ -210,8 +210,7 @@ def sense(model, samples):
     frames = []
     for sample in samples:
         conversations, images, audio, frames_here, slots = data.load_senses(
-            sample, wanted, config.n_audio_tokens, seconds, average=not config.frames_apart,
-            n_mels=n_mels)
+            sample, wanted, average=not config.frames_apart, **ears)
         texts.append((conversations, slots))
         pictures.extend(images)
         frames.extend(frames_here or [1] * len(images))
@@ -219,15 +218,16 @@ def sense(model, samples):
             chunks.extend(audio)
 
     # What there is none of is left out: a language model alone is given tokens and nothing else.
+    device = device_of(model)
     senses = {}
     if pictures:
-        senses["images"] = torch.stack(pictures).to(device_of(model))
+        senses["images"] = torch.stack(pictures).to(device)
     if chunks:
-        senses["audio"] = torch.stack(chunks).to(device_of(model))
+        senses["audio"] = torch.stack(chunks).to(device)
 
     # As soon as one sample of the batch has a video, every image counts as a video of one frame.
     if any(sample.get("video") for sample in samples):
-        senses["frames"] = torch.tensor(frames, device=device_of(model))
+        senses["frames"] = torch.tensor(frames, device=device)
     return texts, senses
 
 
@@ -335,40 +335,49 @@ def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = 
 
     in_words: scene and sound are given as text. world: see drawn_questions. asked: a list that
     gets each (sample, reply). options: as for `answer`."""
-    was_training = model.training
-    model.eval()
-    scores = {}
-    for group in batches(drawn_questions(n, world=world), batch, "evaluating"):
-        samples = [drawn_sample(what, question, in_words) for what, _, question, _ in group]
-        replies = answer(
-            model, tokenizer, samples, max_new_tokens=max_new_tokens, **options)
-        for (_, kind, _, right), reply in zip(group, replies):
-            add_points(scores, {kind: (reply == right, 1)})
-        if asked is not None:
-            asked.extend(zip(samples, replies))
-    model.train(was_training)
-    return scores
+    def draw(question):
+        what, kind, text, right = question
+        return kind, drawn_sample(what, text, in_words), right
+
+    questions = drawn_questions(n, world=world)
+    return count_right(model, tokenizer, questions, draw, batch, asked,
+                       max_new_tokens=max_new_tokens, **options)
 
 
 def recall(model, tokenizer, n_facts, n, seed=0, asked=None, batch=100):
     """n new drawings of n_facts known facts, and as many of unknown ones: {"known": [right, asked],
     "unknown": the same}. Nobody can know the latter: what is right there is chance (1 in 1,406)."""
-    was_training = model.training
-    model.eval()
     scores = {}
     for name, first in (("known", 0), ("unknown", n_facts)):
         n_here = min(n_facts, data.N_FACTS - first)
         if n_here == 0:
             continue
         facts = data.Facts(n_here, n, seed, held_out=True, first=first)
-        for group in batches(range(n), batch, "evaluating"):
-            samples = [facts[i] for i in group]
-            names = [sample["conversations"].pop()["value"] for sample in samples]
-            replies = answer(model, tokenizer, samples, max_new_tokens=16)
-            for reply, right in zip(replies, names):
-                add_points(scores, {name: (reply == right, 1)})
-            if asked is not None:
-                asked.extend(zip(samples, replies))
+
+        def draw(i):
+            sample = facts[i]
+            right = sample["conversations"].pop()["value"]
+            return name, sample, right
+
+        scores |= count_right(
+            model, tokenizer, range(n), draw, batch, asked, max_new_tokens=16)
+    return scores
+
+
+def count_right(model, tokenizer, questions, draw, batch, asked, **options):
+    """-> {type: [right, asked]} by exact match. draw: a question -> (type, sample, right answer)."""
+    was_training = model.training
+    model.eval()
+    scores = {}
+    for group in batches(questions, batch, "evaluating"):
+        # The pictures of a batch are drawn now, and forgotten afterwards.
+        drawn = [draw(question) for question in group]
+        samples = [sample for _, sample, _ in drawn]
+        replies = answer(model, tokenizer, samples, **options)
+        for (kind, _, right), reply in zip(drawn, replies):
+            add_points(scores, {kind: (reply == right, 1)})
+        if asked is not None:
+            asked.extend(zip(samples, replies))
     model.train(was_training)
     return scores
 
@@ -396,13 +405,14 @@ def print_table(scores: dict, title: str):
             add_points(total, {"all": score})
         rows += total.items()
 
-    # Through tqdm, so that a progress bar which is still running does not end up in the table.
-    tqdm.write(title, file=sys.stdout)
+    lines = [title]
     width = max([10] + [len(name) for name, _ in rows])
     for name, (points, possible) in rows:
         percent = 100 * points / max(possible, 1)
-        line = f"  {name:{width}} {round(points, 1):7} of {possible:5}  {percent:5.1f}%"
-        tqdm.write(line, file=sys.stdout)
+        lines.append(f"  {name:{width}} {round(points, 1):7} of {possible:5}  {percent:5.1f}%")
+
+    # Through tqdm, so that a progress bar which is still running does not end up in the table.
+    tqdm.write("\n".join(lines), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -463,7 +473,7 @@ def as_question(row):
 def key_of(row, asked):
     """What tells a question from the others. Its id alone does not: LLaVA's files for TextVQA and
     MME have the picture's id there, and ask about a picture several times."""
-    return str(row["question_id"]), str(row.get(asked, ""))
+    return str(row.get("question_id")), str(row.get(asked, ""))
 
 
 def by_key(rows, asked, file):
@@ -504,19 +514,19 @@ def question_files(row, kind, folder, where):
     """A question's "image" or "audio" -> its files; "video" -> for each the files of its frames."""
     # A question may have one file, several, or none.
     files = row.get(kind) or []
-    if not isinstance(files, (str, list)):
-        raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
     if kind == "video":
         files = data.video_files(files, folder, where)
         single_files = sum(files, [])
     else:
         if isinstance(files, str):
             files = [files]
-        files = [os.path.join(folder, str(name)) for name in files]
+        if not data.are_texts(files):
+            raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
+        files = [os.path.join(folder, name) for name in files]
         single_files = files
 
     # Find out now, and not after an hour of answers, that a file is missing or a mark too many.
-    # (Without sounds "<audio>" may be an HTML tag; check_audio_marks asks, when it knows the model)
+    # (Without sounds "<audio>" may be an HTML tag: check_audio_marks knows the model and asks.)
     n_marks = row["text"].count(f"<{kind}>")
     may_be_a_tag = kind == "audio" and not files
     if n_marks not in (0, len(files)) and not may_be_a_tag:
@@ -535,15 +545,13 @@ def answered(out, questions, model_id):
     in, or overwritten."""
     done = {}
     for file in filter(os.path.exists, [out, *parts_of(out)]):
-        for line in filter(None, Path(file).read_bytes().splitlines()):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                # A kill may cut off the last line of a part; that question is asked again.
-                if file != out:
-                    continue
-                row = line
-            if not is_answer_to(questions, row, model_id):
+        for row in parse_lines(file):
+            # A kill may cut off the last line of a part; that question is asked again.
+            if isinstance(row, bytes) and file != out:
+                continue
+            is_answer = isinstance(row, dict) and isinstance(row.get("text"), str)
+            if (not is_answer or row.get("model_id") != model_id
+                    or key_of(row, "prompt") not in questions):
                 raise ValueError(
                     f"{file} holds something else than answers of {model_id} to these questions; "
                     f"choose another --out: {str(row)[:200]}")
@@ -551,13 +559,16 @@ def answered(out, questions, model_id):
     return done
 
 
-def is_answer_to(questions, row, model_id):
-    """Whether the row answers one of the questions, as it is asked now, by this model."""
-    if not isinstance(row, dict) or "question_id" not in row:
-        return False
-    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("text"), str):
-        return False
-    return key_of(row, "prompt") in questions and row.get("model_id") == model_id
+def parse_lines(file):
+    """The JSON of each line, but lines that are no JSON as they stand, as bytes: a kill cut them
+    short, or they belong to something else."""
+    rows = []
+    for line in filter(None, Path(file).read_bytes().splitlines()):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            rows.append(line)
+    return rows
 
 
 def parts_of(out):
@@ -629,9 +640,8 @@ def size_of_question(sample):
 def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
     """Answer the samples `todo` in batches, and append each batch to the file `part` at once.
 
-    Returns the errors of those that could not be answered."""
+    Returns the errors of the last ones, which could not be answered: [] if the last one could."""
     errors = []
-    in_a_row = 0
     with open(part, "a", encoding="utf-8") as f:
         # The file may end with a line that was cut off.
         if f.tell() > 0:
@@ -640,15 +650,14 @@ def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
             # The images of a group are read now, and forgotten afterwards.
             for sample, reply in zip(group, answer_each(model, tokenizer, group, **options)):
                 if isinstance(reply, str):
-                    in_a_row = 0
+                    errors.clear()
                     f.write(json.dumps(row_of(sample, reply, model_id)) + "\n")
                     continue
 
                 # This one is left out. When all fail, it is not the questions that are broken.
-                in_a_row += 1
                 errors.append(f"question {sample['row']['question_id']!r}: {reply}")
                 tqdm.write(f"left out: {errors[-1]}", file=sys.stderr)
-                if in_a_row == 100:
+                if len(errors) == 100:
                     raise ValueError(f"100 questions in a row cannot be answered; {errors[-1]}")
             f.flush()
     return errors
@@ -695,12 +704,11 @@ def check_senses(model, name, samples):
 
 def check_audio_marks(model, questions):
     """Raises ValueError for an "<audio>" without sound: to a model with ears it is no HTML tag."""
-    for key, sample in questions.items():
-        n_marks = sample["conversations"][0]["value"].count("<audio>")
-        n_sounds = len(sample["audio"])
-        if model.audio is not None and n_marks != n_sounds:
-            raise ValueError(f"question {key[0]!r}: the text has {n_marks} <audio>, "
-                             f"the question has {n_sounds} audios")
+    for (name, text), sample in questions.items():
+        n_marks = text.count("<audio>")
+        if model.audio is not None and n_marks and not sample["audio"]:
+            raise ValueError(f"question {name!r}: the text has {n_marks} <audio>, "
+                             "the question has 0 audios")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -778,23 +786,25 @@ def normalise(text):
     return " ".join(words)
 
 
-def score_vqa(row, reply, form=normalise, always=False):
+def score_vqa(row, reply, form=None):
     """row: {"answers": ten of {"answer": text} or text, "answer_type": optional}. VQA accuracy
     (arXiv 1505.00468).
 
-    form: what normalises an answer. This follows the official code (GT-Vision-Lab/VQA), which
-    normalises only where the humans differ: else "Yes." is no "yes". LLaVA never sees that, as it
-    hands in answers in m4c's normal form, below. Raises ValueError where there are not ten."""
+    form: what normalises answers. Without it, this follows the official code (GT-Vision-Lab/VQA),
+    which normalises only where the humans differ: else "Yes." is no "yes". LLaVA never sees that,
+    as it hands in answers in m4c's normal form, below. Raises ValueError where there are not ten.
+    """
     humans = []
     for human in row["answers"]:
         humans.append(human.get("answer") if isinstance(human, dict) else human)
-    if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
+    if len(humans) != 10 or not data.are_texts(humans):
         raise ValueError("'answers' must be texts of ten humans, not " + str(row["answers"])[:200])
 
-    # Where all ten say the same, the reply must be just that, unless `always`.
     reply = on_one_line(reply)
     humans = [on_one_line(human) for human in humans]
-    if always or len(set(humans)) > 1:
+    if form is None and len(set(humans)) > 1:
+        form = normalise
+    if form is not None:
         reply = form(reply)
         humans = [form(human) for human in humans]
 
@@ -814,7 +824,7 @@ def m4c_form(text):
 def score_textvqa(row, reply):
     """row: {"answers": ten}. TextVQA as m4c and LLaVA evaluate it: VQA accuracy, but every answer
     is normalised, in m4c's form."""
-    return score_vqa(row, reply, m4c_form, always=True)
+    return score_vqa(row, reply, m4c_form)
 
 
 def says_no(reply):
@@ -896,9 +906,7 @@ def score_mme(row, reply):
     if right not in ("yes", "no"):
         raise ValueError(
             f"{row['question_id']}: 'answer' must be Yes or No, not {row['answer']!r}")
-    start = reply.lower()[:4]
-    said = next((word for word in ("yes", "no") if word in start), None)
-    return {"accuracy": (said == right, 1)}
+    return {"accuracy": (right in reply.lower()[:4], 1)}
 
 
 MME_SENSES = {
@@ -1035,16 +1043,19 @@ def read_annotations(kind, file):
 def pair(kind, rows, replies, file):
     """Annotations and answers -> [(annotation, its answer or None), ...].
 
-    Raises ValueError if the answer with an annotation's id is one to another question."""
-    # POPE's answers may name their pictures, and then they are found by these. (LLaVA's do not.)
+    Raises ValueError if the answer with an annotation's id is one to another question, or if there
+    are two of them."""
     field = "question_id"
     if kind == "pope":
+        in_order = pair_in_order(rows, replies)
+        if in_order:
+            return in_order
+        # Answers may name their pictures, and then they are found by these. (LLaVA's do not.)
         if all("image" in row for row in rows + replies) and all(map(question_of, rows)):
             field = "image"
-        pairs = pair_in_order(rows, replies, field == "image")
-        if pairs:
-            return pairs
 
+    # Where several questions share a place, one of them may just have no answer.
+    shared = field == "image" or kind in ("textvqa", "mme")
     places = {}
     for reply in replies:
         places.setdefault(place(kind, reply[field]), []).append(reply)
@@ -1055,7 +1066,14 @@ def pair(kind, rows, replies, file):
             # LLaVA's questions have the picture's id in the place of their own.
             found = places.get(place(kind, row.get("image_id")), [])
         fits = those_that_ask(row, found)
-        check_pair(kind, row, found, fits, field, file)
+        if found and not fits and not shared:
+            raise ValueError(
+                f"{file}: question {str(row['question_id'])!r} was {found[0]['prompt']!r}, but its "
+                f"annotation is about {question_of(row)!r}: these are annotations of other "
+                "questions")
+        if len({str(reply.get("prompt")) for reply in fits}) > 1:
+            raise ValueError(f"{file}: question_id {fits[0]['question_id']!r} comes twice; give "
+                             "the annotations a 'question' that says which one they mean")
         pairs.append((row, fits[0] if fits else None))
     return pairs
 
@@ -1070,78 +1088,62 @@ def place(kind, name):
     return file if kind == "pope" else str(name)
 
 
-def pair_in_order(labels, replies, by_image):
+def pair_in_order(labels, replies):
     """POPE's answers to one file of labels, among those to all three, as LLaVA finds them: by their
     order. None unless just one run of answers, as long as the labels, is to these questions."""
-    def picture(row):
-        return place("pope", row["image"]) if by_image else None
-
-    wanted = [(picture(row), question_of(row)) for row in labels]
-    said = [(picture(row), wording(prompt_of(row) or "")) for row in replies]
-    if any(question is None for _, question in wanted):
-        return None
-
     starts = []
-    for start in range(len(said) - len(wanted) + 1):
-        run = zip(wanted, said[start:])
-        if all(a == b and question in prompt for (a, question), (b, prompt) in run):
+    for start in range(len(replies) - len(labels) + 1):
+        if all(map(is_about, labels, replies[start:])):
             starts.append(start)
     if len(starts) != 1:
         return None
     return list(zip(labels, replies[starts[0]:]))
 
 
+def is_about(label, reply):
+    """Does the prompt ask the label's question, about its picture if the answer names one?"""
+    if "image" in label and "image" in reply:
+        if place("pope", label["image"]) != place("pope", reply["image"]):
+            return False
+    question = question_of(label)
+    return question != "" and question in prompt_of(reply)
+
+
 def those_that_ask(row, replies):
-    """The answers to what the annotation asks, if it says it; the word-by-word ones first."""
+    """The answers to what the annotation asks, if it says it; the word-by-word ones first.
+
+    An answer without a prompt is one to any question."""
     question = question_of(row)
-    if question is None:
-        return replies
-    asked = [wording(without_frame(prompt_of(reply) or question)) for reply in replies]
-    same = [reply for reply, text in zip(replies, asked) if text == question]
+    asked = [prompt_of(reply) or question for reply in replies]
+    same = [reply for reply, text in zip(replies, asked) if question in ("", text)]
     return same or [reply for reply, text in zip(replies, asked) if question in text]
 
 
 def question_of(row):
-    """What an annotation asks, or None."""
-    text = row.get("question", row.get("text"))
-    return wording(without_frame(text)) if isinstance(text, str) else None
+    """What an annotation asks, or "" if it does not say it."""
+    return wording(row.get("question", row.get("text")))
 
 
 def prompt_of(reply):
-    """What was asked, or None in a file of answers that does not say it."""
-    prompt = reply.get("prompt")
-    return prompt if isinstance(prompt, str) else None
+    """What was asked, or "" in a file of answers that does not say it."""
+    return wording(reply.get("prompt"))
 
 
 def wording(text):
-    """A question without what differs between the files of a benchmark: capitals, blanks, MME's
-    request at the end, and the "imange" of POPE's first label files, which LLaVA asks for."""
-    text = " ".join(text.replace("<image>", " ").lower().split())
-    return text.replace(" imange", " image").removesuffix("please answer yes or no.").strip()
+    """A question without what differs between the files of a benchmark. "" if it is no text.
 
-
-def without_frame(prompt):
-    """The question in a prompt of LLaVA's, which may put TextVQA's words in front or behind it, and
-    a request for a short answer at the end (its eval_textvqa.py)."""
-    framed = re.match(r"OCR tokens: .*Question: (.*?) Short answer:", prompt, re.DOTALL)
+    LLaVA may put TextVQA's words in front of it or behind it, and a request for a short answer at
+    the end (its eval_textvqa.py). Capitals, blanks and MME's request at the end differ, and so does
+    the "imange" of POPE's first label files, which LLaVA asks for."""
+    if not isinstance(text, str):
+        return ""
+    framed = re.match(r"OCR tokens: .*Question: (.*?) Short answer:", text, re.DOTALL)
     if framed:
-        return framed[1]
+        text = framed[1]
     around = ("Reference OCR token:", "Answer the question using")
-    return "\n".join(line for line in prompt.split("\n") if not line.startswith(around))
-
-
-def check_pair(kind, row, found, fits, field, file):
-    """An answer with the annotation's id is one to its question, and there are no two of them."""
-    if len({prompt_of(reply) for reply in fits}) > 1:
-        raise ValueError(f"{file}: question_id {fits[0]['question_id']!r} comes twice; give the "
-                         "annotations a 'question' that says which one they mean")
-
-    # Where several questions share an id, this one may just have no answer.
-    shared = field == "image" or kind in ("textvqa", "mme")
-    if found and not fits and not shared:
-        raise ValueError(
-            f"{file}: question {str(row['question_id'])!r} was {found[0]['prompt']!r}, but its "
-            f"annotation is about {question_of(row)!r}: these are annotations of other questions")
+    lines = [line for line in text.split("\n") if not line.startswith(around)]
+    text = " ".join(" ".join(lines).replace("<image>", " ").lower().split())
+    return text.replace(" imange", " image").removesuffix("please answer yes or no.").strip()
 
 
 def write_drawn(folder, n):
@@ -1708,34 +1710,26 @@ def log_rows(log_file):
 
     Lines that a kill has cut short, or that another program has written, are passed over."""
     rows = []
-    with open(log_file, "rb") as f:
-        for line in f:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and "stage" in row and isinstance(row.get("step", 0), int):
-                rows.append(row)
+    for row in parse_lines(log_file):
+        if isinstance(row, dict) and "stage" in row and isinstance(row.get("step", 0), int):
+            rows.append(row)
     return rows
 
 
 def draw_curves(log_file: str, png: str):
     """train.py's log.jsonl -> the language loss of each stage, side by side."""
     stages = {}
-    held_out = {}
     for row in log_rows(log_file):
-        stage = str(row["stage"])
-        losses = stages.setdefault(stage, [])
-        points = held_out.setdefault(stage, [])
+        losses, held_out = stages.setdefault(str(row["stage"]), ([], []))
         if "val_loss" in row:
-            points.append((len(losses) - 1, finite(row["val_loss"])))
+            held_out.append((len(losses) - 1, finite(row["val_loss"])))
         else:
             losses.append(finite(row.get("lm", row.get("loss"))))
 
-    stages = {stage: losses for stage, losses in stages.items() if losses}
+    stages = {stage: curves for stage, curves in stages.items() if curves[0]}
     page, draw = blank_page(330 * max(1, len(stages)), 240)
-    for column, (stage, losses) in enumerate(stages.items()):
-        draw_curve(draw, 330 * column, stage, losses, held_out[stage])
+    for column, (stage, curves) in enumerate(stages.items()):
+        draw_curve(draw, 330 * column, stage, *curves)
     save_png(page, png)
 
 
@@ -1756,7 +1750,7 @@ def running_mean(values):
     return means
 
 
-def draw_curve(draw, x, stage, losses, held_out=()):
+def draw_curve(draw, x, stage, losses, held_out):
     """The chart of a stage, from x on. Grey: every step; blue: the running mean; red: on held-out
     data, (step, loss); behind them a grid with numbers."""
     left = x + 46
