@@ -52,10 +52,6 @@ import data
 from model import CuMo, check_sampling
 from upcycle import load, write_atomically
 
-# Set by torchrun, where several processes share the questions of --eval.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-
 # -------------------------------------------------------------------------------------------------
 # 1. Answers
 #
@@ -160,7 +156,7 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
             conversation += sample["conversations"]
 
         # The model reads the whole conversation again, but it does not look at the pictures again.
-        asked = {"images": [], "conversations": opening + conversation[1:], "slots": slots}
+        asked = {"conversations": opening + conversation[1:], "slots": slots}
         reply = answer(model, tokenizer, [asked], stream=show, too_long="warn", **embeds,
                        **options)[0]
         print()
@@ -260,6 +256,10 @@ def sample_of(text, images=(), video=(), audio=()):
 
 # -------------------------------------------------------------------------------------------------
 # 3. Measuring on the drawn world
+
+# Set by torchrun, where several processes share the questions of --eval.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # A world is what a question is about: a scene, a sound, or both together.
 TYPES = {"image": data.TYPES, "sound": data.SOUND_TYPES, "both": data.BOTH_TYPES}
@@ -435,8 +435,8 @@ def read_rows(file, needs, kind):
         raise ValueError(f"{file}: holds no rows")
     for number, row in enumerate(rows, 1):
         data.check_text(row, f"{file}: row {number}")
-        key = row.get("question_id") if isinstance(row, dict) else None
-        if not isinstance(key, (int, str)) or not isinstance(row.get(needs), kind):
+        if (not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str))
+                or not isinstance(row.get(needs), kind)):
             raise ValueError(f"{file}: row {number} must be an object with question_id and "
                              f"{needs}, not {str(row)[:200]}")
     return rows
@@ -445,17 +445,15 @@ def read_rows(file, needs, kind):
 def list_rows(file):
     """The rows of a file in any of read_rows' layouts, unchecked."""
     rows = data.read_json(file)
-    whole = rows[0]
-    if len(rows) > 1 or not isinstance(whole, dict):
-        return [as_question(row) for row in rows]
-
-    # An object alone is VQA's, TextVQA's or ScienceQA's; or a list of one.
-    for name in ("annotations", "data"):
-        if isinstance(whole.get(name), list):
-            return whole[name]
-    if whole and all(isinstance(row, dict) for row in whole.values()):
-        return [{"question_id": key, **row} for key, row in whole.items()]
-    return [as_question(whole)]
+    if len(rows) == 1 and isinstance(rows[0], dict):
+        # An object alone is VQA's, TextVQA's or ScienceQA's; or a list of one.
+        whole = rows[0]
+        for name in ("annotations", "data"):
+            if isinstance(whole.get(name), list):
+                return whole[name]
+        if whole and all(isinstance(row, dict) for row in whole.values()):
+            return [{"question_id": key, **row} for key, row in whole.items()]
+    return [as_question(row) for row in rows]
 
 
 def as_question(row):
@@ -988,12 +986,6 @@ def score(kind: str, annotations: str, answers: str,
     return points, len(replies) - n_used
 
 
-def score_all(kind, rows, replies):
-    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}."""
-    pairs = [({"question_id": key, **row}, replies[key]) for key, row in rows.items()]
-    return sum_points(kind, pairs)
-
-
 def sum_points(kind, pairs):
     """[(annotation, reply)] -> {name: [points, possible]}: the sums over all questions and, where
     annotations have a "type" (VQA v2: "answer_type"), over those of a type."""
@@ -1161,11 +1153,10 @@ def write_drawn(folder, n):
 
     for name, rows in files.items():
         write_lines(f"{folder}/{name}.jsonl", rows)
-    print(f"wrote {n} questions. Answer and score them:\n"
-          f"  python generate.py --eval {folder}/questions.jsonl --images {folder}/images "
-          f"--out {folder}/answers.jsonl\n"
-          f"  python generate.py --score exact --answers {folder}/answers.jsonl "
-          f"--annotations {folder}/exact.jsonl")
+    answers = f"{folder}/answers.jsonl"
+    print(f"""wrote {n} questions. Answer and score them:
+  python generate.py --eval {folder}/questions.jsonl --images {folder}/images --out {answers}
+  python generate.py --score exact --answers {answers} --annotations {folder}/exact.jsonl""")
 
 
 def annotations_of(kind, right, rng):
@@ -1332,6 +1323,7 @@ def expert_load(model, images, n_experts):
 
 PANEL = 192  # pixels a side, of an image in draw_routing's picture
 GAP = 16  # between two panels
+STEP = PANEL + GAP  # from one panel to the next, to the right and downwards
 TOP = 64  # above the first row of panels: the title, and the panels' names
 LOAD = 150  # height of the bars below the panels: a share of 8% has room for its number
 
@@ -1354,9 +1346,8 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     load = expert_load(model, population, n_experts)
 
     # 1. An empty page with headings.
-    step = PANEL + GAP  # from one panel to the next, to the right and downwards
     width = max(640, panel_left(len(names) + 1))
-    height = TOP + len(images) * step + LOAD + 76
+    height = TOP + len(images) * STEP + LOAD + 76
     bottom = height - 30
     page, draw = blank_page(width, height)
     draw.text((GAP, 12), "First-choice expert of each patch", "black", FONT)
@@ -1371,14 +1362,14 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     label(draw, GAP + PANEL / 2, TOP - 14, f"image, {size} x {size}", font=FONT)
     seen = [as_seen(tensor, wanted) for tensor in load_images(model, images).cpu()]
     for row, panel in enumerate(seen):
-        page.paste(panel, (GAP, TOP + row * step))
+        page.paste(panel, (GAP, TOP + row * STEP))
 
     # 3. A column a layer: the images in the colors of its experts, and below them the load.
     for column, name in enumerate(names, 1):
         left = panel_left(column)
         for row, panel in enumerate(seen):
             first = routing[name][row, :, 0]  # (N,)
-            page.paste(paint_patches(panel, first, colors), (left, TOP + row * step))
+            page.paste(paint_patches(panel, first, colors), (left, TOP + row * STEP))
         box = (left, bottom - LOAD, left + PANEL, bottom)
         bars(draw, box, [load[name].tolist()], colors, [even_shares(n_experts)])
         for y in (TOP - 14, bottom + 14):
@@ -1387,7 +1378,7 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
 
 
 def panel_left(column):
-    return GAP + column * (PANEL + GAP)
+    return GAP + column * STEP
 
 
 def spread_over_depth(names, n_layers):
@@ -1473,8 +1464,9 @@ class DecoderRouting:
             paths = sum(self.pathways, Counter())
         else:
             paths = self.pathways[modality]
-        most_used_first = sorted(paths.items(), key=lambda item: (-item[1], item[0]))
-        return [(path, count / paths.total()) for path, count in most_used_first[:n]]
+        # Of those used alike, the path of lower numbers comes first.
+        most_used = Counter(dict(sorted(paths.items()))).most_common(n)
+        return [(path, count / paths.total()) for path, count in most_used]
 
 
 @torch.no_grad()
@@ -2012,29 +2004,15 @@ def evaluate_and_print(args, model, tokenizer, options):
     return asked
 
 
-# What a flag acts on. ("prompt" is also a chat, in which the prompts are typed.)
-ASKING = ("prompt", "eval", "eval_drawn")
-ACTS_ON = {
-    "model": ASKING,
-    "device": ASKING,
-    "image": ("prompt", "routing"),
-    "audio": ("prompt",),
-    "video": ("prompt",),
-    "prompt": ("prompt",),
-    "max_new_tokens": ASKING,
-    "temperature": ASKING,
-    "top_p": ASKING,
-    "seed": ASKING,
-    "compile": ASKING,
-    "routing": ASKING,
-    "eval_drawn": ("eval_drawn",),
-    "images": ("eval",),
-    "out": ("eval",),
-    "suffix": ("eval",),
-    "batch": ("eval", "eval_drawn", "routing"),
-    "answers": ("score",),
-    "annotations": ("score",),
-    "allow_missing": ("score",),
+# Which flags a deed takes. ("prompt" is also a chat, in which the prompts are typed.)
+ASKING = {"model", "device", "max_new_tokens", "temperature", "top_p", "seed"}
+USES = {
+    "prompt": {*ASKING, "compile", "routing", "prompt", "image", "audio", "video"},
+    "eval": {*ASKING, "compile", "routing", "eval", "images", "out", "suffix", "batch"},
+    "eval_drawn": {*ASKING, "compile", "routing", "eval_drawn", "batch"},
+    "routing": {"image", "batch"},
+    "score": {"score", "answers", "annotations", "allow_missing"},
+    "write_drawn": {"write_drawn"},
 }
 LIMITS = {
     "max_new_tokens": (1, 1_000_000),
@@ -2046,31 +2024,30 @@ LIMITS = {
 
 def check_flags(args):
     """Raises ValueError for flags that do not go together, or would be ignored."""
-    if args.eval and (not args.out or args.batch < 1):
-        raise ValueError("--eval needs --out, a file for the answers, and a --batch of at least 1")
-    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{flag(name)} must be from {low} to {high}, not {value}")
-    if args.prompt == "":
-        raise ValueError("--prompt is empty; leave it out for a chat")
-
-    # A flag that is given acts, or is refused.
-    does = deeds(args)
-    for name in ACTS_ON:
-        if name in args.given and not does.intersection(ACTS_ON[name]):
-            hint = "; a --prompt is about an --image" if name == "images" else ""
-            raise ValueError(f"{flag(name)} acts with {' or '.join(map(flag, ACTS_ON[name]))} "
-                             f"only{hint}")
-    if args.temperature == 0 and args.given & {"top_p", "seed"}:
-        raise ValueError("--top-p and --seed are for sampling: give a --temperature above 0, too")
-
+    if args.eval and not args.out:
+        raise ValueError("--eval needs --out, a file for the answers")
     if args.score and (not args.answers or not args.annotations):
         raise ValueError("--score needs --answers and --annotations")
     if args.eval and args.routing and args.eval_drawn:
         raise ValueError("--routing averages over --eval or over --eval-drawn; "
                          "ask for one of them at a time")
+    if args.prompt == "":
+        raise ValueError("--prompt is empty; leave it out for a chat")
+
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{flag(name)} must be from {low} to {high}, not {value}")
+
+    # A flag that is given acts, or is refused.
+    used = set().union(*[USES[deed] for deed in deeds(args)])
+    for name in sorted(args.given - used):
+        acts_with = " or ".join(flag(deed) for deed in USES if name in USES[deed])
+        hint = "; a --prompt is about an --image" if name == "images" else ""
+        raise ValueError(f"{flag(name)} acts with {acts_with} only{hint}")
+    if args.temperature == 0 and args.given & {"top_p", "seed"}:
+        raise ValueError("--top-p and --seed are for sampling: give a --temperature above 0, too")
 
 
 def flag(name):
@@ -2078,12 +2055,12 @@ def flag(name):
 
 
 def deeds(args):
-    """What this run does, in the words of ACTS_ON."""
-    for name in ("score", "write_drawn"):
-        if name in args.given:
-            return {name}
-    does = args.given & {"eval", "eval_drawn", "routing"}
-    if args.prompt is not None or not does & {"eval", "eval_drawn"}:
+    """What this run does, in the words of USES."""
+    does = args.given & USES.keys()
+    alone = does & {"score", "write_drawn"}
+    if alone:
+        return alone
+    if not does - {"routing"}:
         does.add("prompt")
     return does
 
