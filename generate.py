@@ -328,9 +328,8 @@ def drawn_sample(what, question, in_words=False):
     return sample_of(question, images, audio=audio)
 
 
-def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False,
-             world: str = "image", asked: list | None = None, max_new_tokens: int = 16,
-             **options) -> dict:
+def evaluate(model, tokenizer, n, batch=100, in_words=False, world="image", asked=None,
+             max_new_tokens=16, **options):
     """n drawn questions -> {type: [right, asked]} by exact match.
 
     in_words: scene and sound are given as text. world: see drawn_questions. asked: a list that
@@ -396,7 +395,7 @@ def add_points(scores, points):
         scores[name] = [so_far[0] + new[0], so_far[1] + new[1]]
 
 
-def print_table(scores: dict, title: str):
+def print_table(scores, title):
     """{name: [points, possible]} as lines, and their sum unless there is an "accuracy"."""
     rows = list(scores.items())
     if "accuracy" not in scores:
@@ -524,7 +523,7 @@ def question_files(row, kind, folder, where):
         single_files = files
 
     # Find out now, and not after an hour of answers, that a file is missing or a mark too many.
-    # (Without sounds "<audio>" may be an HTML tag: check_audio_marks knows the model and asks.)
+    # (Without sounds "<audio>" may be an HTML tag: check_questions knows the model.)
     n_marks = row["text"].count(f"<{kind}>")
     may_be_a_tag = kind == "audio" and not files
     if n_marks not in (0, len(files)) and not may_be_a_tag:
@@ -547,13 +546,14 @@ def answered(out, questions, model_id):
             # A kill may cut off the last line of a part; that question is asked again.
             if isinstance(row, bytes) and file != out:
                 continue
-            is_answer = isinstance(row, dict) and isinstance(row.get("text"), str)
-            if (not is_answer or row.get("model_id") != model_id
-                    or key_of(row, "prompt") not in questions):
+            key = None
+            if isinstance(row, dict) and isinstance(row.get("text"), str):
+                key = key_of(row, "prompt")
+            if key not in questions or row.get("model_id") != model_id:
                 raise ValueError(
                     f"{file} holds something else than answers of {model_id} to these questions; "
                     f"choose another --out: {str(row)[:200]}")
-            done[key_of(row, "prompt")] = row
+            done[key] = row
     return done
 
 
@@ -582,8 +582,7 @@ def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     A question that cannot be answered, as its picture is broken, is reported and left out; the same
     command asks it again. options: as for `answer`. Under torchrun each process answers every
     WORLD-th question; the process group must be there."""
-    check_senses(model, model_id, questions.values())
-    check_audio_marks(model, questions)
+    check_questions(model, model_id, questions)
 
     # 1. This process's share of the questions, without those that an earlier run has answered.
     # (Other processes may be writing already, but only answers to their own share).
@@ -691,21 +690,22 @@ def write_lines(file, rows):
     write_atomically(file, write)
 
 
-def check_senses(model, name, samples):
-    """Raises ValueError if the samples need a sense that the model does not have."""
-    for sample in samples:
-        if model.vision is None and (sample["images"] or sample["video"]):
-            raise ValueError(f"{name} is a language model alone; it cannot see images or videos")
-        if model.audio is None and sample["audio"]:
-            raise ValueError(f"{name} has no ears; it cannot hear sounds")
+def check_senses(model, name, sample):
+    """Raises ValueError if the sample needs a sense that the model does not have."""
+    if model.vision is None and (sample["images"] or sample["video"]):
+        raise ValueError(f"{name} is a language model alone; it cannot see images or videos")
+    if model.audio is None and sample["audio"]:
+        raise ValueError(f"{name} has no ears; it cannot hear sounds")
 
 
-def check_audio_marks(model, questions):
-    """Raises ValueError for an "<audio>" without sound: to a model with ears it is no HTML tag."""
-    for (name, text), sample in questions.items():
+def check_questions(model, name, questions):
+    """Raises ValueError for questions that need a sense that the model does not have, and for an
+    "<audio>" without sound: to a model with ears it is no HTML tag."""
+    for (question, text), sample in questions.items():
+        check_senses(model, name, sample)
         n_marks = text.count("<audio>")
         if model.audio is not None and n_marks and not sample["audio"]:
-            raise ValueError(f"question {name!r}: the text has {n_marks} <audio>, "
+            raise ValueError(f"question {question!r}: the text has {n_marks} <audio>, "
                              "the question has 0 audios")
 
 
@@ -713,7 +713,7 @@ def check_audio_marks(model, questions):
 # 5. Scores
 #
 # A scorer takes the annotation of one question and the reply to it, and gives {name: (points,
-# possible)}, which score_all adds up. A right answer is "accuracy" (1, 1), a wrong one (0, 1); and
+# possible)}, which sum_points adds up. A right answer is "accuracy" (1, 1), a wrong one (0, 1); and
 # (0, 0) says that this question does not count: a reply "no" in POPE's precision, for example.
 
 
@@ -958,9 +958,8 @@ SCORERS = {
 }
 
 
-def score(kind: str, annotations: str, answers: str,
-          allow_missing: bool = False) -> tuple[dict, int]:
-    """Two files -> ({name: [points, possible]}, how many answers have no annotation and so do not
+def score(kind, annotations, answers, allow_missing=False):
+    """The names of two files -> ({name: [points, possible]}, how many answers have no annotation and so do not
     count).
 
     Raises ValueError for annotated questions without an answer, as half a benchmark is another
@@ -1018,14 +1017,13 @@ def read_annotations(kind, file):
         return read_rows(file, needs, kind_needed)
 
     rows = []
-    for name in sorted(glob.glob(f"{glob.escape(file)}/**/*.txt", recursive=True)):
-        category = os.path.relpath(name, file).split(os.sep)[0]
-        picture = os.path.splitext(os.path.basename(name))[0]
-        for line in Path(name).read_text(encoding="utf-8-sig").splitlines():
+    for name in sorted(glob.glob("**/*.txt", root_dir=file, recursive=True)):
+        path = Path(name)
+        picture = f"{path.parts[0]}/{path.stem}"
+        for line in Path(file, path).read_text(encoding="utf-8-sig").splitlines():
             question, _, right = line.rpartition("\t")
             if question:
-                rows.append({"question_id": f"{category}/{picture}", "question": question,
-                             "answer": right})
+                rows.append({"question_id": picture, "question": question, "answer": right})
     if not rows:
         raise ValueError(f"{file}: no MME in it: no CATEGORY/*.txt with lines of a question, a tab "
                          "and its answer")
@@ -1072,12 +1070,11 @@ def pair(kind, rows, replies, file):
 
 def place(kind, name):
     """The id of a question, or the file name of a picture, as far as it is the same everywhere."""
-    file = os.path.basename(str(name))
+    path = Path(str(name))
     if kind == "mme":
         # "artwork/images/10002.jpg" and "artwork/10002" are the same.
-        category = str(name).split("/")[0]
-        return category, os.path.splitext(file)[0]
-    return file if kind == "pope" else str(name)
+        return str(name).split("/")[0], path.stem
+    return path.name if kind == "pope" else str(name)
 
 
 def pair_in_order(labels, replies):
@@ -1328,13 +1325,13 @@ TOP = 64  # above the first row of panels: the title, and the panels' names
 LOAD = 150  # height of the bars below the panels: a share of 8% has room for its number
 
 
-def draw_routing(model: CuMo, images: list, png: str, population: list | None = None,
-                 n_layers: int = 5):
+def draw_routing(model, images, png, population=None, n_layers=5):
     """Each image as the tower gets it, and with its patches in the color of their first-choice
     expert, for at most n_layers layers, spread over the depth; below, the expert load per layer
     (CuMo, Figure 4) over `population`, by default the images shown.
 
-    Raises ValueError for a model without experts."""
+    images, population: as for load_images. png: the file's name. Raises ValueError for a model
+    without experts."""
     # What is shown of whom.
     routing = routing_of(model, images)
     if not routing:
@@ -1356,20 +1353,20 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     draw.text((GAP, bottom - LOAD - 26), f"Expert load: share of first choices, {counted}; "
               "the lines are an even load", "black", FONT)
 
-    # 2. The first column: the images, one a row.
+    # 2. A row an image: as the tower gets it, and in the colors of each layer's experts.
     wanted = data.picture_format(model.config.vision)
-    size = wanted.size
-    label(draw, GAP + PANEL / 2, TOP - 14, f"image, {size} x {size}", font=FONT)
-    seen = [as_seen(tensor, wanted) for tensor in load_images(model, images).cpu()]
-    for row, panel in enumerate(seen):
-        page.paste(panel, (GAP, TOP + row * STEP))
+    label(draw, GAP + PANEL / 2, TOP - 14, f"image, {wanted.size} x {wanted.size}", font=FONT)
+    for row, tensor in enumerate(load_images(model, images).cpu()):
+        top = TOP + row * STEP
+        panel = as_seen(tensor, wanted)
+        page.paste(panel, (GAP, top))
+        for column, name in enumerate(names, 1):
+            first = routing[name][row, :, 0]  # (N,)
+            page.paste(paint_patches(panel, first, colors), (panel_left(column), top))
 
-    # 3. A column a layer: the images in the colors of its experts, and below them the load.
+    # 3. Below each layer's column, the load.
     for column, name in enumerate(names, 1):
         left = panel_left(column)
-        for row, panel in enumerate(seen):
-            first = routing[name][row, :, 0]  # (N,)
-            page.paste(paint_patches(panel, first, colors), (left, TOP + row * STEP))
         box = (left, bottom - LOAD, left + PANEL, bottom)
         bars(draw, box, [load[name].tolist()], colors, [even_shares(n_experts)])
         for y in (TOP - 14, bottom + 14):
@@ -1518,8 +1515,8 @@ def layer_span(stats, i):
     return LEFT + i * width, LEFT + (i + 1) * width
 
 
-def draw_decoder_routing(stats: DecoderRouting, png: str):
-    """Four panels: expert load, modalities in an expert, experts of a modality, pathways.
+def draw_decoder_routing(stats, png):
+    """A DecoderRouting in four panels: expert load, modalities in an expert, experts of a modality, pathways.
 
     Raises ValueError if nothing was counted."""
     if not stats.layers or not sum(stats.tokens):
@@ -1646,8 +1643,7 @@ def draw_pathways(draw, stats, top, paths):
         y += 20
 
 
-def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str], png: str,
-                 shown: list = (), batch: int = 16, alone: bool = False) -> list[str]:
+def draw_experts(model, tokenizer, samples, replies, png, shown=(), batch=16, alone=False):
     """The pictures of samples and the replies to them -> the files written.
 
     Experts in the vision part: `png`, with the images `shown` (default: the first three) and the
@@ -1708,7 +1704,7 @@ def log_rows(log_file):
     return rows
 
 
-def draw_curves(log_file: str, png: str):
+def draw_curves(log_file, png):
     """train.py's log.jsonl -> the language loss of each stage, side by side."""
     stages = {}
     for row in log_rows(log_file):
@@ -2085,7 +2081,7 @@ def check_model(args, model, tokenizer):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file")
     given = {"images": args.image, "audio": args.audio, "video": args.video}
-    check_senses(model, args.model, [given])
+    check_senses(model, args.model, given)
 
     if args.routing:
         decides = any(model.config.text.n_experts)
