@@ -139,13 +139,9 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
 
     The pictures and sounds are encoded once and kept. Returns the conversation."""
     show = partial(print, end="", flush=True)
-    questions = typed_lines() if prompt is None else [prompt]
+    questions = typed_lines() if prompt is None else [prompt.strip()]
     conversation = []
     for question in questions:
-        question = question.strip()
-        if not question:
-            continue
-
         # The first question brings the files along. `opening` is that turn, with "<video>" replaced
         # by "<image>"s. In later turns such a mark is a word ("marks": none).
         if conversation:
@@ -168,7 +164,9 @@ def typed_lines():
     """What the user types, line by line, until Ctrl-D."""
     try:
         while True:
-            yield input("> ")
+            line = input("> ").strip()
+            if line:
+                yield line
     except EOFError:
         print()
 
@@ -328,19 +326,17 @@ def drawn_sample(what, question, in_words=False):
     return sample_of(question, images, audio=audio)
 
 
-def evaluate(model, tokenizer, n, batch=100, in_words=False, world="image", asked=None,
-             max_new_tokens=16, **options):
+def evaluate(model, tokenizer, n, batch=100, in_words=False, world="image", asked=None, **options):
     """n drawn questions -> {type: [right, asked]} by exact match.
 
     in_words: scene and sound are given as text. world: see drawn_questions. asked: a list that
-    gets each (sample, reply). options: as for `answer`."""
+    gets each (sample, reply). options: as for `answer`, but answers have up to 16 tokens."""
     def draw(question):
         what, kind, text, right = question
         return kind, drawn_sample(what, text, in_words), right
 
     questions = drawn_questions(n, world=world)
-    return count_right(model, tokenizer, questions, draw, batch, asked,
-                       max_new_tokens=max_new_tokens, **options)
+    return count_right(model, tokenizer, questions, draw, batch, asked, **options)
 
 
 def recall(model, tokenizer, n_facts, n, seed=0, asked=None, batch=100):
@@ -358,13 +354,12 @@ def recall(model, tokenizer, n_facts, n, seed=0, asked=None, batch=100):
             right = sample["conversations"].pop()["value"]
             return name, sample, right
 
-        scores |= count_right(
-            model, tokenizer, range(n), draw, batch, asked, max_new_tokens=16)
+        scores |= count_right(model, tokenizer, range(n), draw, batch, asked)
     return scores
 
 
-def count_right(model, tokenizer, questions, draw, batch, asked, **options):
-    """-> {type: [right, asked]} by exact match. draw: a question -> (type, sample, right answer)."""
+def count_right(model, tokenizer, questions, draw, batch, asked, max_new_tokens=16, **options):
+    """-> {type: [right, asked]} by exact match. draw: a question -> (type, sample, answer)."""
     was_training = model.training
     model.eval()
     scores = {}
@@ -372,7 +367,8 @@ def count_right(model, tokenizer, questions, draw, batch, asked, **options):
         # The pictures of a batch are drawn now, and forgotten afterwards.
         drawn = [draw(question) for question in group]
         samples = [sample for _, sample, _ in drawn]
-        replies = answer(model, tokenizer, samples, **options)
+        replies = answer(
+            model, tokenizer, samples, max_new_tokens=max_new_tokens, **options)
         for (kind, _, right), reply in zip(drawn, replies):
             add_points(scores, {kind: (reply == right, 1)})
         if asked is not None:
@@ -959,8 +955,8 @@ SCORERS = {
 
 
 def score(kind, annotations, answers, allow_missing=False):
-    """The names of two files -> ({name: [points, possible]}, how many answers have no annotation and so do not
-    count).
+    """Two files -> ({name: [points, possible]}, how many answers have no annotation and so do not
+    count). kind: one of SCORERS.
 
     Raises ValueError for annotated questions without an answer, as half a benchmark is another
     benchmark; allow_missing leaves them out."""
@@ -1516,7 +1512,8 @@ def layer_span(stats, i):
 
 
 def draw_decoder_routing(stats, png):
-    """A DecoderRouting in four panels: expert load, modalities in an expert, experts of a modality, pathways.
+    """A DecoderRouting in four panels: expert load, modalities in an expert, experts of a modality,
+    pathways.
 
     Raises ValueError if nothing was counted."""
     if not stats.layers or not sum(stats.tokens):
@@ -1821,9 +1818,7 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv, unset)).items()
     args.given = {name for name, value in given if value is not None}
 
-    # A prompt of blanks is no prompt; and a video is from now on the list of its frames.
-    if args.prompt is not None:
-        args.prompt = args.prompt.strip()
+    # From now on, a video is the list of its frames.
     videos = []
     for files in args.video:
         videos += data.video_files(files, "", "--video")
@@ -2027,7 +2022,7 @@ def check_flags(args):
     if args.eval and args.routing and args.eval_drawn:
         raise ValueError("--routing averages over --eval or over --eval-drawn; "
                          "ask for one of them at a time")
-    if args.prompt == "":
+    if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty; leave it out for a chat")
 
     check_sampling(args.max_new_tokens, args.temperature, args.top_p)
