@@ -509,14 +509,12 @@ def question_files(row, kind, folder, where):
     files = row.get(kind) or []
     if kind == "video":
         files = data.video_files(files, folder, where)
-        single_files = sum(files, [])
     else:
         if isinstance(files, str):
             files = [files]
         if not data.are_texts(files):
             raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
         files = [os.path.join(folder, name) for name in files]
-        single_files = files
 
     # Find out now, and not after an hour of answers, that a file is missing or a mark too many.
     # (Without sounds "<audio>" may be an HTML tag: check_questions knows the model.)
@@ -525,7 +523,7 @@ def question_files(row, kind, folder, where):
     if n_marks not in (0, len(files)) and not may_be_a_tag:
         raise ValueError(f"{where}: the text has {n_marks} <{kind}>, "
                          f"the question has {len(files)} {kind}s")
-    for name in single_files:
+    for name in sum(files, []) if kind == "video" else files:
         if not os.path.isfile(name):
             raise ValueError(f"{where}: {name}: no such file; check --images")
     return files
@@ -554,8 +552,7 @@ def answered(out, questions, model_id):
 
 
 def parse_lines(file):
-    """The JSON of each line, but lines that are no JSON as they stand, as bytes: a kill cut them
-    short, or they belong to something else."""
+    """A file's lines, parsed. A line that is no JSON, as when a kill cut it short, stays bytes."""
     rows = []
     for line in filter(None, Path(file).read_bytes().splitlines()):
         try:
@@ -633,7 +630,7 @@ def size_of_question(sample):
 def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
     """Answer the samples `todo` in batches, and append each batch to the file `part` at once.
 
-    Returns the errors of the last ones, which could not be answered: [] if the last one could."""
+    Returns the errors since the last question that could be answered."""
     errors = []
     with open(part, "a", encoding="utf-8") as f:
         # The file may end with a line that was cut off.
@@ -924,12 +921,14 @@ def mme_totals(pairs):
     # A picture whose other question has no answer does not count in accuracy+.
     sums = {}
     for picture, rights in pictures.items():
-        category = picture.split("/")[0]
         both = len(rights) == 2
-        for name in ("", f"{category} "):
-            add_points(sums, {f"{name}accuracy": (sum(rights), len(rights)),
-                              f"{name}accuracy+": (both and all(rights), both)})
+        points = {"accuracy": (sum(rights), len(rights)),
+                  "accuracy+": (both and all(rights), both)}
+        add_points(sums, points)
+        category = picture.split("/")[0]
+        add_points(sums, {f"{category} {name}": new for name, new in points.items()})
 
+    # What MME's tool prints.
     totals = {}
     for sense, categories in MME_SENSES.items():
         for category in categories.split():
@@ -1036,6 +1035,7 @@ def pair(kind, rows, replies, file):
         in_order = pair_in_order(rows, replies)
         if in_order:
             return in_order
+
         # Answers may name their pictures, and then they are found by these. (LLaVA's do not.)
         if all("image" in row for row in rows + replies) and all(map(question_of, rows)):
             field = "image"
@@ -1742,13 +1742,12 @@ def draw_curve(draw, x, stage, losses, held_out):
     right = x + 318
     top = 34
     bottom = 210
-    middle = (left + right) / 2
     smooth = running_mean(losses)
-    label(draw, middle, 16, f"stage {stage}: loss, at the end {smooth[-1]:.3f}")
+    label(draw, x + 182, 16, f"stage {stage}: loss, at the end {smooth[-1]:.3f}")
     foot = f"{len(losses)} steps"
     if held_out:
         foot += f"; red: held-out data, at the end {held_out[-1][1]:.3f}"
-    label(draw, middle, 226, foot)
+    label(draw, x + 182, 226, foot)
 
     # The first steps' losses may be so high that all others would lie on the ground: leave them out
     high = 1.05 * max(losses[len(losses) // 50:]) or 1.0
@@ -2058,12 +2057,11 @@ def deeds(args):
 
 def folder_and_number(words):
     """--write-drawn's DIR and N, which is 500 if it is not given."""
-    if len(words) == 1:
-        words = [*words, "500"]
-    if len(words) != 2 or not words[1].isdecimal() or int(words[1]) < 1:
+    n = words[1] if len(words) > 1 else "500"
+    if len(words) > 2 or not n.isdecimal() or int(n) < 1:
         raise ValueError("--write-drawn takes a folder and a number of questions, "
                          f"not {' '.join(words)}")
-    return words[0], int(words[1])
+    return words[0], int(n)
 
 
 def check_model(args, model, tokenizer):
