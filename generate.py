@@ -67,10 +67,6 @@ from kernels import MoE
 from model import CuMo, check_sampling
 from upcycle import load, write_atomically
 
-# Set by torchrun, where several processes share the questions of --eval.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-
 # -------------------------------------------------------------------------------------------------
 # 1. Answers
 #
@@ -160,13 +156,9 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
 
     The pictures and sounds are encoded once and kept. Returns the conversation."""
     show = partial(print, end="", flush=True)
-    questions = typed_lines() if prompt is None else [prompt]
+    questions = typed_lines() if prompt is None else [prompt.strip()]
     conversation = []
     for question in questions:
-        question = question.strip()
-        if not question:
-            continue
-
         # The first question brings the files along. `opening` is that turn, with "<video>" replaced
         # by "<image>"s. In later turns such a mark is a word ("marks": none).
         if conversation:
@@ -177,7 +169,7 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
             conversation += sample["conversations"]
 
         # The model reads the whole conversation again, but it does not look at the pictures again.
-        asked = {"images": [], "conversations": opening + conversation[1:], "slots": slots}
+        asked = {"conversations": opening + conversation[1:], "slots": slots}
         reply = answer(model, tokenizer, [asked], stream=show, too_long="warn", **embeds,
                        **options)[0]
         print()
@@ -187,13 +179,13 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
 
 def typed_lines():
     """What the user types, line by line, until Ctrl-D."""
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            print()
-            return
-        yield line
+    try:
+        while True:
+            line = input("> ").strip()
+            if line:
+                yield line
+    except EOFError:
+        print()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -218,8 +210,10 @@ def sense(model, samples):
     # A model without eyes or ears needs no sizes; load_senses complains if there are files for it.
     config = model.config
     wanted = data.picture_format(config.vision)
-    n_mels = config.audio.n_mels if config.n_audio_tokens else 0
-    seconds = config.audio.n_frames / 100 if config.n_audio_tokens else 0.0
+    ears = {}
+    if config.n_audio_tokens:
+        ears = {"n_audio_tokens": config.n_audio_tokens, "n_mels": config.audio.n_mels,
+                "seconds": config.audio.n_frames / 100}
 
     texts = []
     pictures = []
@@ -227,8 +221,7 @@ def sense(model, samples):
     frames = []
     for sample in samples:
         conversations, images, audio, frames_here, slots = data.load_senses(
-            sample, wanted, config.n_audio_tokens, seconds, average=not config.frames_apart,
-            n_mels=n_mels)
+            sample, wanted, average=not config.frames_apart, **ears)
         texts.append((conversations, slots))
         pictures.extend(images)
         frames.extend(frames_here or [1] * len(images))
@@ -236,15 +229,16 @@ def sense(model, samples):
             chunks.extend(audio)
 
     # What there is none of is left out: a language model alone is given tokens and nothing else.
+    device = device_of(model)
     senses = {}
     if pictures:
-        senses["images"] = torch.stack(pictures).to(device_of(model))
+        senses["images"] = torch.stack(pictures).to(device)
     if chunks:
-        senses["audio"] = torch.stack(chunks).to(device_of(model))
+        senses["audio"] = torch.stack(chunks).to(device)
 
     # As soon as one sample of the batch has a video, every image counts as a video of one frame.
     if any(sample.get("video") for sample in samples):
-        senses["frames"] = torch.tensor(frames, device=device_of(model))
+        senses["frames"] = torch.tensor(frames, device=device)
     return texts, senses
 
 
@@ -277,6 +271,10 @@ def sample_of(text, images=(), video=(), audio=()):
 
 # -------------------------------------------------------------------------------------------------
 # 3. Measuring on the drawn world
+
+# Set by torchrun, where several processes share the questions of --eval.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # A world is what a question is about: a scene, a sound, or both together.
 TYPES = {"image": data.TYPES, "sound": data.SOUND_TYPES, "both": data.BOTH_TYPES}
@@ -345,47 +343,53 @@ def drawn_sample(what, question, in_words=False):
     return sample_of(question, images, audio=audio)
 
 
-def evaluate(model: CuMo, tokenizer, n: int, batch: int = 100, in_words: bool = False,
-             world: str = "image", asked: list | None = None, max_new_tokens: int = 16,
-             **options) -> dict:
+def evaluate(model, tokenizer, n, batch=100, in_words=False, world="image", asked=None, **options):
     """n drawn questions -> {type: [right, asked]} by exact match.
 
     in_words: scene and sound are given as text. world: see drawn_questions. asked: a list that
-    gets each (sample, reply). options: as for `answer`."""
-    was_training = model.training
-    model.eval()
-    scores = {}
-    for group in batches(drawn_questions(n, world=world), batch, "evaluating"):
-        samples = [drawn_sample(what, question, in_words) for what, _, question, _ in group]
-        replies = answer(
-            model, tokenizer, samples, max_new_tokens=max_new_tokens, **options)
-        for (_, kind, _, right), reply in zip(group, replies):
-            add_points(scores, {kind: (reply == right, 1)})
-        if asked is not None:
-            asked.extend(zip(samples, replies))
-    model.train(was_training)
-    return scores
+    gets each (sample, reply). options: as for `answer`, but answers have up to 16 tokens."""
+    def draw(question):
+        what, kind, text, right = question
+        return kind, drawn_sample(what, text, in_words), right
+
+    questions = drawn_questions(n, world=world)
+    return count_right(model, tokenizer, questions, draw, batch, asked, **options)
 
 
 def recall(model, tokenizer, n_facts, n, seed=0, asked=None, batch=100):
     """n new drawings of n_facts known facts, and as many of unknown ones: {"known": [right, asked],
     "unknown": the same}. Nobody can know the latter: what is right there is chance (1 in 1,406)."""
-    was_training = model.training
-    model.eval()
     scores = {}
     for name, first in (("known", 0), ("unknown", n_facts)):
         n_here = min(n_facts, data.N_FACTS - first)
         if n_here == 0:
             continue
         facts = data.Facts(n_here, n, seed, held_out=True, first=first)
-        for group in batches(range(n), batch, "evaluating"):
-            samples = [facts[i] for i in group]
-            names = [sample["conversations"].pop()["value"] for sample in samples]
-            replies = answer(model, tokenizer, samples, max_new_tokens=16)
-            for reply, right in zip(replies, names):
-                add_points(scores, {name: (reply == right, 1)})
-            if asked is not None:
-                asked.extend(zip(samples, replies))
+
+        def draw(i):
+            sample = facts[i]
+            right = sample["conversations"].pop()["value"]
+            return name, sample, right
+
+        scores |= count_right(model, tokenizer, range(n), draw, batch, asked)
+    return scores
+
+
+def count_right(model, tokenizer, questions, draw, batch, asked, max_new_tokens=16, **options):
+    """-> {type: [right, asked]} by exact match. draw: a question -> (type, sample, answer)."""
+    was_training = model.training
+    model.eval()
+    scores = {}
+    for group in batches(questions, batch, "evaluating"):
+        # The pictures of a batch are drawn now, and forgotten afterwards.
+        drawn = [draw(question) for question in group]
+        samples = [sample for _, sample, _ in drawn]
+        replies = answer(
+            model, tokenizer, samples, max_new_tokens=max_new_tokens, **options)
+        for (kind, _, right), reply in zip(drawn, replies):
+            add_points(scores, {kind: (reply == right, 1)})
+        if asked is not None:
+            asked.extend(zip(samples, replies))
     model.train(was_training)
     return scores
 
@@ -404,7 +408,7 @@ def add_points(scores, points):
         scores[name] = [so_far[0] + new[0], so_far[1] + new[1]]
 
 
-def print_table(scores: dict, title: str):
+def print_table(scores, title):
     """{name: [points, possible]} as lines, and their sum unless there is an "accuracy"."""
     rows = list(scores.items())
     if "accuracy" not in scores:
@@ -413,13 +417,14 @@ def print_table(scores: dict, title: str):
             add_points(total, {"all": score})
         rows += total.items()
 
-    # Through tqdm, so that a progress bar which is still running does not end up in the table.
-    tqdm.write(title, file=sys.stdout)
+    lines = [title]
     width = max([10] + [len(name) for name, _ in rows])
     for name, (points, possible) in rows:
         percent = 100 * points / max(possible, 1)
-        line = f"  {name:{width}} {round(points, 1):7} of {possible:5}  {percent:5.1f}%"
-        tqdm.write(line, file=sys.stdout)
+        lines.append(f"  {name:{width}} {round(points, 1):7} of {possible:5}  {percent:5.1f}%")
+
+    # Through tqdm, so that a progress bar which is still running does not end up in the table.
+    tqdm.write("\n".join(lines), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -442,8 +447,8 @@ def read_rows(file, needs, kind):
         raise ValueError(f"{file}: holds no rows")
     for number, row in enumerate(rows, 1):
         data.check_text(row, f"{file}: row {number}")
-        key = row.get("question_id") if isinstance(row, dict) else None
-        if not isinstance(key, (int, str)) or not isinstance(row.get(needs), kind):
+        if (not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str))
+                or not isinstance(row.get(needs), kind)):
             raise ValueError(f"{file}: row {number} must be an object with question_id and "
                              f"{needs}, not {str(row)[:200]}")
     return rows
@@ -452,17 +457,15 @@ def read_rows(file, needs, kind):
 def list_rows(file):
     """The rows of a file in any of read_rows' layouts, unchecked."""
     rows = data.read_json(file)
-    whole = rows[0]
-    if len(rows) > 1 or not isinstance(whole, dict):
-        return [as_question(row) for row in rows]
-
-    # An object alone is VQA's, TextVQA's or ScienceQA's; or a list of one.
-    for name in ("annotations", "data"):
-        if isinstance(whole.get(name), list):
-            return whole[name]
-    if whole and all(isinstance(row, dict) for row in whole.values()):
-        return [{"question_id": key, **row} for key, row in whole.items()]
-    return [as_question(whole)]
+    if len(rows) == 1 and isinstance(rows[0], dict):
+        # An object alone is VQA's, TextVQA's or ScienceQA's; or a list of one.
+        whole = rows[0]
+        for name in ("annotations", "data"):
+            if isinstance(whole.get(name), list):
+                return whole[name]
+        if whole and all(isinstance(row, dict) for row in whole.values()):
+            return [{"question_id": key, **row} for key, row in whole.items()]
+    return [as_question(row) for row in rows]
 
 
 def as_question(row):
@@ -480,7 +483,7 @@ def as_question(row):
 def key_of(row, asked):
     """What tells a question from the others. Its id alone does not: LLaVA's files for TextVQA and
     MME have the picture's id there, and ask about a picture several times."""
-    return str(row["question_id"]), str(row.get(asked, ""))
+    return str(row.get("question_id")), str(row.get(asked, ""))
 
 
 def by_key(rows, asked, file):
@@ -521,25 +524,23 @@ def question_files(row, kind, folder, where):
     """A question's "image" or "audio" -> its files; "video" -> for each the files of its frames."""
     # A question may have one file, several, or none.
     files = row.get(kind) or []
-    if not isinstance(files, (str, list)):
-        raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
     if kind == "video":
         files = data.video_files(files, folder, where)
-        single_files = sum(files, [])
     else:
         if isinstance(files, str):
             files = [files]
-        files = [os.path.join(folder, str(name)) for name in files]
-        single_files = files
+        if not data.are_texts(files):
+            raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
+        files = [os.path.join(folder, name) for name in files]
 
     # Find out now, and not after an hour of answers, that a file is missing or a mark too many.
-    # (Without sounds "<audio>" may be an HTML tag; check_audio_marks asks, when it knows the model)
+    # (Without sounds "<audio>" may be an HTML tag: check_questions knows the model.)
     n_marks = row["text"].count(f"<{kind}>")
     may_be_a_tag = kind == "audio" and not files
     if n_marks not in (0, len(files)) and not may_be_a_tag:
         raise ValueError(f"{where}: the text has {n_marks} <{kind}>, "
                          f"the question has {len(files)} {kind}s")
-    for name in single_files:
+    for name in sum(files, []) if kind == "video" else files:
         if not os.path.isfile(name):
             raise ValueError(f"{where}: {name}: no such file; check --images")
     return files
@@ -552,29 +553,30 @@ def answered(out, questions, model_id):
     in, or overwritten."""
     done = {}
     for file in filter(os.path.exists, [out, *parts_of(out)]):
-        for line in filter(None, Path(file).read_bytes().splitlines()):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                # A kill may cut off the last line of a part; that question is asked again.
-                if file != out:
-                    continue
-                row = line
-            if not is_answer_to(questions, row, model_id):
+        for row in parse_lines(file):
+            # A kill may cut off the last line of a part; that question is asked again.
+            if isinstance(row, bytes) and file != out:
+                continue
+            key = None
+            if isinstance(row, dict) and isinstance(row.get("text"), str):
+                key = key_of(row, "prompt")
+            if key not in questions or row.get("model_id") != model_id:
                 raise ValueError(
                     f"{file} holds something else than answers of {model_id} to these questions; "
                     f"choose another --out: {str(row)[:200]}")
-            done[key_of(row, "prompt")] = row
+            done[key] = row
     return done
 
 
-def is_answer_to(questions, row, model_id):
-    """Whether the row answers one of the questions, as it is asked now, by this model."""
-    if not isinstance(row, dict) or "question_id" not in row:
-        return False
-    if not isinstance(row.get("prompt"), str) or not isinstance(row.get("text"), str):
-        return False
-    return key_of(row, "prompt") in questions and row.get("model_id") == model_id
+def parse_lines(file):
+    """A file's lines, parsed. A line that is no JSON, as when a kill cut it short, stays bytes."""
+    rows = []
+    for line in filter(None, Path(file).read_bytes().splitlines()):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            rows.append(line)
+    return rows
 
 
 def parts_of(out):
@@ -590,8 +592,7 @@ def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     A question that cannot be answered, as its picture is broken, is reported and left out; the same
     command asks it again. options: as for `answer`. Under torchrun each process answers every
     WORLD-th question; the process group must be there."""
-    check_senses(model, model_id, questions.values())
-    check_audio_marks(model, questions)
+    check_questions(model, model_id, questions)
 
     # 1. This process's share of the questions, without those that an earlier run has answered.
     # (Other processes may be writing already, but only answers to their own share).
@@ -646,9 +647,8 @@ def size_of_question(sample):
 def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
     """Answer the samples `todo` in batches, and append each batch to the file `part` at once.
 
-    Returns the errors of those that could not be answered."""
+    Returns the errors since the last question that could be answered."""
     errors = []
-    in_a_row = 0
     with open(part, "a", encoding="utf-8") as f:
         # The file may end with a line that was cut off.
         if f.tell() > 0:
@@ -657,15 +657,14 @@ def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
             # The images of a group are read now, and forgotten afterwards.
             for sample, reply in zip(group, answer_each(model, tokenizer, group, **options)):
                 if isinstance(reply, str):
-                    in_a_row = 0
+                    errors.clear()
                     f.write(json.dumps(row_of(sample, reply, model_id)) + "\n")
                     continue
 
                 # This one is left out. When all fail, it is not the questions that are broken.
-                in_a_row += 1
                 errors.append(f"question {sample['row']['question_id']!r}: {reply}")
                 tqdm.write(f"left out: {errors[-1]}", file=sys.stderr)
-                if in_a_row == 100:
+                if len(errors) == 100:
                     raise ValueError(f"100 questions in a row cannot be answered; {errors[-1]}")
             f.flush()
     return errors
@@ -701,30 +700,30 @@ def write_lines(file, rows):
     write_atomically(file, write)
 
 
-def check_senses(model, name, samples):
-    """Raises ValueError if the samples need a sense that the model does not have."""
-    for sample in samples:
-        if model.vision is None and (sample["images"] or sample["video"]):
-            raise ValueError(f"{name} is a language model alone; it cannot see images or videos")
-        if model.audio is None and sample["audio"]:
-            raise ValueError(f"{name} has no ears; it cannot hear sounds")
+def check_senses(model, name, sample):
+    """Raises ValueError if the sample needs a sense that the model does not have."""
+    if model.vision is None and (sample["images"] or sample["video"]):
+        raise ValueError(f"{name} is a language model alone; it cannot see images or videos")
+    if model.audio is None and sample["audio"]:
+        raise ValueError(f"{name} has no ears; it cannot hear sounds")
 
 
-def check_audio_marks(model, questions):
-    """Raises ValueError for an "<audio>" without sound: to a model with ears it is no HTML tag."""
-    for key, sample in questions.items():
-        n_marks = sample["conversations"][0]["value"].count("<audio>")
-        n_sounds = len(sample["audio"])
-        if model.audio is not None and n_marks != n_sounds:
-            raise ValueError(f"question {key[0]!r}: the text has {n_marks} <audio>, "
-                             f"the question has {n_sounds} audios")
+def check_questions(model, name, questions):
+    """Raises ValueError for questions that need a sense that the model does not have, and for an
+    "<audio>" without sound: to a model with ears it is no HTML tag."""
+    for (question, text), sample in questions.items():
+        check_senses(model, name, sample)
+        n_marks = text.count("<audio>")
+        if model.audio is not None and n_marks and not sample["audio"]:
+            raise ValueError(f"question {question!r}: the text has {n_marks} <audio>, "
+                             "the question has 0 audios")
 
 
 # -------------------------------------------------------------------------------------------------
 # 5. Scores
 #
 # A scorer takes the annotation of one question and the reply to it, and gives {name: (points,
-# possible)}, which score_all adds up. A right answer is "accuracy" (1, 1), a wrong one (0, 1); and
+# possible)}, which sum_points adds up. A right answer is "accuracy" (1, 1), a wrong one (0, 1); and
 # (0, 0) says that this question does not count: a reply "no" in POPE's precision, for example.
 
 
@@ -795,23 +794,25 @@ def normalise(text):
     return " ".join(words)
 
 
-def score_vqa(row, reply, form=normalise, always=False):
+def score_vqa(row, reply, form=None):
     """row: {"answers": ten of {"answer": text} or text, "answer_type": optional}. VQA accuracy
     (arXiv 1505.00468).
 
-    form: what normalises an answer. This follows the official code (GT-Vision-Lab/VQA), which
-    normalises only where the humans differ: else "Yes." is no "yes". LLaVA never sees that, as it
-    hands in answers in m4c's normal form, below. Raises ValueError where there are not ten."""
+    form: what normalises answers. Without it, this follows the official code (GT-Vision-Lab/VQA),
+    which normalises only where the humans differ: else "Yes." is no "yes". LLaVA never sees that,
+    as it hands in answers in m4c's normal form, below. Raises ValueError where there are not ten.
+    """
     humans = []
     for human in row["answers"]:
         humans.append(human.get("answer") if isinstance(human, dict) else human)
-    if len(humans) != 10 or not all(isinstance(human, str) for human in humans):
+    if len(humans) != 10 or not data.are_texts(humans):
         raise ValueError("'answers' must be texts of ten humans, not " + str(row["answers"])[:200])
 
-    # Where all ten say the same, the reply must be just that, unless `always`.
     reply = on_one_line(reply)
     humans = [on_one_line(human) for human in humans]
-    if always or len(set(humans)) > 1:
+    if form is None and len(set(humans)) > 1:
+        form = normalise
+    if form is not None:
         reply = form(reply)
         humans = [form(human) for human in humans]
 
@@ -831,7 +832,7 @@ def m4c_form(text):
 def score_textvqa(row, reply):
     """row: {"answers": ten}. TextVQA as m4c and LLaVA evaluate it: VQA accuracy, but every answer
     is normalised, in m4c's form."""
-    return score_vqa(row, reply, m4c_form, always=True)
+    return score_vqa(row, reply, m4c_form)
 
 
 def says_no(reply):
@@ -913,9 +914,7 @@ def score_mme(row, reply):
     if right not in ("yes", "no"):
         raise ValueError(
             f"{row['question_id']}: 'answer' must be Yes or No, not {row['answer']!r}")
-    start = reply.lower()[:4]
-    said = next((word for word in ("yes", "no") if word in start), None)
-    return {"accuracy": (said == right, 1)}
+    return {"accuracy": (right in reply.lower()[:4], 1)}
 
 
 MME_SENSES = {
@@ -939,12 +938,14 @@ def mme_totals(pairs):
     # A picture whose other question has no answer does not count in accuracy+.
     sums = {}
     for picture, rights in pictures.items():
-        category = picture.split("/")[0]
         both = len(rights) == 2
-        for name in ("", f"{category} "):
-            add_points(sums, {f"{name}accuracy": (sum(rights), len(rights)),
-                              f"{name}accuracy+": (both and all(rights), both)})
+        points = {"accuracy": (sum(rights), len(rights)),
+                  "accuracy+": (both and all(rights), both)}
+        add_points(sums, points)
+        category = picture.split("/")[0]
+        add_points(sums, {f"{category} {name}": new for name, new in points.items()})
 
+    # What MME's tool prints.
     totals = {}
     for sense, categories in MME_SENSES.items():
         for category in categories.split():
@@ -969,10 +970,9 @@ SCORERS = {
 }
 
 
-def score(kind: str, annotations: str, answers: str,
-          allow_missing: bool = False) -> tuple[dict, int]:
+def score(kind, annotations, answers, allow_missing=False):
     """Two files -> ({name: [points, possible]}, how many answers have no annotation and so do not
-    count).
+    count). kind: one of SCORERS.
 
     Raises ValueError for annotated questions without an answer, as half a benchmark is another
     benchmark; allow_missing leaves them out."""
@@ -995,12 +995,6 @@ def score(kind: str, annotations: str, answers: str,
     n_used = len({id(reply) for _, reply in pairs})
     points = sum_points(kind, [(row, reply["text"]) for row, reply in pairs])
     return points, len(replies) - n_used
-
-
-def score_all(kind, rows, replies):
-    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}."""
-    pairs = [({"question_id": key, **row}, replies[key]) for key, row in rows.items()]
-    return sum_points(kind, pairs)
 
 
 def sum_points(kind, pairs):
@@ -1035,14 +1029,13 @@ def read_annotations(kind, file):
         return read_rows(file, needs, kind_needed)
 
     rows = []
-    for name in sorted(glob.glob(f"{glob.escape(file)}/**/*.txt", recursive=True)):
-        category = os.path.relpath(name, file).split(os.sep)[0]
-        picture = os.path.splitext(os.path.basename(name))[0]
-        for line in Path(name).read_text(encoding="utf-8-sig").splitlines():
+    for name in sorted(glob.glob("**/*.txt", root_dir=file, recursive=True)):
+        path = Path(name)
+        picture = f"{path.parts[0]}/{path.stem}"
+        for line in Path(file, path).read_text(encoding="utf-8-sig").splitlines():
             question, _, right = line.rpartition("\t")
             if question:
-                rows.append({"question_id": f"{category}/{picture}", "question": question,
-                             "answer": right})
+                rows.append({"question_id": picture, "question": question, "answer": right})
     if not rows:
         raise ValueError(f"{file}: no MME in it: no CATEGORY/*.txt with lines of a question, a tab "
                          "and its answer")
@@ -1052,16 +1045,20 @@ def read_annotations(kind, file):
 def pair(kind, rows, replies, file):
     """Annotations and answers -> [(annotation, its answer or None), ...].
 
-    Raises ValueError if the answer with an annotation's id is one to another question."""
-    # POPE's answers may name their pictures, and then they are found by these. (LLaVA's do not.)
+    Raises ValueError if the answer with an annotation's id is one to another question, or if there
+    are two of them."""
     field = "question_id"
     if kind == "pope":
+        in_order = pair_in_order(rows, replies)
+        if in_order:
+            return in_order
+
+        # Answers may name their pictures, and then they are found by these. (LLaVA's do not.)
         if all("image" in row for row in rows + replies) and all(map(question_of, rows)):
             field = "image"
-        pairs = pair_in_order(rows, replies, field == "image")
-        if pairs:
-            return pairs
 
+    # Where several questions share a place, one of them may just have no answer.
+    shared = field == "image" or kind in ("textvqa", "mme")
     places = {}
     for reply in replies:
         places.setdefault(place(kind, reply[field]), []).append(reply)
@@ -1072,93 +1069,83 @@ def pair(kind, rows, replies, file):
             # LLaVA's questions have the picture's id in the place of their own.
             found = places.get(place(kind, row.get("image_id")), [])
         fits = those_that_ask(row, found)
-        check_pair(kind, row, found, fits, field, file)
+        if found and not fits and not shared:
+            raise ValueError(
+                f"{file}: question {str(row['question_id'])!r} was {found[0]['prompt']!r}, but its "
+                f"annotation is about {question_of(row)!r}: these are annotations of other "
+                "questions")
+        if len({str(reply.get("prompt")) for reply in fits}) > 1:
+            raise ValueError(f"{file}: question_id {fits[0]['question_id']!r} comes twice; give "
+                             "the annotations a 'question' that says which one they mean")
         pairs.append((row, fits[0] if fits else None))
     return pairs
 
 
 def place(kind, name):
     """The id of a question, or the file name of a picture, as far as it is the same everywhere."""
-    file = os.path.basename(str(name))
+    path = Path(str(name))
     if kind == "mme":
         # "artwork/images/10002.jpg" and "artwork/10002" are the same.
-        category = str(name).split("/")[0]
-        return category, os.path.splitext(file)[0]
-    return file if kind == "pope" else str(name)
+        return str(name).split("/")[0], path.stem
+    return path.name if kind == "pope" else str(name)
 
 
-def pair_in_order(labels, replies, by_image):
+def pair_in_order(labels, replies):
     """POPE's answers to one file of labels, among those to all three, as LLaVA finds them: by their
     order. None unless just one run of answers, as long as the labels, is to these questions."""
-    def picture(row):
-        return place("pope", row["image"]) if by_image else None
-
-    wanted = [(picture(row), question_of(row)) for row in labels]
-    said = [(picture(row), wording(prompt_of(row) or "")) for row in replies]
-    if any(question is None for _, question in wanted):
-        return None
-
     starts = []
-    for start in range(len(said) - len(wanted) + 1):
-        run = zip(wanted, said[start:])
-        if all(a == b and question in prompt for (a, question), (b, prompt) in run):
+    for start in range(len(replies) - len(labels) + 1):
+        if all(map(is_about, labels, replies[start:])):
             starts.append(start)
     if len(starts) != 1:
         return None
     return list(zip(labels, replies[starts[0]:]))
 
 
+def is_about(label, reply):
+    """Does the prompt ask the label's question, about its picture if the answer names one?"""
+    if "image" in label and "image" in reply:
+        if place("pope", label["image"]) != place("pope", reply["image"]):
+            return False
+    question = question_of(label)
+    return question != "" and question in prompt_of(reply)
+
+
 def those_that_ask(row, replies):
-    """The answers to what the annotation asks, if it says it; the word-by-word ones first."""
+    """The answers to what the annotation asks, if it says it; the word-by-word ones first.
+
+    An answer without a prompt is one to any question."""
     question = question_of(row)
-    if question is None:
-        return replies
-    asked = [wording(without_frame(prompt_of(reply) or question)) for reply in replies]
-    same = [reply for reply, text in zip(replies, asked) if text == question]
+    asked = [prompt_of(reply) or question for reply in replies]
+    same = [reply for reply, text in zip(replies, asked) if question in ("", text)]
     return same or [reply for reply, text in zip(replies, asked) if question in text]
 
 
 def question_of(row):
-    """What an annotation asks, or None."""
-    text = row.get("question", row.get("text"))
-    return wording(without_frame(text)) if isinstance(text, str) else None
+    """What an annotation asks, or "" if it does not say it."""
+    return wording(row.get("question", row.get("text")))
 
 
 def prompt_of(reply):
-    """What was asked, or None in a file of answers that does not say it."""
-    prompt = reply.get("prompt")
-    return prompt if isinstance(prompt, str) else None
+    """What was asked, or "" in a file of answers that does not say it."""
+    return wording(reply.get("prompt"))
 
 
 def wording(text):
-    """A question without what differs between the files of a benchmark: capitals, blanks, MME's
-    request at the end, and the "imange" of POPE's first label files, which LLaVA asks for."""
-    text = " ".join(text.replace("<image>", " ").lower().split())
-    return text.replace(" imange", " image").removesuffix("please answer yes or no.").strip()
+    """A question without what differs between the files of a benchmark. "" if it is no text.
 
-
-def without_frame(prompt):
-    """The question in a prompt of LLaVA's, which may put TextVQA's words in front or behind it, and
-    a request for a short answer at the end (its eval_textvqa.py)."""
-    framed = re.match(r"OCR tokens: .*Question: (.*?) Short answer:", prompt, re.DOTALL)
+    LLaVA may put TextVQA's words in front of it or behind it, and a request for a short answer at
+    the end (its eval_textvqa.py). Capitals, blanks and MME's request at the end differ, and so does
+    the "imange" of POPE's first label files, which LLaVA asks for."""
+    if not isinstance(text, str):
+        return ""
+    framed = re.match(r"OCR tokens: .*Question: (.*?) Short answer:", text, re.DOTALL)
     if framed:
-        return framed[1]
+        text = framed[1]
     around = ("Reference OCR token:", "Answer the question using")
-    return "\n".join(line for line in prompt.split("\n") if not line.startswith(around))
-
-
-def check_pair(kind, row, found, fits, field, file):
-    """An answer with the annotation's id is one to its question, and there are no two of them."""
-    if len({prompt_of(reply) for reply in fits}) > 1:
-        raise ValueError(f"{file}: question_id {fits[0]['question_id']!r} comes twice; give the "
-                         "annotations a 'question' that says which one they mean")
-
-    # Where several questions share an id, this one may just have no answer.
-    shared = field == "image" or kind in ("textvqa", "mme")
-    if found and not fits and not shared:
-        raise ValueError(
-            f"{file}: question {str(row['question_id'])!r} was {found[0]['prompt']!r}, but its "
-            f"annotation is about {question_of(row)!r}: these are annotations of other questions")
+    lines = [line for line in text.split("\n") if not line.startswith(around)]
+    text = " ".join(" ".join(lines).replace("<image>", " ").lower().split())
+    return text.replace(" imange", " image").removesuffix("please answer yes or no.").strip()
 
 
 def write_drawn(folder, n):
@@ -1176,11 +1163,10 @@ def write_drawn(folder, n):
 
     for name, rows in files.items():
         write_lines(f"{folder}/{name}.jsonl", rows)
-    print(f"wrote {n} questions. Answer and score them:\n"
-          f"  python generate.py --eval {folder}/questions.jsonl --images {folder}/images "
-          f"--out {folder}/answers.jsonl\n"
-          f"  python generate.py --score exact --answers {folder}/answers.jsonl "
-          f"--annotations {folder}/exact.jsonl")
+    answers = f"{folder}/answers.jsonl"
+    print(f"""wrote {n} questions. Answer and score them:
+  python generate.py --eval {folder}/questions.jsonl --images {folder}/images --out {answers}
+  python generate.py --score exact --answers {answers} --annotations {folder}/exact.jsonl""")
 
 
 def annotations_of(kind, right, rng):
@@ -1416,17 +1402,18 @@ def expert_load(model, images, n_experts):
 
 PANEL = 192  # pixels a side, of an image in draw_routing's picture
 GAP = 16  # between two panels
+STEP = PANEL + GAP  # from one panel to the next, to the right and downwards
 TOP = 64  # above the first row of panels: the title, and the panels' names
 LOAD = 150  # height of the bars below the panels: a share of 8% has room for its number
 
 
-def draw_routing(model: CuMo, images: list, png: str, population: list | None = None,
-                 n_layers: int = 5):
+def draw_routing(model, images, png, population=None, n_layers=5):
     """Each image as the tower gets it, and with its patches in the color of their first-choice
     expert, for at most n_layers layers, spread over the depth; below, the expert load per layer
     (CuMo, Figure 4) over `population`, by default the images shown.
 
-    Raises ValueError for a model without experts."""
+    images, population: as for load_images. png: the file's name. Raises ValueError for a model
+    without experts."""
     # What is shown of whom.
     routing = routing_of(model, images)
     if not routing:
@@ -1438,9 +1425,8 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     load = expert_load(model, population, n_experts)
 
     # 1. An empty page with headings.
-    step = PANEL + GAP  # from one panel to the next, to the right and downwards
     width = max(640, panel_left(len(names) + 1))
-    height = TOP + len(images) * step + LOAD + 76
+    height = TOP + len(images) * STEP + LOAD + 76
     bottom = height - 30
     page, draw = blank_page(width, height)
     draw.text((GAP, 12), "First-choice expert of each patch", "black", FONT)
@@ -1449,20 +1435,20 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
     draw.text((GAP, bottom - LOAD - 26), f"Expert load: share of first choices, {counted}; "
               "the lines are an even load", "black", FONT)
 
-    # 2. The first column: the images, one a row.
+    # 2. A row an image: as the tower gets it, and in the colors of each layer's experts.
     wanted = data.picture_format(model.config.vision)
-    size = wanted.size
-    label(draw, GAP + PANEL / 2, TOP - 14, f"image, {size} x {size}", font=FONT)
-    seen = [as_seen(tensor, wanted) for tensor in load_images(model, images).cpu()]
-    for row, panel in enumerate(seen):
-        page.paste(panel, (GAP, TOP + row * step))
+    label(draw, GAP + PANEL / 2, TOP - 14, f"image, {wanted.size} x {wanted.size}", font=FONT)
+    for row, tensor in enumerate(load_images(model, images).cpu()):
+        top = TOP + row * STEP
+        panel = as_seen(tensor, wanted)
+        page.paste(panel, (GAP, top))
+        for column, name in enumerate(names, 1):
+            first = routing[name][row, :, 0]  # (N,)
+            page.paste(paint_patches(panel, first, colors), (panel_left(column), top))
 
-    # 3. A column a layer: the images in the colors of its experts, and below them the load.
+    # 3. Below each layer's column, the load.
     for column, name in enumerate(names, 1):
         left = panel_left(column)
-        for row, panel in enumerate(seen):
-            first = routing[name][row, :, 0]  # (N,)
-            page.paste(paint_patches(panel, first, colors), (left, TOP + row * step))
         box = (left, bottom - LOAD, left + PANEL, bottom)
         bars(draw, box, [load[name].tolist()], colors, [even_shares(n_experts)])
         for y in (TOP - 14, bottom + 14):
@@ -1471,7 +1457,7 @@ def draw_routing(model: CuMo, images: list, png: str, population: list | None = 
 
 
 def panel_left(column):
-    return GAP + column * (PANEL + GAP)
+    return GAP + column * STEP
 
 
 def spread_over_depth(names, n_layers):
@@ -1563,8 +1549,9 @@ class DecoderRouting:
             paths = sum(self.pathways, Counter())
         else:
             paths = self.pathways[modality]
-        most_used_first = sorted(paths.items(), key=lambda item: (-item[1], item[0]))
-        return [(path, count / paths.total()) for path, count in most_used_first[:n]]
+        # Of those used alike, the path of lower numbers comes first.
+        most_used = Counter(dict(sorted(paths.items()))).most_common(n)
+        return [(path, count / paths.total()) for path, count in most_used]
 
 
 @torch.no_grad()
@@ -1616,8 +1603,9 @@ def layer_span(stats, i):
     return LEFT + i * width, LEFT + (i + 1) * width
 
 
-def draw_decoder_routing(stats: DecoderRouting, png: str):
-    """Four panels: expert load, modalities in an expert, experts of a modality, pathways.
+def draw_decoder_routing(stats, png):
+    """A DecoderRouting in four panels: expert load, modalities in an expert, experts of a modality,
+    pathways.
 
     Raises ValueError if nothing was counted."""
     if not stats.layers or not sum(stats.tokens):
@@ -1744,8 +1732,7 @@ def draw_pathways(draw, stats, top, paths):
         y += 20
 
 
-def draw_experts(model: CuMo, tokenizer, samples: list[dict], replies: list[str], png: str,
-                 shown: list = (), batch: int = 16, alone: bool = False) -> list[str]:
+def draw_experts(model, tokenizer, samples, replies, png, shown=(), batch=16, alone=False):
     """The pictures of samples and the replies to them -> the files written.
 
     Experts in the vision part: `png`, with the images `shown` (default: the first three) and the
@@ -1800,34 +1787,26 @@ def log_rows(log_file):
 
     Lines that a kill has cut short, or that another program has written, are passed over."""
     rows = []
-    with open(log_file, "rb") as f:
-        for line in f:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and "stage" in row and isinstance(row.get("step", 0), int):
-                rows.append(row)
+    for row in parse_lines(log_file):
+        if isinstance(row, dict) and "stage" in row and isinstance(row.get("step", 0), int):
+            rows.append(row)
     return rows
 
 
-def draw_curves(log_file: str, png: str):
+def draw_curves(log_file, png):
     """train.py's log.jsonl -> the language loss of each stage, side by side."""
     stages = {}
-    held_out = {}
     for row in log_rows(log_file):
-        stage = str(row["stage"])
-        losses = stages.setdefault(stage, [])
-        points = held_out.setdefault(stage, [])
+        losses, held_out = stages.setdefault(str(row["stage"]), ([], []))
         if "val_loss" in row:
-            points.append((len(losses) - 1, finite(row["val_loss"])))
+            held_out.append((len(losses) - 1, finite(row["val_loss"])))
         else:
             losses.append(finite(row.get("lm", row.get("loss"))))
 
-    stages = {stage: losses for stage, losses in stages.items() if losses}
+    stages = {stage: curves for stage, curves in stages.items() if curves[0]}
     page, draw = blank_page(330 * max(1, len(stages)), 240)
-    for column, (stage, losses) in enumerate(stages.items()):
-        draw_curve(draw, 330 * column, stage, losses, held_out[stage])
+    for column, (stage, curves) in enumerate(stages.items()):
+        draw_curve(draw, 330 * column, stage, *curves)
     save_png(page, png)
 
 
@@ -1848,20 +1827,19 @@ def running_mean(values):
     return means
 
 
-def draw_curve(draw, x, stage, losses, held_out=()):
+def draw_curve(draw, x, stage, losses, held_out):
     """The chart of a stage, from x on. Grey: every step; blue: the running mean; red: on held-out
     data, (step, loss); behind them a grid with numbers."""
     left = x + 46
     right = x + 318
     top = 34
     bottom = 210
-    middle = (left + right) / 2
     smooth = running_mean(losses)
-    label(draw, middle, 16, f"stage {stage}: loss, at the end {smooth[-1]:.3f}")
+    label(draw, x + 182, 16, f"stage {stage}: loss, at the end {smooth[-1]:.3f}")
     foot = f"{len(losses)} steps"
     if held_out:
         foot += f"; red: held-out data, at the end {held_out[-1][1]:.3f}"
-    label(draw, middle, 226, foot)
+    label(draw, x + 182, 226, foot)
 
     # The first steps' losses may be so high that all others would lie on the ground: leave them out
     high = 1.05 * max(losses[len(losses) // 50:]) or 1.0
@@ -2259,9 +2237,7 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv, unset)).items()
     args.given = {name for name, value in given if value is not None}
 
-    # A prompt of blanks is no prompt; and a video is from now on the list of its frames.
-    if args.prompt is not None:
-        args.prompt = args.prompt.strip()
+    # From now on, a video is the list of its frames.
     videos = []
     for files in args.video:
         videos += data.video_files(files, "", "--video")
@@ -2442,31 +2418,16 @@ def evaluate_and_print(args, model, tokenizer, options):
     return asked
 
 
-# What a flag acts on. ("prompt" is also a chat, in which the prompts are typed.)
-ASKING = ("prompt", "eval", "eval_drawn")
-TALKING = (*ASKING, "serve")
-ACTS_ON = {
-    "model": TALKING,
-    "device": TALKING,
-    "image": ("prompt", "routing"),
-    "audio": ("prompt",),
-    "video": ("prompt",),
-    "prompt": ("prompt",),
-    "max_new_tokens": TALKING,
-    "temperature": TALKING,
-    "top_p": TALKING,
-    "seed": TALKING,
-    "compile": ASKING,
-    "routing": ASKING,
-    "eval_drawn": ("eval_drawn",),
-    "images": ("eval",),
-    "out": ("eval",),
-    "suffix": ("eval",),
-    "batch": ("eval", "eval_drawn", "routing"),
-    "answers": ("score",),
-    "annotations": ("score",),
-    "allow_missing": ("score",),
-    "host": ("serve",),
+# Which flags a deed takes. ("prompt" is also a chat, in which the prompts are typed.)
+ASKING = {"model", "device", "max_new_tokens", "temperature", "top_p", "seed"}
+USES = {
+    "prompt": {*ASKING, "compile", "routing", "prompt", "image", "audio", "video"},
+    "eval": {*ASKING, "compile", "routing", "eval", "images", "out", "suffix", "batch"},
+    "eval_drawn": {*ASKING, "compile", "routing", "eval_drawn", "batch"},
+    "routing": {"image", "batch"},
+    "score": {"score", "answers", "annotations", "allow_missing"},
+    "write_drawn": {"write_drawn"},
+    "serve": {*ASKING, "serve", "host"},
 }
 LIMITS = {
     "max_new_tokens": (1, 1_000_000),
@@ -2479,31 +2440,30 @@ LIMITS = {
 
 def check_flags(args):
     """Raises ValueError for flags that do not go together, or would be ignored."""
-    if args.eval and (not args.out or args.batch < 1):
-        raise ValueError("--eval needs --out, a file for the answers, and a --batch of at least 1")
-    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{flag(name)} must be from {low} to {high}, not {value}")
-    if args.prompt == "":
-        raise ValueError("--prompt is empty; leave it out for a chat")
-
-    # A flag that is given acts, or is refused.
-    does = deeds(args)
-    for name in ACTS_ON:
-        if name in args.given and not does.intersection(ACTS_ON[name]):
-            hint = "; a --prompt is about an --image" if name == "images" else ""
-            raise ValueError(f"{flag(name)} acts with {' or '.join(map(flag, ACTS_ON[name]))} "
-                             f"only{hint}")
-    if args.temperature == 0 and args.serve is None and args.given & {"top_p", "seed"}:
-        raise ValueError("--top-p and --seed are for sampling: give a --temperature above 0, too")
-
+    if args.eval and not args.out:
+        raise ValueError("--eval needs --out, a file for the answers")
     if args.score and (not args.answers or not args.annotations):
         raise ValueError("--score needs --answers and --annotations")
     if args.eval and args.routing and args.eval_drawn:
         raise ValueError("--routing averages over --eval or over --eval-drawn; "
                          "ask for one of them at a time")
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty; leave it out for a chat")
+
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{flag(name)} must be from {low} to {high}, not {value}")
+
+    # A flag that is given acts, or is refused.
+    used = set().union(*[USES[deed] for deed in deeds(args)])
+    for name in sorted(args.given - used):
+        acts_with = " or ".join(flag(deed) for deed in USES if name in USES[deed])
+        hint = "; a --prompt is about an --image" if name == "images" else ""
+        raise ValueError(f"{flag(name)} acts with {acts_with} only{hint}")
+    if args.temperature == 0 and args.serve is None and args.given & {"top_p", "seed"}:
+        raise ValueError("--top-p and --seed are for sampling: give a --temperature above 0, too")
 
 
 def flag(name):
@@ -2511,24 +2471,23 @@ def flag(name):
 
 
 def deeds(args):
-    """What this run does, in the words of ACTS_ON."""
-    for name in ("score", "write_drawn", "serve"):
-        if name in args.given:
-            return {name}
-    does = args.given & {"eval", "eval_drawn", "routing"}
-    if args.prompt is not None or not does & {"eval", "eval_drawn"}:
+    """What this run does, in the words of USES."""
+    does = args.given & USES.keys()
+    alone = does & {"score", "write_drawn", "serve"}
+    if alone:
+        return alone
+    if not does - {"routing"}:
         does.add("prompt")
     return does
 
 
 def folder_and_number(words):
     """--write-drawn's DIR and N, which is 500 if it is not given."""
-    if len(words) == 1:
-        words = [*words, "500"]
-    if len(words) != 2 or not words[1].isdecimal() or int(words[1]) < 1:
+    n = words[1] if len(words) > 1 else "500"
+    if len(words) > 2 or not n.isdecimal() or int(n) < 1:
         raise ValueError("--write-drawn takes a folder and a number of questions, "
                          f"not {' '.join(words)}")
-    return words[0], int(words[1])
+    return words[0], int(n)
 
 
 def check_model(args, model, tokenizer):
@@ -2541,7 +2500,7 @@ def check_model(args, model, tokenizer):
         if not os.path.isfile(file):
             raise ValueError(f"{file}: no such file")
     given = {"images": args.image, "audio": args.audio, "video": args.video}
-    check_senses(model, args.model, [given])
+    check_senses(model, args.model, given)
 
     if args.routing:
         decides = any(model.config.text.n_experts)

@@ -13,7 +13,6 @@ from PIL import Image
 
 import data as d
 import generate
-from generate import score_all
 from model import Config, CuMo
 from upcycle import save
 from test_generate import ROOT, build, picture
@@ -315,6 +314,11 @@ def test_files_may_begin_with_a_byte_order_mark(world, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
+
+
+def score_all(kind, annotations, replies):
+    """Annotations {id: row} and replies {id: text} -> {name: [points, possible]}."""
+    return generate.sum_points(kind, [({"question_id": key, **row}, replies[key]) for key, row in annotations.items()])
 
 
 def test_exact_match_counts_by_type_and_takes_any_of_several_answers():
