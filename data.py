@@ -107,24 +107,6 @@ def pad_to_square(image, mean=CLIP_MEAN):
 # "<q>What is it?<a> A ring.</s><q>Is it red?<a> Yes.</s>".
 
 
-class Template(NamedTuple):
-    """How the turns of a conversation are written down.
-
-    "{text}" stands for a turn's text, "{marks}" for nothing but the "<image>" and "<audio>" in it.
-    The space before an answer is part of the answer, as tokenizers merge it with the first word.
-    """
-    first: str  # the human's first turn
-    later: str  # the human's other turns
-    answer: str
-    end: str  # what stands behind an answer
-    # What the tokenizer must know as one token each. The last one ends an answer: a model that
-    # writes it has finished.
-    tokens: tuple = ("</s>",)
-    # All is spelled out, so the tokenizer does not put its own "<s>" in front.
-    spelled_out: bool = False
-    strips: bool = False  # are the blanks around a turn's text left out?
-
-
 class Piece(NamedTuple):
     """A stretch of a conversation as it is written down."""
     text: str
@@ -133,15 +115,14 @@ class Piece(NamedTuple):
     is_slot: bool = False  # "<image>" or "<audio>", in whose place the features go
 
 
-def render(conversations, template, slots=("<image>", "<audio>")):
+def render(conversations, template, marks=("<image>", "<audio>")):
     """Turns and a template's name -> [Piece, ...]. The model reads the pieces, joined.
 
     It learns to write the answers among them. (An empty answer is learnt, too, where LLaVA would
     take it for one that is still to come.) A conversation that ends with a turn of the human is a
     prompt: its text stops where the answer begins.
 
-    slots: what marks a place. All else is text, also an "<image>" in a turn that has a list "marks"
-    without it: so `load_senses` tells the word from the mark.
+    marks: what keeps a place for features. All else that somebody types is text.
     Raises ValueError for an unknown template and for bad turns: see `check_turns`.
     """
     check_turns(conversations, template)
@@ -149,8 +130,6 @@ def render(conversations, template, slots=("<image>", "<audio>")):
 
     pieces = []
     for i, turn in enumerate(conversations):
-        here = [mark for mark in slots if mark in turn.get("marks", slots)]
-        text = turn["value"]
         learnt = turn["from"] == "gpt"
         layout = form.later
         if i == 0:
@@ -158,29 +137,12 @@ def render(conversations, template, slots=("<image>", "<audio>")):
         if learnt:
             layout = form.answer + form.end
 
-        # As in LLaVA, a single image moves to the head of its turn; several stay where they are.
-        if not learnt and "<image>" in here and text.count("<image>") == 1:
-            words = text.replace("<image>", "").strip()
-            text = f"<image>\n{words}".strip()
-        if form.strips:
-            text = text.strip()
-
-        # "USER: {text} ASSISTANT:" is cut into what stands before the text, its place, and the rest
-        before, place, behind = re.split("({text}|{marks})", layout)
+        # The layout is "<q>{text}<a>", for example.
+        before, behind = layout.split("{text}")
         pieces.append(Piece(before, learnt))
-        for part in cut_at_slots(text, here, learnt):
-            if part.is_slot or place == "{text}":
-                pieces.append(part)
+        pieces += typed_pieces(turn, form, marks)
         pieces.append(Piece(behind, learnt))
     return pieces
-
-
-def cut_at_slots(text, slots, learnt):
-    """What somebody typed -> [Piece, ...]: text, slot, text, slot, ..., text."""
-    # The parentheses keep what the text is cut at. Without slots, cut at what is nowhere.
-    pattern = "(" + ("|".join(slots) or "(?!)") + ")"
-    parts = re.split(pattern, text)
-    return [Piece(part, learnt, typed=True, is_slot=i % 2 == 1) for i, part in enumerate(parts)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -212,73 +174,34 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     Raises ValueError as `render` does; if the tokenizer lacks the template's end mark; if the list
     does not fit the marks; and if there are answers but nothing to learn.
     """
-    slots = ["<image>"] if n_audio_tokens == 0 else ["<image>", "<audio>"]
-    pieces = render(conversations, template, slots)
+    marks = ["<image>"] if n_audio_tokens == 0 else ["<image>", "<audio>"]
+    pieces = render(conversations, template, marks)
     check_end_mark(tokenizer, template)
-    n_sounds = sum(piece.is_slot and piece.text == "<audio>" for piece in pieces)
-    audio_slots = iter(slots_of_sounds(n_sounds, n_audio_tokens))
-
-    # Many tokenizers put "<s>" in front of whatever they are given. It is wanted once.
-    encoded = []  # (id, label) of each token
-    if not TEMPLATES[template].spelled_out:
-        encoded += [(token, IGNORE) for token in start_tokens(tokenizer)]
+    slots = iter(slots_of_marks(pieces, n_image_tokens, n_audio_tokens))
 
     # As in LLaVA, each stretch of text between the slots is tokenized alone.
-    specials = special_tokens(tokenizer)
+    encoded = [(token, IGNORE) for token in start_tokens(tokenizer, template)]
     for is_slot, group in itertools.groupby(pieces, operator.attrgetter("is_slot")):
         if not is_slot:
-            encoded += encode_text(list(group), tokenizer, specials)
+            encoded += encode_text(list(group), tokenizer)
             continue
-        for mark in group:
-            if mark.text == "<image>":
-                encoded += [(IMAGE, IGNORE)] * n_image_tokens
-            else:
-                encoded += [(AUDIO, IGNORE)] * next(audio_slots)
+        for _ in group:
+            encoded += [(slot, IGNORE) for slot in next(slots)]
+
     ids = [token for token, _ in encoded]
     labels = [label for _, label in encoded]
-
-    learnt = any(piece.learnt and piece.text for piece in pieces)
-    if learnt and all(label == IGNORE for label in labels):
-        raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
+    check_learnt(pieces, labels, conversations)
     return ids, labels
 
 
-def encode_text(pieces, tokenizer, specials):
-    """Pieces that follow each other, joined -> [(id, label), ...]. specials: see `special_tokens`.
-    """
-    text = "".join(piece.text for piece in pieces)
+def encode_text(pieces, tokenizer):
+    """Pieces of text that follow each other, joined -> [(id, label), ...]."""
     learnt = [piece.learnt for piece in pieces for _ in piece.text]  # one a character
-    typed = [piece.typed for piece in pieces for _ in piece.text]
-
     encoded = []
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    for token, (first, last) in zip(tokens.ids, tokens.offsets):
-        # Of blanks, some tokenizers report no characters: then the next one decides.
-        if first == last:
-            check_span(token, text, tokenizer)
-            last = first + 1
-
-        # A "</s>" that somebody typed is a word, and does not end anything.
-        meant = [token]
-        if token in specials:
-            span = text[first:last]
-            if typed[first + max(0, span.find(specials[token]))]:
-                meant = spell_out(span, tokenizer)
-
+    for token, first, last in tokenize(pieces, tokenizer):
         is_learnt = any(learnt[first:last])
-        encoded += [(part, part if is_learnt else IGNORE) for part in meant]
+        encoded.append((token, token if is_learnt else IGNORE))
     return encoded
-
-
-def start_tokens(tokenizer):
-    """The ids that the tokenizer puts in front of any text: "<s>", or nothing.
-
-    What it would put behind the text ("</s>") is left out, since a conversation goes on.
-    """
-    probe = tokenizer.encode("a")
-    # Added tokens count as special: of "<s> a </s>" the first and the last.
-    added = itertools.takewhile(operator.itemgetter(1), zip(probe.ids, probe.special_tokens_mask))
-    return [token for token, _ in added]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -460,6 +383,26 @@ class Batches:
 # ------------------------------------------------------------------------------------------------
 # 7. The templates of chat models
 
+
+class Template(NamedTuple):
+    """How the turns of a conversation are written down.
+
+    "{text}" stands for a turn's text. The space before an answer is part of the answer, as
+    tokenizers merge it with the first word.
+    """
+    first: str  # the human's first turn
+    later: str  # the human's other turns
+    answer: str
+    end: str  # what stands behind an answer
+    # What the tokenizer must know as one token each. The last one ends an answer: a model that
+    # writes it has finished.
+    tokens: tuple = ("</s>",)
+    # All is spelled out, so the tokenizer does not put its own "<s>" in front.
+    spelled_out: bool = False
+    strips: bool = False  # are the blanks around a turn's text left out?
+    marks_only: bool = False  # of a question, is all left out but "<image>" and "<audio>"?
+
+
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 LLAMA3_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the "
@@ -474,7 +417,7 @@ CHATML_TURN = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 # To add a template, add a row.
 TEMPLATES = {
     # LLaVA's first stage. The question is dropped: image, caption, newline.
-    "plain": Template("{marks}", "{marks}", "{text}", "\n", tokens=()),
+    "plain": Template("{text}", "{text}", "{text}", "\n", tokens=(), marks_only=True),
 
     # This project's own, for the default run. Each mark is one token.
     "tiny": Template("<q>{text}<a>", "<q>{text}<a>", " {text}", "</s>"),
@@ -537,6 +480,96 @@ def template_for(tokenizer, otherwise):
         if fits(tokenizer, template):
             return template
     return otherwise
+
+
+# What somebody types, marks among it, becomes pieces, and these become tokens.
+
+
+def typed_pieces(turn, form, marks):
+    """What somebody typed in a turn -> [Piece, ...]: text, slot, text, slot, ..., text.
+
+    A turn may itself have a list "marks". Of what is not in it, "<image>" say, the text holds mere
+    words: `load_senses` gives it to each turn.
+    """
+    marks = [mark for mark in marks if mark in turn.get("marks", marks)]
+    learnt = turn["from"] == "gpt"
+    text = turn["value"]
+
+    # As in LLaVA, a single image moves to the head of its turn; several stay where they are.
+    if not learnt and "<image>" in marks and text.count("<image>") == 1:
+        words = text.replace("<image>", "").strip()
+        text = f"<image>\n{words}".strip()
+    if form.strips:
+        text = text.strip()
+
+    # The parentheses keep what the text is cut at. Without marks, cut at what is nowhere.
+    pattern = "(" + ("|".join(marks) or "(?!)") + ")"
+    parts = re.split(pattern, text)
+    pieces = [Piece(part, learnt, typed=True, is_slot=i % 2 == 1) for i, part in enumerate(parts)]
+    if form.marks_only and not learnt:
+        pieces = pieces[1::2]
+    return pieces
+
+
+def slots_of_marks(pieces, n_image_tokens, n_audio_tokens):
+    """The slots that each mark among the pieces becomes: a list of IMAGE or of AUDIO.
+
+    n_audio_tokens: one number for all sounds, or a list with one for each.
+    """
+    marks = [piece.text for piece in pieces if piece.is_slot]
+    n_sounds = marks.count("<audio>")
+    if not isinstance(n_audio_tokens, list):
+        n_audio_tokens = [n_audio_tokens] * n_sounds
+    if len(n_audio_tokens) != n_sounds:
+        raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of "
+                         f"{len(n_audio_tokens)}; it needs one number for each mark")
+
+    sounds = iter(n_audio_tokens)
+    slots = []
+    for mark in marks:
+        if mark == "<image>":
+            slots.append([IMAGE] * n_image_tokens)
+        else:
+            slots.append([AUDIO] * next(sounds))
+    return slots
+
+
+def start_tokens(tokenizer, template):
+    """The ids that stand in front of a conversation: "<s>", or none.
+
+    Many tokenizers put "<s>" in front of whatever they are given. It is wanted once. The "</s>"
+    that they would put behind the text is left out, since a conversation goes on.
+    """
+    if TEMPLATES[template].spelled_out:
+        return []
+    probe = tokenizer.encode("a")
+    # Added tokens count as special: of "<s> a </s>" the first and the last.
+    return probe.ids[:probe.special_tokens_mask.index(0)]
+
+
+def tokenize(pieces, tokenizer):
+    """Pieces -> [(id, first, last), ...]: a token stands for the characters text[first:last] of the
+    pieces' joined text."""
+    text = "".join(piece.text for piece in pieces)
+    typed = [piece.typed for piece in pieces for _ in piece.text]  # one a character
+    specials = special_tokens(tokenizer)
+
+    spans = []
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    for token, (first, last) in zip(tokens.ids, tokens.offsets):
+        # Of blanks, some tokenizers report no characters: then the next one decides.
+        if first == last:
+            check_span(token, text, tokenizer)
+            last = first + 1
+
+        # A "</s>" that somebody typed is a word, and does not end anything.
+        ids = [token]
+        if token in specials:
+            span = text[first:last]
+            if typed[first + max(0, span.find(specials[token]))]:
+                ids = spell_out(span, tokenizer)
+        spans += [(token, first, last) for token in ids]
+    return spans
 
 
 def special_tokens(tokenizer):
@@ -1955,14 +1988,11 @@ def check_turns(conversations, template):
                              "gpt, human, ...")
 
 
-def slots_of_sounds(n_sounds, n_audio_tokens):
-    """How many slots each sound takes, from one number for all or a list with one for each."""
-    if not isinstance(n_audio_tokens, list):
-        return [n_audio_tokens] * n_sounds
-    if len(n_audio_tokens) != n_sounds:
-        raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of "
-                         f"{len(n_audio_tokens)}; it needs one number for each mark")
-    return n_audio_tokens
+def check_learnt(pieces, labels, conversations):
+    """Where there are answers, there is something to learn."""
+    has_answers = any(piece.learnt and piece.text for piece in pieces)
+    if has_answers and all(label == IGNORE for label in labels):
+        raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
 
 
 def check_end_mark(tokenizer, template):
