@@ -7,7 +7,7 @@ Every sample takes the same four steps:
     encode_chat   encodes  tokens (T,) and labels (T,), which say what the model learns to write
     collate       joins    tokens (B, T), labels (B, T), images (n, 3, S, S)
 
-`Encoded` does the second and third step, and `Batches` says which samples go into each batch.
+`Encoded` does the second and third step. `Batches` says which samples go into each batch.
 
 A turn is {"from": "human" or "gpt", "value": text}, and "<image>" in a text marks the place of the
 sample's next image. A sample may also have "audio": [path or (wave, sample rate), ...] and "video":
@@ -258,12 +258,10 @@ class Encoded(torch.utils.data.Dataset):
             "labels": torch.tensor(labels[:self.max_length]),
             "images": images,
             "truncated": truncated,
+            "audio": audio,
+            "frames": frames,
         }
-        if audio is not None:
-            item["audio"] = audio
-        if frames is not None:
-            item["frames"] = frames
-        return item
+        return {name: value for name, value in item.items() if value is not None}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -301,12 +299,12 @@ def pad_rows(rows, fill, multiple=8):
     T is the greatest T_i, rounded up to a multiple. With fewer different lengths, memory is reused
     more often, and a compiled model need not be compiled again as often.
     """
-    rows = [torch.as_tensor(row) for row in rows]
     longest = max(len(row) for row in rows)
     length = multiple * math.ceil(longest / multiple)
-
-    rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-    return torch.nn.functional.pad(rows, (0, length - longest), value=fill)  # (B, T)
+    out = torch.full((len(rows), length), fill)  # (B, T)
+    for i, row in enumerate(rows):
+        out[i, :len(row)] = torch.as_tensor(row)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -544,7 +542,8 @@ def start_tokens(tokenizer, template):
         return []
     probe = tokenizer.encode("a")
     # Added tokens count as special: of "<s> a </s>" the first and the last.
-    return probe.ids[:probe.special_tokens_mask.index(0)]
+    n = [*probe.special_tokens_mask, 0].index(0)
+    return probe.ids[:n]
 
 
 def tokenize(pieces, tokenizer):
@@ -834,51 +833,42 @@ def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, aver
     "<video>" becomes one "<image>". Otherwise it becomes as many as there are frames.
     A sound is cut into chunks of `seconds`, and each chunk fills n_audio_tokens slots. 0 means that
     the model hears nothing.
-    Raises ValueError if marks and files differ in number, and for files that cannot be read. A mark
-    is a mere word where there are no files of its kind, as "<image>" is in LLaVA.
+    Raises ValueError if marks and files differ in number, and for files that cannot be read.
     """
     wanted = as_format(size)
-    pictures = sample.get("images") or []
-    sounds = sample.get("audio") or []
     videos = [pick_frames(video, max_frames) for video in sample.get("video") or []]
+    files = {
+        "<image>": [[picture] for picture in sample.get("images") or []],
+        "<video>": videos,
+        "<audio>": sample.get("audio") or [],
+    }
     text = text_of(sample)
-    files = {"<image>": pictures, "<video>": videos, "<audio>": sounds}
     check_marks(text, files, n_audio_tokens)
-    marks = [mark for mark in files if files[mark]]
 
     # Load what belongs to each mark, in the order of the text: an image or a video's frames.
-    next_picture = iter(pictures)
-    next_video = iter(videos)
-    images = []
+    waiting = {mark: iter(files[mark]) for mark in files}
+    images = [torch.empty(0, 3, wanted.size, wanted.size)]
     frames = []
     for mark in re.findall("<image>|<video>", text):
-        if mark not in marks:
-            continue
-        group = next(next_video) if mark == "<video>" else [next(next_picture)]
-        images += [load_image(picture, wanted) for picture in group]
-        frames.append(len(group))
+        if files[mark]:
+            group = next(waiting[mark])
+            images += [load_image(picture, wanted)[None] for picture in group]
+            frames.append(len(group))
     check_frame_sizes(videos)
-    none = torch.empty(0, 3, wanted.size, wanted.size)
-    images = torch.stack(images) if images else none  # (k, 3, S, S)
+    images = torch.cat(images)  # (k, 3, S, S)
 
     # From here on there are only images; `frames` remembers which of them belong together.
-    sizes = [1] * len(videos)
     if not average:
-        sizes = [len(video) for video in videos]
         frames = [1] * len(images)
-    conversations = sample["conversations"]
-    if videos:
-        conversations = videos_as_images(conversations, sizes)
-        marks.append("<image>")
-    else:
+    conversations = with_marks(sample["conversations"], files, average)
+    if not videos:
         frames = None
-    conversations = with_marks(conversations, marks)
 
     # Sounds.
     if n_audio_tokens == 0:
         return conversations, images, None, frames, 0
     none = torch.empty(0, n_mels, round(RATE / HOP * seconds))
-    chunks = [load_audio(sound, seconds, n_mels) for sound in sounds]
+    chunks = [load_audio(sound, seconds, n_mels) for sound in files["<audio>"]]
     slots = [len(chunk) * n_audio_tokens for chunk in chunks]
     return conversations, images, torch.cat([none, *chunks]), frames, slots
 
@@ -926,24 +916,30 @@ def pick_frames(video, max_frames):
     return [video[(2 * i + 1) * len(video) // (2 * n)] for i in range(n)]
 
 
-def videos_as_images(conversations, sizes):
-    """The turns, in which sizes[i] times "<image>" stands for the i-th "<video>"."""
-    sizes = iter(sizes)
+def with_marks(conversations, files, average):
+    """The turns, with "<image>" for each frame of a "<video>", or one for all if they are averaged.
+
+    Each turn gets a list "marks" of what is a mark in its text. A mark is a mere word where there
+    are no files of its kind, as "<image>" is in LLaVA.
+    """
+    marks = [mark for mark in files if files[mark]]
+    if "<video>" in marks:
+        marks.append("<image>")
+    sizes = iter([1 if average else len(video) for video in files["<video>"]])
 
     def images(mark):
         return "<image>" * next(sizes)
 
     turns = []
     for turn in conversations:
+        # `check_turns` complains about what is no turn.
         if isinstance(turn, dict) and isinstance(turn.get("value"), str):
-            turn = {**turn, "value": re.sub("<video>", images, turn["value"])}
+            text = turn["value"]
+            if files["<video>"]:
+                text = re.sub("<video>", images, text)
+            turn = {**turn, "value": text, "marks": marks}
         turns.append(turn)
     return turns
-
-
-def with_marks(conversations, marks):
-    """The turns, each with the list "marks" of what is a mark in its text (see `render`)."""
-    return [{**turn, "marks": marks} if isinstance(turn, dict) else turn for turn in conversations]
 
 
 def video_files(videos, folder, where):
@@ -1979,7 +1975,7 @@ def check_turns(conversations, template):
         raise ValueError("the conversation is empty")
     for i, turn in enumerate(conversations):
         is_turn = isinstance(turn, dict) and "from" in turn
-        if not is_turn or not isinstance(turn.get("value"), str):
+        if not (is_turn and isinstance(turn.get("value"), str)):
             raise ValueError(f"turn {i + 1} must be an object with the texts 'from' and 'value', "
                              f"not {str(turn)[:80]}")
         check_text(turn["value"], f"turn {i + 1}")
@@ -2057,26 +2053,24 @@ def check_marks(text, files, n_audio_tokens):
         raise ValueError(f"the sample has {len(sounds)} sounds, this model hears nothing; leave "
                          "them out, or take a model with ears")
 
-    names = {"<image>": "images", "<video>": "videos", "<audio>": "sounds"}
-    for mark, name in names.items():
+    for mark, name in (("<image>", "images"), ("<video>", "videos"), ("<audio>", "sounds")):
         n = len(files[mark])
         # Without files, the mark is a word. But among videos, which become images, it is not.
         is_word = n == 0 and not (mark == "<image>" and files["<video>"])
         if text.count(mark) != n and not is_word:
-            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has {n} "
-                             f"{name}")
+            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has {n} {name}")
 
 
 def check_frame_sizes(videos):
     """All frames of a video have the same size."""
     for video in videos:
-        wanted = None
+        sizes = []
         for frame in video:
             image = frame if isinstance(frame, Image.Image) else Image.open(frame)
-            wanted = wanted or image.size
-            if image.size != wanted:
-                raise ValueError(f"{frame}: a frame of {image.size} pixels in a video of {wanted}; "
-                                 "all must have one size")
+            sizes.append(image.size)
+            if image.size != sizes[0]:
+                raise ValueError(f"{frame}: a frame of {image.size} pixels in a video of "
+                                 f"{sizes[0]}; all must have one size")
 
 
 def check_seconds(seconds, limit, name=""):
