@@ -131,11 +131,12 @@ def render(conversations, template, marks=("<image>", "<audio>")):
     pieces = []
     for i, turn in enumerate(conversations):
         learnt = turn["from"] == "gpt"
-        layout = form.later
-        if i == 0:
-            layout = form.first
         if learnt:
             layout = form.answer + form.end
+        elif i == 0:
+            layout = form.first
+        else:
+            layout = form.later
 
         # The layout is "<q>{text}<a>", for example.
         before, behind = layout.split("{text}")
@@ -227,7 +228,6 @@ class Encoded(torch.utils.data.Dataset):
     strict: bool = False  # raise ValueError for a sample that cannot be used
     n_audio_tokens: int = 0  # of a chunk of sound; 0 for a model that hears nothing
     seconds: float = 30.0  # of such a chunk
-    max_frames: int = 8  # of a video
     average: bool = True  # a video fills the slots of one image, otherwise each frame does
     n_mels: int = 80  # bands of sound that the model hears
 
@@ -245,8 +245,8 @@ class Encoded(torch.utils.data.Dataset):
     def encode(self, sample: dict) -> dict:
         """A sample -> an item, without "broken". Raises ValueError if it cannot be used."""
         conversations, images, audio, frames, slots = load_senses(
-            sample, self.pictures, self.n_audio_tokens, self.seconds, self.max_frames,
-            self.average, self.n_mels)
+            sample, self.pictures, self.n_audio_tokens, self.seconds, average=self.average,
+            n_mels=self.n_mels)
         ids, labels = encode_chat(conversations, self.tokenizer, self.template,
                                   self.n_image_tokens, slots)
 
@@ -648,8 +648,8 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0, n_mels: int = N_MELS)
     return (torch.maximum(mel, loudest - 8) + 4) / 4
 
 
-def resample(wave, rate, to=RATE):
-    """(n,) at `rate` samples a second -> (ceil(n * to / rate),) float32 at `to` samples a second.
+def resample(wave, rate):
+    """(n,) at `rate` samples a second -> (ceil(n * RATE / rate),) float32 at RATE.
 
     A wave is a sum of sines, and the Fourier transform says how much of each there is. We keep the
     sines that both rates can hold, and read their sum at the new rate. A rate holds frequencies up
@@ -660,15 +660,15 @@ def resample(wave, rate, to=RATE):
         raise ValueError(f"a sample rate of {rate} Hz; it may be {LOWEST_RATE:,} to "
                          f"{HIGHEST_RATE:,}")
     wave = np.asarray(wave, np.float32)
-    if rate == to:
+    if rate == RATE:
         return wave
 
     # The transform takes the wave for one turn of an endless circle. A tenth of a second of silence
     # keeps its end apart from its beginning. A turn must be a whole number of samples at both
     # rates: 441 samples at 44,100 Hz take as long as 160 at 16,000 Hz.
-    common = math.gcd(rate, to)
+    common = math.gcd(rate, RATE)
     old_step = rate // common
-    new_step = to // common
+    new_step = RATE // common
     steps = math.ceil((len(wave) + rate // 10) / old_step)
 
     # The transform is fast if the number of steps has small factors: round it up to at most 64
@@ -678,14 +678,14 @@ def resample(wave, rate, to=RATE):
     spectrum = np.fft.rfft(wave, steps * old_step)  # (steps * old_step // 2 + 1,) complex
 
     # Irfft cuts the spectrum off at the new limit, or fills it up with zeros.
-    limit = min(rate, to) / 2
+    limit = min(rate, RATE) / 2
     frequencies = np.fft.rfftfreq(steps * old_step, 1 / rate)
     fade = np.clip((limit - frequencies) / (0.05 * limit), 0, 1).astype(np.float32)
     out = np.fft.irfft(spectrum * fade, steps * new_step)
 
     # The transforms add up samples, of which there are now more or fewer.
     out = out * (new_step / old_step)
-    return out[:math.ceil(len(wave) * to / rate)].astype(np.float32)
+    return out[:math.ceil(len(wave) * RATE / rate)].astype(np.float32)
 
 
 @functools.lru_cache
@@ -1707,7 +1707,6 @@ class Drawn:
     size: int  # how many samples
     seed: int = 0
     held_out: bool = False
-    n_questions: int = 6  # about an image
 
     def __len__(self):
         return self.size
@@ -1741,8 +1740,8 @@ class Drawn:
         elif kind == "sound caption":
             asked = [(kind, "Describe the sound.", describe_sound(sound))]
         else:
-            # A sound has fewer things to ask about than a scene, so it gets a third as many.
-            n = self.n_questions if scene else math.ceil(self.n_questions / 3)
+            # A sound alone has fewer things to ask about than a scene.
+            n = 6 if scene else 2
             asked = ask_many(scene, n, random.Random(seed), sound)
 
         pairs = [(question, answer) for _, question, answer in asked]

@@ -102,12 +102,6 @@ class VisionConfig:
         """Layers that the features pass through: all for select_layer -1, all but one for -2."""
         return self.n_layers + 1 + self.select_layer
 
-    @property
-    def n_counted_layers(self) -> int:
-        """Layers that the losses reach: those, and on to the last router behind them."""
-        up_to_routers = [i + 1 for i, n_experts in enumerate(self.n_experts) if n_experts > 0]
-        return max([self.n_used_layers] + up_to_routers)
-
 
 @dataclass
 class ConnectorConfig:
@@ -305,14 +299,8 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls, x], 1) + self.pos.to(x.dtype)  # (n, 1 + N, D)
         x = self.pre_norm(x)
 
-        # The features do not need the layers behind the select layer. But the released CuMo counts
-        # the routers there in the auxiliary losses.
-        n_run = self.config.n_used_layers
-        if both:
-            n_run = self.config.n_layers
-        elif aux is not None:
-            n_run = self.config.n_counted_layers
-
+        # A layer runs if the features or the losses need it.
+        n_run = self.config.n_layers if both else n_needed_layers(self.config, aux is not None)
         selected = x
         for i in range(n_run):
             x, routing = run_block(self, self.layers[i], x)
@@ -375,19 +363,6 @@ def rotate(x, cos, sin):
 
     # (a, b) turned by an angle is (a cos - b sin, b cos + a sin).
     return x * cos + torch.cat([-b, a], -1) * sin
-
-
-def visible_keys(positions, n_keys, window):
-    """positions (B or 1, T) of the queries -> (B or 1, 1, T, n_keys) bool: what each may look at.
-
-    That is the past and itself, and with a sliding window only the nearest `window` of these.
-    """
-    keys = torch.arange(n_keys, device=positions.device)
-    distance = positions.unsqueeze(-1) - keys  # (B, T, keys): how far back a key lies
-    visible = distance >= 0
-    if window:
-        visible = visible & (distance < window)
-    return visible.unsqueeze(1)
 
 
 class DecoderBlock(nn.Module):
@@ -461,15 +436,14 @@ class Decoder(nn.Module):
         config = self.config
         window = config.sliding_window
 
-        # Where does each token stand, and which keys may it look at?
-        attend = None
-        if positions is None:
+        # Where does each token stand, and which keys may it look at? (None: all up to its own.)
+        from_start = positions is None
+        if from_start:
             n_keys = x.shape[1]
             positions = torch.arange(n_keys, device=x.device).unsqueeze(0)  # (1, T)
-            if window and window < n_keys:
-                attend = visible_keys(positions, n_keys, window)  # (1, 1, T, keys)
-        else:
-            attend = visible_keys(positions, n_keys, window)  # (B, 1, T, keys)
+        attend = None
+        if not from_start or (window and window < n_keys):
+            attend = visible_keys(positions, n_keys, window)  # (B or 1, 1, T, keys)
 
         rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         for layer in self.layers:
@@ -506,14 +480,12 @@ def lm_loss(logits, labels):
 def total_loss(parts, balance_coef, z_coef, share=None):
     """What is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
 
-    parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1. CuMo.forward
-    and train.py both call this, so there is one answer to what is trained.
+    parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1.
 
-    train.py adds up the gradients of micro-batches. `share` (name -> number) says what each part of
-    a micro-batch counts in the mean over the whole batch: for "lm" its share of all labels, for
+    train.py adds up the gradients of micro-batches. There `share` (name -> number) says what each
+    part of a micro-batch counts in the mean over the batch: for "lm" its share of all labels, for
     vision and connector its share of all images. So the cut changes neither the loss nor its
-    gradient. Only the decoder's routing losses depend on it: balance is a product of two means over
-    the tokens of a micro-batch, and a mean of products is not the product of the means.
+    gradient; but for the decoder's balance, a product of two means over a micro-batch.
     """
     # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
@@ -580,8 +552,8 @@ class CuMo(nn.Module):
         for the device.
         ValueError where the slots and the features do not match.
         """
-        # 1. How many slots are there? Counting on a GPU means waiting for it. So it is done by a
-        #    caller that has the tokens on the CPU, or else here, before the GPU has work to finish.
+        # 1. How many slots are there? Counting on a GPU means waiting for it. So do it first, or let
+        #    a caller do it that has the tokens on the CPU.
         may_wait = slots is None
         if slots is None:
             slots = self.count_slots(tokens)
@@ -606,8 +578,10 @@ class CuMo(nn.Module):
         logits = self.text(x, tokens != PAD, aux["text"])  # (B, T, V)
 
         # 5. The losses.
-        parts = {"lm": torch.zeros((), device=tokens.device)}
-        parts.update(self.routing_losses(aux, tokens.device))
+        parts = {
+            "lm": torch.zeros((), device=tokens.device),
+            **self.routing_losses(aux, tokens.device),
+        }
         loss = None
         if labels is not None:
             parts["lm"] = self.lm_loss(logits, labels)
@@ -694,8 +668,8 @@ class CuMo(nn.Module):
         torch.compile, see section 9. too_long: "error", or "warn" for more tokens than the decoder
         learnt to read.
 
-        Rows may differ in length. Each row's next token is written at the row's own position, over
-        its padding, so nothing is ever shifted or computed twice.
+        Rows may differ in length: each row's next token is written at the row's own position, over
+        its padding.
         """
         check_generation(tokens, max_new_tokens, temperature, top_p)
         check_length(self.config.text.max_positions, tokens, max_new_tokens, too_long)
@@ -720,8 +694,7 @@ class CuMo(nn.Module):
         logits = run_prompt(self.text, x, tokens != PAD, length - 1, cache)  # (B, V)
         done = torch.zeros_like(length, dtype=torch.bool)  # (B,)
         finite = torch.ones_like(done)  # (B,)
-        # Without an eos, nothing ends: no token is -1.
-        ends = torch.tensor(-1 if eos in (None, []) else eos, device=tokens.device).view(-1)
+        ends = as_ends(eos, tokens.device)
         said = []
         for step in range(max_new_tokens):
             if step > 0:
@@ -734,11 +707,8 @@ class CuMo(nn.Module):
             said.append(token)
             if on_token is not None:
                 on_token(token)
-
-            # Stop when all rows are done, or at fault. To ask is to wait for the device; so a GPU
-            # is asked at every eighth step only, and may run a few steps too far.
-            ask = not tokens.is_cuda or step % 8 == 7
-            if ask and (done | ~finite).all():
+            # Stop when all rows are done, or at fault.
+            if may_ask(tokens.device, step) and (done | ~finite).all():
                 break
 
         check_finite(finite)
@@ -941,7 +911,7 @@ class Resampler(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. New weights, blank images and sounds, videos, long contexts
+# 8. New weights, blank images and sounds, videos, windows, long contexts
 
 
 def run_block(tower, block, *args):
@@ -1029,6 +999,19 @@ def average_frames(embeds, frames, may_wait):
     return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
 
 
+def visible_keys(positions, n_keys, window):
+    """positions (B or 1, T) of the queries -> (B or 1, 1, T, n_keys) bool: what each may look at.
+
+    That is the past and itself, and with a sliding window only the nearest `window` of these.
+    """
+    keys = torch.arange(n_keys, device=positions.device)
+    distance = positions.unsqueeze(-1) - keys  # (B, T, keys): how far back a key lies
+    visible = distance >= 0
+    if window:
+        visible = visible & (distance < window)
+    return visible.unsqueeze(1)
+
+
 def slow_down(freq, scaling):
     """Llama 3.1's way to longer contexts: freq (d / 2,), the turns of rope's pairs -> the same.
 
@@ -1091,6 +1074,23 @@ def decode(text, token, position, cache, n_keys):
     real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)  # (B, 1)
     logits = text(x, real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys)
     return logits[:, 0]
+
+
+def as_ends(eos, device):
+    """One end of answers or a list of them -> (n,). Without any nothing ends: no token is -1."""
+    return torch.tensor(-1 if eos in (None, []) else eos, device=device).view(-1)
+
+
+def may_ask(device, step):
+    """Is this a step at which to ask the device whether all rows are done? To ask is to wait. So a
+    GPU is asked at every eighth step only, and may run a few steps too far."""
+    return device.type != "cuda" or step % 8 == 7
+
+
+def drop_idle_steps(said, ends):
+    """said (B, steps) without the steps behind the one in which the last row ended."""
+    n_steps = int((~torch.isin(said, ends)).any(0).sum())  # in which some row went on
+    return said[:, :n_steps + 1]
 
 
 def rung(n):
@@ -1325,6 +1325,17 @@ def choose_trainable(model, trains):
         freeze_unreached_layers(model.vision)
 
 
+def n_needed_layers(vision, with_losses):
+    """Layers of the vision tower that must run. The features do not need those behind the select
+    layer; but the released CuMo counts the routers there in the auxiliary losses."""
+    needed = vision.n_used_layers
+    if with_losses:
+        for i, n_experts in enumerate(vision.n_experts):
+            if n_experts > 0:
+                needed = max(needed, i + 1)
+    return needed
+
+
 def freeze_unreached_layers(vision):
     """Freeze what lies behind the select layer, where the features are read off, but for routers.
 
@@ -1334,7 +1345,7 @@ def freeze_unreached_layers(vision):
     go nowhere.
     """
     n_used = vision.config.n_used_layers
-    n_counted = vision.config.n_counted_layers
+    n_counted = n_needed_layers(vision.config, with_losses=True)
     vision.layers[n_counted:].requires_grad_(False)
     if n_counted > n_used:
         for name, p in vision.layers[n_counted - 1].ffn.named_parameters():
