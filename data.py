@@ -466,10 +466,8 @@ def fits(tokenizer, template):
     A name in the vocabulary is not enough: Qwen2's has "</s>", but cuts the text "</s>" into three.
     """
     check_template(template)
-    for mark in TEMPLATES[template].tokens:
-        if tokenizer.encode(mark, add_special_tokens=False).tokens != [mark]:
-            return False
-    return True
+    marks = TEMPLATES[template].tokens
+    return all(tokenizer.encode(mark, add_special_tokens=False).tokens == [mark] for mark in marks)
 
 
 def template_for(tokenizer, otherwise):
@@ -1994,15 +1992,12 @@ def check_end_mark(tokenizer, template):
     """The tokenizer knows the template's marks. The last one ends an answer."""
     if fits(tokenizer, template):
         return
-    fitting = []
-    for name in TEMPLATES:
-        # Nobody is asked in "plain".
-        if name != "plain" and fits(tokenizer, name):
-            fitting.append(f"--template {name}")
+    # Nobody is asked in "plain".
+    fitting = [name for name in TEMPLATES if name != "plain" and fits(tokenizer, name)]
+    use = " or ".join(f"--template {name}" for name in fitting) or "another tokenizer"
     wanted = " ".join(TEMPLATES[template].tokens)
     raise ValueError(f"template {template} ends answers with {EOS[template]}, and this tokenizer "
-                     f"does not know {wanted}, each as one token; use "
-                     + (" or ".join(fitting) or "another tokenizer"))
+                     f"does not know {wanted}, each as one token; use {use}")
 
 
 def check_span(token, text, tokenizer):

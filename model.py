@@ -225,8 +225,8 @@ def merge_heads(x):
 class SenseBlock(nn.Module):
     """A transformer block for what is there all at once, so each token looks at all others.
 
-    Used by the vision tower, the ear and the resampler. `config` is a VisionConfig or an
-    AudioConfig. CLIP has biases everywhere, Whisper everywhere but in the keys.
+    `config` is a VisionConfig or an AudioConfig. CLIP has biases everywhere, Whisper everywhere but
+    in the keys.
     """
 
     def __init__(self, config, n_experts=0, k_bias=True):
@@ -304,8 +304,7 @@ class VisionTransformer(nn.Module):
         selected = x
         for i in range(n_run):
             x, routing = run_block(self, self.layers[i], x)
-            if aux is not None and routing is not None:
-                aux.append(routing)
+            collect(routing, aux)
             if i + 1 == self.config.n_used_layers:
                 selected = x
 
@@ -327,8 +326,7 @@ class Connector(nn.Module):
 
     def forward(self, x, aux=None):
         y, routing = self.ffn(x)  # (n, N, D)
-        if aux is not None and routing is not None:
-            aux.append(routing)
+        collect(routing, aux)
         return y
 
 
@@ -448,8 +446,7 @@ class Decoder(nn.Module):
         rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         for layer in self.layers:
             x, routing = run_block(self, layer, x, rope, real, attend, cache, positions)
-            if aux is not None and routing is not None:
-                aux.append(routing)
+            collect(routing, aux)
 
         # Small models save the head: a word's logit is the product with the word's embedding.
         head = self.embed if self.head is None else self.head
@@ -547,13 +544,11 @@ class CuMo(nn.Module):
         of appearance, blank ones last; labels (B, T) int64, IGNORE where nothing is learnt.
 
         The labels stand where the tokens stand; they are shifted here. image_embeds (n, N, D) and
-        audio_embeds (m, Q, D) take the place of what was encoded before. frames: see
-        average_frames. slots: what count_slots gives for these tokens; with it, nothing here waits
-        for the device.
+        audio_embeds (m, Q, D): what was encoded before. frames: see average_frames. slots: what
+        count_slots gives; with it, nothing here waits for the device.
         ValueError where the slots and the features do not match.
         """
-        # 1. How many slots are there? Counting on a GPU means waiting for it. So do it first, or let
-        #    a caller do it that has the tokens on the CPU.
+        # 1. How many slots are there? To count on a GPU is to wait for it, so do it first.
         may_wait = slots is None
         if slots is None:
             slots = self.count_slots(tokens)
@@ -671,8 +666,8 @@ class CuMo(nn.Module):
         Rows may differ in length: each row's next token is written at the row's own position, over
         its padding.
         """
-        check_generation(tokens, max_new_tokens, temperature, top_p)
-        check_length(self.config.text.max_positions, tokens, max_new_tokens, too_long)
+        check_sampling(max_new_tokens, temperature, top_p)
+        check_prompt(tokens, max_new_tokens, self.config.text.max_positions, too_long)
 
         # 1. The senses see and hear once.
         if images is not None and len(images):
@@ -680,8 +675,8 @@ class CuMo(nn.Module):
         if audio is not None and len(audio):
             audio_embeds = self.encode_audio(audio)  # (m, Q, D)
 
-        # 2. A cache for the keys and values of the prompt and of all new tokens. The two steps are
-        #    `prefill` and `decode`, or these compiled, which want a few lengths only.
+        # 2. A cache for the keys and values of the prompt and of all new tokens. run_prompt and
+        #    run_token are `prefill` and `decode`, or these compiled, which want a few lengths only.
         n_prompt = tokens.shape[1]
         n_cache = n_prompt + max_new_tokens
         length = (tokens != PAD).sum(1)  # (B,)
@@ -707,14 +702,13 @@ class CuMo(nn.Module):
             said.append(token)
             if on_token is not None:
                 on_token(token)
+
             # Stop when all rows are done, or at fault.
             if may_ask(tokens.device, step) and (done | ~finite).all():
                 break
 
         check_finite(finite)
-        said = torch.stack(said, 1)  # (B, steps)
-        n = int((~torch.isin(said, ends)).any(0).sum())  # steps in which some row still went on
-        return said[:, :n + 1]
+        return drop_idle_steps(torch.stack(said, 1), ends)  # (B, steps)
 
     def checkpointing(self, on=True):
         """Activation checkpointing, see run_block."""
@@ -741,8 +735,7 @@ def fill_slots(x, is_slot, features):
         number      0   0   1   1   2   2       cumulative sum - 1, at least 0
         takes       x   f0  f1  x   f2  x
 
-    To write by the mask (masked_scatter) says the same in one line. But its gradient counts the
-    mask first, and a GPU would have to be waited for.
+    (masked_scatter does the same. But its gradient waits for the device.)
     """
     if features is None or len(features) == 0:
         return x
@@ -750,25 +743,6 @@ def fill_slots(x, is_slot, features):
     features = features.to(x.dtype).flatten(0, 1)  # (n * N, D)
     fetched = features.index_select(0, number).view_as(x)  # (B, T, D)
     return torch.where(is_slot.unsqueeze(-1), fetched, x)
-
-
-def sample(logits, temperature, top_p, generator=None):
-    """logits (B, V) -> token (B,)."""
-    # So near to 0 only the best token has a chance, and the division below would overflow.
-    # (vLLM draws the same line.)
-    if temperature < 1e-5:
-        return logits.argmax(-1)
-    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) twice
-
-    # Drop a token when those before it have top_p of the probability already.
-    before = p.cumsum(-1) - p
-    p = p.masked_fill(before >= top_p, 0)
-
-    # Divide each p_i by a random number of the exponential distribution: number i comes out as the
-    # largest with probability p_i. torch.multinomial does the same, but waits for the device.
-    noise = torch.empty_like(p).exponential_(generator=generator)
-    best = (p / noise).argmax(-1, keepdim=True)  # (B, 1)
-    return ids.gather(-1, best).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -920,6 +894,12 @@ def run_block(tower, block, *args):
     if tower.checkpointing and tower.training and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
+
+
+def collect(routing, aux):
+    """Add what a layer tells of its routing to the list, if it has experts and there is a list."""
+    if routing is not None and aux is not None:
+        aux.append(routing)
 
 
 def init_weight(p, name, part):
@@ -1074,6 +1054,25 @@ def decode(text, token, position, cache, n_keys):
     real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)  # (B, 1)
     logits = text(x, real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys)
     return logits[:, 0]
+
+
+def sample(logits, temperature, top_p, generator=None):
+    """logits (B, V) -> token (B,)."""
+    # So near to 0 only the best token has a chance, and the division below would overflow.
+    # (vLLM draws the same line.)
+    if temperature < 1e-5:
+        return logits.argmax(-1)
+    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) twice
+
+    # Drop a token when those before it have top_p of the probability already.
+    before = p.cumsum(-1) - p
+    p = p.masked_fill(before >= top_p, 0)
+
+    # Divide each p_i by a random number of the exponential distribution: number i comes out as the
+    # largest with probability p_i. torch.multinomial does the same, but waits for the device.
+    noise = torch.empty_like(p).exponential_(generator=generator)
+    best = (p / noise).argmax(-1, keepdim=True)  # (B, 1)
+    return ids.gather(-1, best).squeeze(-1)
 
 
 def as_ends(eos, device):
@@ -1363,6 +1362,14 @@ PARTS = {
     "audio": AudioConfig,
 }
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+KINDS_IN_ENGLISH = {
+    int: "a whole number",
+    float: "a number",
+    str: "text in quotes",
+    bool: "true or false",
+    list: "a list",
+    NoneType: "null",
+}
 # Numbers that are a multiple of another one of their part.
 MULTIPLES = [("dim", "n_heads"), ("n_heads", "n_kv_heads"), ("image_size", "patch_size")]
 
@@ -1457,9 +1464,7 @@ def in_english(kind):
         return f"an object, each value {in_english(inner[1])}"
     if origin is not None:
         return " or ".join(in_english(one) for one in inner)
-    words = {int: "a whole number", float: "a number", str: "text in quotes",
-             bool: "true or false", list: "a list", NoneType: "null"}
-    return words.get(kind, "an object")
+    return KINDS_IN_ENGLISH.get(kind, "an object")
 
 
 def check_experts(name, part):
@@ -1567,31 +1572,25 @@ def check_finite(finite):
             "numbers outgrew a narrow type: take bfloat16 or float32 instead of float16")
 
 
-def check_generation(tokens, max_new_tokens, temperature, top_p):
-    check_sampling(max_new_tokens, temperature, top_p)
+def check_prompt(tokens, max_new_tokens, limit, too_long):
+    """Padding is on the right; and the prompt and its answer fit into what the decoder learnt to
+    read, if that is known. (Transformers goes on with a warning, and the answers get worse.)"""
     real = tokens != PAD  # (B, T)
     real_first = real.sort(1, descending=True).values
     if not real.any(1).all() or not torch.equal(real, real_first):
         raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be "
                          "empty")
-
-
-def check_length(limit, tokens, max_new_tokens, too_long):
-    """The prompt and its answer fit into what the decoder learnt to read, if that is known.
-
-    (Transformers goes on with a warning, and the answers get worse.)
-    """
     if limit is None:
         return
-    longest = int((tokens != PAD).sum(1).max())
-    if longest + max_new_tokens <= limit:
-        return
-    message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are more "
-               f"than the {limit} that this decoder learnt to read at once (text.max_positions); "
-               "shorten the prompt or the answer")
-    if too_long == "error":
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+
+    longest = int(real.sum(1).max())
+    if longest + max_new_tokens > limit:
+        message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are "
+                   f"more than the {limit} that this decoder learnt to read at once "
+                   "(text.max_positions); shorten the prompt or the answer")
+        if too_long == "error":
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
 
 
 # ------------------------------------------------------------------------------------------------
