@@ -123,9 +123,9 @@ def render(conversations, template, marks=("<image>", "<audio>")):
     prompt: its text stops where the answer begins.
 
     marks: what keeps a place for features. All else that somebody types is text.
-    Raises ValueError for an unknown template and for bad turns: see `check_turns`.
+    Raises ValueError for bad turns: see `check_turns`.
     """
-    check_turns(conversations, template)
+    check_turns(conversations)
     form = TEMPLATES[template]
 
     pieces = []
@@ -172,12 +172,12 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     LLaVA instead tokenizes the pieces once more and adds up their lengths. Where a tokenizer merges
     letters across a border the sum is wrong, and the sample is lost ("tokenization mismatch").
 
-    Raises ValueError as `render` does; if the tokenizer lacks the template's end mark; if the list
-    does not fit the marks; and if there are answers but nothing to learn.
+    Raises ValueError as `render` does; if the template is unknown, or the tokenizer lacks its end
+    mark; if the list does not fit the marks; and if there are answers but nothing to learn.
     """
+    check_end_mark(tokenizer, template)
     marks = ["<image>"] if n_audio_tokens == 0 else ["<image>", "<audio>"]
     pieces = render(conversations, template, marks)
-    check_end_mark(tokenizer, template)
     slots = iter(slots_of_marks(pieces, n_image_tokens, n_audio_tokens))
 
     # As in LLaVA, each stretch of text between the slots is tokenized alone.
@@ -465,7 +465,8 @@ def fits(tokenizer, template):
 
     A name in the vocabulary is not enough: Qwen2's has "</s>", but cuts the text "</s>" into three.
     """
-    check_template(template)
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
     marks = TEMPLATES[template].tokens
     return all(tokenizer.encode(mark, add_special_tokens=False).tokens == [mark] for mark in marks)
 
@@ -484,8 +485,8 @@ def template_for(tokenizer, otherwise):
 def typed_pieces(turn, form, marks):
     """What somebody typed in a turn -> [Piece, ...]: text, slot, text, slot, ..., text.
 
-    A turn may itself have a list "marks". Of what is not in it, "<image>" say, the text holds mere
-    words: `load_senses` gives it to each turn.
+    A turn may itself have a list "marks", which `load_senses` gives it: what is not in that list is
+    a mere word, as "<image>" is where there are no images.
     """
     marks = [mark for mark in marks if mark in turn.get("marks", marks)]
     learnt = turn["from"] == "gpt"
@@ -1960,14 +1961,8 @@ def check_text(value, where):
         raise ValueError(f"{where}: lists or objects are nested too deeply") from None
 
 
-def check_template(template):
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
-
-
-def check_turns(conversations, template):
+def check_turns(conversations):
     """Turns are objects with "from" and "value", and alternate, beginning with the human."""
-    check_template(template)
     if not conversations:
         raise ValueError("the conversation is empty")
     for i, turn in enumerate(conversations):

@@ -53,9 +53,9 @@ PAD = -1
 IGNORE = -100  # the label of a token that is not learnt
 
 # ------------------------------------------------------------------------------------------------
-# 1. Configuration. The defaults are CuMo's around Mistral-7B, without experts and S2 scales. The
-#    presets stand near the end of this file. Section 12 checks each value against the type of its
-#    field; Annotated adds the lowest and the highest number.
+# 1. Configuration. The defaults are CuMo's around Mistral-7B, without experts and S2 scales; the
+#    presets stand in section 13. Section 12 checks each value against the type of its field, to
+#    which Annotated adds the lowest and the highest number.
 
 Size = Annotated[int, 1, 10**9]
 Layers = Annotated[int, 1, 1000]  # a billion layers, a typing error, would take days to build
@@ -477,12 +477,10 @@ def lm_loss(logits, labels):
 def total_loss(parts, balance_coef, z_coef, share=None):
     """What is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
 
-    parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1.
-
-    train.py adds up the gradients of micro-batches. There `share` (name -> number) says what each
-    part of a micro-batch counts in the mean over the batch: for "lm" its share of all labels, for
-    vision and connector its share of all images. So the cut changes neither the loss nor its
-    gradient; but for the decoder's balance, a product of two means over a micro-batch.
+    parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1. share: name
+    -> what a part counts for train.py, which adds up micro-batches: "lm" by its share of the
+    batch's labels, vision and connector by theirs of the images. So the cut changes neither the
+    loss nor its gradient; but for the decoder's balance, a product of two means over a micro-batch.
     """
     # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
@@ -661,10 +659,7 @@ class CuMo(nn.Module):
         that has this much probability. Behind an eos (one, or any of a list) a row holds eos (the
         first). `on_token` gets the (B,) tokens of each step. compile: True, or a backend of
         torch.compile, see section 9. too_long: "error", or "warn" for more tokens than the decoder
-        learnt to read.
-
-        Rows may differ in length: each row's next token is written at the row's own position, over
-        its padding.
+        learnt to read. Each row's next token is written at the row's own position, over its padding.
         """
         check_sampling(max_new_tokens, temperature, top_p)
         check_prompt(tokens, max_new_tokens, self.config.text.max_positions, too_long)
