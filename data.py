@@ -846,22 +846,19 @@ def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, aver
 
     # Load what belongs to each mark, in the order of the text: an image or a video's frames.
     waiting = {mark: iter(files[mark]) for mark in files}
-    images = [torch.empty(0, 3, wanted.size, wanted.size)]
-    frames = []
-    for mark in re.findall("<image>|<video>", text):
-        if files[mark]:
-            group = next(waiting[mark])
-            images += [load_image(picture, wanted)[None] for picture in group]
-            frames.append(len(group))
+    groups = [next(waiting[mark]) for mark in re.findall("<image>|<video>", text) if files[mark]]
+    none = torch.empty(0, 3, wanted.size, wanted.size)
+    images = [load_image(picture, wanted)[None] for group in groups for picture in group]
+    images = torch.cat([none, *images])  # (k, 3, S, S)
     check_frame_sizes(videos)
-    images = torch.cat(images)  # (k, 3, S, S)
 
     # From here on there are only images; `frames` remembers which of them belong together.
-    if not average:
-        frames = [1] * len(images)
     conversations = with_marks(sample["conversations"], files, average)
-    if not videos:
-        frames = None
+    frames = None
+    if videos and average:
+        frames = [len(group) for group in groups]
+    elif videos:
+        frames = [1] * len(images)
 
     # Sounds.
     if n_audio_tokens == 0:
@@ -1165,8 +1162,13 @@ def make_scene(seed, held_out=False):
 
         # Draw again until it belongs to the wanted split.
         scene = {"objects": objects, "sign": sign, "seed": seed}
-        if (zlib.crc32(describe(scene).encode()) % 10 == 0) == held_out:
+        if is_held_out(describe(scene)) == held_out:
             return scene
+
+
+def is_held_out(description, start=0):
+    """Is this one of the descriptions in ten that are never trained on? Their checksum tells."""
+    return zlib.crc32(description.encode(), start) % 10 == 0
 
 
 def phrases(scene):
@@ -1191,11 +1193,8 @@ def draw_scene(scene):
     Background, places within the cells, sizes, shades and noise vary with the scene's seed.
     """
     rng = random.Random(scene["seed"] * 10_007 + 1)
-    brightness = rng.randrange(20, 70)
-    background = tuple(brightness + rng.randrange(-15, 16) for _ in range(3))
-
     # Objects are drawn twice as large and then averaged, which makes their edges soft.
-    image = Image.new("RGB", (2 * DRAWN_SIZE, 2 * DRAWN_SIZE), background)
+    image = greyish_image(2 * DRAWN_SIZE, 70, rng)
     draw = ImageDraw.Draw(image)
     for cell, size, color, shape in scene["objects"]:
         # A little larger or smaller, off centre, lighter or darker.
@@ -1210,6 +1209,13 @@ def draw_scene(scene):
         draw_sign(image, *scene["sign"], rng)
 
     return add_noise(image, rng)
+
+
+def greyish_image(side, brightest, rng):
+    """A square of a random colour, all of whose three values are much alike."""
+    brightness = rng.randrange(20, brightest)
+    color = tuple(brightness + rng.randrange(-15, 16) for _ in range(3))
+    return Image.new("RGB", (side, side), color)
 
 
 def add_noise(image, rng):
@@ -1259,6 +1265,12 @@ def draw_sign(image, row, word, rng):
 # scene offers no such question. Each question has one right answer, which it does not give away.
 
 
+def clear_ones(pairs):
+    """Those pairs whose first entry no other pair has."""
+    firsts = [first for first, _ in pairs]
+    return [pair for pair in pairs if firsts.count(pair[0]) == 1]
+
+
 def yes_or_no(yes):
     return "yes" if yes else "no"
 
@@ -1289,8 +1301,7 @@ def ask_about_one(scene, kind, rng):
     for cell, size, color, shape in scene["objects"]:
         words = {"place": PLACES[cell], "size": size, "color": color, "shape": shape}
         pairs.append((question.format(**words), words[answer]))
-    questions = [question for question, _ in pairs]
-    clear = [pair for pair in pairs if questions.count(pair[0]) == 1]
+    clear = clear_ones(pairs)
     return rng.choice(clear) if clear else None
 
 
@@ -1323,8 +1334,7 @@ def ask_exists(scene, rng):
 def ask_relation(scene, rng):
     # Take two objects that "the red circle" tells from all others.
     named = [(f"{color} {shape}", cell) for cell, _, color, shape in scene["objects"]]
-    names = [name for name, _ in named]
-    unique = [pair for pair in named if names.count(pair[0]) == 1]
+    unique = clear_ones(named)
     if len(unique) < 2:
         return None
     (one, cell), (other, other_cell) = rng.sample(unique, 2)
@@ -1412,7 +1422,7 @@ def make_sound(seed, held_out=False, kinds=tuple(SOUND_KINDS)):
         if kind == "glide":
             sound["way"] = rng.choice(("rises", "falls"))
             return sound
-        if (zlib.crc32(describe_sound(sound).encode(), 42_583) % 10 == 0) == held_out:
+        if is_held_out(describe_sound(sound), start=42_583) == held_out:
             return sound
 
 
@@ -1811,9 +1821,7 @@ def draw_fact(place, seed):
     side = rng.randrange(28, 43)
     emoji = emoji.resize((side, side), Image.Resampling.BICUBIC)
     emoji = emoji.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
-    brightness = rng.randrange(20, 200)
-    background = tuple(brightness + rng.randrange(-15, 16) for _ in range(3))
-    image = Image.new("RGB", (DRAWN_SIZE, DRAWN_SIZE), background)
+    image = greyish_image(DRAWN_SIZE, 200, rng)
     at = (rng.randrange(DRAWN_SIZE - side + 1), rng.randrange(DRAWN_SIZE - side + 1))
     image.paste(emoji, at, mask=emoji.getchannel("A"))
     return add_noise(image, rng)

@@ -659,7 +659,7 @@ class CuMo(nn.Module):
         that has this much probability. Behind an eos (one, or any of a list) a row holds eos (the
         first). `on_token` gets the (B,) tokens of each step. compile: True, or a backend of
         torch.compile, see section 9. too_long: "error", or "warn" for more tokens than the decoder
-        learnt to read. Each row's next token is written at the row's own position, over its padding.
+        learnt to read. Each row's next token takes the row's own position, over its padding.
         """
         check_sampling(max_new_tokens, temperature, top_p)
         check_prompt(tokens, max_new_tokens, self.config.text.max_positions, too_long)
