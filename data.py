@@ -7,7 +7,7 @@ Every sample takes the same four steps:
     encode_chat   encodes  tokens (T,) and labels (T,), which say what the model learns to write
     collate       joins    tokens (B, T), labels (B, T), images (n, 3, S, S)
 
-`Encoded` does the second and third step, and `Batches` says which samples go into each batch.
+`Encoded` does the second and third step. `Batches` says which samples go into each batch.
 
 A turn is {"from": "human" or "gpt", "value": text}, and "<image>" in a text marks the place of the
 sample's next image. A sample may also have "audio": [path or (wave, sample rate), ...] and "video":
@@ -107,24 +107,6 @@ def pad_to_square(image, mean=CLIP_MEAN):
 # "<q>What is it?<a> A ring.</s><q>Is it red?<a> Yes.</s>".
 
 
-class Template(NamedTuple):
-    """How the turns of a conversation are written down.
-
-    "{text}" stands for a turn's text, "{marks}" for nothing but the "<image>" and "<audio>" in it.
-    The space before an answer is part of the answer, as tokenizers merge it with the first word.
-    """
-    first: str  # the human's first turn
-    later: str  # the human's other turns
-    answer: str
-    end: str  # what stands behind an answer
-    # What the tokenizer must know as one token each. The last one ends an answer: a model that
-    # writes it has finished.
-    tokens: tuple = ("</s>",)
-    # All is spelled out, so the tokenizer does not put its own "<s>" in front.
-    spelled_out: bool = False
-    strips: bool = False  # are the blanks around a turn's text left out?
-
-
 class Piece(NamedTuple):
     """A stretch of a conversation as it is written down."""
     text: str
@@ -133,54 +115,35 @@ class Piece(NamedTuple):
     is_slot: bool = False  # "<image>" or "<audio>", in whose place the features go
 
 
-def render(conversations, template, slots=("<image>", "<audio>")):
+def render(conversations, template, marks=("<image>", "<audio>")):
     """Turns and a template's name -> [Piece, ...]. The model reads the pieces, joined.
 
     It learns to write the answers among them. (An empty answer is learnt, too, where LLaVA would
     take it for one that is still to come.) A conversation that ends with a turn of the human is a
     prompt: its text stops where the answer begins.
 
-    slots: what marks a place. All else is text, also an "<image>" in a turn that has a list "marks"
-    without it: so `load_senses` tells the word from the mark.
-    Raises ValueError for an unknown template and for bad turns: see `check_turns`.
+    marks: what keeps a place for features. All else that somebody types is text.
+    Raises ValueError for bad turns: see `check_turns`.
     """
-    check_turns(conversations, template)
+    check_turns(conversations)
     form = TEMPLATES[template]
 
     pieces = []
     for i, turn in enumerate(conversations):
-        here = [mark for mark in slots if mark in turn.get("marks", slots)]
-        text = turn["value"]
         learnt = turn["from"] == "gpt"
-        layout = form.later
-        if i == 0:
-            layout = form.first
         if learnt:
             layout = form.answer + form.end
+        elif i == 0:
+            layout = form.first
+        else:
+            layout = form.later
 
-        # As in LLaVA, a single image moves to the head of its turn; several stay where they are.
-        if not learnt and "<image>" in here and text.count("<image>") == 1:
-            words = text.replace("<image>", "").strip()
-            text = f"<image>\n{words}".strip()
-        if form.strips:
-            text = text.strip()
-
-        # "USER: {text} ASSISTANT:" is cut into what stands before the text, its place, and the rest
-        before, place, behind = re.split("({text}|{marks})", layout)
+        # The layout is "<q>{text}<a>", for example.
+        before, behind = layout.split("{text}")
         pieces.append(Piece(before, learnt))
-        for part in cut_at_slots(text, here, learnt):
-            if part.is_slot or place == "{text}":
-                pieces.append(part)
+        pieces += typed_pieces(turn, form, marks)
         pieces.append(Piece(behind, learnt))
     return pieces
-
-
-def cut_at_slots(text, slots, learnt):
-    """What somebody typed -> [Piece, ...]: text, slot, text, slot, ..., text."""
-    # The parentheses keep what the text is cut at. Without slots, cut at what is nowhere.
-    pattern = "(" + ("|".join(slots) or "(?!)") + ")"
-    parts = re.split(pattern, text)
-    return [Piece(part, learnt, typed=True, is_slot=i % 2 == 1) for i, part in enumerate(parts)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -209,76 +172,37 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
     LLaVA instead tokenizes the pieces once more and adds up their lengths. Where a tokenizer merges
     letters across a border the sum is wrong, and the sample is lost ("tokenization mismatch").
 
-    Raises ValueError as `render` does; if the tokenizer lacks the template's end mark; if the list
-    does not fit the marks; and if there are answers but nothing to learn.
+    Raises ValueError as `render` does; if the template is unknown, or the tokenizer lacks its end
+    mark; if the list does not fit the marks; and if there are answers but nothing to learn.
     """
-    slots = ["<image>"] if n_audio_tokens == 0 else ["<image>", "<audio>"]
-    pieces = render(conversations, template, slots)
     check_end_mark(tokenizer, template)
-    n_sounds = sum(piece.is_slot and piece.text == "<audio>" for piece in pieces)
-    audio_slots = iter(slots_of_sounds(n_sounds, n_audio_tokens))
-
-    # Many tokenizers put "<s>" in front of whatever they are given. It is wanted once.
-    encoded = []  # (id, label) of each token
-    if not TEMPLATES[template].spelled_out:
-        encoded += [(token, IGNORE) for token in start_tokens(tokenizer)]
+    marks = ["<image>"] if n_audio_tokens == 0 else ["<image>", "<audio>"]
+    pieces = render(conversations, template, marks)
+    slots = iter(slots_of_marks(pieces, n_image_tokens, n_audio_tokens))
 
     # As in LLaVA, each stretch of text between the slots is tokenized alone.
-    specials = special_tokens(tokenizer)
+    encoded = [(token, IGNORE) for token in start_tokens(tokenizer, template)]
     for is_slot, group in itertools.groupby(pieces, operator.attrgetter("is_slot")):
         if not is_slot:
-            encoded += encode_text(list(group), tokenizer, specials)
+            encoded += encode_text(list(group), tokenizer)
             continue
-        for mark in group:
-            if mark.text == "<image>":
-                encoded += [(IMAGE, IGNORE)] * n_image_tokens
-            else:
-                encoded += [(AUDIO, IGNORE)] * next(audio_slots)
+        for _ in group:
+            encoded += [(slot, IGNORE) for slot in next(slots)]
+
     ids = [token for token, _ in encoded]
     labels = [label for _, label in encoded]
-
-    learnt = any(piece.learnt and piece.text for piece in pieces)
-    if learnt and all(label == IGNORE for label in labels):
-        raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
+    check_learnt(pieces, labels, conversations)
     return ids, labels
 
 
-def encode_text(pieces, tokenizer, specials):
-    """Pieces that follow each other, joined -> [(id, label), ...]. specials: see `special_tokens`.
-    """
-    text = "".join(piece.text for piece in pieces)
+def encode_text(pieces, tokenizer):
+    """Pieces of text that follow each other, joined -> [(id, label), ...]."""
     learnt = [piece.learnt for piece in pieces for _ in piece.text]  # one a character
-    typed = [piece.typed for piece in pieces for _ in piece.text]
-
     encoded = []
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    for token, (first, last) in zip(tokens.ids, tokens.offsets):
-        # Of blanks, some tokenizers report no characters: then the next one decides.
-        if first == last:
-            check_span(token, text, tokenizer)
-            last = first + 1
-
-        # A "</s>" that somebody typed is a word, and does not end anything.
-        meant = [token]
-        if token in specials:
-            span = text[first:last]
-            if typed[first + max(0, span.find(specials[token]))]:
-                meant = spell_out(span, tokenizer)
-
+    for token, first, last in tokenize(pieces, tokenizer):
         is_learnt = any(learnt[first:last])
-        encoded += [(part, part if is_learnt else IGNORE) for part in meant]
+        encoded.append((token, token if is_learnt else IGNORE))
     return encoded
-
-
-def start_tokens(tokenizer):
-    """The ids that the tokenizer puts in front of any text: "<s>", or nothing.
-
-    What it would put behind the text ("</s>") is left out, since a conversation goes on.
-    """
-    probe = tokenizer.encode("a")
-    # Added tokens count as special: of "<s> a </s>" the first and the last.
-    added = itertools.takewhile(operator.itemgetter(1), zip(probe.ids, probe.special_tokens_mask))
-    return [token for token, _ in added]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -304,7 +228,6 @@ class Encoded(torch.utils.data.Dataset):
     strict: bool = False  # raise ValueError for a sample that cannot be used
     n_audio_tokens: int = 0  # of a chunk of sound; 0 for a model that hears nothing
     seconds: float = 30.0  # of such a chunk
-    max_frames: int = 8  # of a video
     average: bool = True  # a video fills the slots of one image, otherwise each frame does
     n_mels: int = 80  # bands of sound that the model hears
 
@@ -322,8 +245,8 @@ class Encoded(torch.utils.data.Dataset):
     def encode(self, sample: dict) -> dict:
         """A sample -> an item, without "broken". Raises ValueError if it cannot be used."""
         conversations, images, audio, frames, slots = load_senses(
-            sample, self.pictures, self.n_audio_tokens, self.seconds, self.max_frames,
-            self.average, self.n_mels)
+            sample, self.pictures, self.n_audio_tokens, self.seconds, average=self.average,
+            n_mels=self.n_mels)
         ids, labels = encode_chat(conversations, self.tokenizer, self.template,
                                   self.n_image_tokens, slots)
 
@@ -335,12 +258,10 @@ class Encoded(torch.utils.data.Dataset):
             "labels": torch.tensor(labels[:self.max_length]),
             "images": images,
             "truncated": truncated,
+            "audio": audio,
+            "frames": frames,
         }
-        if audio is not None:
-            item["audio"] = audio
-        if frames is not None:
-            item["frames"] = frames
-        return item
+        return {name: value for name, value in item.items() if value is not None}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -378,12 +299,12 @@ def pad_rows(rows, fill, multiple=8):
     T is the greatest T_i, rounded up to a multiple. With fewer different lengths, memory is reused
     more often, and a compiled model need not be compiled again as often.
     """
-    rows = [torch.as_tensor(row) for row in rows]
     longest = max(len(row) for row in rows)
     length = multiple * math.ceil(longest / multiple)
-
-    rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-    return torch.nn.functional.pad(rows, (0, length - longest), value=fill)  # (B, T)
+    out = torch.full((len(rows), length), fill)  # (B, T)
+    for i, row in enumerate(rows):
+        out[i, :len(row)] = torch.as_tensor(row)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -460,6 +381,26 @@ class Batches:
 # ------------------------------------------------------------------------------------------------
 # 7. The templates of chat models
 
+
+class Template(NamedTuple):
+    """How the turns of a conversation are written down.
+
+    "{text}" stands for a turn's text. The space before an answer is part of the answer, as
+    tokenizers merge it with the first word.
+    """
+    first: str  # the human's first turn
+    later: str  # the human's other turns
+    answer: str
+    end: str  # what stands behind an answer
+    # What the tokenizer must know as one token each. The last one ends an answer: a model that
+    # writes it has finished.
+    tokens: tuple = ("</s>",)
+    # All is spelled out, so the tokenizer does not put its own "<s>" in front.
+    spelled_out: bool = False
+    strips: bool = False  # are the blanks around a turn's text left out?
+    marks_only: bool = False  # of a question, is all left out but "<image>" and "<audio>"?
+
+
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 LLAMA3_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the "
@@ -474,7 +415,7 @@ CHATML_TURN = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 # To add a template, add a row.
 TEMPLATES = {
     # LLaVA's first stage. The question is dropped: image, caption, newline.
-    "plain": Template("{marks}", "{marks}", "{text}", "\n", tokens=()),
+    "plain": Template("{text}", "{text}", "{text}", "\n", tokens=(), marks_only=True),
 
     # This project's own, for the default run. Each mark is one token.
     "tiny": Template("<q>{text}<a>", "<q>{text}<a>", " {text}", "</s>"),
@@ -524,11 +465,10 @@ def fits(tokenizer, template):
 
     A name in the vocabulary is not enough: Qwen2's has "</s>", but cuts the text "</s>" into three.
     """
-    check_template(template)
-    for mark in TEMPLATES[template].tokens:
-        if tokenizer.encode(mark, add_special_tokens=False).tokens != [mark]:
-            return False
-    return True
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+    marks = TEMPLATES[template].tokens
+    return all(tokenizer.encode(mark, add_special_tokens=False).tokens == [mark] for mark in marks)
 
 
 def template_for(tokenizer, otherwise):
@@ -537,6 +477,97 @@ def template_for(tokenizer, otherwise):
         if fits(tokenizer, template):
             return template
     return otherwise
+
+
+# What somebody types, marks among it, becomes pieces, and these become tokens.
+
+
+def typed_pieces(turn, form, marks):
+    """What somebody typed in a turn -> [Piece, ...]: text, slot, text, slot, ..., text.
+
+    A turn may itself have a list "marks", which `load_senses` gives it: what is not in that list is
+    a mere word, as "<image>" is where there are no images.
+    """
+    marks = [mark for mark in marks if mark in turn.get("marks", marks)]
+    learnt = turn["from"] == "gpt"
+    text = turn["value"]
+
+    # As in LLaVA, a single image moves to the head of its turn; several stay where they are.
+    if not learnt and "<image>" in marks and text.count("<image>") == 1:
+        words = text.replace("<image>", "").strip()
+        text = f"<image>\n{words}".strip()
+    if form.strips:
+        text = text.strip()
+
+    # The parentheses keep what the text is cut at. Without marks, cut at what is nowhere.
+    pattern = "(" + ("|".join(marks) or "(?!)") + ")"
+    parts = re.split(pattern, text)
+    pieces = [Piece(part, learnt, typed=True, is_slot=i % 2 == 1) for i, part in enumerate(parts)]
+    if form.marks_only and not learnt:
+        pieces = pieces[1::2]
+    return pieces
+
+
+def slots_of_marks(pieces, n_image_tokens, n_audio_tokens):
+    """The slots that each mark among the pieces becomes: a list of IMAGE or of AUDIO.
+
+    n_audio_tokens: one number for all sounds, or a list with one for each.
+    """
+    marks = [piece.text for piece in pieces if piece.is_slot]
+    n_sounds = marks.count("<audio>")
+    if not isinstance(n_audio_tokens, list):
+        n_audio_tokens = [n_audio_tokens] * n_sounds
+    if len(n_audio_tokens) != n_sounds:
+        raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of "
+                         f"{len(n_audio_tokens)}; it needs one number for each mark")
+
+    sounds = iter(n_audio_tokens)
+    slots = []
+    for mark in marks:
+        if mark == "<image>":
+            slots.append([IMAGE] * n_image_tokens)
+        else:
+            slots.append([AUDIO] * next(sounds))
+    return slots
+
+
+def start_tokens(tokenizer, template):
+    """The ids that stand in front of a conversation: "<s>", or none.
+
+    Many tokenizers put "<s>" in front of whatever they are given. It is wanted once. The "</s>"
+    that they would put behind the text is left out, since a conversation goes on.
+    """
+    if TEMPLATES[template].spelled_out:
+        return []
+    probe = tokenizer.encode("a")
+    # Added tokens count as special: of "<s> a </s>" the first and the last.
+    n = [*probe.special_tokens_mask, 0].index(0)
+    return probe.ids[:n]
+
+
+def tokenize(pieces, tokenizer):
+    """Pieces -> [(id, first, last), ...]: a token stands for the characters text[first:last] of the
+    pieces' joined text."""
+    text = "".join(piece.text for piece in pieces)
+    typed = [piece.typed for piece in pieces for _ in piece.text]  # one a character
+    specials = special_tokens(tokenizer)
+
+    spans = []
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    for token, (first, last) in zip(tokens.ids, tokens.offsets):
+        # Of blanks, some tokenizers report no characters: then the next one decides.
+        if first == last:
+            check_span(token, text, tokenizer)
+            last = first + 1
+
+        # A "</s>" that somebody typed is a word, and does not end anything.
+        ids = [token]
+        if token in specials:
+            span = text[first:last]
+            if typed[first + max(0, span.find(specials[token]))]:
+                ids = spell_out(span, tokenizer)
+        spans += [(token, first, last) for token in ids]
+    return spans
 
 
 def special_tokens(tokenizer):
@@ -616,8 +647,8 @@ def log_mel(wave, sample_rate: int, seconds: float = 30.0, n_mels: int = N_MELS)
     return (torch.maximum(mel, loudest - 8) + 4) / 4
 
 
-def resample(wave, rate, to=RATE):
-    """(n,) at `rate` samples a second -> (ceil(n * to / rate),) float32 at `to` samples a second.
+def resample(wave, rate):
+    """(n,) at `rate` samples a second -> (ceil(n * RATE / rate),) float32 at RATE.
 
     A wave is a sum of sines, and the Fourier transform says how much of each there is. We keep the
     sines that both rates can hold, and read their sum at the new rate. A rate holds frequencies up
@@ -628,15 +659,15 @@ def resample(wave, rate, to=RATE):
         raise ValueError(f"a sample rate of {rate} Hz; it may be {LOWEST_RATE:,} to "
                          f"{HIGHEST_RATE:,}")
     wave = np.asarray(wave, np.float32)
-    if rate == to:
+    if rate == RATE:
         return wave
 
     # The transform takes the wave for one turn of an endless circle. A tenth of a second of silence
     # keeps its end apart from its beginning. A turn must be a whole number of samples at both
     # rates: 441 samples at 44,100 Hz take as long as 160 at 16,000 Hz.
-    common = math.gcd(rate, to)
+    common = math.gcd(rate, RATE)
     old_step = rate // common
-    new_step = to // common
+    new_step = RATE // common
     steps = math.ceil((len(wave) + rate // 10) / old_step)
 
     # The transform is fast if the number of steps has small factors: round it up to at most 64
@@ -646,14 +677,14 @@ def resample(wave, rate, to=RATE):
     spectrum = np.fft.rfft(wave, steps * old_step)  # (steps * old_step // 2 + 1,) complex
 
     # Irfft cuts the spectrum off at the new limit, or fills it up with zeros.
-    limit = min(rate, to) / 2
+    limit = min(rate, RATE) / 2
     frequencies = np.fft.rfftfreq(steps * old_step, 1 / rate)
     fade = np.clip((limit - frequencies) / (0.05 * limit), 0, 1).astype(np.float32)
     out = np.fft.irfft(spectrum * fade, steps * new_step)
 
     # The transforms add up samples, of which there are now more or fewer.
     out = out * (new_step / old_step)
-    return out[:math.ceil(len(wave) * to / rate)].astype(np.float32)
+    return out[:math.ceil(len(wave) * RATE / rate)].astype(np.float32)
 
 
 @functools.lru_cache
@@ -804,51 +835,39 @@ def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, aver
     "<video>" becomes one "<image>". Otherwise it becomes as many as there are frames.
     A sound is cut into chunks of `seconds`, and each chunk fills n_audio_tokens slots. 0 means that
     the model hears nothing.
-    Raises ValueError if marks and files differ in number, and for files that cannot be read. A mark
-    is a mere word where there are no files of its kind, as "<image>" is in LLaVA.
+    Raises ValueError if marks and files differ in number, and for files that cannot be read.
     """
     wanted = as_format(size)
-    pictures = sample.get("images") or []
-    sounds = sample.get("audio") or []
     videos = [pick_frames(video, max_frames) for video in sample.get("video") or []]
+    files = {
+        "<image>": [[picture] for picture in sample.get("images") or []],
+        "<video>": videos,
+        "<audio>": sample.get("audio") or [],
+    }
     text = text_of(sample)
-    files = {"<image>": pictures, "<video>": videos, "<audio>": sounds}
     check_marks(text, files, n_audio_tokens)
-    marks = [mark for mark in files if files[mark]]
 
     # Load what belongs to each mark, in the order of the text: an image or a video's frames.
-    next_picture = iter(pictures)
-    next_video = iter(videos)
-    images = []
-    frames = []
-    for mark in re.findall("<image>|<video>", text):
-        if mark not in marks:
-            continue
-        group = next(next_video) if mark == "<video>" else [next(next_picture)]
-        images += [load_image(picture, wanted) for picture in group]
-        frames.append(len(group))
-    check_frame_sizes(videos)
+    waiting = {mark: iter(files[mark]) for mark in files}
+    groups = [next(waiting[mark]) for mark in re.findall("<image>|<video>", text) if files[mark]]
     none = torch.empty(0, 3, wanted.size, wanted.size)
-    images = torch.stack(images) if images else none  # (k, 3, S, S)
+    images = [load_image(picture, wanted)[None] for group in groups for picture in group]
+    images = torch.cat([none, *images])  # (k, 3, S, S)
+    check_frame_sizes(videos)
 
     # From here on there are only images; `frames` remembers which of them belong together.
-    sizes = [1] * len(videos)
-    if not average:
-        sizes = [len(video) for video in videos]
+    conversations = with_marks(sample["conversations"], files, average)
+    frames = None
+    if videos and average:
+        frames = [len(group) for group in groups]
+    elif videos:
         frames = [1] * len(images)
-    conversations = sample["conversations"]
-    if videos:
-        conversations = videos_as_images(conversations, sizes)
-        marks.append("<image>")
-    else:
-        frames = None
-    conversations = with_marks(conversations, marks)
 
     # Sounds.
     if n_audio_tokens == 0:
         return conversations, images, None, frames, 0
     none = torch.empty(0, n_mels, round(RATE / HOP * seconds))
-    chunks = [load_audio(sound, seconds, n_mels) for sound in sounds]
+    chunks = [load_audio(sound, seconds, n_mels) for sound in files["<audio>"]]
     slots = [len(chunk) * n_audio_tokens for chunk in chunks]
     return conversations, images, torch.cat([none, *chunks]), frames, slots
 
@@ -896,24 +915,30 @@ def pick_frames(video, max_frames):
     return [video[(2 * i + 1) * len(video) // (2 * n)] for i in range(n)]
 
 
-def videos_as_images(conversations, sizes):
-    """The turns, in which sizes[i] times "<image>" stands for the i-th "<video>"."""
-    sizes = iter(sizes)
+def with_marks(conversations, files, average):
+    """The turns, with "<image>" for each frame of a "<video>", or one for all if they are averaged.
+
+    Each turn gets a list "marks" of what is a mark in its text. A mark is a mere word where there
+    are no files of its kind, as "<image>" is in LLaVA.
+    """
+    marks = [mark for mark in files if files[mark]]
+    if "<video>" in marks:
+        marks.append("<image>")
+    sizes = iter([1 if average else len(video) for video in files["<video>"]])
 
     def images(mark):
         return "<image>" * next(sizes)
 
     turns = []
     for turn in conversations:
+        # `check_turns` complains about what is no turn.
         if isinstance(turn, dict) and isinstance(turn.get("value"), str):
-            turn = {**turn, "value": re.sub("<video>", images, turn["value"])}
+            text = turn["value"]
+            if files["<video>"]:
+                text = re.sub("<video>", images, text)
+            turn = {**turn, "value": text, "marks": marks}
         turns.append(turn)
     return turns
-
-
-def with_marks(conversations, marks):
-    """The turns, each with the list "marks" of what is a mark in its text (see `render`)."""
-    return [{**turn, "marks": marks} if isinstance(turn, dict) else turn for turn in conversations]
 
 
 def video_files(videos, folder, where):
@@ -1140,8 +1165,13 @@ def make_scene(seed, held_out=False):
 
         # Draw again until it belongs to the wanted split.
         scene = {"objects": objects, "sign": sign, "seed": seed}
-        if (zlib.crc32(describe(scene).encode()) % 10 == 0) == held_out:
+        if is_held_out(describe(scene)) == held_out:
             return scene
+
+
+def is_held_out(description, start=0):
+    """Is this one of the descriptions in ten that are never trained on? Their checksum tells."""
+    return zlib.crc32(description.encode(), start) % 10 == 0
 
 
 def phrases(scene):
@@ -1166,11 +1196,8 @@ def draw_scene(scene):
     Background, places within the cells, sizes, shades and noise vary with the scene's seed.
     """
     rng = random.Random(scene["seed"] * 10_007 + 1)
-    brightness = rng.randrange(20, 70)
-    background = tuple(brightness + rng.randrange(-15, 16) for _ in range(3))
-
     # Objects are drawn twice as large and then averaged, which makes their edges soft.
-    image = Image.new("RGB", (2 * DRAWN_SIZE, 2 * DRAWN_SIZE), background)
+    image = greyish_image(2 * DRAWN_SIZE, 70, rng)
     draw = ImageDraw.Draw(image)
     for cell, size, color, shape in scene["objects"]:
         # A little larger or smaller, off centre, lighter or darker.
@@ -1185,6 +1212,13 @@ def draw_scene(scene):
         draw_sign(image, *scene["sign"], rng)
 
     return add_noise(image, rng)
+
+
+def greyish_image(side, brightest, rng):
+    """A square of a random colour, all of whose three values are much alike."""
+    brightness = rng.randrange(20, brightest)
+    color = tuple(brightness + rng.randrange(-15, 16) for _ in range(3))
+    return Image.new("RGB", (side, side), color)
 
 
 def add_noise(image, rng):
@@ -1234,6 +1268,12 @@ def draw_sign(image, row, word, rng):
 # scene offers no such question. Each question has one right answer, which it does not give away.
 
 
+def clear_ones(pairs):
+    """Those pairs whose first entry no other pair has."""
+    firsts = [first for first, _ in pairs]
+    return [pair for pair in pairs if firsts.count(pair[0]) == 1]
+
+
 def yes_or_no(yes):
     return "yes" if yes else "no"
 
@@ -1264,8 +1304,7 @@ def ask_about_one(scene, kind, rng):
     for cell, size, color, shape in scene["objects"]:
         words = {"place": PLACES[cell], "size": size, "color": color, "shape": shape}
         pairs.append((question.format(**words), words[answer]))
-    questions = [question for question, _ in pairs]
-    clear = [pair for pair in pairs if questions.count(pair[0]) == 1]
+    clear = clear_ones(pairs)
     return rng.choice(clear) if clear else None
 
 
@@ -1298,8 +1337,7 @@ def ask_exists(scene, rng):
 def ask_relation(scene, rng):
     # Take two objects that "the red circle" tells from all others.
     named = [(f"{color} {shape}", cell) for cell, _, color, shape in scene["objects"]]
-    names = [name for name, _ in named]
-    unique = [pair for pair in named if names.count(pair[0]) == 1]
+    unique = clear_ones(named)
     if len(unique) < 2:
         return None
     (one, cell), (other, other_cell) = rng.sample(unique, 2)
@@ -1387,7 +1425,7 @@ def make_sound(seed, held_out=False, kinds=tuple(SOUND_KINDS)):
         if kind == "glide":
             sound["way"] = rng.choice(("rises", "falls"))
             return sound
-        if (zlib.crc32(describe_sound(sound).encode(), 42_583) % 10 == 0) == held_out:
+        if is_held_out(describe_sound(sound), start=42_583) == held_out:
             return sound
 
 
@@ -1681,7 +1719,6 @@ class Drawn:
     size: int  # how many samples
     seed: int = 0
     held_out: bool = False
-    n_questions: int = 6  # about an image
 
     def __len__(self):
         return self.size
@@ -1715,8 +1752,8 @@ class Drawn:
         elif kind == "sound caption":
             asked = [(kind, "Describe the sound.", describe_sound(sound))]
         else:
-            # A sound has fewer things to ask about than a scene, so it gets a third as many.
-            n = self.n_questions if scene else math.ceil(self.n_questions / 3)
+            # A sound alone has fewer things to ask about than a scene.
+            n = 6 if scene else 2
             asked = ask_many(scene, n, random.Random(seed), sound)
 
         pairs = [(question, answer) for _, question, answer in asked]
@@ -1787,9 +1824,7 @@ def draw_fact(place, seed):
     side = rng.randrange(28, 43)
     emoji = emoji.resize((side, side), Image.Resampling.BICUBIC)
     emoji = emoji.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
-    brightness = rng.randrange(20, 200)
-    background = tuple(brightness + rng.randrange(-15, 16) for _ in range(3))
-    image = Image.new("RGB", (DRAWN_SIZE, DRAWN_SIZE), background)
+    image = greyish_image(DRAWN_SIZE, 200, rng)
     at = (rng.randrange(DRAWN_SIZE - side + 1), rng.randrange(DRAWN_SIZE - side + 1))
     image.paste(emoji, at, mask=emoji.getchannel("A"))
     return add_noise(image, rng)
@@ -1937,19 +1972,13 @@ def check_text(value, where):
         raise ValueError(f"{where}: lists or objects are nested too deeply") from None
 
 
-def check_template(template):
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
-
-
-def check_turns(conversations, template):
+def check_turns(conversations):
     """Turns are objects with "from" and "value", and alternate, beginning with the human."""
-    check_template(template)
     if not conversations:
         raise ValueError("the conversation is empty")
     for i, turn in enumerate(conversations):
         is_turn = isinstance(turn, dict) and "from" in turn
-        if not is_turn or not isinstance(turn.get("value"), str):
+        if not (is_turn and isinstance(turn.get("value"), str)):
             raise ValueError(f"turn {i + 1} must be an object with the texts 'from' and 'value', "
                              f"not {str(turn)[:80]}")
         check_text(turn["value"], f"turn {i + 1}")
@@ -1958,29 +1987,23 @@ def check_turns(conversations, template):
                              "gpt, human, ...")
 
 
-def slots_of_sounds(n_sounds, n_audio_tokens):
-    """How many slots each sound takes, from one number for all or a list with one for each."""
-    if not isinstance(n_audio_tokens, list):
-        return [n_audio_tokens] * n_sounds
-    if len(n_audio_tokens) != n_sounds:
-        raise ValueError(f"the text has {n_sounds} <audio>, n_audio_tokens is a list of "
-                         f"{len(n_audio_tokens)}; it needs one number for each mark")
-    return n_audio_tokens
+def check_learnt(pieces, labels, conversations):
+    """Where there are answers, there is something to learn."""
+    has_answers = any(piece.learnt and piece.text for piece in pieces)
+    if has_answers and all(label == IGNORE for label in labels):
+        raise ValueError(f"nothing to learn, all labels are masked: {str(conversations)[:300]}")
 
 
 def check_end_mark(tokenizer, template):
     """The tokenizer knows the template's marks. The last one ends an answer."""
     if fits(tokenizer, template):
         return
-    fitting = []
-    for name in TEMPLATES:
-        # Nobody is asked in "plain".
-        if name != "plain" and fits(tokenizer, name):
-            fitting.append(f"--template {name}")
+    # Nobody is asked in "plain".
+    fitting = [name for name in TEMPLATES if name != "plain" and fits(tokenizer, name)]
+    use = " or ".join(f"--template {name}" for name in fitting) or "another tokenizer"
     wanted = " ".join(TEMPLATES[template].tokens)
     raise ValueError(f"template {template} ends answers with {EOS[template]}, and this tokenizer "
-                     f"does not know {wanted}, each as one token; use "
-                     + (" or ".join(fitting) or "another tokenizer"))
+                     f"does not know {wanted}, each as one token; use {use}")
 
 
 def check_span(token, text, tokenizer):
@@ -2030,26 +2053,24 @@ def check_marks(text, files, n_audio_tokens):
         raise ValueError(f"the sample has {len(sounds)} sounds, this model hears nothing; leave "
                          "them out, or take a model with ears")
 
-    names = {"<image>": "images", "<video>": "videos", "<audio>": "sounds"}
-    for mark, name in names.items():
+    for mark, name in (("<image>", "images"), ("<video>", "videos"), ("<audio>", "sounds")):
         n = len(files[mark])
         # Without files, the mark is a word. But among videos, which become images, it is not.
         is_word = n == 0 and not (mark == "<image>" and files["<video>"])
         if text.count(mark) != n and not is_word:
-            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has {n} "
-                             f"{name}")
+            raise ValueError(f"the text has {text.count(mark)} {mark}, the sample has {n} {name}")
 
 
 def check_frame_sizes(videos):
     """All frames of a video have the same size."""
     for video in videos:
-        wanted = None
+        sizes = []
         for frame in video:
             image = frame if isinstance(frame, Image.Image) else Image.open(frame)
-            wanted = wanted or image.size
-            if image.size != wanted:
-                raise ValueError(f"{frame}: a frame of {image.size} pixels in a video of {wanted}; "
-                                 "all must have one size")
+            sizes.append(image.size)
+            if image.size != sizes[0]:
+                raise ValueError(f"{frame}: a frame of {image.size} pixels in a video of "
+                                 f"{sizes[0]}; all must have one size")
 
 
 def check_seconds(seconds, limit, name=""):

@@ -53,9 +53,9 @@ PAD = -1
 IGNORE = -100  # the label of a token that is not learnt
 
 # ------------------------------------------------------------------------------------------------
-# 1. Configuration. The defaults are CuMo's around Mistral-7B, without experts and S2 scales. The
-#    presets stand near the end of this file. Section 12 checks each value against the type of its
-#    field; Annotated adds the lowest and the highest number.
+# 1. Configuration. The defaults are CuMo's around Mistral-7B, without experts and S2 scales; the
+#    presets stand in section 13. Section 12 checks each value against the type of its field, to
+#    which Annotated adds the lowest and the highest number.
 
 Size = Annotated[int, 1, 10**9]
 Layers = Annotated[int, 1, 1000]  # a billion layers, a typing error, would take days to build
@@ -101,12 +101,6 @@ class VisionConfig:
     def n_used_layers(self) -> int:
         """Layers that the features pass through: all for select_layer -1, all but one for -2."""
         return self.n_layers + 1 + self.select_layer
-
-    @property
-    def n_counted_layers(self) -> int:
-        """Layers that the losses reach: those, and on to the last router behind them."""
-        up_to_routers = [i + 1 for i, n_experts in enumerate(self.n_experts) if n_experts > 0]
-        return max([self.n_used_layers] + up_to_routers)
 
 
 @dataclass
@@ -231,8 +225,8 @@ def merge_heads(x):
 class SenseBlock(nn.Module):
     """A transformer block for what is there all at once, so each token looks at all others.
 
-    Used by the vision tower, the ear and the resampler. `config` is a VisionConfig or an
-    AudioConfig. CLIP has biases everywhere, Whisper everywhere but in the keys.
+    `config` is a VisionConfig or an AudioConfig. CLIP has biases everywhere, Whisper everywhere but
+    in the keys.
     """
 
     def __init__(self, config, n_experts=0, k_bias=True):
@@ -305,19 +299,12 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls, x], 1) + self.pos.to(x.dtype)  # (n, 1 + N, D)
         x = self.pre_norm(x)
 
-        # The features do not need the layers behind the select layer. But the released CuMo counts
-        # the routers there in the auxiliary losses.
-        n_run = self.config.n_used_layers
-        if both:
-            n_run = self.config.n_layers
-        elif aux is not None:
-            n_run = self.config.n_counted_layers
-
+        # A layer runs if the features or the losses need it.
+        n_run = self.config.n_layers if both else n_needed_layers(self.config, aux is not None)
         selected = x
         for i in range(n_run):
             x, routing = run_block(self, self.layers[i], x)
-            if aux is not None and routing is not None:
-                aux.append(routing)
+            collect(routing, aux)
             if i + 1 == self.config.n_used_layers:
                 selected = x
 
@@ -339,8 +326,7 @@ class Connector(nn.Module):
 
     def forward(self, x, aux=None):
         y, routing = self.ffn(x)  # (n, N, D)
-        if aux is not None and routing is not None:
-            aux.append(routing)
+        collect(routing, aux)
         return y
 
 
@@ -375,19 +361,6 @@ def rotate(x, cos, sin):
 
     # (a, b) turned by an angle is (a cos - b sin, b cos + a sin).
     return x * cos + torch.cat([-b, a], -1) * sin
-
-
-def visible_keys(positions, n_keys, window):
-    """positions (B or 1, T) of the queries -> (B or 1, 1, T, n_keys) bool: what each may look at.
-
-    That is the past and itself, and with a sliding window only the nearest `window` of these.
-    """
-    keys = torch.arange(n_keys, device=positions.device)
-    distance = positions.unsqueeze(-1) - keys  # (B, T, keys): how far back a key lies
-    visible = distance >= 0
-    if window:
-        visible = visible & (distance < window)
-    return visible.unsqueeze(1)
 
 
 class DecoderBlock(nn.Module):
@@ -461,21 +434,19 @@ class Decoder(nn.Module):
         config = self.config
         window = config.sliding_window
 
-        # Where does each token stand, and which keys may it look at?
-        attend = None
-        if positions is None:
+        # Where does each token stand, and which keys may it look at? (None: all up to its own.)
+        from_start = positions is None
+        if from_start:
             n_keys = x.shape[1]
             positions = torch.arange(n_keys, device=x.device).unsqueeze(0)  # (1, T)
-            if window and window < n_keys:
-                attend = visible_keys(positions, n_keys, window)  # (1, 1, T, keys)
-        else:
-            attend = visible_keys(positions, n_keys, window)  # (B, 1, T, keys)
+        attend = None
+        if not from_start or (window and window < n_keys):
+            attend = visible_keys(positions, n_keys, window)  # (B or 1, 1, T, keys)
 
         rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         for layer in self.layers:
             x, routing = run_block(self, layer, x, rope, real, attend, cache, positions)
-            if aux is not None and routing is not None:
-                aux.append(routing)
+            collect(routing, aux)
 
         # Small models save the head: a word's logit is the product with the word's embedding.
         head = self.embed if self.head is None else self.head
@@ -506,14 +477,10 @@ def lm_loss(logits, labels):
 def total_loss(parts, balance_coef, z_coef, share=None):
     """What is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
 
-    parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1. CuMo.forward
-    and train.py both call this, so there is one answer to what is trained.
-
-    train.py adds up the gradients of micro-batches. `share` (name -> number) says what each part of
-    a micro-batch counts in the mean over the whole batch: for "lm" its share of all labels, for
-    vision and connector its share of all images. So the cut changes neither the loss nor its
-    gradient. Only the decoder's routing losses depend on it: balance is a product of two means over
-    the tokens of a micro-batch, and a mean of products is not the product of the means.
+    parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1. share: name
+    -> what a part counts for train.py, which adds up micro-batches: "lm" by its share of the
+    batch's labels, vision and connector by theirs of the images. So the cut changes neither the
+    loss nor its gradient; but for the decoder's balance, a product of two means over a micro-batch.
     """
     # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
@@ -575,13 +542,11 @@ class CuMo(nn.Module):
         of appearance, blank ones last; labels (B, T) int64, IGNORE where nothing is learnt.
 
         The labels stand where the tokens stand; they are shifted here. image_embeds (n, N, D) and
-        audio_embeds (m, Q, D) take the place of what was encoded before. frames: see
-        average_frames. slots: what count_slots gives for these tokens; with it, nothing here waits
-        for the device.
+        audio_embeds (m, Q, D): what was encoded before. frames: see average_frames. slots: what
+        count_slots gives; with it, nothing here waits for the device.
         ValueError where the slots and the features do not match.
         """
-        # 1. How many slots are there? Counting on a GPU means waiting for it. So it is done by a
-        #    caller that has the tokens on the CPU, or else here, before the GPU has work to finish.
+        # 1. How many slots are there? To count on a GPU is to wait for it, so do it first.
         may_wait = slots is None
         if slots is None:
             slots = self.count_slots(tokens)
@@ -606,8 +571,10 @@ class CuMo(nn.Module):
         logits = self.text(x, tokens != PAD, aux["text"])  # (B, T, V)
 
         # 5. The losses.
-        parts = {"lm": torch.zeros((), device=tokens.device)}
-        parts.update(self.routing_losses(aux, tokens.device))
+        parts = {
+            "lm": torch.zeros((), device=tokens.device),
+            **self.routing_losses(aux, tokens.device),
+        }
         loss = None
         if labels is not None:
             parts["lm"] = self.lm_loss(logits, labels)
@@ -692,13 +659,10 @@ class CuMo(nn.Module):
         that has this much probability. Behind an eos (one, or any of a list) a row holds eos (the
         first). `on_token` gets the (B,) tokens of each step. compile: True, or a backend of
         torch.compile, see section 9. too_long: "error", or "warn" for more tokens than the decoder
-        learnt to read.
-
-        Rows may differ in length. Each row's next token is written at the row's own position, over
-        its padding, so nothing is ever shifted or computed twice.
+        learnt to read. Each row's next token takes the row's own position, over its padding.
         """
-        check_generation(tokens, max_new_tokens, temperature, top_p)
-        check_length(self.config.text.max_positions, tokens, max_new_tokens, too_long)
+        check_sampling(max_new_tokens, temperature, top_p)
+        check_prompt(tokens, max_new_tokens, self.config.text.max_positions, too_long)
 
         # 1. The senses see and hear once.
         if images is not None and len(images):
@@ -706,8 +670,8 @@ class CuMo(nn.Module):
         if audio is not None and len(audio):
             audio_embeds = self.encode_audio(audio)  # (m, Q, D)
 
-        # 2. A cache for the keys and values of the prompt and of all new tokens. The two steps are
-        #    `prefill` and `decode`, or these compiled, which want a few lengths only.
+        # 2. A cache for the keys and values of the prompt and of all new tokens. run_prompt and
+        #    run_token are `prefill` and `decode`, or these compiled, which want a few lengths only.
         n_prompt = tokens.shape[1]
         n_cache = n_prompt + max_new_tokens
         length = (tokens != PAD).sum(1)  # (B,)
@@ -720,8 +684,7 @@ class CuMo(nn.Module):
         logits = run_prompt(self.text, x, tokens != PAD, length - 1, cache)  # (B, V)
         done = torch.zeros_like(length, dtype=torch.bool)  # (B,)
         finite = torch.ones_like(done)  # (B,)
-        # Without an eos, nothing ends: no token is -1.
-        ends = torch.tensor(-1 if eos in (None, []) else eos, device=tokens.device).view(-1)
+        ends = as_ends(eos, tokens.device)
         said = []
         for step in range(max_new_tokens):
             if step > 0:
@@ -735,16 +698,12 @@ class CuMo(nn.Module):
             if on_token is not None:
                 on_token(token)
 
-            # Stop when all rows are done, or at fault. To ask is to wait for the device; so a GPU
-            # is asked at every eighth step only, and may run a few steps too far.
-            ask = not tokens.is_cuda or step % 8 == 7
-            if ask and (done | ~finite).all():
+            # Stop when all rows are done, or at fault.
+            if may_ask(tokens.device, step) and (done | ~finite).all():
                 break
 
         check_finite(finite)
-        said = torch.stack(said, 1)  # (B, steps)
-        n = int((~torch.isin(said, ends)).any(0).sum())  # steps in which some row still went on
-        return said[:, :n + 1]
+        return drop_idle_steps(torch.stack(said, 1), ends)  # (B, steps)
 
     def checkpointing(self, on=True):
         """Activation checkpointing, see run_block."""
@@ -771,8 +730,7 @@ def fill_slots(x, is_slot, features):
         number      0   0   1   1   2   2       cumulative sum - 1, at least 0
         takes       x   f0  f1  x   f2  x
 
-    To write by the mask (masked_scatter) says the same in one line. But its gradient counts the
-    mask first, and a GPU would have to be waited for.
+    (masked_scatter does the same. But its gradient waits for the device.)
     """
     if features is None or len(features) == 0:
         return x
@@ -780,25 +738,6 @@ def fill_slots(x, is_slot, features):
     features = features.to(x.dtype).flatten(0, 1)  # (n * N, D)
     fetched = features.index_select(0, number).view_as(x)  # (B, T, D)
     return torch.where(is_slot.unsqueeze(-1), fetched, x)
-
-
-def sample(logits, temperature, top_p, generator=None):
-    """logits (B, V) -> token (B,)."""
-    # So near to 0 only the best token has a chance, and the division below would overflow.
-    # (vLLM draws the same line.)
-    if temperature < 1e-5:
-        return logits.argmax(-1)
-    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) twice
-
-    # Drop a token when those before it have top_p of the probability already.
-    before = p.cumsum(-1) - p
-    p = p.masked_fill(before >= top_p, 0)
-
-    # Divide each p_i by a random number of the exponential distribution: number i comes out as the
-    # largest with probability p_i. torch.multinomial does the same, but waits for the device.
-    noise = torch.empty_like(p).exponential_(generator=generator)
-    best = (p / noise).argmax(-1, keepdim=True)  # (B, 1)
-    return ids.gather(-1, best).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -941,7 +880,7 @@ class Resampler(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. New weights, blank images and sounds, videos, long contexts
+# 8. New weights, blank images and sounds, videos, windows, long contexts
 
 
 def run_block(tower, block, *args):
@@ -950,6 +889,12 @@ def run_block(tower, block, *args):
     if tower.checkpointing and tower.training and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
+
+
+def collect(routing, aux):
+    """Add what a layer tells of its routing to the list, if it has experts and there is a list."""
+    if routing is not None and aux is not None:
+        aux.append(routing)
 
 
 def init_weight(p, name, part):
@@ -1029,6 +974,19 @@ def average_frames(embeds, frames, may_wait):
     return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
 
 
+def visible_keys(positions, n_keys, window):
+    """positions (B or 1, T) of the queries -> (B or 1, 1, T, n_keys) bool: what each may look at.
+
+    That is the past and itself, and with a sliding window only the nearest `window` of these.
+    """
+    keys = torch.arange(n_keys, device=positions.device)
+    distance = positions.unsqueeze(-1) - keys  # (B, T, keys): how far back a key lies
+    visible = distance >= 0
+    if window:
+        visible = visible & (distance < window)
+    return visible.unsqueeze(1)
+
+
 def slow_down(freq, scaling):
     """Llama 3.1's way to longer contexts: freq (d / 2,), the turns of rope's pairs -> the same.
 
@@ -1091,6 +1049,42 @@ def decode(text, token, position, cache, n_keys):
     real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)  # (B, 1)
     logits = text(x, real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys)
     return logits[:, 0]
+
+
+def sample(logits, temperature, top_p, generator=None):
+    """logits (B, V) -> token (B,)."""
+    # So near to 0 only the best token has a chance, and the division below would overflow.
+    # (vLLM draws the same line.)
+    if temperature < 1e-5:
+        return logits.argmax(-1)
+    p, ids = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) twice
+
+    # Drop a token when those before it have top_p of the probability already.
+    before = p.cumsum(-1) - p
+    p = p.masked_fill(before >= top_p, 0)
+
+    # Divide each p_i by a random number of the exponential distribution: number i comes out as the
+    # largest with probability p_i. torch.multinomial does the same, but waits for the device.
+    noise = torch.empty_like(p).exponential_(generator=generator)
+    best = (p / noise).argmax(-1, keepdim=True)  # (B, 1)
+    return ids.gather(-1, best).squeeze(-1)
+
+
+def as_ends(eos, device):
+    """One end of answers or a list of them -> (n,). Without any nothing ends: no token is -1."""
+    return torch.tensor(-1 if eos in (None, []) else eos, device=device).view(-1)
+
+
+def may_ask(device, step):
+    """Is this a step at which to ask the device whether all rows are done? To ask is to wait. So a
+    GPU is asked at every eighth step only, and may run a few steps too far."""
+    return device.type != "cuda" or step % 8 == 7
+
+
+def drop_idle_steps(said, ends):
+    """said (B, steps) without the steps behind the one in which the last row ended."""
+    n_steps = int((~torch.isin(said, ends)).any(0).sum())  # in which some row went on
+    return said[:, :n_steps + 1]
 
 
 def rung(n):
@@ -1325,6 +1319,17 @@ def choose_trainable(model, trains):
         freeze_unreached_layers(model.vision)
 
 
+def n_needed_layers(vision, with_losses):
+    """Layers of the vision tower that must run. The features do not need those behind the select
+    layer; but the released CuMo counts the routers there in the auxiliary losses."""
+    needed = vision.n_used_layers
+    if with_losses:
+        for i, n_experts in enumerate(vision.n_experts):
+            if n_experts > 0:
+                needed = max(needed, i + 1)
+    return needed
+
+
 def freeze_unreached_layers(vision):
     """Freeze what lies behind the select layer, where the features are read off, but for routers.
 
@@ -1334,7 +1339,7 @@ def freeze_unreached_layers(vision):
     go nowhere.
     """
     n_used = vision.config.n_used_layers
-    n_counted = vision.config.n_counted_layers
+    n_counted = n_needed_layers(vision.config, with_losses=True)
     vision.layers[n_counted:].requires_grad_(False)
     if n_counted > n_used:
         for name, p in vision.layers[n_counted - 1].ffn.named_parameters():
@@ -1352,6 +1357,14 @@ PARTS = {
     "audio": AudioConfig,
 }
 ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+KINDS_IN_ENGLISH = {
+    int: "a whole number",
+    float: "a number",
+    str: "text in quotes",
+    bool: "true or false",
+    list: "a list",
+    NoneType: "null",
+}
 # Numbers that are a multiple of another one of their part.
 MULTIPLES = [("dim", "n_heads"), ("n_heads", "n_kv_heads"), ("image_size", "patch_size")]
 
@@ -1446,9 +1459,7 @@ def in_english(kind):
         return f"an object, each value {in_english(inner[1])}"
     if origin is not None:
         return " or ".join(in_english(one) for one in inner)
-    words = {int: "a whole number", float: "a number", str: "text in quotes",
-             bool: "true or false", list: "a list", NoneType: "null"}
-    return words.get(kind, "an object")
+    return KINDS_IN_ENGLISH.get(kind, "an object")
 
 
 def check_experts(name, part):
@@ -1556,31 +1567,25 @@ def check_finite(finite):
             "numbers outgrew a narrow type: take bfloat16 or float32 instead of float16")
 
 
-def check_generation(tokens, max_new_tokens, temperature, top_p):
-    check_sampling(max_new_tokens, temperature, top_p)
+def check_prompt(tokens, max_new_tokens, limit, too_long):
+    """Padding is on the right; and the prompt and its answer fit into what the decoder learnt to
+    read, if that is known. (Transformers goes on with a warning, and the answers get worse.)"""
     real = tokens != PAD  # (B, T)
     real_first = real.sort(1, descending=True).values
     if not real.any(1).all() or not torch.equal(real, real_first):
         raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be "
                          "empty")
-
-
-def check_length(limit, tokens, max_new_tokens, too_long):
-    """The prompt and its answer fit into what the decoder learnt to read, if that is known.
-
-    (Transformers goes on with a warning, and the answers get worse.)
-    """
     if limit is None:
         return
-    longest = int((tokens != PAD).sum(1).max())
-    if longest + max_new_tokens <= limit:
-        return
-    message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are more "
-               f"than the {limit} that this decoder learnt to read at once (text.max_positions); "
-               "shorten the prompt or the answer")
-    if too_long == "error":
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+
+    longest = int(real.sum(1).max())
+    if longest + max_new_tokens > limit:
+        message = (f"a prompt of {longest} tokens and up to {max_new_tokens} of the answer are "
+                   f"more than the {limit} that this decoder learnt to read at once "
+                   "(text.max_positions); shorten the prompt or the answer")
+        if too_long == "error":
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
 
 
 # ------------------------------------------------------------------------------------------------
