@@ -4,17 +4,14 @@
     python train.py --resume     go on after Ctrl-C or a crash, exactly (with --out, if it had one)
     python train.py --help       all flags, in groups
 
-One stage on data of your own (in LLaVA's format), then one of a real model:
+One stage on data of your own (in LLaVA's format); one of a real model; and what one would cost:
 
     python train.py --stage 3 --init DIR --data FILE.json --images DIR
     torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 \\
         --vision CLIP_DIR --llm MISTRAL_DIR --data FILE.json --images DIR
-
-What a stage would cost, without training anything:
-
     python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan
 
-Training has three stages, and each begins with the folder that the stage before it left:
+Each of the three stages begins with the folder that the stage before it left:
 
     stage 1   pre-training: the connector alone learns to make image patches read like words
     stage 2   pre-finetuning: everything trains, still dense, on captions
@@ -54,8 +51,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-# OpenMP's threads wait for each other by spinning, on a busy machine for ages: they shall give up
-# sooner. libgomp reads this when torch is loaded. What the user has set holds.
+# On a busy machine, OpenMP's threads spin for ages while they wait for each other. Let them give up
+# sooner. libgomp reads this when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -232,27 +229,23 @@ def run_stage(args, name, source, device):
     later = [] if args.fsdp else None
     model, tokenizer = load_model(args, stage, source, later)
 
-    # 2. Its experts.
+    # 2. Its experts, and what trains.
     if stage.has_experts:
         make_experts(args, model)
     apply_flags(args, stage, model.config)
-
-    # 3. What trains.
     choose_trainable(model, stage.trains)
     if stage.lora:
         add_lora(model, *stage.lora, args.seed, real=args.fsdp)
     if not args.fsdp:
         model.to(device)
 
-    # 4. The data.
+    # 3. The data.
     samples, lengths, held_out = load_samples(args, stage, model.config, tokenizer)
     batches = loader(samples, stage, args, data.collate, lengths)
 
-    # 5. Train.
+    # 4. Train, and save the model.
     print_stage(args, stage, model, source)
     weights, stopped = train(args, stage, model, batches, device, later or (), held_out)
-
-    # 6. Save the model.
     if RANK == 0:
         save(model, result_path(args, name), tokenizer, merge_state(weights, model))
     finish_stage(args, stopped)
@@ -553,17 +546,17 @@ def parse(argv=None):
         add_flag(group, f)
     # Only what the user gives is in here, so that it can be told from a default.
     given = vars(parser.parse_args(argv))
-    args = fill_in(Args(**given))
+    args = fill_in(given)
     if args.resume:
-        given = flags_of_run(args.out, given)
-        args = fill_in(Args(**given))
-    args.given = given
+        args = fill_in(flags_of_run(args.out, given))
     validate(args)
     return args
 
 
-def fill_in(args):
-    """Set the defaults that depend on other flags."""
+def fill_in(given):
+    """{field: value} -> Args, with the defaults that depend on other flags."""
+    args = Args(**given)
+    args.given = given
     if args.recipe is None:
         # uni-moe of uni-moe-7b; of most presets, CuMo's.
         named = [recipe for recipe in RECIPES if args.preset.startswith(recipe)]
@@ -1089,12 +1082,10 @@ def expert_folders(args):
 
 def apply_flags(args, stage, config):
     """Write into the model's configuration what flags say about it."""
-    if args.balance_coef is not None:
-        config.balance_coef = args.balance_coef
-    if args.z_coef is not None:
-        config.z_coef = args.z_coef
-    if args.frames_apart:
-        config.frames_apart = True
+    for name in ("balance_coef", "z_coef"):
+        if getattr(args, name) is not None:
+            setattr(config, name, getattr(args, name))
+    config.frames_apart = config.frames_apart or args.frames_apart
     if stage.template is None:
         stage.template = config.template
     # The model will be asked in the layout that it learns; but nobody asks in "plain".
@@ -1116,7 +1107,8 @@ def load_samples(args, stage, config, tokenizer):
         lengths = samples.lengths(config.n_image_tokens, config.n_audio_tokens)
         samples, lengths, held_out = hold_out(args, samples, lengths)
         # A resumed run must go on with the same data.
-        stage.checksum = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
+        with open(args.data, "rb") as f:
+            stage.checksum = hashlib.file_digest(f, "sha256").hexdigest()
         fit_to_data(args, stage, len(samples))
     else:
         if stage.steps is None:
@@ -1376,9 +1368,7 @@ def read_run(out):
     """ValueError if somebody has damaged it."""
     file = run_file(out)
     try:
-        run = read_json(file)
-        if not (isinstance(run.get("flags"), dict) and isinstance(run.get("done"), list)):
-            raise ValueError(f"{file}: has no 'flags' and 'done'")
+        run = read_fields(file, flags=dict, done=list)
         known = {f.name: f for f in dataclasses.fields(Args)}
         for name, value in run["flags"].items():
             if name not in known:
@@ -1390,13 +1380,21 @@ def read_run(out):
     return run
 
 
+def read_fields(file, **kinds):
+    """A JSON file with these fields -> {name: value}."""
+    values = read_json(str(file))
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise ValueError(f"{file}: has no {name!r}, or another value than a {kind.__name__}")
+    return values
+
+
 def begin_run(args, done):
     """Make --out, and note with which flags it was begun."""
     if RANK > 0:
         return
     os.makedirs(args.out, exist_ok=True)
-    flags = {name: value for name, value in args.given.items() if name not in ("out", "resume")}
-    write_json(run_file(args.out), {"flags": flags, "done": done})
+    write_json(run_file(args.out), {"flags": args.given, "done": done})
 
 
 def flags_of_run(out, given):
@@ -1416,8 +1414,8 @@ def flags_of_run(out, given):
     if not LAUNCHED or sharing & set(given):
         flags = {name: value for name, value in flags.items() if name not in sharing}
     both = flags | given | {"out": out}
-    before = vars(fill_in(Args(**flags)))
-    now = vars(fill_in(Args(**both)))
+    before = vars(fill_in(flags))
+    now = vars(fill_in(both))
     fixed = set(given) - FREE | ({"stage"} & set(given))
     refuse_changes(file, before, {name: now[name] for name in fixed})
     return both
@@ -1527,22 +1525,16 @@ def complete_checkpoints(out):
     complete = [path for path in checkpoints(out) if Path(path, "run.json").exists()]
     for path in sorted(complete, key=lambda path: int(path.name), reverse=True):
         try:
-            usable.append((str(path), read_about(path / "run.json")))
+            about = read_fields(path / "run.json", identity=dict, counts=dict, step=int)
+            if "stage" not in about["identity"]:
+                raise ValueError("its run.json names no stage")
+            usable.append((str(path), about))
         except ValueError as e:
             damage = f"{path}: cannot be read: {e}"
             say(f"{damage}; the checkpoint before it will do, if there is one")
     if damage and not usable:
         raise ValueError(f"{damage}. Delete {Path(out, 'checkpoint')} to begin this stage anew")
     return usable
-
-
-def read_about(file):
-    about = read_json(str(file))
-    identity = about.get("identity")
-    if not (isinstance(identity, dict) and "stage" in identity
-            and isinstance(about.get("counts"), dict) and isinstance(about.get("step"), int)):
-        raise ValueError(f"{file}: has no 'identity', 'step' and 'counts'")
-    return about
 
 
 def drop_checkpoints(out, but=None):
@@ -1861,9 +1853,8 @@ def prepare_device(args):
         # CPU's too.)
         torch.backends.cuda.enable_flash_sdp(False)
 
-    name = args.device
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    name = args.device or usual
     if name == "cpu":
         keep_pages()
     if args.compile is None:
@@ -2108,10 +2099,10 @@ def planned(args, stage):
             part.n_experts = n if name == "connector" else [n] * part.n_layers
             part.top_k = args.top_k
     else:
-        config.text.n_experts = decoder_experts(args, config.text.n_layers)
         config.text.top_k = args.top_k
-        if not stage.has_experts:
-            config.text.n_experts = [0] * config.text.n_layers
+        config.text.n_experts = [0] * config.text.n_layers
+        if stage.has_experts:
+            config.text.n_experts = decoder_experts(args, config.text.n_layers)
     return config, meta_model(config, stage.trains, stage.lora)
 
 
