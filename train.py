@@ -1149,9 +1149,10 @@ def hold_out(args, samples, lengths):
         raise ValueError(f"--val-fraction {args.val_fraction} of {len(samples)} samples in "
                          f"{args.data} leaves nothing to learn from")
     # The same part in each stage and each run with this seed.
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(args.seed))
-    held = sorted(order[:n].tolist())
-    kept = sorted(order[n:].tolist())
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    held = sorted(order[:n])
+    kept = sorted(order[n:])
     return Subset(samples, kept), [lengths[i] for i in kept], Subset(samples, held)
 
 
@@ -1162,10 +1163,10 @@ def fit_to_data(args, stage, n):
                          "processes")
     if n < stage.batch_size:
         stage.micro_batch = min(stage.micro_batch, n // WORLD)
-        share = stage.micro_batch * WORLD
+        smaller = n - n % (stage.micro_batch * WORLD)
         say(f"{args.data}: {n} samples do not fill a batch of {stage.batch_size}: it becomes "
-            f"{n // share * share}")
-        stage.batch_size = n // share * share
+            f"{smaller}")
+        stage.batch_size = smaller
 
     per_epoch = n // stage.batch_size
     stage.steps = args.steps or args.epochs * per_epoch
@@ -1312,11 +1313,15 @@ def stages_of(args):
     return stages
 
 
+def finished_stages(out, names):
+    """Those whose model is there."""
+    return [name for name in names if os.path.exists(os.path.join(out, FOLDERS[name], "config.json"))]
+
+
 def stages_done(args, stages):
     """The stages that a resumed run has behind it: those whose model is there, and those of them
     that are measured too. A new run never writes over what is in --out."""
-    finished = [name for name in stages
-                if os.path.exists(os.path.join(result_path(args, name), "config.json"))]
+    finished = finished_stages(args.out, stages)
     trained = []
     measured = []
     if args.resume:
@@ -1402,9 +1407,7 @@ def flags_of_run(out, given):
     file = run_file(out)
     if not os.path.exists(file):
         # A run of an earlier version. It must be given its flags again.
-        models = [folder for folder in FOLDERS.values()
-                  if os.path.exists(os.path.join(out, folder, "config.json"))]
-        if not models and not checkpoints(out):
+        if not finished_stages(out, FOLDERS) and not checkpoints(out):
             raise ValueError(f"--resume: {out} holds no run to go on with; is that the --out that "
                              "the run began with?")
         return given

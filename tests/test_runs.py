@@ -15,7 +15,7 @@ import data as d
 import generate
 import train
 from test_routing import made
-from test_train import (base, flags, interrupt_at, mixture, one, quiet_machine, rows, run, same, start,     # noqa: F401 (fixtures)
+from test_train import (assert_same_run, base, flags, interrupt_at, mixture, one, quiet_machine, rows, run, same, start,     # noqa: F401 (fixtures)
                         weights, write_llava)
 from upcycle import load, upcycle
 
@@ -428,11 +428,7 @@ def test_to_measure_changes_nothing(measured):
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "ep"])
 def test_all_processes_measure_together(measured, way):
     folder, _ = measured
-    for got, want in zip(rows(folder / way), rows(folder / "file"), strict=True):
-        loads = got.pop("load", {}), want.pop("load", {})                          # each expert's share, rounded to 1e-4
-        assert got == pytest.approx(want, abs=1e-4) and loads[0].keys() == loads[1].keys()
-        for name, load in loads[1].items():
-            assert loads[0][name] == pytest.approx(load, abs=2e-4), name
+    assert_same_run(folder / way, folder / "file", 1e-4)
 
 
 def test_a_resumed_run_has_each_measurement_once(base, measured, tmp_path):
