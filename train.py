@@ -662,7 +662,7 @@ def wait_for_all():
 
 
 def sum_over_processes(tensor, device):
-    """The sum of a CPU's or the device's tensor in all processes, on the device."""
+    """-> the sum; on the device, unless there is only this process."""
     if LAUNCHED:
         tensor = tensor.to(device)
         dist.all_reduce(tensor)
@@ -1082,9 +1082,10 @@ def expert_folders(args):
 
 def apply_flags(args, stage, config):
     """Write into the model's configuration what flags say about it."""
-    for name in ("balance_coef", "z_coef"):
-        if getattr(args, name) is not None:
-            setattr(config, name, getattr(args, name))
+    if args.balance_coef is not None:
+        config.balance_coef = args.balance_coef
+    if args.z_coef is not None:
+        config.z_coef = args.z_coef
     config.frames_apart = config.frames_apart or args.frames_apart
     if stage.template is None:
         stage.template = config.template
@@ -1099,8 +1100,7 @@ def load_samples(args, stage, config, tokenizer):
 
     Where stage.steps is an epoch, it becomes a number here.
     """
-    # Batches of samples of like length have less padding.
-    lengths = None
+    lengths = None  # with them, batches of samples of like length have less padding
     held_out = None
     if args.data:
         samples = data.LlavaJson(args.data, args.images)
@@ -1180,9 +1180,7 @@ def fit_to_data(args, stage, n):
 
 def print_stage(args, stage, model, source):
     """What a stage trains, and the values that it runs with."""
-    counts = count_parameters(model).values()
-    total = sum(n for n, _ in counts)
-    activated = sum(n for _, n in counts)
+    total, activated = [sum(column) for column in zip(*count_parameters(model).values())]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
         raise ValueError(f"stage {stage.name}: --trains {args.trains}: nothing to train here; "
@@ -1315,7 +1313,7 @@ def stages_of(args):
 
 def finished_stages(out, names):
     """Those whose model is there."""
-    return [name for name in names if os.path.exists(os.path.join(out, FOLDERS[name], "config.json"))]
+    return [name for name in names if Path(out, FOLDERS[name], "config.json").exists()]
 
 
 def stages_done(args, stages):
@@ -2002,7 +2000,7 @@ class Meter(TorchDispatchMode):
         if formula is not None:
             self.flops[self.part] += formula(*args, **kwargs, out_val=out)
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
+            if torch.is_tensor(t):
                 self.add(t.untyped_storage())
         return out
 
@@ -2388,14 +2386,15 @@ def check_experts(args, config):
     for name in expert_parts(args):
         part = getattr(config, name)
         numbers = set(numbers_of(part)) - {0}
+        layers = [n > 0 for n in numbers_of(part)]
+        # A flag that was not given asks for nothing.
         differs = "experts" in args.given
         if "n_experts" in args.given:
             differs |= {int(n) for n in args.n_experts.split(",")} != numbers
         if "top_k" in args.given:
             differs |= args.top_k != part.top_k
         if "moe_layers" in args.given:
-            wanted = decoder_experts(args, len(part.n_experts))
-            differs |= [n > 0 for n in wanted] != [n > 0 for n in part.n_experts]
+            differs |= [n > 0 for n in decoder_experts(args, len(layers))] != layers
         if differs:
             raise ValueError(f"the model has experts already ({numbers or 'none'} in {name}, "
                              f"top-{part.top_k}): --n-experts, --top-k, --moe-layers, --experts "
