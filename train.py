@@ -378,9 +378,7 @@ class Args:
         None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: "
         "in the decoder, trained apart, for images and sounds; default: the preset's",
         choices=tuple(RECIPES))
-    stage: int | None = flag(
-        None, "run this stage only (1 to 3); default: 1, 2 and 3 (backbones for tiny presets: "
-        "python assets/backbones.py)", choices=(1, 2, 3))
+    stage: int | None = flag(None, "run this stage only (1 to 3); default: 1, 2 and 3")
     vision: str | None = flag(
         None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
     llm: str | None = flag(
@@ -2273,6 +2271,9 @@ def validate(args):
     for f in dataclasses.fields(Args):
         check_limits(f, getattr(args, f.name))
     Config.from_preset(args.preset)  # an unknown name stops here
+    if args.stage not in (None, 1, 2, 3):
+        raise ValueError(f"--stage {args.stage}: the stages are 1, 2 and 3 (backbones for tiny "
+                         "presets: python assets/backbones.py)")
     check_expert_flags(args)
     check_given(args)
     elsewhere = args.init is not None or args.stage not in (None, 1)
