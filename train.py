@@ -791,7 +791,7 @@ def exchange_gradients(wrapped, is_last):
 
 
 def add_loads(loads, out, share):
-    """Add a micro-batch's part to loads, {"vision 0": each expert's share of the first choices (E,),
+    """Add a micro-batch's part to {"vision 0": each expert's share of the first choices (E,),
     "vision 1": ..., "connector 0": ...}. With several scales, all layers come once for each."""
     for part, routings in getattr(out, "routing", {}).items():
         for i, routing in enumerate(routings):
