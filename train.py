@@ -4,17 +4,14 @@
     python train.py --resume     go on after Ctrl-C or a crash, exactly (with --out, if it had one)
     python train.py --help       all flags, in groups
 
-One stage on data of your own (in LLaVA's format), then one of a real model:
+One stage on data of your own (in LLaVA's format); one of a real model; and what one would cost:
 
     python train.py --stage 3 --init DIR --data FILE.json --images DIR
     torchrun --nproc_per_node 8 train.py --preset cumo-mistral-7b --stage 1 \\
         --vision CLIP_DIR --llm MISTRAL_DIR --data FILE.json --images DIR
-
-What a stage would cost, without training anything:
-
     python train.py --preset cumo-mistral-7b --stage 3 --gpus 8 --fsdp --checkpointing --plan
 
-Training has three stages, and each begins with the folder that the stage before it left:
+Each of the three stages begins with the folder that the stage before it left:
 
     stage 1   pre-training: the connector alone learns to make image patches read like words
     stage 2   pre-finetuning: everything trains, still dense, on captions
@@ -54,8 +51,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-# OpenMP's threads wait for each other by spinning, on a busy machine for ages: they shall give up
-# sooner. libgomp reads this when torch is loaded. What the user has set holds.
+# On a busy machine, OpenMP's threads spin for ages while they wait for each other. Let them give up
+# sooner. libgomp reads this when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -144,7 +141,6 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
     end, from step `first` on. later: weights that FSDP fills in. held_out: data to measure only.
     """
     experts, wrapped, optimizer = set_up(args, stage, model, device, later)
-    params = [p for p in model.parameters() if p.requires_grad]
     first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
     coefs = routing_coefs(stage, model)
@@ -169,23 +165,11 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
             if step < stage.steps - 1:
                 ahead = reader.submit(list, islice(batches, n_micro))
 
-            # 2. Forward and backward. Gradients add up over the micro-batches.
-            losses = Counter()
-            loads = {}
-            for i, batch in enumerate(micro_batches):
-                with exchange_gradients(wrapped, i == n_micro - 1), autocast(device):
-                    out = wrapped(**inputs(model, batch, device))
-                    parts = out.parts
-                    share = {name: loss_weight(name, batch, totals, n_micro) for name in parts}
-                    loss = total_loss(parts, *coefs, share)
-                    # Processes take the mean of their gradients; what the shares want is the sum.
-                    (loss * WORLD).backward()
-                for name, value in parts.items():
-                    losses[name] += share[name] * value.detach()
-                add_loads(loads, out, share)
+            # 2. Forward and backward.
+            losses, loads = compute_gradients(model, wrapped, micro_batches, totals, coefs, device)
 
             # 3. Clip the gradients; then look at the numbers, which is to wait for the device.
-            norm = clip_gradients(params, experts, args.grad_clip)
+            norm = clip_gradients(model, experts, args.grad_clip)
             losses, loads, norm = to_numbers(losses, loads, norm)
             losses["loss"] = total_loss(losses, *coefs)
 
@@ -212,6 +196,26 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
     return gather_weights(model, experts), stop or len(signals) > 0
 
 
+def compute_gradients(model, wrapped, micro_batches, totals, coefs, device):
+    """Forward and backward -> the step's losses, and each expert's share of the tokens."""
+    losses = Counter()
+    loads = {}
+    for i, batch in enumerate(micro_batches):
+        is_last = i == len(micro_batches) - 1
+        with exchange_gradients(wrapped, is_last), autocast(device):
+            out = wrapped(**inputs(model, batch, device))
+            share = {name: loss_weight(name, batch, totals, len(micro_batches))
+                     for name in out.parts}
+            loss = total_loss(out.parts, *coefs, share)
+            # Gradients add up over the micro-batches. Processes take the mean of theirs; what the
+            # shares want is the sum.
+            (loss * WORLD).backward()
+        for name, value in out.parts.items():
+            losses[name] += share[name] * value.detach()
+        add_loads(loads, out, share)
+    return losses, loads
+
+
 # ------------------------------------------------------------------------------------------------
 # 3. A stage, and the program
 
@@ -222,31 +226,26 @@ def run_stage(args, name, source, device):
     torch.manual_seed(args.seed)  # the same new weights in every process
 
     # 1. The model. With FSDP most of its weights come `later`, as no process could hold them all.
-    on_meta = comes_on_meta(args)
-    later = [] if on_meta else None
+    later = [] if args.fsdp else None
     model, tokenizer = load_model(args, stage, source, later)
 
-    # 2. Its experts.
+    # 2. Its experts, and what trains.
     if stage.has_experts:
         make_experts(args, model)
     apply_flags(args, stage, model.config)
-
-    # 3. What trains.
     choose_trainable(model, stage.trains)
     if stage.lora:
-        add_lora(model, *stage.lora, args.seed, real=on_meta)
-    if not on_meta:
+        add_lora(model, *stage.lora, args.seed, real=args.fsdp)
+    if not args.fsdp:
         model.to(device)
 
-    # 4. The data.
+    # 3. The data.
     samples, lengths, held_out = load_samples(args, stage, model.config, tokenizer)
     batches = loader(samples, stage, args, data.collate, lengths)
 
-    # 5. Train.
+    # 4. Train, and save the model.
     print_stage(args, stage, model, source)
     weights, stopped = train(args, stage, model, batches, device, later or (), held_out)
-
-    # 6. Save the model.
     if RANK == 0:
         save(model, result_path(args, name), tokenizer, merge_state(weights, model))
     finish_stage(args, stopped)
@@ -361,7 +360,8 @@ GROUPS = {
 def flag(default, help: str, **limits):
     """A field of Args: a flag, and what `validate` reads.
 
-    at_least, above, at_most, choices: the values that will do. Where the flag would do nothing, it
+    at_least, above, at_most, choices: the values that will do; parts: the same, of a list with
+    commas. Where the flag would do nothing, it
     is refused: belongs_to names another flag that must be given too (or one of several), not_with
     one that must not be given, recipes those that know it, and with of_experts there must be a
     stage with experts.
@@ -431,7 +431,7 @@ class Args:
     trains: str | None = flag(
         None, "parts that train, with commas: " + ", ".join(PARTS) + " (the "
         "decoder's FFNs; its layers with experts; its routers), or none (but adapters); in a run "
-        "of all stages, this holds in those with experts")
+        "of all stages, this holds in those with experts", parts=(*PARTS, "none"))
     steps: int | None = flag(
         None, "optimizer steps; default: the stage's, or one epoch of --data",
         at_least=1, at_most=10**7)
@@ -457,13 +457,15 @@ class Args:
 
     dense: bool = flag(False, "make no experts in stage 3: the comparison")
     upcycle_at: int = flag(3, "the stage that turns FFNs into experts",
-                           recipes=("cumo", "moe-llava"), of_experts=True)
+                           choices=(1, 2, 3), recipes=("cumo", "moe-llava"),
+                           of_experts=True)
     n_experts: str = flag(
         "4", "experts in each FFN that is upcycled; in the decoder also one number for "
         "each of --moe-layers: 4,2,4", of_experts=True)
     experts_in: str | None = flag(
         None, "parts whose FFNs become experts: vision, connector, text, with commas; default: "
-        "vision,connector", recipes=("cumo",), of_experts=True)
+        "vision,connector", parts=("vision", "connector", "text"), recipes=("cumo",),
+        of_experts=True)
     top_k: int = flag(
         2, "experts that each token is sent to; with 1, an expert counts as much as its "
         "probability, so upcycling changes the output at first", of_experts=True)
@@ -542,19 +544,21 @@ def parse(argv=None):
         add_flag(group, f)
     # Only what the user gives is in here, so that it can be told from a default.
     given = vars(parser.parse_args(argv))
-    args = fill_in(Args(**given))
+    args = fill_in(given)
     if args.resume:
-        given = flags_of_run(args.out, given)
-        args = fill_in(Args(**given))
-    args.given = given
+        args = fill_in(flags_of_run(args.out, given))
     validate(args)
     return args
 
 
-def fill_in(args):
-    """Set the defaults that depend on other flags."""
+def fill_in(given):
+    """{field: value} -> Args, with the defaults that depend on other flags."""
+    args = Args(**given)
+    args.given = given
     if args.recipe is None:
-        args.recipe = recipe_of(args.preset)
+        # uni-moe of uni-moe-7b; of most presets, CuMo's.
+        named = [recipe for recipe in RECIPES if args.preset.startswith(recipe)]
+        args.recipe = named[0] if named else "cumo"
     if args.recipe == "uni-moe" and args.preset == "tiny":
         args.preset = "uni-moe-tiny"  # with an ear
     if args.out is None:
@@ -567,7 +571,6 @@ def fill_in(args):
 
 
 def add_flag(group, f):
-    name = flag_name(f)
     text = f.metadata["help"]
     if f.type == "bool":
         how = {"action": "store_true"}
@@ -578,7 +581,7 @@ def add_flag(group, f):
         how = {"type": kind_of(f)}
         if f.default not in (None, ""):
             text += f" (default: {f.default})"
-    group.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
+    group.add_argument(flag_name(f.name), default=argparse.SUPPRESS, help=text, **how)
 
 
 def kind_of(f):
@@ -587,16 +590,8 @@ def kind_of(f):
     return kinds[f.type.removesuffix(" | None")]
 
 
-def flag_name(f):
-    return "--" + f.name.replace("_", "-")
-
-
-def recipe_of(preset):
-    """The recipe whose name the preset begins with (uni-moe of uni-moe-7b), else CuMo's."""
-    for name in RECIPES:
-        if preset.startswith(name):
-            return name
-    return "cumo"
+def flag_name(name):
+    return "--" + name.replace("_", "-")
 
 
 def stage_number(name):
@@ -658,6 +653,20 @@ def say(text):
         sys.stdout.flush()
 
 
+def wait_for_all():
+    """All processes go on together."""
+    if LAUNCHED:
+        dist.barrier()
+
+
+def sum_over_processes(tensor, device):
+    """-> the sum; on the device, unless there is only this process."""
+    if LAUNCHED:
+        tensor = tensor.to(device)
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def set_up(args, stage, model, device, later):
     """-> the experts that are dealt out (if any), the module to call, and its optimizer."""
     experts = shard_experts(args, model, device)
@@ -712,18 +721,19 @@ def count(micro_batches, n_signals, device):
     """Count what the losses are means over. Each micro-batch gets its "n_labels" and "n_images"."""
     total = torch.tensor([0, 0, 0, 0, n_signals], dtype=torch.float64)
     for batch in micro_batches:
-        # The model shifts labels by one, so the first of a row teaches nothing.
-        batch["n_labels"] = int((batch["labels"][:, 1:] != IGNORE).sum())
+        batch["n_labels"] = count_labels(batch)
         batch["n_images"] = len(batch["images"])
         for message in batch["broken"]:
             tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
         total += torch.tensor([batch["n_labels"], batch["n_images"], len(batch["broken"]),
                                batch["truncated"], 0])
     # The same numbers in all processes; so they also agree on when to stop.
-    if LAUNCHED:
-        total = total.to(device)
-        dist.all_reduce(total)
-    return Totals(*total.tolist())
+    return Totals(*sum_over_processes(total, device).tolist())
+
+
+def count_labels(batch):
+    # The model shifts labels by one, so the first of a row teaches nothing.
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def add_to_counts(counts, totals, batch_size):
@@ -781,7 +791,7 @@ def exchange_gradients(wrapped, is_last):
 
 
 def add_loads(loads, out, share):
-    """Add a micro-batch's part to loads, {"vision 0": each expert's share of the first choices (E,),
+    """Add a micro-batch's part to {"vision 0": each expert's share of the first choices (E,),
     "vision 1": ..., "connector 0": ...}. With several scales, all layers come once for each."""
     for part, routings in getattr(out, "routing", {}).items():
         for i, routing in enumerate(routings):
@@ -793,8 +803,7 @@ def to_numbers(losses, loads, norm):
     """Sum losses and loads over the processes, and read them and the norm in one go."""
     # A process has only its part of each sum.
     row = torch.cat([value.float().view(-1) for value in (*losses.values(), *loads.values())])
-    if LAUNCHED:
-        dist.all_reduce(row)
+    row = sum_over_processes(row, row.device)
     # In one piece: to read a number off the device is to wait for it.
     *row, norm = torch.cat([row, norm.float().view(1)]).tolist()
     numbers = iter(row)
@@ -864,22 +873,24 @@ class Log:
         self.seconds += seconds
         self.waited += waited
         # A model has no experts in some parts; losses of 0 are theirs, and are left out.
-        row = {"stage": self.stage.name, "step": step}
-        row |= {name: loss for name, loss in losses.items() if loss != 0 or name == "loss"}
-        row |= {"lr": lr, "grad_norm": norm, "images_per_s": n_images / seconds,
-                "seconds": seconds, "waiting": waited / seconds}
+        losses = {name: loss for name, loss in losses.items() if loss != 0 or name == "loss"}
+        row = losses | {"lr": lr, "grad_norm": norm, "images_per_s": n_images / seconds,
+                        "seconds": seconds, "waiting": waited / seconds}
         if loads:
             row["load"] = {name: [round(n, 4) for n in load] for name, load in loads.items()}
-        self.file.write(json.dumps(row) + "\n")
+        self.write_row(step, row)
 
-        shown = [f"{short(name)} {row[name]:.3g}" for name in row if name in losses]
+        shown = [f"{short(name)} {loss:.3g}" for name, loss in losses.items()]
         shown += [f"lr {lr:.3g}", f"{row['images_per_s']:.0f} img/s"]
         self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update()
 
-    def write_held_out(self, step, loss):
-        row = {"stage": self.stage.name, "step": step, "val_loss": loss}
+    def write_row(self, step, values):
+        row = {"stage": self.stage.name, "step": step} | values
         self.file.write(json.dumps(row) + "\n")
+
+    def write_held_out(self, step, loss):
+        self.write_row(step, {"val_loss": loss})
         say(f"stage {self.stage.name}, after step {step + 1}: loss on held-out data {loss:.4f}")
 
     def report(self, counts, compiled):
@@ -931,39 +942,30 @@ def measure_held_out(args, stage, model, wrapped, held_out, log, step, device):
     every = args.val_every or args.save_every
     if not held_out or ((step + 1) % every and step + 1 < stage.steps):
         return
+
+    # This process's share, in micro-batches. All processes get equally many, as they compute
+    # together. Where one has too few, it repeats sample 0, which does not count.
+    mine = range(RANK, len(held_out), WORLD)
+    size = stage.micro_batch
+    cuts = [mine[i:i + size] for i in range(0, len(mine), size)]
+    fillers = math.ceil(len(held_out) / (WORLD * size)) - len(cuts)
+    batches = DataLoader(held_out, batch_sampler=cuts + [[0]] * fillers, collate_fn=data.collate,
+                         num_workers=args.workers)
+
     # The mean is over all labels: (sum of losses, their number).
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
-    with torch.no_grad():
-        for batch in held_out_batches(args, stage, held_out):
-            n_labels = int((batch["labels"][:, 1:] != IGNORE).sum())
-            with autocast(device):
-                loss = wrapped(**inputs(model, batch, device)).parts["lm"]
-            if not batch["again"]:
-                total += torch.tensor([n_labels * loss.item(), n_labels])
-    model.train()
-    if LAUNCHED:
-        total = total.to(device)
-        dist.all_reduce(total)
-    loss_sum, n_labels = total.tolist()
-    log.write_held_out(step, loss_sum / max(1, n_labels))
-
-
-def held_out_batches(args, stage, held_out):
-    """This process's share, in micro-batches. All processes get equally many, as they compute
-    together; where one has too few, it repeats its first (or sample 0), and "again" says so."""
-    mine = list(range(RANK, len(held_out), WORLD))
-    size = stage.micro_batch
-    cuts = [mine[i:i + size] for i in range(0, len(mine), size)]
-    most = math.ceil(math.ceil(len(held_out) / WORLD) / size)
-    fillers = most - len(cuts)
-    cuts += [[0]] * fillers
-    batches = DataLoader(held_out, batch_sampler=cuts, collate_fn=data.collate,
-                         num_workers=args.workers)
     for i, batch in enumerate(batches):
         for message in batch["broken"]:
             tqdm.write(f"broken held-out sample replaced: {message}", file=sys.stdout)
-        yield batch | {"again": i >= most - fillers}
+        n_labels = count_labels(batch)
+        with torch.no_grad(), autocast(device):
+            loss = wrapped(**inputs(model, batch, device)).parts["lm"]
+        if i < len(cuts):
+            total += torch.tensor([n_labels * loss.item(), n_labels])
+    model.train()
+    loss_sum, n_labels = sum_over_processes(total, device).tolist()
+    log.write_held_out(step, loss_sum / max(1, n_labels))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -990,11 +992,6 @@ def load_model(args, stage, source, later):
         model, tokenizer = load(source, dtype=torch.float32, later=later)
     check_model(args, stage, model, tokenizer, source)
     return model.float(), tokenizer  # backbones may be stored in fewer bits
-
-
-def comes_on_meta(args):
-    """With FSDP, a model is made without memory, and its weights come later."""
-    return args.fsdp and LAUNCHED
 
 
 def loader(samples, stage, args, collate, lengths=None):
@@ -1031,8 +1028,8 @@ def numbers_of(part):
 def make_experts(args, model):
     """Upcycle where the recipe says, unless a stage before did so."""
     config = model.config
-    # Where the model is on meta, its new routers are not.
-    how = {"top_k": args.top_k, "seed": args.seed, "real_routers": comes_on_meta(args)}
+    # With FSDP the model is on meta, where tensors have no memory. Its new routers are not.
+    how = {"top_k": args.top_k, "seed": args.seed, "real_routers": args.fsdp}
     # 1. Turn FFNs into experts, and say what their routers' losses count.
     if any(any(numbers_of(getattr(config, name))) for name in expert_parts(args)):
         check_experts(args, config)
@@ -1065,7 +1062,7 @@ def join_experts(args, model, how):
     if len(folders) == 1:
         folders = folders * int(args.n_experts)  # "pure copies", the paper's Table 8
     counts = decoder_experts(args, model.config.text.n_layers, str(len(folders)))
-    if how["real_routers"]:
+    if args.fsdp:
         raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py "
                          "--experts A,B,C,D --out DIR`, and --init DIR")
     upcycle(model, text=counts, experts=folders, average=args.average, **how)
@@ -1087,8 +1084,7 @@ def apply_flags(args, stage, config):
         config.balance_coef = args.balance_coef
     if args.z_coef is not None:
         config.z_coef = args.z_coef
-    if args.frames_apart:
-        config.frames_apart = True
+    config.frames_apart = config.frames_apart or args.frames_apart
     if stage.template is None:
         stage.template = config.template
     # The model will be asked in the layout that it learns; but nobody asks in "plain".
@@ -1102,14 +1098,15 @@ def load_samples(args, stage, config, tokenizer):
 
     Where stage.steps is an epoch, it becomes a number here.
     """
-    # Batches of samples of like length have less padding.
-    lengths = None
+    lengths = None  # with them, batches of samples of like length have less padding
     held_out = None
     if args.data:
         samples = data.LlavaJson(args.data, args.images)
         lengths = samples.lengths(config.n_image_tokens, config.n_audio_tokens)
         samples, lengths, held_out = hold_out(args, samples, lengths)
-        stage.checksum = checksum(args.data)
+        # A resumed run must go on with the same data.
+        with open(args.data, "rb") as f:
+            stage.checksum = hashlib.file_digest(f, "sha256").hexdigest()
         fit_to_data(args, stage, len(samples))
     else:
         if stage.steps is None:
@@ -1126,14 +1123,15 @@ def load_samples(args, stage, config, tokenizer):
             # Image, sound, both, and so on. Questions about a sound are the shortest.
             lengths = [(1, 0, 2)[i % 3] for i in range(len(samples))]
 
-    # An ear takes 100 frames a second.
-    seconds = config.audio.n_frames / 100 if config.audio else 0.0
-    n_mels = config.audio.n_mels if config.audio else 0
+    ear = {}
+    if config.audio:
+        # It takes 100 frames a second.
+        ear = {"seconds": config.audio.n_frames / 100, "n_mels": config.audio.n_mels}
     encode = functools.partial(
         data.Encoded, tokenizer=tokenizer, template=stage.template,
         pictures=data.picture_format(config.vision), n_image_tokens=config.n_image_tokens,
         max_length=stage.max_length, strict=args.strict, n_audio_tokens=config.n_audio_tokens,
-        seconds=seconds, average=not config.frames_apart, n_mels=n_mels)
+        average=not config.frames_apart, **ear)
     return encode(samples), lengths, encode(held_out) if held_out else ()
 
 
@@ -1149,16 +1147,11 @@ def hold_out(args, samples, lengths):
         raise ValueError(f"--val-fraction {args.val_fraction} of {len(samples)} samples in "
                          f"{args.data} leaves nothing to learn from")
     # The same part in each stage and each run with this seed.
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(args.seed))
-    held = sorted(order[:n].tolist())
-    kept = sorted(order[n:].tolist())
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    held = sorted(order[:n])
+    kept = sorted(order[n:])
     return Subset(samples, kept), [lengths[i] for i in kept], Subset(samples, held)
-
-
-def checksum(file):
-    """Of a file's contents: a resumed run must go on with the same data."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fit_to_data(args, stage, n):
@@ -1168,10 +1161,10 @@ def fit_to_data(args, stage, n):
                          "processes")
     if n < stage.batch_size:
         stage.micro_batch = min(stage.micro_batch, n // WORLD)
-        share = stage.micro_batch * WORLD
+        smaller = n - n % (stage.micro_batch * WORLD)
         say(f"{args.data}: {n} samples do not fill a batch of {stage.batch_size}: it becomes "
-            f"{n // share * share}")
-        stage.batch_size = n // share * share
+            f"{smaller}")
+        stage.batch_size = smaller
 
     per_epoch = n // stage.batch_size
     stage.steps = args.steps or args.epochs * per_epoch
@@ -1185,9 +1178,7 @@ def fit_to_data(args, stage, n):
 
 def print_stage(args, stage, model, source):
     """What a stage trains, and the values that it runs with."""
-    counts = count_parameters(model).values()
-    total = sum(n for n, _ in counts)
-    activated = sum(n for _, n in counts)
+    total, activated = [sum(column) for column in zip(*count_parameters(model).values())]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
         raise ValueError(f"stage {stage.name}: --trains {args.trains}: nothing to train here; "
@@ -1255,8 +1246,7 @@ def measure_stage(args, name, device, began):
         run = read_run(args.out)
         write_json(run_file(args.out), run | {"done": run["done"] + [name]})
         drop_checkpoints(args.out)  # there is one if a kill came before `finish_stage`
-    if LAUNCHED:
-        dist.barrier()
+    wait_for_all()
 
 
 def try_to_draw(draw, *args, **options):
@@ -1269,31 +1259,28 @@ def try_to_draw(draw, *args, **options):
 
 def next_command(args, last):
     """What to try with the model of the last stage: a question of its own data."""
-    command = f"python generate.py --model {os.path.normpath(result_path(args, last))}"
-    if args.facts:
-        return f'{command} --image X.png --prompt "What is this?"'
-    if not args.data:
+    command = f"python generate.py --model {result_path(args, last)}"
+    if not args.data and not args.facts:
         return f'{command} --image X.png --prompt "What color is the circle?"'
     try:
         sample = data.LlavaJson(args.data, args.images)[0]
         question = str(sample["conversations"][0]["value"])
     except (ValueError, TypeError, LookupError):
-        # The first sample is a broken one.
+        # The first sample is a broken one, or there is no data but facts.
         return f'{command} --image X.png --prompt "What is this?"'
-    for mark, flag, files in (("<image>", "--image", sample["images"]),
-                              ("<audio>", "--audio", sample["audio"])):
-        question = question.replace(mark, "")
-        for file in files:
-            command += f" {flag} {shlex.quote(file)}"
-    return f"{command} --prompt {shlex.quote(question.strip())}"
+    for file in sample["images"]:
+        command += f" --image {shlex.quote(file)}"
+    for file in sample["audio"]:
+        command += f" --audio {shlex.quote(file)}"
+    question = question.replace("<image>", "").replace("<audio>", "").strip()
+    return f"{command} --prompt {shlex.quote(question)}"
 
 
 def finish_stage(args, stopped):
     """What the stage leaves has taken the place of its checkpoints."""
     if RANK == 0:
         drop_checkpoints(args.out)
-    if LAUNCHED:
-        dist.barrier()
+    wait_for_all()
     if stopped:
         raise KeyboardInterrupt  # pressed in the last step
 
@@ -1304,16 +1291,17 @@ def finish_stage(args, stopped):
 
 def result_path(args, name):
     """The folder that a finished stage leaves."""
-    return os.path.join(args.out, FOLDERS[name])
+    return os.path.normpath(os.path.join(args.out, FOLDERS[name]))
+
+
+def stage_numbers(args):
+    return [1, 2, 3] if args.stage is None else [args.stage]
 
 
 def stages_of(args):
     """The stages of this run, in order. uni-moe trains stage 2 once for each sense."""
-    numbers = [1, 2, 3]
-    if args.stage is not None:
-        numbers = [args.stage]
     stages = []
-    for n in numbers:
+    for n in stage_numbers(args):
         if n == 2 and args.recipe == "uni-moe" and not args.data:
             stages += SENSES
         else:
@@ -1321,11 +1309,15 @@ def stages_of(args):
     return stages
 
 
+def finished_stages(out, names):
+    """Those whose model is there."""
+    return [name for name in names if Path(out, FOLDERS[name], "config.json").exists()]
+
+
 def stages_done(args, stages):
     """The stages that a resumed run has behind it: those whose model is there, and those of them
     that are measured too. A new run never writes over what is in --out."""
-    finished = [name for name in stages
-                if os.path.exists(os.path.join(result_path(args, name), "config.json"))]
+    finished = finished_stages(args.out, stages)
     trained = []
     measured = []
     if args.resume:
@@ -1344,8 +1336,7 @@ def stages_done(args, stages):
                              "--out")
     elif RANK == 0 and os.path.exists(args.out):
         move_aside(args.out)
-    if LAUNCHED:
-        dist.barrier()
+    wait_for_all()
     return trained, measured
 
 
@@ -1378,18 +1369,25 @@ def read_run(out):
     """ValueError if somebody has damaged it."""
     file = run_file(out)
     try:
-        run = read_json(file)
-        if not (isinstance(run.get("flags"), dict) and isinstance(run.get("done"), list)):
-            raise ValueError(f"{file}: has no 'flags' and 'done'")
+        run = read_fields(file, flags=dict, done=list)
         known = {f.name: f for f in dataclasses.fields(Args)}
         for name, value in run["flags"].items():
             if name not in known:
                 raise ValueError(f"{file}: there is no flag {name!r}")
             check_limits(known[name], value)
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise ValueError(f"{file} cannot be used ({e}); delete it, and give --resume with the "
                          "flags that the run began with") from None
     return run
+
+
+def read_fields(file, **kinds):
+    """A JSON file with these fields -> {name: value}."""
+    values = read_json(str(file))
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise ValueError(f"{file}: has no {name!r}, or another value than a {kind.__name__}")
+    return values
 
 
 def begin_run(args, done):
@@ -1397,11 +1395,7 @@ def begin_run(args, done):
     if RANK > 0:
         return
     os.makedirs(args.out, exist_ok=True)
-    # What a kill has left while a file was written.
-    for path in Path(args.out).rglob("*.[0-9]*.tmp"):
-        path.unlink()
-    flags = {name: value for name, value in args.given.items() if name not in ("out", "resume")}
-    write_json(run_file(args.out), {"flags": flags, "done": done})
+    write_json(run_file(args.out), {"flags": args.given, "done": done})
 
 
 def flags_of_run(out, given):
@@ -1409,9 +1403,7 @@ def flags_of_run(out, given):
     file = run_file(out)
     if not os.path.exists(file):
         # A run of an earlier version. It must be given its flags again.
-        models = [folder for folder in FOLDERS.values()
-                  if os.path.exists(os.path.join(out, folder, "config.json"))]
-        if not models and not checkpoints(out):
+        if not finished_stages(out, FOLDERS) and not checkpoints(out):
             raise ValueError(f"--resume: {out} holds no run to go on with; is that the --out that "
                              "the run began with?")
         return given
@@ -1420,16 +1412,21 @@ def flags_of_run(out, given):
     sharing = {"fsdp", "expert_parallel"}
     if not LAUNCHED or sharing & set(given):
         flags = {name: value for name, value in flags.items() if name not in sharing}
-    before = vars(fill_in(Args(**flags)))
     both = flags | given | {"out": out}
-    now = vars(fill_in(Args(**both)))
-    # Two different runs must not become one.
-    differs = [f"{name} {before[name]} (now {now[name]})" for name in given
-               if name not in FREE - {"stage"} and before[name] != now[name]]
+    before = vars(fill_in(flags))
+    now = vars(fill_in(both))
+    fixed = set(given) - FREE | ({"stage"} & set(given))
+    refuse_changes(file, before, {name: now[name] for name in fixed})
+    return both
+
+
+def refuse_changes(file, before, now):
+    """Two different runs must not become one. (Earlier versions wrote down fewer values.)."""
+    differs = [f"{name} {before[name]} (now {value})" for name, value in now.items()
+               if name in before and before[name] != value]
     if differs:
         raise ValueError(f"{file} was written with {', '.join(differs)}: give the same flags, or "
                          "none")
-    return both
 
 
 def move_aside(out):
@@ -1486,14 +1483,14 @@ def identity(args, stage):
 
 def resume(args, stage, model, optimizer, experts):
     """Go on from the newest checkpoint if it is this stage's -> the first step, and the counts."""
-    new = 0, dict.fromkeys(("skipped", "skipped in a row", "broken", "truncated", "samples"), 0)
+    new = (0, Counter())
     if not args.resume:
         return new
     damage = None
     for path, saved in complete_checkpoints(args.out):
         if saved["identity"]["stage"] != stage.name:
             return new
-        check_identity(args, stage, path, saved["identity"])
+        refuse_changes(path, saved["identity"], identity(args, stage))
         try:
             read_checkpoint(model, optimizer, experts, path)
         except ValueError as e:
@@ -1501,19 +1498,10 @@ def resume(args, stage, model, optimizer, experts):
             say(f"{e}; the checkpoint before it will do, if there is one")
             continue
         say(f"stage {stage.name}: going on after step {saved['step']} of {stage.steps}")
-        return saved["step"], saved["counts"]
+        return saved["step"], Counter(saved["counts"])
     if damage is not None:
         raise damage
     return new
-
-
-def check_identity(args, stage, path, before):
-    """Two different runs must not become one. (Earlier versions wrote down fewer values.)."""
-    differs = [f"{name} {before[name]} (now {value})"
-               for name, value in identity(args, stage).items()
-               if name in before and before[name] != value]
-    if differs:
-        raise ValueError(f"{path} was written with {', '.join(differs)}: give the same flags")
 
 
 def checkpoints(out):
@@ -1536,22 +1524,16 @@ def complete_checkpoints(out):
     complete = [path for path in checkpoints(out) if Path(path, "run.json").exists()]
     for path in sorted(complete, key=lambda path: int(path.name), reverse=True):
         try:
-            usable.append((str(path), read_about(path / "run.json")))
-        except (ValueError, RecursionError) as e:
+            about = read_fields(path / "run.json", identity=dict, counts=dict, step=int)
+            if "stage" not in about["identity"]:
+                raise ValueError("its run.json names no stage")
+            usable.append((str(path), about))
+        except ValueError as e:
             damage = f"{path}: cannot be read: {e}"
             say(f"{damage}; the checkpoint before it will do, if there is one")
     if damage and not usable:
         raise ValueError(f"{damage}. Delete {Path(out, 'checkpoint')} to begin this stage anew")
     return usable
-
-
-def read_about(file):
-    about = read_json(str(file))
-    identity = about.get("identity")
-    if not (isinstance(identity, dict) and "stage" in identity
-            and isinstance(about.get("counts"), dict) and isinstance(about.get("step"), int)):
-        raise ValueError(f"{file}: has no 'identity', 'step' and 'counts'")
-    return about
 
 
 def drop_checkpoints(out, but=None):
@@ -1588,7 +1570,7 @@ def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
     # A damaged one may lie there. It must not count as complete before it is.
     Path(path, "run.json").unlink(missing_ok=True)
     try:
-        with quiet():
+        with warnings.catch_warnings(action="ignore"):  # that a single process works alone
             dcp.save(tensors, checkpoint_id=path)
     except CheckpointException as e:
         # One process failed, and all are told.
@@ -1600,8 +1582,7 @@ def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
         about = {"identity": identity(args, stage), "step": step, "counts": counts}
         write_json(os.path.join(path, "run.json"), about)
         drop_checkpoints(args.out, but=path)
-    if LAUNCHED:
-        dist.barrier()
+    wait_for_all()
 
 
 def read_checkpoint(model, optimizer, experts, path):
@@ -1610,20 +1591,12 @@ def read_checkpoint(model, optimizer, experts, path):
     weights, optimizer_state = get_state_dict(model, optimizer, options=TRAINED)
     tensors = tensors_of((weights, optimizer_state), experts)
     try:
-        with quiet():
+        with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors, storage_reader=Reader(path))
     except CheckpointException as e:
         raise ValueError(f"{path}: cannot be read: {first_failure(e)}") from None
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state,
                    options=TRAINED)
-
-
-@contextmanager
-def quiet():
-    """Without DCP's warnings that a single process works alone."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def first_failure(error):
@@ -1745,8 +1718,9 @@ def gather_weights(model, experts):
     return state
 
 
-def clip_gradients(params, experts, limit):
+def clip_gradients(model, experts, limit):
     """Scale gradients down to a norm of at most `limit`, over all weights -> the norm before."""
+    params = [p for p in model.parameters() if p.requires_grad]
     if not experts.weights:
         norm = torch.nn.utils.clip_grad_norm_(params, limit)
         if isinstance(norm, DTensor):
@@ -1878,9 +1852,8 @@ def prepare_device(args):
         # CPU's too.)
         torch.backends.cuda.enable_flash_sdp(False)
 
-    name = args.device
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    name = args.device or usual
     if name == "cpu":
         keep_pages()
     if args.compile is None:
@@ -2025,7 +1998,7 @@ class Meter(TorchDispatchMode):
         if formula is not None:
             self.flops[self.part] += formula(*args, **kwargs, out_val=out)
         for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor):
+            if torch.is_tensor(t):
                 self.add(t.untyped_storage())
         return out
 
@@ -2047,19 +2020,6 @@ class Rehearsal(NamedTuple):
     peak: int  # the most bytes that are alive at once
     forward: dict[str, int]  # FLOPs of each part of the model
     backward: dict[str, int]  # the same; with checkpointing, including what is computed again
-
-
-def meta_batch(config, rows, length, dtype):
-    """`rows` samples of `length` tokens, each with an image, and a sound if the model hears."""
-    size = config.vision.image_size
-    ear = config.audio
-    with torch.device("meta"):
-        tokens = torch.zeros(rows, length, dtype=torch.long)
-        images = torch.empty(rows, 3, size, size, dtype=dtype)
-        batch = {"tokens": tokens, "labels": tokens, "images": images}
-        if ear is not None:
-            batch["audio"] = torch.empty(rows, ear.n_mels, ear.n_frames, dtype=dtype)
-    return batch
 
 
 def meta_model(config, trains, lora):
@@ -2085,7 +2045,15 @@ def rehearse(config, trains, lora, rows, length, checkpointing, grads, dtype):
 
     model = meta_model(Config.from_dict(json.loads(config)), trains, lora).to(dtype).train()
     model.checkpointing(checkpointing)
-    batch = meta_batch(model.config, rows, length, dtype)
+
+    # `rows` samples of `length` tokens, each with an image, and a sound if the model hears.
+    size = model.config.vision.image_size
+    ear = model.config.audio
+    with torch.device("meta"):
+        tokens = torch.zeros(rows, length, dtype=torch.long)
+        batch = {"images": torch.empty(rows, 3, size, size, dtype=dtype)}
+        if ear is not None:
+            batch["audio"] = torch.empty(rows, ear.n_mels, ear.n_frames, dtype=dtype)
 
     # Weights and gradients that are there before are not counted.
     known = list(model.parameters())
@@ -2096,7 +2064,7 @@ def rehearse(config, trains, lora, rows, length, checkpointing, grads, dtype):
 
     with (Meter(model, known) as meter,
           mock.patch.object(F, "scaled_dot_product_attention", attention)):
-        loss = model(**batch).loss
+        loss = model(tokens, labels=tokens, **batch).loss
         kept = meter.now
         forward = meter.flops
         meter.flops = Counter()
@@ -2130,10 +2098,10 @@ def planned(args, stage):
             part.n_experts = n if name == "connector" else [n] * part.n_layers
             part.top_k = args.top_k
     else:
-        config.text.n_experts = decoder_experts(args, config.text.n_layers)
         config.text.top_k = args.top_k
-        if not stage.has_experts:
-            config.text.n_experts = [0] * config.text.n_layers
+        config.text.n_experts = [0] * config.text.n_layers
+        if stage.has_experts:
+            config.text.n_experts = decoder_experts(args, config.text.n_layers)
     return config, meta_model(config, stage.trains, stage.lora)
 
 
@@ -2185,17 +2153,18 @@ def memory(args, name, gpus, fsdp, checkpointing):
 
 def plan(args):
     """Print what the stages would cost."""
-    names = [1, 2, 3]
-    if args.stage is not None:
-        names = [args.stage]
-    for name in names:
+    for name in stage_numbers(args):
         stage = settings(args, name, args.gpus)
         steps = planned_steps(args, stage)
         print_head(args, stage)
         flops = print_work(args, stage)
         print_memory(args, stage)
         print_hours(args, stage, steps, flops)
-        print_fit(args, stage)
+        if fits(args, stage, args.gpus, args.fsdp, args.checkpointing):
+            print(f"fits into {args.gpu_gb} GB")
+        else:
+            print(f"does NOT fit into {args.gpu_gb} GB; the smallest number (1, 2, 4, 8...) that "
+                  f"does: {smallest_fit(args, stage)}")
 
 
 def planned_steps(args, stage):
@@ -2205,25 +2174,23 @@ def planned_steps(args, stage):
     if stage.batch_size % (args.gpus * stage.micro_batch):
         raise ValueError(f"batch size {stage.batch_size} is not a multiple of --gpus {args.gpus} x "
                          f"{stage.micro_batch} samples at a time")
-    if args.steps or (stage.steps is not None and not args.data):
-        return stage.steps
-    # An epoch of the data: the user's, or the paper's.
-    if args.data:
+    # --steps, or a tiny preset's; else an epoch of the data, the user's or the paper's.
+    if args.data and not args.steps:
         n_samples = len(data.LlavaJson(args.data))
+    elif stage.steps is not None:
+        return stage.steps
     else:
         n_samples = N_SAMPLES[args.recipe][stage.name]
     return max(1, args.epochs * (n_samples // stage.batch_size))
 
 
 def print_head(args, stage):
-    gpus = "1 GPU"
-    if args.gpus > 1:
-        way = "DDP"
-        if args.fsdp:
-            way = "FSDP"
-        elif args.expert_parallel > 1:
-            way = f"experts over {args.expert_parallel}"
-        gpus = f"{args.gpus} GPUs ({way})"
+    way = "DDP"
+    if args.fsdp:
+        way = "FSDP"
+    elif args.expert_parallel > 1:
+        way = f"experts over {args.expert_parallel}"
+    gpus = f"{args.gpus} GPUs ({way})" if args.gpus > 1 else "1 GPU"
     senses = "an image"
     if Config.from_preset(args.preset).audio is not None:
         senses += " and a sound"
@@ -2278,28 +2245,21 @@ def print_hours(args, stage, steps, flops):
           f"{args.peak_tflops:g} TFLOP/s")
 
 
-def print_fit(args, stage):
-    def fits(gpus, fsdp, checkpointing):
-        peak = memory(args, stage.name, gpus, fsdp, checkpointing)["peak"]
-        return peak < args.gpu_gb * 1e9
+def fits(args, stage, gpus, fsdp, checkpointing):
+    return memory(args, stage.name, gpus, fsdp, checkpointing)["peak"] < args.gpu_gb * 1e9
 
-    if fits(args.gpus, args.fsdp, args.checkpointing):
-        print(f"fits into {args.gpu_gb} GB")
-        return
-    # The smallest number of GPUs that does; with checkpointing only where it must be.
-    least = "none. Try a smaller --micro-batch"
+
+def smallest_fit(args, stage):
+    """The smallest number of GPUs that does; with checkpointing only where it must be."""
     for exponent in range(12):
         gpus = 2**exponent
         if stage.batch_size % gpus:
             continue
-        if not args.checkpointing and fits(gpus, True, False):
-            least = f"{gpus} GPUs with --fsdp"
-            break
-        if fits(gpus, True, True):
-            least = f"{gpus} GPUs with --fsdp --checkpointing"
-            break
-    print(f"does NOT fit into {args.gpu_gb} GB; the smallest number (1, 2, 4, 8...) that does: "
-          f"{least}")
+        if not args.checkpointing and fits(args, stage, gpus, True, False):
+            return f"{gpus} GPUs with --fsdp"
+        if fits(args, stage, gpus, True, True):
+            return f"{gpus} GPUs with --fsdp --checkpointing"
+    return "none. Try a smaller --micro-batch"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2311,11 +2271,13 @@ def validate(args):
     for f in dataclasses.fields(Args):
         check_limits(f, getattr(args, f.name))
     Config.from_preset(args.preset)  # an unknown name stops here
-    check_stages(args)
+    if args.stage not in (None, 1, 2, 3):
+        raise ValueError(f"--stage {args.stage}: the stages are 1, 2 and 3 (backbones for tiny "
+                         "presets: python assets/backbones.py)")
     check_expert_flags(args)
     check_given(args)
     elsewhere = args.init is not None or args.stage not in (None, 1)
-    if bool(args.vision) != bool(args.llm) or (args.vision and elsewhere):
+    if bool(args.vision) != bool(args.llm) or args.vision and elsewhere:
         raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room "
                          "for --init")
 
@@ -2324,24 +2286,28 @@ def check_limits(f, value):
     """The kind and the size of a flag's value. A number that is no number (nan) fits no limit."""
     if value is None and "None" in f.type:
         return
-    name = flag_name(f)
+    name = flag_name(f.name)
+    limits = f.metadata
     kind = kind_of(f)
     if type(value) is not kind and (kind, type(value)) != (float, int):
         raise ValueError(f"{name} = {value!r} must be of the type {kind.__name__}")
 
     if kind in (int, float):
-        at_least = f.metadata.get("at_least", -math.inf)
-        above = f.metadata.get("above", -math.inf)
-        at_most = f.metadata.get("at_most", 2**31 - 1)
-        if not value >= at_least:
-            raise ValueError(f"{name} = {value} must be at least {at_least}")
-        if not value > above:
-            raise ValueError(f"{name} = {value} must be above {above}")
+        if not value >= limits.get("at_least", -math.inf):
+            raise ValueError(f"{name} = {value} must be at least {limits['at_least']}")
+        if not value > limits.get("above", -math.inf):
+            raise ValueError(f"{name} = {value} must be above {limits['above']}")
+        at_most = limits.get("at_most", 2**31 - 1)
         if not value <= at_most:
             raise ValueError(f"{name} = {value} must be at most {at_most}")
-    choices = f.metadata.get("choices", (value,))
-    if value not in choices:
-        raise ValueError(f"{name} {value}: known are {', '.join(choices)}")
+
+    if value not in limits.get("choices", (value,)):
+        raise ValueError(f"{name} {value}: known are {', '.join(map(str, limits['choices']))}")
+    if "parts" in limits:
+        for part in value.split(","):
+            if part not in limits["parts"]:
+                raise ValueError(f"{name} {value}: {part!r} is no part; known are "
+                                 f"{', '.join(limits['parts'])}")
 
 
 def check_given(args):
@@ -2350,19 +2316,18 @@ def check_given(args):
     for f in dataclasses.fields(Args):
         if f.name not in args.given:
             continue
-        name = flag_name(f)
+        name = flag_name(f.name)
         partners = f.metadata.get("belongs_to", ())
         if partners and not any(getattr(args, partner) for partner in partners):
-            names = " or ".join("--" + partner.replace("_", "-") for partner in partners)
+            names = " or ".join(flag_name(partner) for partner in partners)
             raise ValueError(f"{name} does nothing without {names}: give both, or leave it out")
         rival = f.metadata.get("not_with")
         if rival in args.given:
-            raise ValueError(f"{name} does nothing with --{rival.replace('_', '-')}: give one of "
-                             "them")
+            raise ValueError(f"{name} does nothing with {flag_name(rival)}: give one of them")
         recipes = f.metadata.get("recipes", (args.recipe,))
         if args.recipe not in recipes and getattr(args, f.name):
             raise ValueError(f"{name} belongs to --recipe {' and '.join(recipes)}")
-        if f.metadata.get("of_experts") and not makes_experts:
+        if "of_experts" in f.metadata and not makes_experts:
             raise ValueError(f"{name} is about experts, and this run makes none: leave it out (or "
                              "--dense, or see --stage)")
 
@@ -2373,29 +2338,12 @@ def check_given(args):
                          "--dense makes none: give --stage")
 
 
-def check_stages(args):
-    if args.stage not in (None, 1, 2, 3):
-        raise ValueError(f"--stage {args.stage}: the stages are 1, 2 and 3 (backbones for tiny "
-                         "presets: python assets/backbones.py)")
-    if args.upcycle_at not in (1, 2, 3):
-        raise ValueError(f"--upcycle-at {args.upcycle_at}: the stages are 1, 2 and 3")
-    if args.trains is not None:
-        for part in args.trains.split(","):
-            if part not in PARTS and part != "none":
-                raise ValueError(f"--trains {args.trains}: {part!r} is no part; known: "
-                                 f"{', '.join(PARTS)}")
-
-
 def check_expert_flags(args):
     try:
         numbers = [int(n) for n in args.n_experts.split(",")]
     except ValueError:
         raise ValueError(f"--n-experts {args.n_experts}: a number, or several with "
                          "commas") from None
-    for part in expert_parts(args):
-        if part not in ("vision", "connector", "text"):
-            raise ValueError(f"--experts-in {args.experts_in}: {part!r} is no part with FFNs; "
-                             "known: vision, connector, text")
     if args.recipe == "cumo" and len(numbers) > 1:
         raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have "
                          "one number")
@@ -2424,15 +2372,14 @@ def check_model(args, stage, model, tokenizer, source):
     if getattr(model, "vision", None) is None:
         raise ValueError(f"{source}: a language model alone, without the vision tower and "
                          "connector that training needs")
-    text = model.config.text
-    if {"audio", "resampler"} & set(stage.trains) and model.config.audio is None:
-        raise ValueError(f"{source}: hears nothing; --trains {','.join(stage.trains)} wants a "
-                         "model with --audio WHISPER_DIR")
-    if args.recipe == "uni-moe" and model.config.audio is None:
-        raise ValueError(f"{source}: hears nothing; uni-moe's stage 1 wants --vision, --llm and "
-                         "--audio WHISPER_DIR")
-    if args.recipe != "cumo" and not args.dense and not any(text.n_experts):
-        decoder_experts(args, text.n_layers)  # a wrong placement stops stage 1 already
+    config = model.config
+    wants_ear = args.recipe == "uni-moe" or {"audio", "resampler"} & set(stage.trains)
+    if wants_ear and config.audio is None:
+        raise ValueError(f"{source}: hears nothing; --trains {','.join(stage.trains)} of "
+                         f"{args.recipe} wants a model that began with --vision, --llm and --audio "
+                         "WHISPER_DIR")
+    if args.recipe != "cumo" and not args.dense and not any(config.text.n_experts):
+        decoder_experts(args, config.text.n_layers)  # a wrong placement stops stage 1 already
 
 
 def check_experts(args, config):
@@ -2440,14 +2387,15 @@ def check_experts(args, config):
     for name in expert_parts(args):
         part = getattr(config, name)
         numbers = set(numbers_of(part)) - {0}
+        layers = [n > 0 for n in numbers_of(part)]
+        # A flag that was not given asks for nothing.
         differs = "experts" in args.given
         if "n_experts" in args.given:
             differs |= {int(n) for n in args.n_experts.split(",")} != numbers
         if "top_k" in args.given:
             differs |= args.top_k != part.top_k
         if "moe_layers" in args.given:
-            wanted = decoder_experts(args, len(part.n_experts))
-            differs |= [n > 0 for n in wanted] != [n > 0 for n in part.n_experts]
+            differs |= [n > 0 for n in decoder_experts(args, len(layers))] != layers
         if differs:
             raise ValueError(f"the model has experts already ({numbers or 'none'} in {name}, "
                              f"top-{part.top_k}): --n-experts, --top-k, --moe-layers, --experts "

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+import socket
+import subprocess
 import sys
 import time
 
@@ -15,7 +17,7 @@ import data as d
 import generate
 import train
 from test_routing import made
-from test_train import (base, flags, interrupt_at, mixture, one, quiet_machine, rows, run, same, start,     # noqa: F401 (fixtures)
+from test_train import (ROOT, SCRIPT, assert_same_run, base, flags, interrupt_at, mixture, one, quiet_machine, rows, run, same,     # noqa: F401 (fixtures)
                         weights, write_llava)
 from upcycle import load, upcycle
 
@@ -40,17 +42,13 @@ def whole(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(base, tmp_path_factory):
-    """The same run, stopped after step 2, and then after step 4: with both checkpoints."""
+    """The same run, stopped after step 4, with the checkpoints of steps 2 and 4. Each test damages a copy."""
     out = tmp_path_factory.mktemp("stopped") / "o"
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 2)
-        run(base, out, *STAGE3)
-    shutil.copytree(out / "checkpoint" / "2", out / "kept")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 2)
-        resume(out)
-    os.rename(out / "kept", out / "checkpoint" / "2")
+        patch.setattr(train, "drop_checkpoints", lambda *_, **__: None)            # a kill just before this leaves both
+        interrupt_at(patch, 4)
+        run(base, out, *STAGE3, "--save-every", 2)
     assert sorted(os.listdir(out / "checkpoint")) == ["2", "4"]
     return out
 
@@ -58,6 +56,10 @@ def stopped(base, tmp_path_factory):
 def assert_is(out, whole):
     assert rows(out) == rows(whole) and same(weights(out), weights(whole))
     assert not os.path.exists(os.path.join(out, "checkpoint")) and os.path.exists(os.path.join(out, "routing.png"))
+
+
+def forget_that_it_is_measured(out):
+    (out / "run.json").write_text(json.dumps({**json.loads(read(out, "run.json")), "done": []}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,20 +87,23 @@ def test_a_finished_model_is_never_touched(base, whole, tmp_path, version):
     assert {name: read(out, name) for name in os.listdir(out)} == before
 
 
-@pytest.mark.parametrize("where", ["evaluate", "draw_experts", "draw_curves"])
-def test_killed_while_it_is_measured_a_run_measures_and_draws(base, stopped, whole, tmp_path, monkeypatch, where):
+def test_killed_while_it_is_measured_a_run_measures_and_draws(base, stopped, whole, tmp_path, monkeypatch):
+    """Killed three times, each time a bit later: before there are scores, and before either picture."""
     out = shutil.copytree(stopped, tmp_path / "o")
 
     def killed(*_, **__):
         raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate, where, killed)
-        resume(out)
-    model = os.stat(out / "model.safetensors").st_mtime_ns
-    assert not (out / "checkpoint").exists() and not (out / "loss.png").exists()
+    made = []
+    for where in ("evaluate", "draw_experts", "draw_curves"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(generate, where, killed)
+            resume(out)
+        made.append(os.stat(out / "model.safetensors").st_mtime_ns)
+        assert not (out / "checkpoint").exists() and not (out / "loss.png").exists()
+        assert (out / "scores.jsonl").exists() == (where != "evaluate")
     resume(out)
     assert_is(out, whole)
-    assert os.stat(out / "model.safetensors").st_mtime_ns == model
+    assert {*made, os.stat(out / "model.safetensors").st_mtime_ns} == {made[0]}     # trained once
     assert {name for name in os.listdir(whole)} == set(os.listdir(out))
     assert len(read(out, "scores.jsonl").splitlines()) == 1
     with pytest.raises(ValueError, match="nothing to resume"):
@@ -109,7 +114,7 @@ def test_the_checkpoint_of_a_finished_stage_is_left_over(stopped, whole, tmp_pat
     """A kill between saving the model and dropping its checkpoints."""
     out = shutil.copytree(whole, tmp_path / "o")
     shutil.copytree(stopped / "checkpoint", out / "checkpoint")
-    (out / "run.json").write_text(json.dumps({**json.loads(read(out, "run.json")), "done": []}))
+    forget_that_it_is_measured(out)
     model = os.stat(out / "model.safetensors").st_mtime_ns
     resume(out)
     assert_is(out, whole)
@@ -171,39 +176,43 @@ def test_damage_is_one_line_that_names_the_file(stopped, tmp_path, file, how):
     assert file in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("file, how", [(".metadata", "cut"), ("__0_0.distcp", "cut"), ("run.json", "empty"), ("run.json", "missing")])
-def test_where_a_checkpoint_is_damaged_the_one_before_is_used(stopped, whole, tmp_path, capsys, file, how):
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_where_a_checkpoint_is_damaged_the_one_before_is_used(stopped, whole, tmp_path, capsys, file):
     out = shutil.copytree(stopped, tmp_path / "o")
-    damage(out / "checkpoint" / "4" / file, how)
+    damage(out / "checkpoint" / "4" / file, "cut")
     resume(out)
     assert "going on after step 2 of 5" in capsys.readouterr().out
     assert_is(out, whole)
 
 
-def test_foreign_and_cut_lines_in_the_log_are_no_reason_to_stop(stopped, whole, tmp_path):
+@pytest.mark.parametrize("how", ["empty", "missing", '{"identity": {}, "counts": {}, "step": 4}'])
+def test_where_nothing_says_what_a_checkpoint_is_the_one_before_is_used(stopped, tmp_path, how):
+    out = shutil.copytree(stopped, tmp_path / "o")
+    damage(out / "checkpoint" / "4" / "run.json", how)
+    path, about = train.newest_checkpoint(str(out))
+    assert path.endswith("checkpoint/2") and about["step"] == 2
+
+
+def test_foreign_and_cut_lines_in_the_log_and_half_written_files_are_no_reason_to_stop(stopped, whole, tmp_path):
     out = shutil.copytree(stopped, tmp_path / "o")
     with open(out / "log.jsonl", "ab") as f:
         f.write(b'[1]\n"x"\n\n{"a": 1}\n\xff\xfe\n{"stage": 3, "step": "x"}\n' + b"[" * 100_000 + b'\n{"stage": 3, "step": 4, "lo')
-    resume(out)
-    assert_is(out, whole)
-
-
-def test_what_a_kill_left_half_written_is_removed(stopped, whole, tmp_path):
-    out = shutil.copytree(stopped, tmp_path / "o")
-    (out / "model.safetensors.123.tmp").write_text("half")
+    (out / "model.safetensors.999999999.tmp").write_text("half")                   # of a process that is gone
     resume(out)
     assert_is(out, whole)
     assert not list(out.glob("*.tmp"))
 
 
-def test_a_picture_that_fails_ends_no_run(stopped, whole, tmp_path, monkeypatch, capsys):
+def test_a_picture_that_fails_ends_no_run(whole, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise OverflowError("int too large")
-    out = shutil.copytree(stopped, tmp_path / "o")
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "draw_experts", fail)
-        resume(out)
-    assert "could not be drawn" in capsys.readouterr().out and same(weights(out), weights(whole))
+    out = shutil.copytree(whole, tmp_path / "o")
+    forget_that_it_is_measured(out)
+    for picture in ("draw_experts", "draw_curves"):
+        monkeypatch.setattr(generate, picture, fail)
+    resume(out)
+    assert capsys.readouterr().out.count("could not be drawn") == 2
+    assert json.loads(read(out, "run.json"))["done"] == [3]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot tell")
@@ -306,7 +315,7 @@ def test_experts_that_a_model_has_are_those_that_were_given(base, argv, fits):
     if fits:
         train.make_experts(args, model)
     else:
-        with pytest.raises(ValueError, match=r"has experts already \([{]3[}], top-2\)"):
+        with pytest.raises(ValueError, match=r"has experts already \([{]3[}] in vision, top-2\)"):
             train.make_experts(args, model)
 
 
@@ -368,12 +377,29 @@ def test_fewer_samples_than_processes_are_an_error(monkeypatch):
         train.fit_to_data(args, train.settings(args, 3), 3)
 
 
-HELD = ("--stage", 3, "--steps", 4, "--batch-size", 4, "--lr", 1e-3, "--micro-batch", 2)
+HELD = ("--stage", 3, "--steps", 3, "--batch-size", 4, "--lr", 1e-3, "--micro-batch", 2)
+
+
+def start_two(folder, jobs):
+    """test_train.start with two processes, without torchrun itself, which is a third one that loads torch."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "two", "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(port)}
+    argv = [sys.executable, "-c", SCRIPT, ROOT, os.path.join(folder, "result"), json.dumps(jobs)]
+    processes = [subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    try:
+        said = [p.communicate(timeout=200)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [0, 0], said
 
 
 @pytest.fixture(scope="module")
 def measured(base, tmp_path_factory):
-    """Runs with 5 of 16 samples held out, and with 5 others in a file: in one process, and in two in three ways."""
+    """Runs with 5 of 16 samples held out, and with 5 others in a file: in one process, and in two in two ways."""
     folder = tmp_path_factory.mktemp("held out")
     torch.set_num_threads(1)
     write_llava(folder, mixture()[:5], "val.json")
@@ -382,9 +408,9 @@ def measured(base, tmp_path_factory):
     argv = {name: [*HELD, *learnt, *more] for name, more in ways.items()}
     for name, more in argv.items():
         run(base, folder / name, *more)
-    argv |= {"ddp": argv["file"], "fsdp": [*argv["file"], "--fsdp"], "ep": [*argv["file"], "--expert-parallel", 2]}
-    code, text, err = start(folder, [dict(argv=flags(base, folder / name, *argv[name])) for name in ("ddp", "fsdp", "ep")], processes=2)
-    assert code == 0 and json.loads(read(folder, "result0")) == [None] * 3, text + err
+    argv |= {"fsdp": [*argv["file"], "--fsdp"], "ep": [*argv["file"], "--expert-parallel", 2]}                 # ep is DDP too
+    start_two(folder, [dict(argv=flags(base, folder / name, *argv[name])) for name in ("fsdp", "ep")])
+    assert json.loads(read(folder, "result0")) == [None] * 2
     return folder, argv
 
 
@@ -408,7 +434,7 @@ def test_the_loss_on_held_out_data_is_the_mean_over_its_labels(measured, way):
         labels = int((batch["labels"][:, 1:] != -100).sum())
         total, n = total + labels * loss.item(), n + labels
     found = held_out_rows(out)
-    assert [step for step, _ in found] == [1, 3] and found[-1][1] == pytest.approx(total / n, rel=1e-5)
+    assert [step for step, _ in found] == [1, 2] and found[-1][1] == pytest.approx(total / n, rel=1e-5)
     assert found[0][1] > found[1][1]
 
 
@@ -418,18 +444,18 @@ def test_to_measure_changes_nothing(measured):
     assert same(weights(folder / "file"), weights(folder / "none"))
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "ep"])
+@pytest.mark.parametrize("way", ["fsdp", "ep"])
 def test_all_processes_measure_together(measured, way):
     folder, _ = measured
-    for got, want in zip(rows(folder / way), rows(folder / "file"), strict=True):
-        assert got == pytest.approx(want, abs=1e-4)
+    assert_same_run(folder / way, folder / "file", 1e-4)
 
 
 def test_a_resumed_run_has_each_measurement_once(base, measured, tmp_path):
     folder, argv = measured
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 7)
+        interrupt_at(patch, 4)                                                     # the second micro-batch of the second step
         run(base, tmp_path / "o", *argv["fraction"])
+    assert (tmp_path / "o" / "checkpoint" / "2").exists()
     resume(tmp_path / "o")
     assert rows(tmp_path / "o") == rows(folder / "fraction")
 
