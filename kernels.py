@@ -66,15 +66,13 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     is ST-MoE's, equation 5).
 
     logits (..., N, E) of any float type. mask (..., N) bool is False at padding, which gets
-    weight 0 and counts nowhere. capacity_factor None drops nothing; otherwise an expert has a
-    limited number of slots (`within_capacity`). noise (..., N, E) is added to the logits when
-    the choices after the first are made, and nowhere else (DeepSpeed's gate draws Gumbel noise
-    for it). renormalise: whether the weights of a token are rescaled to sum to 1; None rescales
-    them for top_k >= 2 only.
+    weight 0 and counts nowhere. capacity_factor limits an expert's slots (`within_capacity`); None
+    drops nothing. noise (..., N, E) is added to the logits for the choices after the first only
+    (DeepSpeed's gate draws Gumbel noise for it). renormalise: whether a token's weights are
+    rescaled to sum to 1; None rescales them for top_k >= 2 only.
 
     The losses are means over the N tokens of each leading index, then over the leading indices.
-    With (images, tokens, E) the load is balanced inside every single image, as in the released
-    CuMo.
+    With (images, tokens, E) the load is balanced inside every image, as in the released CuMo.
 
     ValueError for a top_k outside 1..E, and for a capacity factor that is not positive.
     """
@@ -99,6 +97,7 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     share = mean_over_tokens(first_choice, mask)  # (..., E)
     probability = mean_over_tokens(p, mask)
     balance = n_experts * (share * probability).sum(-1)  # (...)
+    load = share.reshape(-1, n_experts).mean(0)  # (E,)
 
     # 4. The z-loss keeps logits small. Where they are large, rounding flips choices, and a softmax
     #    that is nearly one-hot has no gradient left.
@@ -119,9 +118,7 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     if renormalise or (renormalise is None and top_k > 1):
         weights = sum_to_1(weights)
 
-    load = share.reshape(-1, n_experts).mean(0)  # (E,)
-    balance = mean_over_rows(balance, mask)
-    return Routing(weights, experts, balance, mean_over_rows(z, mask), load)
+    return Routing(weights, experts, mean_over_rows(balance, mask), mean_over_rows(z, mask), load)
 
 
 def sum_to_1(weights: Tensor) -> Tensor:
@@ -307,13 +304,12 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
     ValueError for an unknown backend or activation, a routing of other tokens or over another
     number of experts, and for "grouped" with another type than bfloat16.
     """
-    on_meta = x.device.type == "meta"
-    if not on_meta and torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if backend is None:
         backend = "sorted"
         # Tensors on meta have no values; train.py --plan counts on them what a GPU would do.
-        if x.dtype == torch.bfloat16 and (x.is_cuda or on_meta):
+        if x.dtype == torch.bfloat16 and (x.is_cuda or x.is_meta):
             backend = "grouped"
     layer = (w_in, w_out, w_gate, b_in, b_out)
     check_moe_ffn(x, r, act, backend)
@@ -433,9 +429,8 @@ class FromExperts(torch.autograd.Function):
 
 def moe_sorted(x, weights, experts, layer, act):
     """As moe_loop, but each expert's rows are one slice, read and written once."""
-    top_k = experts.shape[1]
     token, order, inverse, counts = sort_by_expert(experts, len(layer[0]))
-    rows = ToExperts.apply(x, token, inverse, top_k)  # (M, D)
+    rows = ToExperts.apply(x, token, inverse, experts.shape[1])  # (M, D)
 
     # Each expert takes its slice through the whole FFN before the next begins: its rows are still
     # in the cache. Python must know the slices' sizes, so this waits for the device.
@@ -443,8 +438,13 @@ def moe_sorted(x, weights, experts, layer, act):
     outputs = [ffn(part, *expert, act) for part, expert in zip(slices, split_experts(layer))]
     rows = torch.cat(outputs)  # (M, D_out)
 
+    return weighted_sum(rows, weights, order, token, inverse)  # (N, D_out)
+
+
+def weighted_sum(rows, weights, order, token, inverse):
+    """The answers (M, D_out) in expert order -> (N, D_out): each token's, weighted and added up."""
     weight = weights.flatten().index_select(0, order)  # (M,)
-    return FromExperts.apply(rows * weight.unsqueeze(1), token, inverse, top_k)  # (N, D_out)
+    return FromExperts.apply(rows * weight.unsqueeze(1), token, inverse, weights.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -645,9 +645,8 @@ def moe_parallel(x, weights, experts, layer, act, backend, group):
     """
     n_ranks = dist.get_world_size(group)
     n_here = len(layer[0])
-    top_k = experts.shape[1]
     token, order, inverse, counts = sort_by_expert(experts, n_ranks * n_here)
-    rows = ToExperts.apply(x, token, inverse, top_k)  # (M, D)
+    rows = ToExperts.apply(x, token, inverse, experts.shape[1])  # (M, D)
 
     # 1. Each rank tells each other one how many choices it brings for which of its experts.
     asked = torch.empty_like(counts)  # (E,) from rank 0 for my experts, from rank 1, ...
@@ -667,8 +666,7 @@ def moe_parallel(x, weights, experts, layer, act, backend, group):
 
     # 4. The answers travel back, and each token adds up its own.
     rows = AllToAll.apply(rows, receive, send, group)  # (M, D_out)
-    weight = weights.flatten().index_select(0, order)  # (M,)
-    return FromExperts.apply(rows * weight.unsqueeze(1), token, inverse, top_k)  # (N, D_out)
+    return weighted_sum(rows, weights, order, token, inverse)  # (N, D_out)
 
 
 # ------------------------------------------------------------------------------------------------
