@@ -589,13 +589,14 @@ def read_clip(theirs, shapes, path):
     that is what a model becomes that is assembled from it."""
     if theirs["model_type"] == "clip":
         theirs = read_object(theirs, "vision_config")
-    return vision_config(theirs, shapes, **picture_fields(read_preprocessor(path), "pad"))
+    vision = vision_config(theirs, shapes, **picture_fields(read_preprocessor(path), "pad"))
+    return Config(vision=vision).vision  # Config checks the fields
 
 
 def read_whisper(theirs, shapes, path):
     """WhisperModel's encoder."""
     dim, n_mels, _ = shapes[WHISPER + "conv1.weight"]  # (D, mels, 3)
-    return AudioConfig(
+    audio = AudioConfig(
         n_mels=n_mels, dim=dim,
         # The second convolution halves the frames.
         n_frames=2 * shapes[WHISPER + "embed_positions.weight"][0],
@@ -604,6 +605,7 @@ def read_whisper(theirs, shapes, path):
         ffn_dim=shapes[WHISPER + "layers.0.fc1.weight"][0],
         act=theirs.get("activation_function", "gelu"),
     )
+    return Config(audio=audio).audio  # Config checks the fields
 
 
 def read_decoder(theirs, shapes, path):
@@ -797,13 +799,14 @@ def read_config(theirs, shapes, path, tokenizer):
         architecture = (theirs.get("architectures") or [""])[0] or kind or "(none named)"
         raise ValueError(f"architecture {architecture} is not supported; supported: {SUPPORTED}")
     config = reader(theirs, shapes, path)
+    if not isinstance(config, Config):
+        return config
 
     # Our own key in the configs that section 4 writes. Without it, the marks that the tokenizer
     # knows tell more than the architecture: SmolLM2 is a LLaMA that ends answers with <|im_end|>.
     if "template" in theirs:
-        check_fields("", Config, {"template": theirs["template"]})
-        config.template = theirs["template"]
-    elif tokenizer is not None and isinstance(config, Config):
+        return replace(config, template=theirs["template"])
+    if tokenizer is not None:
         config.template = data.template_for(tokenizer, config.template)
     return config
 
@@ -1252,15 +1255,13 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     return model.eval(), tokenizer
 
 
+MODELS = {Config: CuMo, VisionConfig: VisionTransformer, AudioConfig: AudioTransformer}
+
+
 def build_on_meta(config):
     """The model of this config, without memory for the weights."""
     with torch.device("meta"):
-        if isinstance(config, VisionConfig):
-            # Through Config, which checks the fields.
-            return VisionTransformer(Config(vision=config).vision)
-        if isinstance(config, AudioConfig):
-            return AudioTransformer(Config(audio=config).audio)
-        return CuMo(config)
+        return MODELS[type(config)](config)
 
 
 # How the names of a part's tensors begin in a whole model.
@@ -1309,9 +1310,9 @@ def unify_types(state):
     for name, tensor in state.items():
         sizes[name.split(".")[0]][tensor.dtype] += tensor.numel()
     for name, tensor in state.items():
-        [(dtype, _)] = sizes[name.split(".")[0]].most_common(1)
         if not name.endswith(".router"):
-            state[name] = tensor.to(dtype)
+            sizes_of_part = sizes[name.split(".")[0]]
+            state[name] = tensor.to(max(sizes_of_part, key=sizes_of_part.get))
 
 
 def match_tensors(files, wanted, where, rename=None, listing=None):
@@ -1577,8 +1578,8 @@ def check_vocabulary(tokenizer, config, where):
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= config.text.vocab_size:
         raise ValueError(f"{where}: its ids go up to {highest}, the decoder's embedding has "
-                         f"{config.text.vocab_size} rows (text.vocab_size), 0 to "
-                         f"{config.text.vocab_size - 1}; this tokenizer belongs to another model")
+                         f"{config.text.vocab_size} rows (text.vocab_size), from 0 on; this "
+                         "tokenizer belongs to another model")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1616,9 +1617,8 @@ def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dt
                                     published_name, listing), model.connector,
                       dtype or torch.float32)
         except ValueError as e:
-            plural = "" if len(scales) == 1 else "s"
-            raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} "
-                             f"scale{plural}, the decoder {decoder.config.dim}") from None
+            raise ValueError(f"{e}; the tower is {tower.config.dim} wide at the scales "
+                             f"{list(scales)}, the decoder {decoder.config.dim}") from None
     else:
         model.connector.to_empty(device="cpu")
         torch.manual_seed(seed)
@@ -1697,20 +1697,20 @@ def save_backbones(model, file, tokenizer):
 
 def load_backbones(file):
     """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer)."""
-    again = "make it again with `python assets/backbones.py`"
     try:
         with safe_open(file, "pt") as f:
             header = f.metadata() or {}
-    except (FileNotFoundError, SafetensorError) as e:
-        raise ValueError(f"{file}: cannot be read ({e}); {again}") from None
-    if not {"config", "tokenizer"} <= header.keys():
-        raise ValueError(f"{file}: has no config and tokenizer in its header; {again}")
+        config = header["config"]
+        tokenizer = header["tokenizer"]
+    except (FileNotFoundError, SafetensorError, KeyError) as e:
+        raise ValueError(f"{file}: cannot be read, or has no config and tokenizer in its header "
+                         f"({e}); make it again with `python assets/backbones.py`") from None
 
     # A CuMo is born with new weights; the bridges keep theirs.
-    model = CuMo(Config.from_dict(json.loads(header["config"])))
+    model = CuMo(Config.from_dict(json.loads(config)))
     wanted = starting_with(BACKBONES, state_of(model))
     fill_from(match_tensors([file], wanted, file), model)
-    return model, Tokenizer.from_str(header["tokenizer"])
+    return model, Tokenizer.from_str(tokenizer)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1912,17 +1912,8 @@ def main(argv=None):
         raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: "
                          "--vision DIR --llm DIR")
 
-    # Flags override what the folders say.
-    if args.template and not is_tower:
-        model.config.template = args.template
-    if args.tokenizer:
-        tokenizer = read_tokenizer(args.tokenizer)
-        if not is_tower:
-            check_vocabulary(tokenizer, model.config, args.tokenizer)
-            if not data.fits(tokenizer, model.config.template):
-                model.config.template = data.template_for(tokenizer, model.config.template)
-    if args.template and tokenizer is not None:
-        data.check_end_mark(tokenizer, args.template)
+    if not is_tower:
+        tokenizer = override(model, tokenizer, args)
     save(model, args.out, tokenizer, layout=args.to)
 
     n_params = sum(p.numel() for p in model.parameters())
@@ -1930,6 +1921,21 @@ def main(argv=None):
     if tokenizer is None and args.to != "hf-clip":
         print("No tokenizer.json was found: give one with --tokenizer, or nothing can be trained "
               "or asked")
+
+
+def override(model, tokenizer, args):
+    """--template and --tokenizer, over what the folders say. Returns the tokenizer."""
+    config = model.config
+    if args.template:
+        config.template = args.template
+    if args.tokenizer:
+        tokenizer = read_tokenizer(args.tokenizer)
+        check_vocabulary(tokenizer, config, args.tokenizer)
+        if not data.fits(tokenizer, config.template):
+            config.template = data.template_for(tokenizer, config.template)
+    if args.template and tokenizer is not None:
+        data.check_end_mark(tokenizer, args.template)
+    return tokenizer
 
 
 def put_together(args, listing):
