@@ -193,14 +193,8 @@ class FFN(nn.Module):
 
     def __init__(self, dim, ffn_dim, act, dim_out=None, gated=False, bias=False):
         super().__init__()
-        if dim_out is None:
-            dim_out = dim
         self.act = act
-        self.w_in = nn.Parameter(torch.empty(ffn_dim, dim))
-        self.w_gate = nn.Parameter(torch.empty(ffn_dim, dim)) if gated else None
-        self.w_out = nn.Parameter(torch.empty(dim_out, ffn_dim))
-        self.b_in = nn.Parameter(torch.zeros(ffn_dim)) if bias else None
-        self.b_out = nn.Parameter(torch.zeros(dim_out)) if bias else None
+        add_weights(self, [], dim, ffn_dim, dim_out, gated, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
         """x (..., D) -> (..., D_out), and None where a MoE gives its Routing."""
@@ -220,8 +214,6 @@ class MoE(nn.Module):
                  capacity_factor=None, eval_capacity_factor=None, min_capacity=0, noisy=False,
                  renormalise=None, float32_router=False):
         super().__init__()
-        if dim_out is None:
-            dim_out = dim
         self.act = act
         self.top_k = top_k
         self.capacity_factor = capacity_factor
@@ -233,13 +225,9 @@ class MoE(nn.Module):
         self.backend = None  # None lets moe_ffn choose
         self.group = None    # the processes that share the experts, see moe_parallel
 
-        # Empty: whoever builds the layer fills it (upcycling, loading, or a random start).
+        # The router, and E FFNs stacked: w_in is (E, F, D).
         self.router = nn.Parameter(torch.empty(n_experts, dim))
-        self.w_in = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
-        self.w_gate = nn.Parameter(torch.empty(n_experts, ffn_dim, dim)) if gated else None
-        self.w_out = nn.Parameter(torch.empty(n_experts, dim_out, ffn_dim))
-        self.b_in = nn.Parameter(torch.zeros(n_experts, ffn_dim)) if bias else None
-        self.b_out = nn.Parameter(torch.zeros(n_experts, dim_out)) if bias else None
+        add_weights(self, [n_experts], dim, ffn_dim, dim_out, gated, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
         """x (..., N, D), mask (..., N) False at padding -> (..., N, D_out), and the Routing.
@@ -276,6 +264,20 @@ class MoE(nn.Module):
         device = "cpu" if x.is_meta else x.device.type
         with torch.autocast(device, enabled=False):
             return F.linear(x.float(), self.router.float())
+
+
+def add_weights(module, lead, dim, ffn_dim, dim_out, gated, bias):
+    """Give a module the weights of an FFN. lead: the dimensions in front, [E] of E FFNs.
+
+    Empty: whoever builds the layer fills it (upcycling, loading, or a random start).
+    """
+    if dim_out is None:
+        dim_out = dim
+    module.w_in = nn.Parameter(torch.empty(*lead, ffn_dim, dim))
+    module.w_gate = nn.Parameter(torch.empty(*lead, ffn_dim, dim)) if gated else None
+    module.w_out = nn.Parameter(torch.empty(*lead, dim_out, ffn_dim))
+    module.b_in = nn.Parameter(torch.zeros(*lead, ffn_dim)) if bias else None
+    module.b_out = nn.Parameter(torch.zeros(*lead, dim_out)) if bias else None
 
 
 def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, dim_out=None, gated=False, bias=False,

@@ -29,6 +29,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from functools import partial
 from os.path import exists, join
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -814,12 +815,11 @@ def read_config(theirs, shapes, path, tokenizer):
 def read_json(file):
     """A JSON file that holds an object; ValueError for anything else."""
     check_is_file(file)
-    # Windows' editors put a byte order mark in front, which utf-8-sig passes over.
-    with open(file, encoding="utf-8-sig") as f:
-        try:
-            value = json.load(f)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{file}: malformed JSON: {first_line(e)}") from None
+    try:
+        # Windows' editors put a byte order mark in front, which utf-8-sig passes over.
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: malformed JSON: {first_line(e)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must hold an object, not {str(value)[:40]}")
     return value
@@ -852,8 +852,9 @@ def tower_files(vision, file):
     return {"preprocessor_config.json": preprocessor_json(vision), file: clip_json(vision)}
 
 
-def decoder_json(text, tokenizer, template):
-    """config.json of a Hugging Face decoder. Raises ValueError where none has such a shape."""
+def decoder_json(text, template):
+    """config.json of a Hugging Face decoder, but for the tokens that begin and end a text. Raises
+    ValueError where none has such a shape."""
     # The family of decoders that this one belongs to.
     kind = "llama"
     more = {}
@@ -871,9 +872,6 @@ def decoder_json(text, tokenizer, template):
 
     described = {
         "architectures": [DECODERS[kind]], "model_type": kind,
-        # Where a key is left out, transformers takes <s> = 1 and </s> = 2 for granted.
-        "bos_token_id": None if tokenizer is None else tokenizer.token_to_id("<s>"),
-        "eos_token_id": one_or_list(text.end_tokens or answer_ends(text, tokenizer, template)),
         **write_keys(text, DECODER_KEYS), **more,
         "rope_theta": text.rope_theta, "sliding_window": text.sliding_window,
         # ours; other programs pass over it.
@@ -888,16 +886,6 @@ def decoder_json(text, tokenizer, template):
     return described
 
 
-def answer_ends(text, tokenizer, template):
-    """The ids that end an answer: those of the decoder's own files, and the template's."""
-    ends = list(text.end_tokens)
-    if tokenizer is not None and data.fits(tokenizer, template):
-        mark = data.end_token(tokenizer, template)
-        if mark not in ends:
-            ends.append(mark)
-    return ends
-
-
 def one_or_list(ids):
     """As config.json has it: null, one id, or a list."""
     return ids if len(ids) > 1 else (ids or [None])[0]
@@ -906,17 +894,29 @@ def one_or_list(ids):
 def decoder_files(described, config, tokenizer):
     """{file: its JSON}: config.json as described, and what transformers wants to know beside it:
     when to stop, and what the tokenizer's marks are."""
-    start = described["bos_token_id"]
-    ends = answer_ends(config.text, tokenizer, config.template)
+    start = config.text.start_token
+    ends = list(config.text.end_tokens)
+    marks = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if tokenizer is not None:
+        if start is None:
+            start = tokenizer.token_to_id("<s>")
+        if start is not None:
+            marks["bos_token"] = tokenizer.id_to_token(start)
+
+        # An answer ends where the decoder's own files say, and with the template's mark.
+        if data.fits(tokenizer, config.template):
+            marks["eos_token"] = data.EOS[config.template]
+            mark = data.end_token(tokenizer, config.template)
+            if mark not in ends:
+                ends.append(mark)
+
+    # Where a key is left out, transformers takes <s> = 1 and </s> = 2 for granted.
     files = {"generation_config.json": {"bos_token_id": start, "eos_token_id": one_or_list(ends)}}
+    ends = config.text.end_tokens or ends
+    described = described | {"bos_token_id": start, "eos_token_id": one_or_list(ends)}
 
     # A tokenizer that came from such a folder has its own.
     if tokenizer is not None and "tokenizer_config.json" not in neighbours_of(tokenizer):
-        marks = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if start is not None:
-            marks["bos_token"] = tokenizer.id_to_token(start)
-        if data.fits(tokenizer, config.template):
-            marks["eos_token"] = data.EOS[config.template]
         files["tokenizer_config.json"] = marks
     return files | {"config.json": described}
 
@@ -975,7 +975,7 @@ def write_cumo(config, state, tokenizer):
 
     # A decoder of LLaMA's shape is written as Mistral, which is what CuMo's code knows, unless its
     # rotary embedding is stretched.
-    decoder = decoder_json(config.text, tokenizer, config.template)
+    decoder = decoder_json(config.text, config.template)
     kind = decoder["model_type"]
     if kind == "qwen2":
         raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; "
@@ -1015,7 +1015,7 @@ def write_moe_llava(config, state, tokenizer):
 
     # The dense decoder around the experts, and the layers that have them.
     dense = replace(text, n_experts=[0] * text.n_layers)
-    decoder = decoder_json(dense, tokenizer, config.template)
+    decoder = decoder_json(dense, config.template)
     kind = decoder["model_type"]
     counts = {layer: n for layer, n in enumerate(text.n_experts) if n}
     files = published_files(decoder, config, tokenizer, "mm_image_tower", {
@@ -1035,7 +1035,7 @@ def write_moe_llava(config, state, tokenizer):
 
 def write_hf_decoder(config, state, tokenizer):
     """The decoder alone, as transformers writes it."""
-    described = decoder_json(config.text, tokenizer, config.template)
+    described = decoder_json(config.text, config.template)
     files = decoder_files(described, config, tokenizer)
     return files, published(starting_with("text.", state))
 
@@ -1080,7 +1080,7 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
         if layout != "hf-clip":
             raise ValueError("a vision tower alone can be written as hf-clip only, not as "
                              f"{layout}")
-        config = Config(vision=model.config)
+        config = Config(vision=config)
         state = {f"vision.{name}": tensor for name, tensor in state.items()}
     check_senses(config, layout)
     files, tensors = LAYOUTS[layout](config, state, tokenizer)
@@ -1191,8 +1191,7 @@ def is_alive(pid):
 def write_bytes(path, content):
     """Write a file, atomically."""
     def write(temporary):
-        with open(temporary, "wb") as f:
-            f.write(content)
+        Path(temporary).write_bytes(content)
     write_atomically(path, write)
 
 
@@ -1408,8 +1407,7 @@ def local_folder(path):
     if os.path.isfile(join(path, "config.json")):
         return path
     # Nobody's models on the hub are called out/...; that is where train.py writes.
-    is_ours = path.startswith("out/")
-    if is_ours or exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if exists(path) or not re.fullmatch(r"(?!out/)[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
                          "train.py`, or check the path")
 
@@ -1555,8 +1553,7 @@ def read_tokenizer(file):
     cuts."""
     check_is_file(file)
     try:
-        with open(file, encoding="utf-8-sig") as f:
-            tokenizer = Tokenizer.from_str(f.read())
+        tokenizer = Tokenizer.from_str(Path(file).read_text(encoding="utf-8-sig"))
     except Exception as e:
         # Tokenizers raises bare Exceptions.
         raise ValueError(f"{file}: cannot be read as a tokenizer: {e}") from None
@@ -1566,10 +1563,9 @@ def read_tokenizer(file):
     # They are kept with it, for `save_tokenizer`.
     tokenizer.neighbours = {}
     for name in NEIGHBOURS:
-        neighbour = join(os.path.dirname(file), name)
-        if os.path.isfile(neighbour):
-            with open(neighbour, "rb") as f:
-                tokenizer.neighbours[name] = f.read()
+        neighbour = Path(file).with_name(name)
+        if neighbour.is_file():
+            tokenizer.neighbours[name] = neighbour.read_bytes()
     return tokenizer
 
 
