@@ -172,13 +172,16 @@ def moe_layers(where, n_layers):
     half = n_layers // 2
     places = {"every_other": layers[::2], "all": layers,
               "first_half": layers[:half], "second_half": layers[half:]}
-    try:
-        chosen = places.get(where) or [int(i) for i in where.split(",")]
-    except ValueError:
-        chosen = []
+    chosen = places.get(where)
+    if chosen is None:
+        try:
+            chosen = [int(i) for i in where.split(",")]
+        except ValueError:
+            raise ValueError(f"--moe-layers {where}: {', '.join(places)}, or layer numbers "
+                             "with commas") from None
     if not chosen or not set(chosen) <= set(layers) or len(set(chosen)) < len(chosen):
-        raise ValueError(f"--moe-layers {where}: {', '.join(places)}, or layer numbers with "
-                         f"commas; the decoder has layers 0 to {n_layers - 1}; name each once")
+        raise ValueError(f"--moe-layers {where}: the decoder has layers 0 to {n_layers - 1}; "
+                         "name each once")
     return chosen
 
 
@@ -630,18 +633,15 @@ def read_transformers_llava(theirs, shapes, path):
 
     preprocessor = read_preprocessor(path)
     pads = preprocessor.get("do_pad") or not preprocessor
+    pictures = picture_fields(preprocessor, "pad" if pads else "square")
+    vision = vision_config(read_object(theirs, "vision_config"), shapes,
+                           select_layer=theirs.get("vision_feature_layer", -2), **pictures)
+    connector = ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu"))
 
     # The whole model decides whether the head is tied, whatever the decoder's own config says.
     text = text | read_keys(theirs, START_AND_END)
     text["tie_word_embeddings"] = "lm_head.weight" not in shapes
-    return Config(
-        vision=vision_config(read_object(theirs, "vision_config"), shapes,
-                             select_layer=theirs.get("vision_feature_layer", -2),
-                             **picture_fields(preprocessor, "pad" if pads else "square")),
-        connector=ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu")),
-        text=text_config(text, shapes, kind),
-        template=TEMPLATES[kind],
-    )
+    return Config(vision, connector, text_config(text, shapes, kind), template=TEMPLATES[kind])
 
 
 def read_llava(theirs, shapes, path):
