@@ -434,7 +434,8 @@ def moe_llava_name(name):
 
 DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
             "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
-TEMPLATES = {"llama": "vicuna", "mistral": "mistral", "qwen2": "vicuna", "mixtral": "mistral"}
+# How a conversation is written where the tokenizer does not tell.
+TEMPLATE_OF = {"llama": "vicuna", "mistral": "mistral", "qwen2": "vicuna", "mixtral": "mistral"}
 LLAVA_DECODERS = {  # model_type of a whole model -> its decoder's
     "llava": "llama", "llava_llama": "llama", "moe_llava_llama": "llama",
     "llava_mistral": "mistral", "moe_llava_mistral": "mistral", "llava_mixtral": "mixtral"}
@@ -615,7 +616,7 @@ def read_whisper(theirs, shapes, path):
 def read_decoder(theirs, shapes, path):
     """A language model alone."""
     kind = theirs["model_type"]
-    return Config(vision=None, text=text_config(theirs, shapes, kind), template=TEMPLATES[kind])
+    return Config(vision=None, text=text_config(theirs, shapes, kind), template=TEMPLATE_OF[kind])
 
 
 def read_transformers_llava(theirs, shapes, path):
@@ -641,7 +642,7 @@ def read_transformers_llava(theirs, shapes, path):
     # The whole model decides whether the head is tied, whatever the decoder's own config says.
     text = text | read_keys(theirs, START_AND_END)
     text["tie_word_embeddings"] = "lm_head.weight" not in shapes
-    return Config(vision, connector, text_config(text, shapes, kind), template=TEMPLATES[kind])
+    return Config(vision, connector, text_config(text, shapes, kind), template=TEMPLATE_OF[kind])
 
 
 def read_llava(theirs, shapes, path):
@@ -674,7 +675,7 @@ def read_llava(theirs, shapes, path):
     kind = LLAVA_DECODERS.get(theirs["model_type"], theirs["model_type"])
     text = text_config(theirs, shapes, kind)
     losses = read_keys(theirs, LOSS_KEYS)
-    template = TEMPLATES[kind]
+    template = TEMPLATE_OF[kind]
     moe = read_object(theirs, "moe")
     if moe:
         text = with_moe_llava_experts(text, moe)
@@ -1284,7 +1285,7 @@ def fill_from(stream, model, dtype=None, device="cpu"):
         # Free it before the next one is read.
         del tensor
 
-    # What is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
+    # What is not in the stream stays as it is: match_tensors has seen that nothing is missing.
     prefix = PREFIXES[type(model)]
     unify_types(state)
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -1948,7 +1949,7 @@ def put_together(args, listing):
 def print_listing(listing):
     """(their name, our name, shape, dtype) of each tensor, a line for all layers and experts that
     are alike."""
-    # Numbers of layers and experts become {i} and {e}
+    # Numbers of layers and experts become {i} and {e}.
     groups = Counter((pattern_of(theirs), pattern_of(ours), shape, dtype)
                      for theirs, ours, shape, dtype in listing)
 
