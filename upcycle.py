@@ -509,7 +509,8 @@ def vision_config(theirs, shapes, **more):
         n_heads=12 if theirs else max(1, dim // 64),
         ffn_dim=first_dimension(shapes, TOWER + r"encoder\.layers\.0\..*fc1\.weight"),
     )
-    return VisionConfig(**fields | read_keys(theirs, CLIP_KEYS) | more)
+    vision = VisionConfig(**fields | read_keys(theirs, CLIP_KEYS) | more)
+    return Config(vision=vision).vision  # Config checks the fields
 
 
 def text_config(theirs, shapes, kind):
@@ -594,8 +595,7 @@ def read_clip(theirs, shapes, path):
     that is what a model becomes that is assembled from it."""
     if theirs["model_type"] == "clip":
         theirs = read_object(theirs, "vision_config")
-    vision = vision_config(theirs, shapes, **picture_fields(read_preprocessor(path), "pad"))
-    return Config(vision=vision).vision  # Config checks the fields
+    return vision_config(theirs, shapes, **picture_fields(read_preprocessor(path), "pad"))
 
 
 def read_whisper(theirs, shapes, path):
