@@ -1614,8 +1614,9 @@ def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dt
                                     published_name, listing), model.connector,
                       dtype or torch.float32)
         except ValueError as e:
-            raise ValueError(f"{e}; the tower is {tower.config.dim} wide at the scales "
-                             f"{list(scales)}, the decoder {decoder.config.dim}") from None
+            plural = "" if len(scales) == 1 else "s"
+            raise ValueError(f"{e}; the tower is {tower.config.dim} wide at {len(scales)} "
+                             f"scale{plural}, the decoder {decoder.config.dim}") from None
     else:
         model.connector.to_empty(device="cpu")
         torch.manual_seed(seed)
