@@ -66,15 +66,13 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     is ST-MoE's, equation 5).
 
     logits (..., N, E) of any float type. mask (..., N) bool is False at padding, which gets
-    weight 0 and counts nowhere. capacity_factor None drops nothing; otherwise an expert has a
-    limited number of slots (`within_capacity`). noise (..., N, E) is added to the logits when
-    the choices after the first are made, and nowhere else (DeepSpeed's gate draws Gumbel noise
-    for it). renormalise: whether the weights of a token are rescaled to sum to 1; None rescales
-    them for top_k >= 2 only.
+    weight 0 and counts nowhere. capacity_factor limits an expert's slots (`within_capacity`); None
+    drops nothing. noise (..., N, E) is added to the logits for the choices after the first only
+    (DeepSpeed's gate draws Gumbel noise for it). renormalise: whether a token's weights are
+    rescaled to sum to 1; None rescales them for top_k >= 2 only.
 
     The losses are means over the N tokens of each leading index, then over the leading indices.
-    With (images, tokens, E) the load is balanced inside every single image, as in the released
-    CuMo.
+    With (images, tokens, E) the load is balanced inside every image, as in the released CuMo.
 
     ValueError for a top_k outside 1..E, and for a capacity factor that is not positive.
     """
@@ -99,6 +97,7 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     share = mean_over_tokens(first_choice, mask)  # (..., E)
     probability = mean_over_tokens(p, mask)
     balance = n_experts * (share * probability).sum(-1)  # (...)
+    load = share.reshape(-1, n_experts).mean(0)  # (E,)
 
     # 4. The z-loss keeps logits small. Where they are large, rounding flips choices, and a softmax
     #    that is nearly one-hot has no gradient left.
@@ -119,9 +118,7 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     if renormalise or (renormalise is None and top_k > 1):
         weights = sum_to_1(weights)
 
-    load = share.reshape(-1, n_experts).mean(0)  # (E,)
-    balance = mean_over_rows(balance, mask)
-    return Routing(weights, experts, balance, mean_over_rows(z, mask), load)
+    return Routing(weights, experts, mean_over_rows(balance, mask), mean_over_rows(z, mask), load)
 
 
 def sum_to_1(weights: Tensor) -> Tensor:
@@ -196,14 +193,8 @@ class FFN(nn.Module):
 
     def __init__(self, dim, ffn_dim, act, dim_out=None, gated=False, bias=False):
         super().__init__()
-        if dim_out is None:
-            dim_out = dim
         self.act = act
-        self.w_in = nn.Parameter(torch.empty(ffn_dim, dim))
-        self.w_gate = nn.Parameter(torch.empty(ffn_dim, dim)) if gated else None
-        self.w_out = nn.Parameter(torch.empty(dim_out, ffn_dim))
-        self.b_in = nn.Parameter(torch.zeros(ffn_dim)) if bias else None
-        self.b_out = nn.Parameter(torch.zeros(dim_out)) if bias else None
+        add_weights(self, [], dim, ffn_dim, dim_out, gated, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
         """x (..., D) -> (..., D_out), and None where a MoE gives its Routing."""
@@ -223,8 +214,6 @@ class MoE(nn.Module):
                  capacity_factor=None, eval_capacity_factor=None, min_capacity=0, noisy=False,
                  renormalise=None, float32_router=False):
         super().__init__()
-        if dim_out is None:
-            dim_out = dim
         self.act = act
         self.top_k = top_k
         self.capacity_factor = capacity_factor
@@ -236,13 +225,9 @@ class MoE(nn.Module):
         self.backend = None  # None lets moe_ffn choose
         self.group = None    # the processes that share the experts, see moe_parallel
 
-        # Empty: whoever builds the layer fills it (upcycling, loading, or a random start).
+        # The router, and E FFNs stacked: w_in is (E, F, D).
         self.router = nn.Parameter(torch.empty(n_experts, dim))
-        self.w_in = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
-        self.w_gate = nn.Parameter(torch.empty(n_experts, ffn_dim, dim)) if gated else None
-        self.w_out = nn.Parameter(torch.empty(n_experts, dim_out, ffn_dim))
-        self.b_in = nn.Parameter(torch.zeros(n_experts, ffn_dim)) if bias else None
-        self.b_out = nn.Parameter(torch.zeros(n_experts, dim_out)) if bias else None
+        add_weights(self, [n_experts], dim, ffn_dim, dim_out, gated, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
         """x (..., N, D), mask (..., N) False at padding -> (..., N, D_out), and the Routing.
@@ -281,6 +266,20 @@ class MoE(nn.Module):
             return F.linear(x.float(), self.router.float())
 
 
+def add_weights(module, lead, dim, ffn_dim, dim_out, gated, bias):
+    """Give a module the weights of an FFN. lead: the dimensions in front, [E] of E FFNs.
+
+    Empty: whoever builds the layer fills it (upcycling, loading, or a random start).
+    """
+    if dim_out is None:
+        dim_out = dim
+    module.w_in = nn.Parameter(torch.empty(*lead, ffn_dim, dim))
+    module.w_gate = nn.Parameter(torch.empty(*lead, ffn_dim, dim)) if gated else None
+    module.w_out = nn.Parameter(torch.empty(*lead, dim_out, ffn_dim))
+    module.b_in = nn.Parameter(torch.zeros(*lead, ffn_dim)) if bias else None
+    module.b_out = nn.Parameter(torch.zeros(*lead, dim_out)) if bias else None
+
+
 def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, dim_out=None, gated=False, bias=False,
                  **limits):
     """An FFN, or with n_experts above 0 a MoE of that shape. Only a MoE looks at `limits`."""
@@ -307,13 +306,12 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
     ValueError for an unknown backend or activation, a routing of other tokens or over another
     number of experts, and for "grouped" with another type than bfloat16.
     """
-    on_meta = x.device.type == "meta"
-    if not on_meta and torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if backend is None:
         backend = "sorted"
         # Tensors on meta have no values; train.py --plan counts on them what a GPU would do.
-        if x.dtype == torch.bfloat16 and (x.is_cuda or on_meta):
+        if x.dtype == torch.bfloat16 and (x.is_cuda or x.is_meta):
             backend = "grouped"
     layer = (w_in, w_out, w_gate, b_in, b_out)
     check_moe_ffn(x, r, act, backend)
@@ -433,9 +431,8 @@ class FromExperts(torch.autograd.Function):
 
 def moe_sorted(x, weights, experts, layer, act):
     """As moe_loop, but each expert's rows are one slice, read and written once."""
-    top_k = experts.shape[1]
     token, order, inverse, counts = sort_by_expert(experts, len(layer[0]))
-    rows = ToExperts.apply(x, token, inverse, top_k)  # (M, D)
+    rows = ToExperts.apply(x, token, inverse, experts.shape[1])  # (M, D)
 
     # Each expert takes its slice through the whole FFN before the next begins: its rows are still
     # in the cache. Python must know the slices' sizes, so this waits for the device.
@@ -443,8 +440,13 @@ def moe_sorted(x, weights, experts, layer, act):
     outputs = [ffn(part, *expert, act) for part, expert in zip(slices, split_experts(layer))]
     rows = torch.cat(outputs)  # (M, D_out)
 
+    return weighted_sum(rows, weights, order, token, inverse)  # (N, D_out)
+
+
+def weighted_sum(rows, weights, order, token, inverse):
+    """The answers (M, D_out) in expert order -> (N, D_out): each token's, weighted and added up."""
     weight = weights.flatten().index_select(0, order)  # (M,)
-    return FromExperts.apply(rows * weight.unsqueeze(1), token, inverse, top_k)  # (N, D_out)
+    return FromExperts.apply(rows * weight.unsqueeze(1), token, inverse, weights.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -645,9 +647,8 @@ def moe_parallel(x, weights, experts, layer, act, backend, group):
     """
     n_ranks = dist.get_world_size(group)
     n_here = len(layer[0])
-    top_k = experts.shape[1]
     token, order, inverse, counts = sort_by_expert(experts, n_ranks * n_here)
-    rows = ToExperts.apply(x, token, inverse, top_k)  # (M, D)
+    rows = ToExperts.apply(x, token, inverse, experts.shape[1])  # (M, D)
 
     # 1. Each rank tells each other one how many choices it brings for which of its experts.
     asked = torch.empty_like(counts)  # (E,) from rank 0 for my experts, from rank 1, ...
@@ -667,8 +668,7 @@ def moe_parallel(x, weights, experts, layer, act, backend, group):
 
     # 4. The answers travel back, and each token adds up its own.
     rows = AllToAll.apply(rows, receive, send, group)  # (M, D_out)
-    weight = weights.flatten().index_select(0, order)  # (M,)
-    return FromExperts.apply(rows * weight.unsqueeze(1), token, inverse, top_k)  # (N, D_out)
+    return weighted_sum(rows, weights, order, token, inverse)  # (N, D_out)
 
 
 # ------------------------------------------------------------------------------------------------

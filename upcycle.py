@@ -27,8 +27,9 @@ import warnings
 import zipfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
+from functools import partial
 from os.path import exists, join
-from types import NoneType
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,9 +67,10 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
 
     # Only the router is new, and small, so that in the beginning no expert is preferred by much.
     router = torch.randn(n_experts, dim, generator=generator) * 0.02  # (E, D)
-    state["router"] = router.to(dense.w_in.dtype)
-    if not (real_router and dense.w_in.is_meta):
-        state["router"] = router.to(dense.w_in)
+    device = dense.w_in.device
+    if real_router and dense.w_in.is_meta:
+        device = "cpu"
+    state["router"] = router.to(device, dense.w_in.dtype)
     moe.load_state_dict(state, assign=True)
     moe.train(dense.training)
 
@@ -159,6 +161,10 @@ def mix_experts(model, sources, average):
                 params[name].lerp_(tensor.to(params[name]), 1 / (e + 1))
 
 
+# ---- You can stop here on a first reading. Below this line: the checks behind upcycle, other ----
+# ---- programs' names and configurations, model folders in and out, and the command line.      ----
+
+
 def moe_layers(where, n_layers):
     """The decoder layers that get experts: a place by name, as MoE-LLaVA compares them (every other
     layer is its choice), or layer numbers with commas. Raises ValueError for anything else."""
@@ -177,10 +183,6 @@ def moe_layers(where, n_layers):
         raise ValueError(f"--moe-layers {where}: the decoder has layers 0 to {n_layers - 1}; "
                          "name each once")
     return chosen
-
-
-# ---- You can stop here on a first reading. Below this line: the checks behind upcycle, other ----
-# ---- programs' names and configurations, model folders in and out, and the command line.      ----
 
 
 def expert_counts(n_layers, where, n_experts):
@@ -233,8 +235,7 @@ def open_sources(model, experts, average):
             streams.append((name, None, tensor) for name, tensor in state.items())
         else:
             where = os.fspath(source)
-            source, _ = load(source, later=streams)
-            check_decoder(source, where)
+            source, _ = load_decoder(where, later=streams)
 
         # What cannot become an expert of this model.
         if any(source.config.text.n_experts):
@@ -242,6 +243,14 @@ def open_sources(model, experts, average):
                              "experts")
         check_same_sizes(where, source.config, model.config, average)
     return streams
+
+
+def load_decoder(folder, **options):
+    """As `load`, or ValueError for a folder that has no decoder to take experts from."""
+    model, tokenizer = load(folder, **options)
+    if not isinstance(model, CuMo):
+        raise ValueError(f"{folder}: an encoder alone; experts come from models with a decoder")
+    return model, tokenizer
 
 
 # -------------------------------------------------------------------------------------------------
@@ -425,6 +434,8 @@ def moe_llava_name(name):
 
 DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
             "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
+# How a conversation is written where the tokenizer does not tell.
+TEMPLATE_OF = {"llama": "vicuna", "mistral": "mistral", "qwen2": "vicuna", "mixtral": "mistral"}
 LLAVA_DECODERS = {  # model_type of a whole model -> its decoder's
     "llava": "llama", "llava_llama": "llama", "moe_llava_llama": "llama",
     "llava_mistral": "mistral", "moe_llava_mistral": "mistral", "llava_mixtral": "mixtral"}
@@ -447,6 +458,7 @@ DECODER_KEYS = dict(
     ffn_dim="intermediate_size", act="hidden_act", norm_eps="rms_norm_eps",
     tie_embeddings="tie_word_embeddings", max_positions="max_position_embeddings",
     start_token="bos_token_id")
+LLAVA_KEYS = dict(select_layer="mm_vision_select_layer", scales="scales")
 LOSS_KEYS = dict(balance_coef="balance_loss_coef", z_coef="router_z_loss_coef")
 MOE_LLAVA_KEYS = dict(top_k="top_k_experts", capacity_factor="capacity_factor",
                       eval_capacity_factor="eval_capacity_factor", min_capacity="min_capacity")
@@ -497,7 +509,8 @@ def vision_config(theirs, shapes, **more):
         n_heads=12 if theirs else max(1, dim // 64),
         ffn_dim=first_dimension(shapes, TOWER + r"encoder\.layers\.0\..*fc1\.weight"),
     )
-    return VisionConfig(**fields | read_keys(theirs, CLIP_KEYS) | more)
+    vision = VisionConfig(**fields | read_keys(theirs, CLIP_KEYS) | more)
+    return Config(vision=vision).vision  # Config checks the fields
 
 
 def text_config(theirs, shapes, kind):
@@ -519,10 +532,8 @@ def text_config(theirs, shapes, kind):
     check_fields("text.", TextConfig, fields)
 
     # The projections' outputs are all heads side by side.
-    if "head_dim" not in fields:
-        fields["head_dim"] = shapes[attention + "q_proj.weight"][0] // fields["n_heads"]
-    if "n_kv_heads" not in fields:
-        fields["n_kv_heads"] = shapes[attention + "k_proj.weight"][0] // fields["head_dim"]
+    fields.setdefault("head_dim", shapes[attention + "q_proj.weight"][0] // fields["n_heads"])
+    fields.setdefault("n_kv_heads", shapes[attention + "k_proj.weight"][0] // fields["head_dim"])
 
     # One id, or several.
     ends = theirs.get("eos_token_id")
@@ -590,7 +601,7 @@ def read_clip(theirs, shapes, path):
 def read_whisper(theirs, shapes, path):
     """WhisperModel's encoder."""
     dim, n_mels, _ = shapes[WHISPER + "conv1.weight"]  # (D, mels, 3)
-    return AudioConfig(
+    audio = AudioConfig(
         n_mels=n_mels, dim=dim,
         # The second convolution halves the frames.
         n_frames=2 * shapes[WHISPER + "embed_positions.weight"][0],
@@ -599,13 +610,13 @@ def read_whisper(theirs, shapes, path):
         ffn_dim=shapes[WHISPER + "layers.0.fc1.weight"][0],
         act=theirs.get("activation_function", "gelu"),
     )
+    return Config(audio=audio).audio  # Config checks the fields
 
 
 def read_decoder(theirs, shapes, path):
     """A language model alone."""
     kind = theirs["model_type"]
-    return Config(vision=None, text=text_config(theirs, shapes, kind),
-                  template="mistral" if kind in ("mistral", "mixtral") else "vicuna")
+    return Config(vision=None, text=text_config(theirs, shapes, kind), template=TEMPLATE_OF[kind])
 
 
 def read_transformers_llava(theirs, shapes, path):
@@ -623,18 +634,15 @@ def read_transformers_llava(theirs, shapes, path):
 
     preprocessor = read_preprocessor(path)
     pads = preprocessor.get("do_pad") or not preprocessor
+    pictures = picture_fields(preprocessor, "pad" if pads else "square")
+    vision = vision_config(read_object(theirs, "vision_config"), shapes,
+                           select_layer=theirs.get("vision_feature_layer", -2), **pictures)
+    connector = ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu"))
 
     # The whole model decides whether the head is tied, whatever the decoder's own config says.
     text = text | read_keys(theirs, START_AND_END)
     text["tie_word_embeddings"] = "lm_head.weight" not in shapes
-    return Config(
-        vision=vision_config(read_object(theirs, "vision_config"), shapes,
-                             select_layer=theirs.get("vision_feature_layer", -2),
-                             **picture_fields(preprocessor, "pad" if pads else "square")),
-        connector=ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu")),
-        text=text_config(text, shapes, kind),
-        template="vicuna" if kind == "llama" else "mistral",
-    )
+    return Config(vision, connector, text_config(text, shapes, kind), template=TEMPLATE_OF[kind])
 
 
 def read_llava(theirs, shapes, path):
@@ -652,26 +660,29 @@ def read_llava(theirs, shapes, path):
     # CuMo: one number of experts, and two switches for where they are.
     n_experts = theirs.get("num_experts") or 0
     top_k = theirs.get("num_selected") or 2
-    preprocessor = read_preprocessor(path, tower_folder(theirs, path))
+    routing = dict(top_k=top_k, renormalise=rescaled(top_k))
+    connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, **routing)
+
+    # The tower's config and what it wants of pictures: in the folder that is named, or beside ours.
+    tower = tower_folder(theirs, path)
+    described = read_first([(tower, "config.json"), (path, "clip_config.json")], "vision_config")
+    pictures = picture_fields(read_preprocessor(path, tower), theirs.get("image_aspect_ratio"))
     vision = vision_config(
-        tower_json(theirs, path), shapes, top_k=top_k, renormalise=rescaled(top_k),
-        **picture_fields(preprocessor, theirs.get("image_aspect_ratio")),
-        n_experts=n_experts if theirs.get("clip_smoe") else 0,
-        **read_keys(theirs, dict(select_layer="mm_vision_select_layer", scales="scales")))
-    connector = ConnectorConfig(n_experts=n_experts if theirs.get("mlp_smoe") else 0, top_k=top_k,
-                                renormalise=rescaled(top_k))
+        described, shapes, n_experts=n_experts if theirs.get("clip_smoe") else 0,
+        **routing, **pictures, **read_keys(theirs, LLAVA_KEYS))
 
     # The decoder's own keys stand in the same file.
     kind = LLAVA_DECODERS.get(theirs["model_type"], theirs["model_type"])
     text = text_config(theirs, shapes, kind)
     losses = read_keys(theirs, LOSS_KEYS)
-    template = "vicuna" if kind == "llama" else "mistral"
+    template = TEMPLATE_OF[kind]
     moe = read_object(theirs, "moe")
     if moe:
         text = with_moe_llava_experts(text, moe)
         losses = dict(balance_coef=moe["router_aux_loss_coef"], z_coef=0.0)
         # Its Mistral is OpenChat.
-        template = "vicuna" if kind == "llama" else "openchat"
+        if kind != "llama":
+            template = "openchat"
     return Config(vision, connector, text, template=template, **losses)
 
 
@@ -681,7 +692,7 @@ def with_moe_llava_experts(text, moe):
         raise ValueError("moe.use_residual: a dense FFN beside the experts is not supported")
 
     for key in ("num_experts", "moe_layers_idx"):
-        if not isinstance(moe.get(key, []), (list, NoneType)):
+        if moe.get(key) is not None and not isinstance(moe[key], list):
             raise ValueError(f"moe.{key} = {moe[key]!r:.60} must be a list")
 
     # Every other layer by default.
@@ -693,27 +704,22 @@ def with_moe_llava_experts(text, moe):
                    renormalise=None, **{ours: moe[key] for ours, key in MOE_LLAVA_KEYS.items()})
 
 
-def tower_json(theirs, path):
-    """The config of a LLaVA's tower, from the folder that it names or from clip_config.json beside
-    its own config.json; {} where neither is there."""
-    for folder, name in ((tower_folder(theirs, path), "config.json"), (path, "clip_config.json")):
+def read_first(places, part):
+    """The first of these files (folder, name) that is there, or this part of it where it has one;
+    {} without any. A folder "" is none."""
+    for folder, name in places:
         file = join(folder, name)
         if folder and os.path.isfile(file):
             found = read_json(file)
-            return found.get("vision_config", found)
+            return found.get(part, found)
     return {}
 
 
 def read_preprocessor(*folders):
-    """The preprocessor_config.json in the first of these folders that has one, or {}. Where
-    transformers 5 saves a whole processor, it is a part of processor_config.json."""
-    for folder in folders:
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            file = join(folder, name)
-            if folder and os.path.isfile(file):
-                found = read_json(file)
-                return found.get("image_processor", found)
-    return {}
+    """What the first of these folders that says so wants done to pictures. Where transformers 5
+    saves a whole processor, that is a part of processor_config.json."""
+    places = itertools.product(folders, ("preprocessor_config.json", "processor_config.json"))
+    return read_first(places, "image_processor")
 
 
 # LLaVA's image_aspect_ratio -> ours. Without one, its code has pictures cropped.
@@ -795,13 +801,14 @@ def read_config(theirs, shapes, path, tokenizer):
         architecture = (theirs.get("architectures") or [""])[0] or kind or "(none named)"
         raise ValueError(f"architecture {architecture} is not supported; supported: {SUPPORTED}")
     config = reader(theirs, shapes, path)
+    if not isinstance(config, Config):
+        return config
 
     # Our own key in the configs that section 4 writes. Without it, the marks that the tokenizer
     # knows tell more than the architecture: SmolLM2 is a LLaMA that ends answers with <|im_end|>.
     if "template" in theirs:
-        check_fields("", Config, {"template": theirs["template"]})
-        config.template = theirs["template"]
-    elif tokenizer is not None and isinstance(config, Config):
+        return replace(config, template=theirs["template"])
+    if tokenizer is not None:
         config.template = data.template_for(tokenizer, config.template)
     return config
 
@@ -809,12 +816,11 @@ def read_config(theirs, shapes, path, tokenizer):
 def read_json(file):
     """A JSON file that holds an object; ValueError for anything else."""
     check_is_file(file)
-    # Windows' editors put a byte order mark in front, which utf-8-sig passes over.
-    with open(file, encoding="utf-8-sig") as f:
-        try:
-            value = json.load(f)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{file}: malformed JSON: {first_line(e)}") from None
+    try:
+        # Windows' editors put a byte order mark in front, which utf-8-sig passes over.
+        value = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: malformed JSON: {first_line(e)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must hold an object, not {str(value)[:40]}")
     return value
@@ -833,11 +839,6 @@ def clip_json(vision):
             **write_keys(vision, CLIP_KEYS), "num_channels": 3}
 
 
-def rescales(part):
-    """Do the weights of a token's experts sum to 1? See kernels.route."""
-    if part.renormalise is None:
-        return part.top_k > 1
-    return part.renormalise
 def preprocessor_json(vision):
     """preprocessor_config.json of a CLIPImageProcessor, which crops what is not padded before."""
     size = vision.image_size
@@ -846,28 +847,22 @@ def preprocessor_json(vision):
             "image_mean": vision.image_mean, "image_std": vision.image_std}
 
 
-def decoder_json(text, tokenizer, template):
-    """config.json of a Hugging Face decoder. Raises ValueError where none has such a shape."""
-    n_experts = max(text.n_experts)
-    factor = text.capacity_factor or text.eval_capacity_factor
-    if min(text.n_experts) != n_experts:
-        raise ValueError("text: experts in some layers only; no Hugging Face decoder has that")
-    if n_experts and text.qkv_bias:
-        raise ValueError("text: experts and QKV bias together; no supported Hugging Face decoder "
-                         "has both")
-    if n_experts and factor:
-        raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
-                         "drop tokens")
-    if n_experts and not rescales(text):
-        raise ValueError(f"text: top_k = {text.top_k} without rescaling; Mixtral's code rescales "
-                         "the weights to sum to 1")
+def tower_files(vision, file):
+    """{file: its JSON} of a CLIPVisionModel: its config under this name, and what it wants done to
+    pictures."""
+    return {"preprocessor_config.json": preprocessor_json(vision), file: clip_json(vision)}
 
+
+def decoder_json(text, template):
+    """config.json of a Hugging Face decoder, but for the tokens that begin and end a text. Raises
+    ValueError where none has such a shape."""
     # The family of decoders that this one belongs to.
     kind = "llama"
     more = {}
-    if n_experts:
+    if any(text.n_experts):
+        check_mixtral(text)
         kind = "mixtral"
-        more = {"num_local_experts": n_experts, "num_experts_per_tok": text.top_k}
+        more = {"num_local_experts": text.n_experts[0], "num_experts_per_tok": text.top_k}
     elif text.qkv_bias:
         kind = "qwen2"
         # The layers from this one on have the window.
@@ -876,14 +871,8 @@ def decoder_json(text, tokenizer, template):
     elif text.sliding_window or template == "mistral":
         kind = "mistral"
 
-    start = None
-    ends = answer_ends(text, tokenizer, template)
-    if tokenizer is not None:
-        start = tokenizer.token_to_id("<s>")
     described = {
         "architectures": [DECODERS[kind]], "model_type": kind,
-        # Where a key is left out, transformers takes <s> = 1 and </s> = 2 for granted.
-        "bos_token_id": start, "eos_token_id": one_or_list(text.end_tokens or ends),
         **write_keys(text, DECODER_KEYS), **more,
         "rope_theta": text.rope_theta, "sliding_window": text.sliding_window,
         # ours; other programs pass over it.
@@ -898,37 +887,39 @@ def decoder_json(text, tokenizer, template):
     return described
 
 
-def answer_ends(text, tokenizer, template):
-    """The ids that end an answer: those of the decoder's own files, and the template's."""
-    ends = list(text.end_tokens)
-    if tokenizer is not None and data.fits(tokenizer, template):
-        mark = data.end_token(tokenizer, template)
-        if mark not in ends:
-            ends.append(mark)
-    return ends
-
-
 def one_or_list(ids):
     """As config.json has it: null, one id, or a list."""
     return ids if len(ids) > 1 else (ids or [None])[0]
 
 
-def files_beside(decoder, config, tokenizer):
-    """{file: its JSON} of what transformers wants to know beside the decoder's config.json: when to
-    stop, and what the tokenizer's marks are."""
-    start = decoder["bos_token_id"]
-    ends = answer_ends(config.text, tokenizer, config.template)
+def decoder_files(described, config, tokenizer):
+    """{file: its JSON}: config.json as described, and what transformers wants to know beside it:
+    when to stop, and what the tokenizer's marks are."""
+    start = config.text.start_token
+    ends = list(config.text.end_tokens)
+    marks = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if tokenizer is not None:
+        if start is None:
+            start = tokenizer.token_to_id("<s>")
+        if start is not None:
+            marks["bos_token"] = tokenizer.id_to_token(start)
+
+        # An answer ends where the decoder's own files say, and with the template's mark.
+        if data.fits(tokenizer, config.template):
+            marks["eos_token"] = data.EOS[config.template]
+            mark = data.end_token(tokenizer, config.template)
+            if mark not in ends:
+                ends.append(mark)
+
+    # Where a key is left out, transformers takes <s> = 1 and </s> = 2 for granted.
     files = {"generation_config.json": {"bos_token_id": start, "eos_token_id": one_or_list(ends)}}
+    ends = config.text.end_tokens or ends
+    described = described | {"bos_token_id": start, "eos_token_id": one_or_list(ends)}
 
     # A tokenizer that came from such a folder has its own.
     if tokenizer is not None and "tokenizer_config.json" not in neighbours_of(tokenizer):
-        described = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if start is not None:
-            described["bos_token"] = tokenizer.id_to_token(start)
-        if data.fits(tokenizer, config.template):
-            described["eos_token"] = data.EOS[config.template]
-        files["tokenizer_config.json"] = described
-    return files
+        files["tokenizer_config.json"] = marks
+    return files | {"config.json": described}
 
 
 # Each layout has a writer. It takes our config, our state dict and the tokenizer (or None), and
@@ -941,13 +932,13 @@ def write_own(config, state, tokenizer):
     return {"config.json": config.to_dict()}, state
 
 
-def published_json(decoder, vision, tower_key, beside, more):
+def published_files(decoder, config, tokenizer, tower_key, more):
     """The JSON files of the two published layouts: the decoder's keys, those of tower and
     connector, and more. Their codes load the tower from the hub by its name, so its sizes are kept
-    in a file of our own. beside: other files."""
-    preprocessor = preprocessor_json(vision)
-    known = (clip_json(vision) == clip_json(VisionConfig())
-             and preprocessor == preprocessor_json(VisionConfig()))
+    in a file of our own."""
+    vision = config.vision
+    tower = tower_files(vision, "clip_config.json")
+    known = tower == tower_files(VisionConfig(), "clip_config.json")
     described = decoder | {
         tower_key: CLIP_L if known else "",
         "mm_hidden_size": vision.dim,
@@ -956,35 +947,36 @@ def published_json(decoder, vision, tower_key, beside, more):
         "use_mm_proj": True,
         "image_aspect_ratio": "pad" if vision.image_aspect == "pad" else "square",
     }
-    return {"clip_config.json": clip_json(vision), "preprocessor_config.json": preprocessor,
-            **beside, "config.json": described | more}
+    return tower | decoder_files(described | more, config, tokenizer)
 
 
 def write_cumo(config, state, tokenizer):
     """CuMo's published layout: a decoder's config.json, with the senses and where experts are."""
-    check_senses(config, "cumo")
     vision = config.vision
     connector = config.connector
 
     # One number of experts and one top-k say it all there.
-    tower_has_experts = any(vision.n_experts)
-    top_k = vision.top_k if tower_has_experts else connector.top_k
-    counts = {n for n in (*vision.n_experts, connector.n_experts) if n}
-    if (len(counts) > 1 or len(set(vision.n_experts)) > 1
-            or (connector.n_experts and connector.top_k != top_k)):
+    mixtures = []
+    if any(vision.n_experts):
+        mixtures.append(vision)
+    if connector.n_experts:
+        mixtures.append(connector)
+    counts = {*vision.n_experts, connector.n_experts} - {0}
+    top_ks = {part.top_k for part in mixtures}
+    if len(counts) > 1 or len(set(vision.n_experts)) > 1 or len(top_ks) > 1:
         raise ValueError("the published layout has one number of experts and one top-k, for all "
                          "layers of the tower and the connector")
-    if (tower_has_experts and not rescales(vision)) or (
-            connector.n_experts and not rescales(connector)):
-        raise ValueError(f"top_k = {top_k} without rescaling; CuMo's released code rescales the "
-                         "weights to sum to 1")
+    for part in mixtures:
+        if not rescales(part):
+            raise ValueError(f"top_k = {part.top_k} without rescaling; CuMo's released code "
+                             "rescales the weights to sum to 1")
     if connector.act != "gelu":
         raise ValueError("the published layout's connector has activation gelu, not "
                          f"{connector.act}")
 
     # A decoder of LLaMA's shape is written as Mistral, which is what CuMo's code knows, unless its
     # rotary embedding is stretched.
-    decoder = decoder_json(config.text, tokenizer, config.template)
+    decoder = decoder_json(config.text, config.template)
     kind = decoder["model_type"]
     if kind == "qwen2":
         raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; "
@@ -992,13 +984,13 @@ def write_cumo(config, state, tokenizer):
     if kind == "llama" and not config.text.rope_scaling:
         kind = "mistral"
 
-    beside = files_beside(decoder, config, tokenizer)
-    return published_json(decoder, vision, "mm_vision_tower", beside, {
+    return published_files(decoder, config, tokenizer, "mm_vision_tower", {
         "architectures": [f"Llava{kind.capitalize()}ForCausalLM"], "model_type": f"llava_{kind}",
         "mm_projector_type": "smoe_mlp" if connector.n_experts else "mlp2x_gelu",
         "scales": vision.scales,
-        "num_experts": max(counts, default=4), "num_selected": top_k,
-        "clip_smoe": tower_has_experts, "mlp_smoe": connector.n_experts > 0,
+        "num_experts": max(counts, default=4),
+        "num_selected": max(top_ks, default=connector.top_k),
+        "clip_smoe": any(vision.n_experts), "mlp_smoe": connector.n_experts > 0,
         **write_keys(config, LOSS_KEYS),
         # These have no meaning here, but the released code reads them.
         "num_layers": 3, "dropout": False, "training": False, "local_rank": 0,
@@ -1008,7 +1000,6 @@ def write_cumo(config, state, tokenizer):
 def write_moe_llava(config, state, tokenizer):
     """MoE-LLaVA's published layout: a dense LLaVA's config.json, and `moe` in it says where the
     decoder's experts are."""
-    check_senses(config, "moe-llava")
     vision = config.vision
     text = config.text
     connector = config.connector
@@ -1025,11 +1016,10 @@ def write_moe_llava(config, state, tokenizer):
 
     # The dense decoder around the experts, and the layers that have them.
     dense = replace(text, n_experts=[0] * text.n_layers)
-    decoder = decoder_json(dense, tokenizer, config.template)
+    decoder = decoder_json(dense, config.template)
     kind = decoder["model_type"]
     counts = {layer: n for layer, n in enumerate(text.n_experts) if n}
-    beside = files_beside(decoder, config, tokenizer)
-    files = published_json(decoder, vision, "mm_image_tower", beside, {
+    files = published_files(decoder, config, tokenizer, "mm_image_tower", {
         "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"],
         "model_type": f"moe_llava_{kind}", "image_projector_type": "mlp2x_gelu",
         "moe": {
@@ -1046,23 +1036,20 @@ def write_moe_llava(config, state, tokenizer):
 
 def write_hf_decoder(config, state, tokenizer):
     """The decoder alone, as transformers writes it."""
-    described = decoder_json(config.text, tokenizer, config.template)
-    files = files_beside(described, config, tokenizer) | {"config.json": described}
+    described = decoder_json(config.text, config.template)
+    files = decoder_files(described, config, tokenizer)
     return files, published(starting_with("text.", state))
 
 
 def write_hf_tower(config, state, tokenizer):
     """The tower alone, as transformers writes it, but without CLIP's post_layernorm, which nothing
     here uses: transformers will say that it made a new one."""
-    if config.vision is None:
-        raise ValueError(NO_TOWER.format("hf-clip"))
     if any(config.vision.n_experts):
         raise ValueError("hf-clip holds a dense tower, this one has experts; write it with --to "
                          "cumo")
     tensors = published(starting_with("vision.", state))
     tensors = {name.removeprefix("model.vision_tower."): w for name, w in tensors.items()}
-    return {"preprocessor_config.json": preprocessor_json(config.vision),
-            "config.json": clip_json(config.vision)}, tensors
+    return tower_files(config.vision, "config.json"), tensors
 
 
 def starting_with(prefix, state):
@@ -1094,8 +1081,9 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
         if layout != "hf-clip":
             raise ValueError("a vision tower alone can be written as hf-clip only, not as "
                              f"{layout}")
-        config = Config(vision=model.config)
+        config = Config(vision=config)
         state = {f"vision.{name}": tensor for name, tensor in state.items()}
+    check_senses(config, layout)
     files, tensors = LAYOUTS[layout](config, state, tokenizer)
 
     # A layout that cannot hold the model has raised its error by now.
@@ -1119,12 +1107,9 @@ def neighbours_of(tokenizer):
 
 def save_tokenizer(tokenizer, folder):
     """Write tokenizer.json, and what came along with it."""
-    write_atomically(join(folder, "tokenizer.json"), tokenizer.save)
+    write_bytes(join(folder, "tokenizer.json"), tokenizer.to_str(pretty=True).encode())
     for name, content in neighbours_of(tokenizer).items():
-        def write(temporary):
-            with open(temporary, "wb") as f:
-                f.write(content)
-        write_atomically(join(folder, name), write)
+        write_bytes(join(folder, name), content)
 
 
 SHARD_BYTES = 5 * 10**9
@@ -1163,8 +1148,7 @@ def save_tensors(folder, tensors):
 def write_tensors(file, tensors, **header):
     """Write a .safetensors file, atomically."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    header = {"format": "pt", **header}
-    write_atomically(file, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_atomically(file, partial(save_file, tensors, metadata={"format": "pt", **header}))
 
 
 def write_atomically(path, write):
@@ -1205,12 +1189,16 @@ def is_alive(pid):
     return True
 
 
+def write_bytes(path, content):
+    """Write a file, atomically."""
+    def write(temporary):
+        Path(temporary).write_bytes(content)
+    write_atomically(path, write)
+
+
 def write_json(path, value):
     """Write a value as JSON, atomically."""
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1, ensure_ascii=False)
-    write_atomically(path, write)
+    write_bytes(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1267,15 +1255,13 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     return model.eval(), tokenizer
 
 
+MODELS = {Config: CuMo, VisionConfig: VisionTransformer, AudioConfig: AudioTransformer}
+
+
 def build_on_meta(config):
     """The model of this config, without memory for the weights."""
     with torch.device("meta"):
-        if isinstance(config, VisionConfig):
-            # Through Config, which checks the fields.
-            return VisionTransformer(Config(vision=config).vision)
-        if isinstance(config, AudioConfig):
-            return AudioTransformer(Config(audio=config).audio)
-        return CuMo(config)
+        return MODELS[type(config)](config)
 
 
 # How the names of a part's tensors begin in a whole model.
@@ -1299,16 +1285,18 @@ def fill_from(stream, model, dtype=None, device="cpu"):
         # Free it before the next one is read.
         del tensor
 
-    # What is not in the stream stays as it is: match_tensors has seen to it that nothing is missing
+    # What is not in the stream stays as it is: match_tensors has seen that nothing is missing.
     prefix = PREFIXES[type(model)]
     unify_types(state)
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=False, assign=True)
 
     # Files stored apart may differ in dtype; a bridge has that of the sense before it.
-    if isinstance(model, CuMo) and model.vision:
+    if not isinstance(model, CuMo):
+        return
+    if model.vision:
         model.connector.to(model.vision.patch.weight.dtype)
-    if isinstance(model, CuMo) and model.audio:
+    if model.audio:
         model.resampler.to(model.audio.conv1.weight.dtype)
 
 
@@ -1322,9 +1310,9 @@ def unify_types(state):
     for name, tensor in state.items():
         sizes[name.split(".")[0]][tensor.dtype] += tensor.numel()
     for name, tensor in state.items():
-        [(dtype, _)] = sizes[name.split(".")[0]].most_common(1)
         if not name.endswith(".router"):
-            state[name] = tensor.to(dtype)
+            sizes_of_part = sizes[name.split(".")[0]]
+            state[name] = tensor.to(max(sizes_of_part, key=sizes_of_part.get))
 
 
 def match_tensors(files, wanted, where, rename=None, listing=None):
@@ -1420,8 +1408,7 @@ def local_folder(path):
     if os.path.isfile(join(path, "config.json")):
         return path
     # Nobody's models on the hub are called out/...; that is where train.py writes.
-    is_ours = path.startswith("out/")
-    if is_ours or exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if exists(path) or not re.fullmatch(r"(?!out/)[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
                          "train.py`, or check the path")
 
@@ -1567,8 +1554,7 @@ def read_tokenizer(file):
     cuts."""
     check_is_file(file)
     try:
-        with open(file, encoding="utf-8-sig") as f:
-            tokenizer = Tokenizer.from_str(f.read())
+        tokenizer = Tokenizer.from_str(Path(file).read_text(encoding="utf-8-sig"))
     except Exception as e:
         # Tokenizers raises bare Exceptions.
         raise ValueError(f"{file}: cannot be read as a tokenizer: {e}") from None
@@ -1578,10 +1564,9 @@ def read_tokenizer(file):
     # They are kept with it, for `save_tokenizer`.
     tokenizer.neighbours = {}
     for name in NEIGHBOURS:
-        neighbour = join(os.path.dirname(file), name)
-        if os.path.isfile(neighbour):
-            with open(neighbour, "rb") as f:
-                tokenizer.neighbours[name] = f.read()
+        neighbour = Path(file).with_name(name)
+        if neighbour.is_file():
+            tokenizer.neighbours[name] = neighbour.read_bytes()
     return tokenizer
 
 
@@ -1590,8 +1575,8 @@ def check_vocabulary(tokenizer, config, where):
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= config.text.vocab_size:
         raise ValueError(f"{where}: its ids go up to {highest}, the decoder's embedding has "
-                         f"{config.text.vocab_size} rows (text.vocab_size), 0 to "
-                         f"{config.text.vocab_size - 1}; this tokenizer belongs to another model")
+                         f"{config.text.vocab_size} rows (text.vocab_size), from 0 on; this "
+                         "tokenizer belongs to another model")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1710,20 +1695,20 @@ def save_backbones(model, file, tokenizer):
 
 def load_backbones(file):
     """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer)."""
-    again = "make it again with `python assets/backbones.py`"
     try:
         with safe_open(file, "pt") as f:
             header = f.metadata() or {}
-    except (FileNotFoundError, SafetensorError) as e:
-        raise ValueError(f"{file}: cannot be read ({e}); {again}") from None
-    if not {"config", "tokenizer"} <= header.keys():
-        raise ValueError(f"{file}: has no config and tokenizer in its header; {again}")
+        config = header["config"]
+        tokenizer = header["tokenizer"]
+    except (FileNotFoundError, SafetensorError, KeyError) as e:
+        raise ValueError(f"{file}: cannot be read, or has no config and tokenizer in its header "
+                         f"({e}); make it again with `python assets/backbones.py`") from None
 
     # A CuMo is born with new weights; the bridges keep theirs.
-    model = CuMo(Config.from_dict(json.loads(header["config"])))
+    model = CuMo(Config.from_dict(json.loads(config)))
     wanted = starting_with(BACKBONES, state_of(model))
     fill_from(match_tensors([file], wanted, file), model)
-    return model, Tokenizer.from_str(header["tokenizer"])
+    return model, Tokenizer.from_str(tokenizer)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1785,12 +1770,6 @@ def warn_of_top_1(config, counts):
                           stacklevel=3)
 
 
-def check_decoder(model, where):
-    """Raise ValueError unless a folder's model has a decoder to take experts from."""
-    if not isinstance(model, CuMo):
-        raise ValueError(f"{where}: an encoder alone; experts come from models with a decoder")
-
-
 # Fields in which a source's decoder may differ from the model that it goes into.
 ABOUT_EXPERTS = {"n_experts", "top_k", "renormalise", "capacity_factor", "eval_capacity_factor",
                  "min_capacity", "noisy", "aux", "max_positions", "start_token", "end_tokens"}
@@ -1798,10 +1777,12 @@ ABOUT_EXPERTS = {"n_experts", "top_k", "renormalise", "capacity_factor", "eval_c
 
 def check_same_sizes(where, theirs, ours, average):
     """Raise ValueError unless a source's parts have the sizes of the model that they go into."""
-    # Field by field; a part that is not there has none.
+    ours = asdict(ours)
+    theirs = asdict(theirs)
     for part in ("text", "vision", "connector", "audio"):
-        our_part = asdict(ours)[part] or {}
-        their_part = asdict(theirs)[part] or {}
+        # Field by field; a part that is not there has none.
+        our_part = ours[part] or {}
+        their_part = theirs[part] or {}
 
         # Where only FFNs are taken, a decoder without senses will do.
         if part != "text" and not average and not (our_part and their_part):
@@ -1813,16 +1794,38 @@ def check_same_sizes(where, theirs, ours, average):
                                  f"has {our_part.get(key)}")
 
 
-NO_TOWER = "a language model alone has no tower to write as {}; --to hf-llm writes the decoder"
+def rescales(part):
+    """Do the weights of a token's experts sum to 1? See kernels.route."""
+    if part.renormalise is None:
+        return part.top_k > 1
+    return part.renormalise
+
+
+def check_mixtral(text):
+    """Raise ValueError for a mixture that no Hugging Face decoder is."""
+    factor = text.capacity_factor or text.eval_capacity_factor
+    if len(set(text.n_experts)) > 1:
+        raise ValueError("text: experts in some layers only; no Hugging Face decoder has that")
+    if text.qkv_bias:
+        raise ValueError("text: experts and QKV bias together; no supported Hugging Face decoder "
+                         "has both")
+    if factor:
+        raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
+                         "drop tokens")
+    if not rescales(text):
+        raise ValueError(f"text: top_k = {text.top_k} without rescaling; Mixtral's code rescales "
+                         "the weights to sum to 1")
 
 
 def check_senses(config, layout):
-    """Raise ValueError unless the model sees and does not hear."""
-    if config.audio:
+    """Raise ValueError where the layout writes a tower and the model has none, or where it has no
+    place for the model's ear."""
+    if config.audio and layout in ("cumo", "moe-llava"):
         raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; "
                          "write it as own (hf-llm: the decoder alone)")
-    if config.vision is None:
-        raise ValueError(NO_TOWER.format(layout))
+    if config.vision is None and layout in ("cumo", "moe-llava", "hf-clip"):
+        raise ValueError(f"a language model alone has no tower to write as {layout}; --to hf-llm "
+                         "writes the decoder")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1907,17 +1910,8 @@ def main(argv=None):
         raise ValueError(f"{args.source}: an encoder alone; put a tower together with a decoder: "
                          "--vision DIR --llm DIR")
 
-    # Flags override what the folders say.
-    if args.template and not is_tower:
-        model.config.template = args.template
-    if args.tokenizer:
-        tokenizer = read_tokenizer(args.tokenizer)
-        if not is_tower:
-            check_vocabulary(tokenizer, model.config, args.tokenizer)
-            if not data.fits(tokenizer, model.config.template):
-                model.config.template = data.template_for(tokenizer, model.config.template)
-    if args.template and tokenizer is not None:
-        data.check_end_mark(tokenizer, args.template)
+    if not is_tower:
+        tokenizer = override(model, tokenizer, args)
     save(model, args.out, tokenizer, layout=args.to)
 
     n_params = sum(p.numel() for p in model.parameters())
@@ -1927,11 +1921,25 @@ def main(argv=None):
               "or asked")
 
 
+def override(model, tokenizer, args):
+    """--template and --tokenizer, over what the folders say. Returns the tokenizer."""
+    config = model.config
+    if args.template:
+        config.template = args.template
+    if args.tokenizer:
+        tokenizer = read_tokenizer(args.tokenizer)
+        check_vocabulary(tokenizer, config, args.tokenizer)
+        if not data.fits(tokenizer, config.template):
+            config.template = data.template_for(tokenizer, config.template)
+    if args.template and tokenizer is not None:
+        data.check_end_mark(tokenizer, args.template)
+    return tokenizer
+
+
 def put_together(args, listing):
     """--experts: the first folder's model, with the FFNs of all folders as experts."""
     folders = args.experts.split(",")
-    model, tokenizer = load(folders[0], dtype=args.dtype, listing=listing)
-    check_decoder(model, folders[0])
+    model, tokenizer = load_decoder(folders[0], dtype=args.dtype, listing=listing)
 
     where = "every_other" if args.every_other else "all"
     counts = expert_counts(model.config.text.n_layers, where, str(len(folders)))
@@ -1942,7 +1950,7 @@ def put_together(args, listing):
 def print_listing(listing):
     """(their name, our name, shape, dtype) of each tensor, a line for all layers and experts that
     are alike."""
-    # Numbers of layers and experts become {i} and {e}
+    # Numbers of layers and experts become {i} and {e}.
     groups = Counter((pattern_of(theirs), pattern_of(ours), shape, dtype)
                      for theirs, ours, shape, dtype in listing)
 
