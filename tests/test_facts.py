@@ -130,7 +130,7 @@ def test_experts_are_made_where_the_flag_says_and_nowhere_else(base, tmp_path, p
 @pytest.mark.parametrize("more, words", [
     (["--facts", 1025], "--facts = 1025 must be at most 1024"),
     (["--facts", 12, "--data", "x.json"], "--facts does nothing with --data"),
-    (["--facts", 12, "--experts-in", "ears"], "'ears' is no part with FFNs"),
+    (["--facts", 12, "--experts-in", "ears"], "'ears' is no part; known are"),
     (["--facts", 12, "--experts-in", "text", "--dense"], "--experts-in is about experts"),
     (["--recipe", "moe-llava", "--experts-in", "text"], "belongs to --recipe cumo")])
 def test_flags_about_facts_that_cannot_be_met_are_refused(base, tmp_path, more, words):                # noqa: F811
