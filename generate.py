@@ -2154,11 +2154,10 @@ def answer_watched(model, tokenizer, sample, say, **options):
 
     {"pieces": [...], "seen": [...]}: the tokens of the prompt, IMAGE and AUDIO among them; and the
         images as the tower got them, as PNGs
-    {"text": a piece of the answer, which is one token, "layers": [...]}, once for each
-    {"reply": the whole answer, "layers": [...]}
-
-    "layers": watched_layers of what the model has read since the last such line: first of the
-    prompt, then of one token, the last but one that it wrote."""
+    {"text": a piece of the answer, which is one token}
+    {"layers": [...]}: watched_layers of what the model has read since the last such line: first of
+        the prompt, then of one token, the last but one that it wrote
+    {"reply": the whole answer}"""
     with watch(model) as watched:
         conversations, slots, embeds = encode_senses(model, sample)
         tokens = tokens_of(model, tokenizer, [(conversations, slots)])[0]  # (T,)
@@ -2170,15 +2169,18 @@ def answer_watched(model, tokenizer, sample, say, **options):
         seen = [as_png(pixels_of(image, wanted)) for images in watched.images for image in images]
         say({"pieces": pieces_of(tokenizer, ids), "seen": seen})
 
-        def tell(kind, text):
-            layers = watched_layers(model, watched.choices, len(ids))
+        def tell_layers():
+            say({"layers": watched_layers(model, watched.choices, len(ids))})
             watched.choices.clear()
-            say({kind: text, "layers": layers})
+
+        def stream(piece):
+            say({"text": piece})
+            tell_layers()
 
         asked = {"images": [], "conversations": conversations, "slots": slots}
-        reply = answer(model, tokenizer, [asked], stream=partial(tell, "text"), **embeds,
-                       **options)[0]
-        tell("reply", reply)
+        reply = answer(model, tokenizer, [asked], stream=stream, **embeds, **options)[0]
+        tell_layers()
+    say({"reply": reply})
 
 
 def pieces_of(tokenizer, ids):
