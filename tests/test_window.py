@@ -827,6 +827,7 @@ def test_whatever_is_said_is_text(browser, windows, models, monkeypatch, tmp_pat
     browser.choose(file)
     assert browser.ask(evil) == evil and browser.js("$('log').children[0].textContent") == evil
     assert browser.js("[...$('tokens').children].at(-1).textContent") == evil
+    assert browser.js("add_token('-5'); add_token(-5); [...$('tokens').children].slice(-2).map(e => e.textContent)") == ["-5", "▪"]
     assert browser.js("document.querySelector('#log img').title") == file.name
     assert browser.js("document.scripts.length") == 1 and browser.js("window.hacked") is None and not browser.faults
 
