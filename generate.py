@@ -44,7 +44,7 @@ import time
 import traceback
 import wave
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1335,10 +1335,11 @@ def watch(model):
 def watched_layers(model, choices, n_tokens=None):
     """What `watch` kept -> plain lists, a layer after the other, as they ran: [{
     "part": "vision", "connector" or "text", "name": "layer 0" or "connector", "scale": 1,
-    "experts": [n][N][K] best first, "weights": [n][N][K], "probabilities": [n][N][E]}, ...]
+    "places": [(experts [K], best first, their weights [K], probabilities [E]), ...]}, ...]
 
-    In vision and connector, n is images and N patches, row by row, without CLS (at scale 3 nine
-    times as many). In the decoder n is 1, and N the tokens, of which n_tokens are no padding."""
+    In vision and connector the places are the patches of one image after the other, row by row,
+    without CLS (at scale 3 nine times as many); in the decoder they are the tokens, of which
+    n_tokens are no padding."""
     layers = []
     n_runs = Counter()
     for module, routing, probabilities in choices:
@@ -1353,16 +1354,16 @@ def watched_layers(model, choices, n_tokens=None):
             layer["scale"] = scales[n_runs[module] % len(scales)]
             n_runs[module] += 1
 
-        decided = {"experts": routing.experts, "weights": routing.weights,
-                   "probabilities": probabilities}
-        for key, tensor in decided.items():
+        decided = []
+        for tensor in (routing.experts, routing.weights, probabilities):
             if part == "vision":
                 tensor = join_crops(tensor[:, 1:], layer["scale"])  # (n, N, K or E)
             if part == "text":
-                tensor = tensor[:n_tokens].unsqueeze(0)  # (1, N, K or E)
-            if key != "experts":
+                tensor = tensor[:n_tokens]  # (N, K or E)
+            if tensor.is_floating_point():
                 tensor = tensor.double().round(decimals=4)
-            layer[key] = tensor.tolist()
+            decided.append(tensor.flatten(0, -2).tolist())  # (n * N, K or E)
+        layer["places"] = list(zip(*decided))
         layers.append(layer)
     return layers
 
@@ -1384,9 +1385,12 @@ def routing_of(model, images):
     Dense layers are left out, layers whose output is not used (see seeing_layers), and CLS."""
     with watch(model) as watched:
         model.eval().encode_images(load_images(model, images))
-    layers = watched_layers(model, watched.choices)
-    return {layer["name"]: torch.tensor(layer["experts"])
-            for layer in layers if layer["scale"] == 1}
+    routing = {}
+    for layer in watched_layers(model, watched.choices):
+        if layer["scale"] == 1:
+            experts = torch.tensor([experts for experts, _, _ in layer["places"]])  # (n * N, K)
+            routing[layer["name"]] = experts.view(len(images), -1, experts.shape[-1])
+    return routing
 
 
 def expert_load(model, images, n_experts):
@@ -1921,38 +1925,51 @@ class Visit(BaseHTTPRequestHandler):
     """A request, in a thread of its own. Nothing in it is written to disk or taken for a path."""
     timeout = 20  # seconds that a visitor may neither talk nor listen
     disable_nagle_algorithm = True  # a token is sent at once, not together with the next ones
+    begun = False  # whether the visitor has got the head of the response
 
     def do_GET(self):
-        self.respond({"/": self.send_page, "/model": self.send_model})
+        # If the visitor leaves, an error ends his answer at the next token.
+        with suppress(ConnectionError, TimeoutError):
+            self.respond()
 
-    def do_POST(self):
-        self.respond({"/draw": self.send_drawing, "/ask": self.send_answer})
+    do_POST = do_GET
 
-    def respond(self, rooms):
+    def respond(self):
         """Do what is asked for, or say in a line why not."""
+        rooms = {"GET /": self.send_page, "GET /model": self.send_model,
+                 "POST /draw": self.send_drawing, "POST /ask": self.send_answer}
         try:
             check_visitor(self.headers, self.server.names)
-            if self.path not in rooms:
+            room = f"{self.command} {self.path}"
+            if room not in rooms:
                 raise Refused(404, "there is no such page")
-            rooms[self.path]()
+            rooms[room]()
+        except (ConnectionError, TimeoutError):
+            raise
         except Refused as e:
             status, why = e.args
-            self.begin(status, "application/json")
-            self.say({"error": why})
-        except (ConnectionError, TimeoutError):
-            pass  # the visitor has left
+            self.say({"error": why}, status)
+        except ValueError as e:
+            self.say({"error": str(e)}, 400)
+        except Exception:
+            # A fault of ours, or no memory left. Other visitors must not suffer from it.
+            traceback.print_exc()
+            self.say({"error": "the server failed at this; its terminal says why"}, 500)
 
-    def begin(self, status, kind, policy="default-src 'none'"):
+    def begin(self, kind, status=200, policy="default-src 'none'"):
+        self.begun = True
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Content-Security-Policy", policy)
         self.end_headers()
 
-    def say(self, line):
-        """Send a line. If the visitor has left, a ConnectionError ends the answer at this token."""
+    def say(self, line, status=200):
+        """Send a line of JSON. The status counts if it is the first one."""
         if self.server.closing:
             raise ConnectionAbortedError
+        if not self.begun:
+            self.begin("application/x-ndjson", status)
         self.wfile.write(json.dumps(line).encode() + b"\n")
 
     def send_page(self):
@@ -1960,41 +1977,43 @@ class Visit(BaseHTTPRequestHandler):
         page = PAGE.read_bytes()
         script = page.split(b"<script>")[1].split(b"</script>")[0]
         known = base64.b64encode(hashlib.sha256(script).digest()).decode()
-        self.begin(200, "text/html; charset=utf-8",
-                   f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; "
-                   "img-src data:; media-src data:; connect-src 'self'; frame-ancestors 'none'")
+        self.begin("text/html; charset=utf-8", policy=f"default-src 'none'; connect-src 'self'; "
+                   f"script-src 'sha256-{known}'; style-src 'unsafe-inline'; img-src data:; "
+                   "media-src data:; frame-ancestors 'none'")
         self.wfile.write(page)
 
     def send_model(self):
         model, _, name, options = self.server.talker
-        self.begin(200, "application/json")
-        self.say(introduce(model, name, options))
+        examples = ["Who are you?", "What can you see?", "Describe the image in detail."]
+        if model.config.template == "tiny":
+            examples = ["How many circles are there?", "What does the sign say?",
+                        "Describe the scene."]
+        dense = not any(isinstance(module, MoE) for module in model.modules())
+        self.say({"name": name, "dense": dense, "worlds": worlds_of(model), "examples": examples,
+                  "temperature": options.get("temperature", 0), "colors": EXPERT_COLORS,
+                  "max_bytes": MAX_BYTES})
 
     def send_drawing(self):
+        """A new scene, sound, or both, with its true description and questions about it."""
         world = self.read_json().get("world")
         if world not in worlds_of(self.server.talker[0]):
-            raise Refused(400, "this model has no senses for such a world")
-        self.begin(200, "application/json")
-        self.say(draw_for_page(world))
+            raise ValueError("this model has no senses for such a world")
+        what = draw_world(random.randrange(10**9, 2 * 10**9), world)
+        sample = drawn_sample(what, "")
+        truth = drawn_sample(what, "", in_words=True)["conversations"][0]["value"]
+        scene = what if sample["images"] else None
+        questions = data.ask_many(scene, 4, random.Random(), what.get("sound"))
+        self.say({"images": [as_png(image) for image in sample["images"]],
+                  "sounds": [as_wav(*sound) for sound in sample["audio"]], "truth": truth.strip(),
+                  "examples": [question for _, question, _ in questions]})
 
     def send_answer(self):
-        """From here on, whatever happens is a line of the answer."""
-        asked = self.read_json()
-        self.begin(200, "application/x-ndjson")
         model, tokenizer, _, options = self.server.talker
-        try:
-            with in_turn(self.server.queue, self.say):
-                sample, temperature = read_question(asked)
-                options = {**options, "temperature": temperature}
-                answer_watched(model, tokenizer, sample, self.say, **options)
-        except (ConnectionError, TimeoutError):
-            raise
-        except ValueError as e:
-            self.say({"error": str(e)})
-        except Exception:
-            # A fault of ours, or no memory left. Other visitors must not suffer from it.
-            traceback.print_exc()
-            self.say({"error": "the server failed at this; its terminal says why"})
+        asked = self.read_json()
+        with in_turn(self.server.queue, self.say):
+            sample, temperature = read_question(asked)
+            options = {**options, "temperature": temperature}
+            answer_watched(model, tokenizer, sample, self.say, **options)
 
     def read_json(self):
         """The object that the visitor sent."""
@@ -2003,7 +2022,7 @@ class Visit(BaseHTTPRequestHandler):
             if 0 <= length <= MAX_BYTES:
                 return dict(json.loads(self.rfile.read(length)))
         except (ValueError, TypeError, RecursionError):
-            raise Refused(400, "this is not a JSON object") from None
+            raise ValueError("this is not a JSON object") from None
         raise Refused(413, f"{length:,} bytes, over the limit of {MAX_BYTES:,} for a conversation "
                            "with its pictures and sounds")
 
@@ -2051,29 +2070,6 @@ def worlds_of(model):
     return [world for world, needed in senses.items() if None not in needed]
 
 
-def introduce(model, name, options):
-    """What the page must know about the model."""
-    examples = ["Who are you?", "What can you see?", "Describe the image in detail."]
-    if model.config.template == "tiny":
-        examples = ["How many circles are there?", "What does the sign say?", "Describe the scene."]
-    dense = not any(isinstance(module, MoE) for module in model.modules())
-    return {"name": name, "worlds": worlds_of(model), "examples": examples, "dense": dense,
-            "colors": EXPERT_COLORS, "max_bytes": MAX_BYTES,
-            "temperature": options.get("temperature", 0)}
-
-
-def draw_for_page(world):
-    """A new scene, sound, or both, with its true description and questions about it."""
-    what = draw_world(random.randrange(10**9, 2 * 10**9), world)
-    sample = drawn_sample(what, "")
-    truth = drawn_sample(what, "", in_words=True)["conversations"][0]["value"]
-    scene = what if sample["images"] else None
-    questions = data.ask_many(scene, 4, random.Random(), what.get("sound"))
-    return {"images": [as_png(image) for image in sample["images"]],
-            "sounds": [as_wav(*sound) for sound in sample["audio"]],
-            "truth": truth.strip(), "examples": [question for _, question, _ in questions]}
-
-
 def as_png(image):
     """An image as a PNG file in base64."""
     file = io.BytesIO()
@@ -2103,7 +2099,8 @@ def read_question(asked):
 
             # Each turn brings its own files along, as the first one does in `chat`.
             images = [read_picture(base64.b64decode(file)) for file in turn["images"]]
-            sounds = [read_sound(base64.b64decode(file)) for file in turn["sounds"]]
+            sounds = [data.read_wav("a sound", content=base64.b64decode(file))
+                      for file in turn["sounds"]]
             part = sample_of(turn["text"], images, audio=sounds)
             sample["images"] += images
             sample["audio"] += sounds
@@ -2130,19 +2127,14 @@ def read_picture(content):
     return data.open_image(image)
 
 
-def read_sound(content):
-    """The bytes of a WAV file -> (wave (n,) float32, samples a second)."""
-    return data.read_wav("a sound", content=content)
-
-
 def answer_watched(model, tokenizer, sample, say, **options):
     """Answer a sample, and say(line) for each step of it:
 
     {"pieces": [...], "seen": [...]}: the tokens of the prompt, IMAGE and AUDIO among them; and the
         images as the tower got them, as PNGs
     {"text": a piece of the answer, which is one token}
-    {"layers": [...]}: watched_layers in plain lists, of what the model has read since the last such
-        line: first of the prompt, then of one token, the last but one that it wrote
+    {"layers": [...]}: watched_layers of what the model has read since the last such line: first of
+        the prompt, then of one token, the last but one that it wrote
     {"reply": the whole answer}"""
     with watch(model) as watched:
         conversations, slots, embeds = encode_senses(model, sample)
@@ -2156,10 +2148,8 @@ def answer_watched(model, tokenizer, sample, say, **options):
         say({"pieces": pieces_of(tokenizer, ids), "seen": seen})
 
         def tell_layers():
-            layers = watched_layers(model, watched.choices, len(ids))
+            say({"layers": watched_layers(model, watched.choices, len(ids))})
             watched.choices.clear()
-            if layers:
-                say({"layers": layers})
 
         def stream(piece):
             say({"text": piece})
@@ -2174,18 +2164,15 @@ def answer_watched(model, tokenizer, sample, say, **options):
 def pieces_of(tokenizer, ids):
     """Tokens -> the text of each; IMAGE and AUDIO stay what they are."""
     pieces = []
-    before = []
     for token in ids:
         if token < 0:
             pieces.append(token)
-            before = []
             continue
 
-        # A token alone does not know whether a blank belongs before it; behind another it does.
-        alone = tokenizer.decode(before, skip_special_tokens=False)
-        both = tokenizer.decode([*before, token], skip_special_tokens=False)
-        pieces.append(both[len(alone):])
-        before = [token]
+        # A token alone may lose the blank before it; behind another, here itself, it does not.
+        once = tokenizer.decode([token], skip_special_tokens=False)
+        twice = tokenizer.decode([token, token], skip_special_tokens=False)
+        pieces.append(twice[len(once):])
     return pieces
 
 
