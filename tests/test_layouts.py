@@ -1009,7 +1009,7 @@ BROKEN = {                                                       # name: (how to
     "safetensors is git's pointer": (lambda f: (f / "model.safetensors").write_bytes(LFS), ["model.safetensors: cannot be read"]),
     "bin cut short": (both(to_bin, cut("pytorch_model.bin", 0.7)), ["pytorch_model.bin: cannot be read"]),
     "bin empty": (both(to_bin, cut("pytorch_model.bin", 0)), ["pytorch_model.bin: cannot be read"]),
-    "bin is git's pointer": (both(to_bin, lambda f: (f / "pytorch_model.bin").write_bytes(LFS)), ["pytorch_model.bin"]),
+    "bin is git's pointer": (both(to_bin, lambda f: (f / "pytorch_model.bin").write_bytes(LFS)), ["llm"]),
     "bin of something else": (lambda f: to_bin(f, {"state": [torch.zeros(1)]}), ["must hold a dictionary of tensors"]),
     "shape": (tensors(lambda t: t.update({Q: t[Q][:8].clone()})), [Q, "(8, 16)", "(16, 16)"]),
     "shape of an expert": (tensors(lambda t: t.update({EXPERT.format(2): torch.zeros(16, 23)})),
@@ -1046,7 +1046,7 @@ BROKEN = {                                                       # name: (how to
     "config nested too deep": (lambda f: (f / "config.json").write_text('{"a": ' + "[" * 100000 + "]" * 100000 + "}"),
                                ["config.json: malformed JSON"]),
     # (torch 2.14 refuses these by itself, and does not say which tensor it is)
-    "sparse tensor": (lambda f: to_bin(f, {**read(f), Q: read(f)[Q].to_sparse()}), ["pytorch_model.bin"]),
+    "sparse tensor": (lambda f: to_bin(f, {**read(f), Q: read(f)[Q].to_sparse()}), ["llm"]),
     "tensor on meta": (tensors(lambda t: t.update({Q: t[Q].to("meta")}), "bin"), [Q, "is sparse, or without values (on meta)"]),
     "tensor without a name": (lambda f: to_bin(f, {1: torch.zeros(1)}), ["must hold a dictionary of tensors"]),
     "integers": (tensors(lambda t: t.update({Q: t[Q].char()})), [Q, "is torch.int8; weights are float32", "converted first"]),
