@@ -42,6 +42,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 import wave
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -157,6 +158,8 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
     The pictures and sounds are encoded once and kept. Returns the conversation."""
     show = partial(print, end="", flush=True)
     questions = typed_lines() if prompt is None else [prompt.strip()]
+    # A talk that grows beyond what the decoder learnt to read goes on, and the user is told.
+    too_long = "warn" if prompt is None else "error"
     conversation = []
     for question in questions:
         # The first question brings the files along. `opening` is that turn, with "<video>" replaced
@@ -170,7 +173,7 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
 
         # The model reads the whole conversation again, but it does not look at the pictures again.
         asked = {"conversations": opening + conversation[1:], "slots": slots}
-        reply = answer(model, tokenizer, [asked], stream=show, too_long="warn", **embeds,
+        reply = answer(model, tokenizer, [asked], stream=show, too_long=too_long, **embeds,
                        **options)[0]
         print()
         conversation.append({"from": "gpt", "value": reply, "marks": []})
@@ -541,8 +544,10 @@ def question_files(row, kind, folder, where):
         raise ValueError(f"{where}: the text has {n_marks} <{kind}>, "
                          f"the question has {len(files)} {kind}s")
     for name in sum(files, []) if kind == "video" else files:
-        if not os.path.isfile(name):
-            raise ValueError(f"{where}: {name}: no such file; check --images")
+        try:
+            data.check_file(name)
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
     return files
 
 
@@ -2444,8 +2449,12 @@ def check_flags(args):
             raise ValueError(f"{flag(name)} must be from {low} to {high}, not {value}")
 
     # A flag that is given acts, or is refused.
-    used = set().union(*[USES[deed] for deed in deeds(args)])
+    does = deeds(args)
+    used = set().union(*[USES[deed] for deed in does])
     for name in sorted(args.given - used):
+        if name in USES:
+            raise ValueError(f"{flag(name)} does not go with {' and '.join(map(flag, does))}: give "
+                             "one of them")
         acts_with = " or ".join(flag(deed) for deed in USES if name in USES[deed])
         hint = "; a --prompt is about an --image" if name == "images" else ""
         raise ValueError(f"{flag(name)} acts with {acts_with} only{hint}")
@@ -2484,8 +2493,7 @@ def check_model(args, model, tokenizer):
             f"{args.model}: no tokenizer.json in it, so there are no words to talk with")
     data.check_end_mark(tokenizer, model.config.template)
     for file in args.image + args.audio + sum(args.video, []):
-        if not os.path.isfile(file):
-            raise ValueError(f"{file}: no such file")
+        data.check_file(file)
     given = {"images": args.image, "audio": args.audio, "video": args.video}
     check_senses(model, args.model, given)
 
@@ -2499,7 +2507,13 @@ def check_model(args, model, tokenizer):
                              "--prompt where the decoder has experts), --eval or --eval-drawn")
 
 
+def plain_warning(message, *_):
+    """A user wants to know what is wrong, not in which line of the code it was noticed."""
+    return f"{message}\n"
+
+
 if __name__ == "__main__":
+    warnings.formatwarning = plain_warning
     try:
         main()
     except (ValueError, OSError) as e:

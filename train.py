@@ -1085,6 +1085,13 @@ def apply_flags(args, stage, config):
     if args.z_coef is not None:
         config.z_coef = args.z_coef
     config.frames_apart = config.frames_apart or args.frames_apart
+    # Longer than what the decoder learnt to read at once: by mistake, or because it is the default.
+    limit = config.text.max_positions
+    if limit is not None and stage.max_length > limit:
+        if args.max_length is not None:
+            raise ValueError(f"--max-length {args.max_length}: this decoder learnt to read {limit} "
+                             "tokens at once (text.max_positions in its config.json)")
+        stage.max_length = limit
     if stage.template is None:
         stage.template = config.template
     # The model will be asked in the layout that it learns; but nobody asks in "plain".
@@ -1105,8 +1112,10 @@ def load_samples(args, stage, config, tokenizer):
         lengths = samples.lengths(config.n_image_tokens, config.n_audio_tokens)
         samples, lengths, held_out = hold_out(args, samples, lengths)
         # A resumed run must go on with the same data.
-        with open(args.data, "rb") as f:
-            stage.checksum = hashlib.file_digest(f, "sha256").hexdigest()
+        contents = Path(args.data).read_bytes()
+        if args.val:
+            contents += Path(args.val).read_bytes()
+        stage.checksum = hashlib.sha256(contents).hexdigest()
         fit_to_data(args, stage, len(samples))
     else:
         if stage.steps is None:
@@ -1424,6 +1433,9 @@ def refuse_changes(file, before, now):
     """Two different runs must not become one. (Earlier versions wrote down fewer values.)."""
     differs = [f"{name} {before[name]} (now {value})" for name, value in now.items()
                if name in before and before[name] != value]
+    if differs and differs[0].startswith("checksum"):
+        raise ValueError(f"{file}: what --data (or --val) names has other contents now; put the "
+                         "old ones back, or begin another run with another --out")
     if differs:
         raise ValueError(f"{file} was written with {', '.join(differs)}: give the same flags, or "
                          "none")
@@ -2333,6 +2345,10 @@ def check_given(args):
 
     if args.lora_alpha and not args.lora_rank and args.recipe != "uni-moe":
         raise ValueError("--lora-alpha does nothing without --lora-rank")
+    hearing = {"audio", "resampler"} & set((args.trains or "").split(","))
+    from_scratch = args.stage is None and args.init is None
+    if hearing and from_scratch and args.recipe != "uni-moe":
+        raise ValueError(f"--trains {args.trains}: a model of --recipe {args.recipe} hears nothing")
     if args.trains and args.stage is None and not makes_experts:
         raise ValueError("--trains is about the stages with experts in a run of all stages, and "
                          "--dense makes none: give --stage")
@@ -2403,6 +2419,7 @@ def check_experts(args, config):
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = generate.plain_warning
     try:
         main()
     except (ValueError, OSError) as e:

@@ -463,6 +463,7 @@ def test_a_config_may_begin_with_a_byte_order_mark(folder, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--images", "pic.png", "--prompt", "hi"], "--images acts with --eval only.*--image"),
     (["--out", "a", "--prompt", "hi"], "--out acts with --eval"),
+    (["--serve", "--prompt", "hi"], "--prompt does not go with --serve"),
     (["--answers", "a"], "--answers acts with --score"), (["--allow-missing", "--prompt", "hi"], "--allow-missing"), (["--batch", "3"], "--batch"),
     (["--suffix", "x"], "--suffix"), (["--eval", "q", "--out", "a", "--image", "x.png"], "--image acts"),
     (["--eval", "q", "--out", "a", "--audio", "x.wav", "--routing", "r.png"], "--audio acts"), (["--eval-drawn", "3", "--images", "x"], "--images"),

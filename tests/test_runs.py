@@ -19,7 +19,7 @@ import train
 from test_routing import made
 from test_train import (ROOT, SCRIPT, assert_same_run, base, flags, interrupt_at, mixture, one, quiet_machine, rows, run, same,     # noqa: F401 (fixtures)
                         weights, write_llava)
-from upcycle import load, upcycle
+from upcycle import load, save, upcycle
 
 STAGE3 = ("--stage", 3, "--lr", 1e-3, "--steps", 5, "--batch-size", 4, "--eval-questions", 4)
 
@@ -137,14 +137,29 @@ def test_a_flag_that_repeats_a_default_is_no_contradiction(stopped, tmp_path):
     assert train.parse(["--resume", "--out", str(stopped), "--seed", "0", "--recipe", "cumo"]).lr == 1e-3
 
 
-def test_data_that_has_changed_is_another_run(base, tmp_path):
-    argv = ("--stage", 3, "--steps", 3, "--batch-size", 4, *write_llava(tmp_path, mixture()))
+@pytest.mark.parametrize("changed", ["data.json", "val.json"])
+def test_data_that_has_changed_is_another_run(base, tmp_path, changed):
+    argv = write_llava(tmp_path, mixture())
+    (tmp_path / "val.json").write_bytes((tmp_path / "data.json").read_bytes())
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 2)
-        run(base, tmp_path / "o", *argv)
-    write_llava(tmp_path, mixture()[::-1])
-    with pytest.raises(ValueError, match="checkpoint/2 was written with checksum "):
+        run(base, tmp_path / "o", "--stage", 3, "--steps", 3, "--batch-size", 4, *argv, "--val", tmp_path / "val.json")
+    samples = json.loads((tmp_path / changed).read_text())
+    (tmp_path / changed).write_text(json.dumps(samples[::-1]))
+    with pytest.raises(ValueError, match="checkpoint/2: what --data .* names has other contents now"):
         resume(tmp_path / "o")
+
+
+def test_samples_are_no_longer_than_what_the_decoder_learnt_to_read(base, tmp_path):
+    model, tokenizer = load(base)
+    model.config.text.max_positions = 100
+    save(model, tmp_path / "short", tokenizer)
+    args = train.parse(["--stage", "3", "--init", str(tmp_path / "short"), "--out", str(tmp_path / "o")])
+    stage = train.settings(args, 3)
+    train.apply_flags(args, stage, model.config)
+    assert stage.max_length == 100                                                 # the stage's own would be 256
+    with pytest.raises(ValueError, match="--max-length 101: this decoder learnt to read 100 tokens"):
+        run(tmp_path / "short", tmp_path / "o", "--stage", 3, "--max-length", 101)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,6 +282,7 @@ REFUSED = {                                          # flags -> words that the m
     "--data x --val y --val-fraction 0.1": "--val does nothing with --val-fraction",
     "--gpus 8": "--gpus does nothing without --plan",
     "--mfu 0.5": "--mfu does nothing without --plan",
+    "--trains audio": "a model of --recipe cumo hears nothing",
     "--lora-alpha 8": "--lora-alpha does nothing without --lora-rank",
     "--recipe uni-moe --audio x": "--audio does nothing without --vision",
     "--noisy-gate": "--noisy-gate belongs to --recipe moe-llava",
