@@ -172,8 +172,11 @@ def test_more_than_the_decoder_learnt_to_read_is_an_error_and_in_a_chat_a_warnin
     assert generate.answer(model, tokenizer, [prompt("Why is it so?"), prompt("Why?")], max_new_tokens=8)
     with pytest.raises(ValueError, match=rf"{n} tokens and up to 9 .* {n + 8} that this decoder"):
         generate.answer(model, tokenizer, [prompt("Why?"), prompt("Why is it so?")], max_new_tokens=9)
+    with pytest.raises(ValueError, match=f"more than the {n + 8}"):
+        generate.chat(model, tokenizer, [], "Why is it so?", max_new_tokens=9)
+    monkeypatch.setattr(generate, "typed_lines", lambda: iter(["Why is it so?"]))
     with pytest.warns(UserWarning, match=f"more than the {n + 8}"):
-        assert len(generate.chat(model, tokenizer, [], "Why is it so?", max_new_tokens=9)) == 2
+        assert len(generate.chat(model, tokenizer, [], None, max_new_tokens=9)) == 2
 
 
 def test_chat_keeps_the_turns_and_encodes_the_images_once(model, tokenizer, monkeypatch, capsys):

@@ -498,8 +498,8 @@ def test_ctrl_c_ends_it_in_the_midst_of_an_answer(endless, models, tokenizer, tm
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--image", "x.png"], "--image acts"), (["--prompt", "Why?"], "--prompt acts"), (["--routing", "r.png"], "--routing acts"),
-    (["--eval-drawn", "3"], "--eval-drawn acts"), (["--compile"], "--compile acts"), (["--serve", "70000"], "--serve must be from 0 to 65535")])
+    (["--image", "x.png"], "--image acts"), (["--prompt", "Why?"], "--prompt does not go with --serve"), (["--routing", "r.png"], "--routing does not go with --serve"),
+    (["--eval-drawn", "3"], "--eval-drawn does not go with --serve"), (["--compile"], "--compile acts"), (["--serve", "70000"], "--serve must be from 0 to 65535")])
 def test_flags_that_the_window_would_not_heed_are_refused(flags, words):
     with pytest.raises(ValueError, match=words):
         generate.check_flags(generate.parse(["--serve", *flags] if flags[0] != "--serve" else flags))
