@@ -773,6 +773,11 @@ def is_own(theirs):
 def read_own(theirs):
     """This project's own config.json."""
     config = Config.from_dict(theirs)
+    text = config.text
+    highest = max([text.start_token or 0, *text.end_tokens])
+    if highest >= text.vocab_size:
+        raise ValueError(f"text: {highest} as a start or end token; the embedding has "
+                         f"{text.vocab_size} rows (text.vocab_size), from 0 on")
     # Before there was a field that says so, a single weight was rescaled to 1 like any others.
     for name in ("vision", "connector", "text"):
         part = getattr(config, name)

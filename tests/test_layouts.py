@@ -821,6 +821,14 @@ def smollm(hf, tmp_path):
     return tmp_path / "smollm"
 
 
+def test_start_and_end_tokens_beyond_the_embedding_are_refused_with_both_numbers(tiny_model, tmp_path):
+    save(tiny_model(), tmp_path / "m")
+    for name, value in (("end_tokens", [2, 40]), ("start_token", 40)):
+        edit_json(tmp_path / "m" / "config.json", lambda cfg: cfg["text"].update(end_tokens=[], start_token=None) or cfg["text"].update({name: value}))
+        with pytest.raises(ValueError, match="config.json: text: 40 as a start or end token; the embedding has 40 rows"):
+            load(tmp_path / "m")
+
+
 def test_a_decoder_is_asked_and_ends_as_its_own_files_say(smollm):
     model, tokenizer = load(smollm)
     text = model.config.text
