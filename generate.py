@@ -59,7 +59,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -1317,8 +1316,7 @@ def watch(model):
 
     def keep_choices(name, moe, inputs, outputs):
         # A Routing has no probabilities. The router is a small matrix: ask it once more.
-        tokens = inputs[0].to(moe.router.dtype)  # (..., N, D)
-        probabilities = F.linear(tokens, moe.router).float().softmax(-1)  # (..., N, E)
+        probabilities = moe.logits(inputs[0]).float().softmax(-1)  # (..., N, E)
         watched.choices.append((name, outputs[1], probabilities))
 
     def keep_images(tower, inputs):

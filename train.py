@@ -361,10 +361,9 @@ def flag(default, help: str, **limits):
     """A field of Args: a flag, and what `validate` reads.
 
     at_least, above, at_most, choices: the values that will do; parts: the same, of a list with
-    commas. Where the flag would do nothing, it
-    is refused: belongs_to names another flag that must be given too (or one of several), not_with
-    one that must not be given, recipes those that know it, and with of_experts there must be a
-    stage with experts.
+    commas. Where the flag would do nothing, it is refused: belongs_to names another flag that must
+    be given too (or one of several), not_with one that must not be given, recipes those that know
+    it, and with of_experts there must be a stage with experts.
     """
     return field(default=default, metadata={"help": help, **limits})
 

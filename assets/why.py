@@ -99,7 +99,7 @@ def held_out_loss(model, tokenizer, n_facts, seed, n=1000, batch=100):
     n_labels = 0
     for start in range(0, n, batch):
         items = data.collate([encoded[i] for i in range(start, start + batch)])
-        n_here = int((items["labels"][:, 1:] != train.IGNORE).sum())
+        n_here = train.count_labels(items)
         out = model(items["tokens"], items["images"], labels=items["labels"])
         total += out.parts["lm"].item() * n_here
         n_labels += n_here
