@@ -1014,6 +1014,16 @@ def picture_format(vision):
                          vision.image_aspect)
 
 
+def sound_format(config):
+    """How a model wants its sounds, from its whole config (model.Config), by the names that
+    `load_senses` and `Encoded` have; nothing for a model that hears nothing."""
+    if not config.n_audio_tokens:
+        return {}
+    # An ear takes 100 frames a second.
+    return {"n_audio_tokens": config.n_audio_tokens, "n_mels": config.audio.n_mels,
+            "seconds": config.audio.n_frames / 100}
+
+
 # ------------------------------------------------------------------------------------------------
 # 10. LLaVA's files
 

@@ -212,10 +212,7 @@ def sense(model, samples):
     # A model without eyes or ears needs no sizes; load_senses complains if there are files for it.
     config = model.config
     wanted = data.picture_format(config.vision)
-    ears = {}
-    if config.n_audio_tokens:
-        ears = {"n_audio_tokens": config.n_audio_tokens, "n_mels": config.audio.n_mels,
-                "seconds": config.audio.n_frames / 100}
+    ears = data.sound_format(config)
 
     texts = []
     pictures = []

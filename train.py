@@ -1131,15 +1131,11 @@ def load_samples(args, stage, config, tokenizer):
             # Image, sound, both, and so on. Questions about a sound are the shortest.
             lengths = [(1, 0, 2)[i % 3] for i in range(len(samples))]
 
-    ear = {}
-    if config.audio:
-        # It takes 100 frames a second.
-        ear = {"seconds": config.audio.n_frames / 100, "n_mels": config.audio.n_mels}
     encode = functools.partial(
         data.Encoded, tokenizer=tokenizer, template=stage.template,
         pictures=data.picture_format(config.vision), n_image_tokens=config.n_image_tokens,
-        max_length=stage.max_length, strict=args.strict, n_audio_tokens=config.n_audio_tokens,
-        average=not config.frames_apart, **ear)
+        max_length=stage.max_length, strict=args.strict, average=not config.frames_apart,
+        **data.sound_format(config))
     return encode(samples), lengths, encode(held_out) if held_out else ()
 
 
