@@ -190,7 +190,7 @@ def test_a_decode_step_costs_what_it_attends_to_and_nothing_for_the_unused_cache
 def test_experts_that_wait_for_the_host_are_decoded_without_cuda_graphs(tiny_config, monkeypatch, text, dtype, graphs):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda f, **kw: asked.append((f, kw)) or f)
-    monkeypatch.setattr(m, "Cache", lambda config, *key: type("Kept", (), dict(k=[], v=[], key=key)))
+    monkeypatch.setattr(m, "Cache", lambda config, *key: type("Kept", (), dict(layers=[], key=key)))
     model = CuMo(tiny_config(vision=None, text=text))
     m.compiled.cache_clear()
     x = type("OnCuda", (), dict(device=torch.device("cuda", 0), dtype=dtype, is_cuda=True, __len__=lambda self: 2))()
