@@ -516,7 +516,8 @@ def test_transformers_reads_the_llava_that_is_written(hf, tiny_model, kind, n_wo
 def test_transformers_processor_makes_our_prompts_and_pictures(hf, tiny_model, template, aspect, tmp_path):
     t = sys.modules["transformers"] if hf("llava") else None
     tokenizer = chat_tokenizer(["<s>", "</s>", *data.TEMPLATES[template].tokens])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    if not data.TEMPLATES[template].spelled_out:                                   # as LLaMA's
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     model = tiny_model(vision=dict(image_mean=HALF, image_std=[0.25, 0.5, 0.5], image_aspect=aspect), template=template, text=dict(vocab_size=300))
     save(model, tmp_path, tokenizer, layout="hf-llava")
     processor = t.AutoProcessor.from_pretrained(tmp_path)
