@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 import data
 from kernels import MoE
-from model import CuMo, check_sampling
+from model import CuMo, check_sampling, store_by_columns
 from upcycle import load, write_atomically
 
 # -------------------------------------------------------------------------------------------------
@@ -2304,6 +2304,8 @@ def main(argv=None):
     # 3. The model, and how it is to answer.
     model, tokenizer = load(args.model, args.device)
     check_model(args, model, tokenizer)
+    if args.device == "cpu":
+        store_by_columns(model.text)
     generator = torch.Generator(args.device).manual_seed(args.seed + RANK)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                "top_p": args.top_p, "compile": args.compile, "generator": generator}

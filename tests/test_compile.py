@@ -142,7 +142,8 @@ def test_an_epoch_of_mixed_lengths_is_compiled_at_most_eight_times_and_the_log_s
 
 @pytest.mark.parametrize("text", [{}, dict(n_experts=4, sliding_window=5)], ids=["dense", "experts, window"])
 def test_compiled_generation_gives_eager_modes_tokens_with_two_graphs(tiny_model, text):
-    model = tiny_model(text=dict(n_layers=1, **text))
+    """Of a block's prefill and of its step: one compiled block serves both layers."""
+    model = tiny_model(text=dict(n_layers=2, **text))
     tokens = torch.randint(0, 40, (3, 20))
     tokens[0, 1:5], tokens[1, 7:], tokens[2, 15:] = IMAGE, PAD, PAD
     images = torch.randn(1, 3, 16, 16)
