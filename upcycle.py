@@ -332,7 +332,7 @@ for their_prefix, our_prefix, rows in TABLE:
             theirs, ours = row.replace("{p}", kind).replace("{w}", kind[0]).split()
             PUBLISHED[our_prefix + ours] = their_prefix + theirs
 
-# Words of LLaVA in transformers and of MoE-LLaVA, read and written: (published, theirs).
+# Words of LLaVA in transformers and of MoE-LLaVA, for reading and writing: (published, theirs).
 LLAVA_WORDS = [(PROJECTOR + "0.", PROJECTOR + "linear_1."),
                (PROJECTOR + "2.", PROJECTOR + "linear_2.")]
 MOE_LLAVA_WORDS = [(".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg."),
@@ -1116,7 +1116,7 @@ def with_rows(state, n_rows):
 def write_hf_llava(config, state, tokenizer):
     """LLaVA-1.5 as transformers writes it, for everything that reads that: vLLM, llama.cpp.
 
-    Again without post_layernorm, see write_hf_tower. The id of "<image>" is the vocabulary's next.
+    The id of "<image>" is the vocabulary's next, as in LLaVA-1.5.
     """
     # A row for "<image>", where no free one is left.
     image = tokenizer.token_to_id("<image>")
@@ -1148,7 +1148,13 @@ def write_hf_llava(config, state, tokenizer):
         "do_pad": vision.image_aspect == "pad"}
     files |= {"processor_config.json": processor, "preprocessor_config.json": pictures,
               "config.json": described}
-    return files, respelled(published(state), HF_LLAVA_NAMES)
+
+    # transformers has a norm behind CLIP's last layer, and makes one where it is missing, though
+    # LLaVA does not use it. Here is one that changes nothing.
+    norm = TOWER + "post_layernorm."
+    weight = state["vision.pos"].new_ones(vision.dim)
+    tensors = {**published(state), norm + "weight": weight, norm + "bias": weight - 1}
+    return files, respelled(tensors, HF_LLAVA_NAMES)
 
 
 def write_hf_decoder(config, state, tokenizer):
@@ -1968,7 +1974,7 @@ ABOUT = """Weights in and out: python upcycle.py ... --out DIR, where ... is one
   --experts DIR_A,DIR_B,DIR_C,DIR_D     decoders trained apart -> the experts of one
   --from CUMO_DIR             any layout that is understood -> this project's
   --from DIR --to cumo        -> the published CuMo layout
-  --from DIR --to hf-llava    a dense model, for transformers, vLLM and llama.cpp
+  --from DIR --to hf-llava    a dense model, for transformers and what reads its folders
   --from DIR --to hf-llm      the decoder alone, for transformers (hf-clip: the tower)
 
 A name on the Hugging Face hub can stand in a folder's place. Every tensor's two names are printed;

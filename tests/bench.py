@@ -547,8 +547,8 @@ def decoder_to_time(name: str, device: str, dtype: torch.dtype) -> CuMo:
 
 
 def bench_decode(name: str, device: str, hows: tuple = (False,), transformers: bool = False,
-                 prompt: int = 640, n: int = 64):
-    """Tokens per second of a folder's or a preset's decoder, at batch 1 and 8.
+                 prompt: int = 640, n: int = 64, batches: tuple = (1, 8)):
+    """Tokens per second of a folder's or a preset's decoder.
 
     hows: False (eager) and what else CuMo.generate takes for `compile`. The prompt is as long as an
     image's. On a CPU the model is stored as generate.py stores it.
@@ -571,7 +571,7 @@ def bench_decode(name: str, device: str, hows: tuple = (False,), transformers: b
     print(f"{'':12} {'batch':>5} {'tokens/s':>9} {'ms a step':>10} {'MB a token':>11} "
           f"{'of bandwidth':>13}")
     vocab_size = model.config.text.vocab_size
-    for batch in (1, 8):
+    for batch in batches:
         tokens = torch.randint(vocab_size, (batch, prompt), device=device)
         size = decode_bytes(model, batch, prompt + n // 2)
         for title, seconds in runs.items():
@@ -663,6 +663,7 @@ def main(argv=None):
     decode.add_argument("--prompt", type=int, default=640,
                         help="tokens before those that are timed (default: 640, as many as a "
                              "picture has)")
+    decode.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="default: 1 8")
     decode.add_argument("--tokens", type=int, default=64, help="that are timed (default: 64)")
     decode.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -680,7 +681,8 @@ def main(argv=None):
         hows = (True,)
         if args.device == "cpu":
             hows = (False, True) if args.compile else (False,)
-        bench_decode(args.model, args.device, hows, args.transformers, args.prompt, args.tokens)
+        bench_decode(args.model, args.device, hows, args.transformers, args.prompt, args.tokens,
+                     args.batch)
     else:
         bench_images()
 

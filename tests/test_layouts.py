@@ -493,7 +493,7 @@ def test_transformers_reads_the_llava_that_is_written(hf, tiny_model, kind, n_wo
     tokenizer.add_tokens([f"word{i}" for i in range(n_words - 4)])
     save(model, tmp_path, tokenizer, layout="hf-llava")
     theirs, report = t.LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert all("post_layernorm" in name for name in report.pop("missing_keys")) and not any(report.values()), report
+    assert not any(report.values()), report                                        # nothing missing, left over or of a wrong shape
     assert theirs.config.image_token_id == n_words and len(theirs.get_input_embeddings().weight) == max(40, n_words + 1)
     assert tokenizer.token_to_id("<image>") is None                                # the caller's own is left alone
     tokens, images = torch.randint(6, 40, (1, 12)), torch.randn(1, 3, 16, 16)
