@@ -1114,7 +1114,7 @@ def with_rows(state, n_rows):
 
 
 def write_hf_llava(config, state, tokenizer):
-    """LLaVA-1.5 as transformers writes it, for everything that reads that: vLLM, llama.cpp.
+    """A dense LLaVA-1.5 as transformers writes it, for all programs that read its folders.
 
     The id of "<image>" is the vocabulary's next, as in LLaVA-1.5.
     """
