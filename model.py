@@ -1160,8 +1160,8 @@ def compiled(backend, on_cuda, cuda_graphs):
     # One graph for each batch size and rung: more than the eight that are allowed.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
-    # The blocks are alike, so one that is compiled serves them all. (As one graph, the 30 blocks of
-    # SmolLM2-135M took a CPU six minutes to compile, and a step was no faster.)
+    # The blocks are alike, so one that is compiled serves them all. (The 30 blocks of SmolLM2-135M
+    # took a CPU six minutes to compile as one graph, and so half a minute.)
     if not on_cuda:
         run = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
         return functools.partial(prefill, run=run), functools.partial(decode, run=run)
