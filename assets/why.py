@@ -1,19 +1,25 @@
-"""why.py: what do experts buy? The same training with more and more experts, in two worlds.
+"""why.py: what do experts buy? The same training with more and more experts, in three worlds.
 
-    python assets/why.py                    dense and 2, 4, 8 experts, 400 facts, one seed
-    python assets/why.py --rows all --facts 400,1000 --seeds 0,1,2
-    python assets/why.py --skills           the same rows on the drawn world: what they do not buy
+    python assets/why.py                       the main rows of the table, one seed
+    python assets/why.py --rows all --seeds 0,1,2
+    python assets/why.py --worlds skills       on the drawn scenes: what experts do not buy
 
-A row is one run of train.py's stage 3 from the shipped backbones, in which everything trains. All
-rows of a seed see the same data in the same order, and all but "dense" do the same arithmetic: two
-experts for each token. Runs that are done are not repeated. Prints a table (Markdown), and draws
-it.
+A row is one run of train.py from the shipped backbones, in which everything trains. A world of 200
+facts has 200 pictures, each with a name that nobody can guess (data.Facts). All rows of a seed see
+the same data in the same order, and all but "dense" do the same arithmetic: two experts for each
+token. Prints the table (Markdown), and draws it.
+
+Each run's numbers are kept in assets/why.jsonl, and are not measured twice: for numbers of your own
+machine, name another file (--results).
 """
 import argparse
 import json
 import os
+import shlex
 import statistics
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -41,57 +47,71 @@ ROWS = {
 }
 MAIN = ("dense", "2 experts", "4 experts", "8 experts")
 
+# What the worlds are called, and their flags.
+WORLDS = {
+    "100": "--facts 100",
+    "200": "--facts 200",
+    "skills": "",
+}
+TITLES = {"100": "100 facts", "200": "200 facts", "skills": "skills: the drawn scenes"}
 
-def run(args, row, n_facts, seed):
-    """Train one row, unless it is there -> its numbers."""
-    world = f"facts-{n_facts}" if n_facts else "skills"
-    name = row.replace(" ", "-").replace(",", "").replace(":", "")
-    out = os.path.join(args.out, world, f"{name}-{seed}")
-    if not os.path.exists(os.path.join(out, "scores.jsonl")):
-        flags = ["--stage", "3", "--init", train.BACKBONES, "--lr", str(args.lr),
-                 "--steps", str(args.steps), "--seed", str(seed), "--out", out, *ROWS[row].split()]
-        flags += ["--facts", str(n_facts)] if n_facts else []
-        if os.path.exists(out):
-            flags = ["--resume", "--out", out]
-        train.main(flags)
-    return numbers_of(out, n_facts, seed)
+# Small steps in small batches: what is memorised best in a given time, of what was tried.
+RECIPE = "--stage 3 --lr 5e-4 --batch-size 16 --steps 1000 --eval-questions 600"
 
 
-def numbers_of(out, n_facts, seed):
+# ------------------------------------------------------------------------------------------------
+# 1. Runs
+
+
+def run(args, world, row, seed):
+    """Train one row and measure it -> its numbers, as one line of the file of results."""
+    out = os.path.join(args.out, f"{world} {row} {seed}".replace(":", "").replace(" ", "-"))
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "--init", train.BACKBONES,
+               "--seed", str(seed), "--out", out]
+    command += shlex.split(f"{RECIPE} {WORLDS[world]} {ROWS[row]}")
+    # What was interrupted goes on.
+    if os.path.exists(out):
+        command = [*command[:2], "--resume", "--out", out]
+
+    print(f"{world}, {row}, seed {seed}: {shlex.join(command[1:])}", flush=True)
+    # One thread each, as the runs of a batch go side by side.
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+    return {"world": world, "row": row, "seed": seed, **numbers_of(out, world, seed)}
+
+
+def numbers_of(out, world, seed):
     """-> {"loss", "right", "parameters", "activated", "seconds"} of a finished run."""
-    file = os.path.join(out, "numbers.json")
-    if os.path.exists(file):
-        with open(file) as f:
-            return json.load(f)
-
     with open(os.path.join(out, "scores.jsonl")) as f:
         scores = json.loads(f.read().splitlines()[-1])["scores"]
-    if n_facts:
-        right, asked = scores["known"]
-    else:
-        right, asked = (sum(column) for column in zip(*scores.values()))
+    # Nobody can know the names of unknown pictures: they are a control.
+    scores.pop("unknown", None)
+    right, asked = (sum(column) for column in zip(*scores.values()))
+
     with open(os.path.join(out, "log.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
+        steps = [row for row in map(json.loads, f) if "seconds" in row]
 
     model, tokenizer = load(out)
     counts = train.count_parameters(model).values()
-    numbers = {
-        "loss": held_out_loss(model, tokenizer, n_facts, seed),
+    return {
+        "loss": held_out_loss(model, tokenizer, world, seed),
         "right": right / asked,
         "parameters": sum(total for total, _ in counts),
         "activated": sum(activated for _, activated in counts),
-        "seconds": sum(row.get("seconds", 0) for row in rows),
+        # The median step, so that a busy moment does not count.
+        "seconds": statistics.median(row["seconds"] for row in steps) * len(steps),
     }
-    train.write_json(file, numbers)
-    return numbers
 
 
 @torch.no_grad()
-def held_out_loss(model, tokenizer, n_facts, seed, n=1000, batch=100):
-    """The language loss on n new drawings of the known facts, or on held-out scenes."""
-    samples = data.Drawn("chat", n, seed, held_out=True)
-    if n_facts:
-        samples = data.Facts(n_facts, n, seed, held_out=True)
+def held_out_loss(model, tokenizer, world, seed, n=1000, batch=100):
+    """The language loss on n new drawings of the known facts, or on n new scenes."""
+    if world == "skills":
+        samples = data.Drawn("chat", n, seed, held_out=True)
+    else:
+        samples = data.Facts(int(world), n, seed, held_out=True)
     encoded = data.Encoded(samples, tokenizer, model.config.template,
                            data.picture_format(model.config.vision), model.config.n_image_tokens,
                            max_length=256)
@@ -106,24 +126,28 @@ def held_out_loss(model, tokenizer, n_facts, seed, n=1000, batch=100):
     return total / n_labels
 
 
+# ------------------------------------------------------------------------------------------------
+# 2. The table and the picture. results: {row: [the numbers of each seed]}
+
+
 def spread(values, form):
     """"0.024 ± 0.003 (0.021, 0.024, 0.027)"; a single value alone."""
     if len(values) == 1:
         return form.format(values[0])
+    mean = form.format(statistics.mean(values))
     each = ", ".join(form.format(value) for value in values)
-    return f"{form.format(statistics.mean(values))} ± {form.format(statistics.stdev(values))} ({each})"
+    return f"{mean} ± {form.format(statistics.stdev(values))} ({each})"
 
 
-def print_table(results, n_facts):
-    title = f"{n_facts} facts" if n_facts else "skills"
-    print(f"\n| {title} | loss on new pictures | right | parameters | activated | seconds |")
+def print_table(world, results):
+    print(f"\n| {TITLES[world]} | loss on new pictures | right | parameters | activated | seconds |")
     print("|---|---|---|---|---|---|")
     for row, runs in results.items():
         one = runs[0]
         cells = [row, spread([run["loss"] for run in runs], "{:.3f}"),
-                 spread([100 * run["right"] for run in runs], "{:.1f}%"),
+                 spread([100 * run["right"] for run in runs], "{:.1f}"),
                  f"{one['parameters'] / 1e6:.2f}M", f"{one['activated'] / 1e6:.2f}M",
-                 spread([run["seconds"] for run in runs][:1], "{:.0f}")]
+                 f"{statistics.mean(run['seconds'] for run in runs):.0f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -131,17 +155,18 @@ def draw(everything, png):
     """A panel for each world: the loss of each row, a dot a seed and a bar for their mean."""
     width = 130 * max(len(results) for results in everything.values()) + 80
     page, pen = generate.blank_page(width, 300 * len(everything))
-    for panel, (n_facts, results) in enumerate(everything.items()):
+    for panel, (world, results) in enumerate(everything.items()):
         top = 300 * panel + 50
         bottom = top + 190
-        title = f"{n_facts} facts" if n_facts else "skills: the drawn scenes"
-        generate.label(pen, width / 2, top - 26, f"{title}: loss on pictures that it has never seen",
+        generate.label(pen, width / 2, top - 26, f"{TITLES[world]}: loss on new pictures",
                        font=generate.FONT)
+        # The axis.
         high = 1.1 * max(run["loss"] for runs in results.values() for run in runs)
         for k in range(5):
             y = bottom - (bottom - top) * k / 4
             pen.line((60, y, width - 20, y), "#dddddd")
             pen.text((54, y), f"{high * k / 4:.2g}", "black", generate.SMALL, anchor="rm")
+        # The rows.
         for i, (row, runs) in enumerate(results.items()):
             x = 60 + 130 * (i + 0.5)
             losses = [run["loss"] for run in runs]
@@ -158,31 +183,61 @@ def draw(everything, png):
     print(f"wrote {png}")
 
 
-def main():
+# ------------------------------------------------------------------------------------------------
+# 3. The program
+
+
+def read_results(file):
+    """-> {(world, row, seed): numbers} of what was measured before."""
+    if not os.path.exists(file):
+        return {}
+    with open(file) as f:
+        rows = [json.loads(line) for line in f]
+    return {(row["world"], row["row"], row["seed"]): row for row in rows}
+
+
+def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(MAIN),
                         help="all, or some of: " + ", ".join(ROWS))
-    parser.add_argument("--facts", default="400", help="sizes of the world of facts, with commas")
-    parser.add_argument("--skills", action="store_true", help="the drawn world instead")
+    parser.add_argument("--worlds", default="100,200", help="some of: " + ", ".join(WORLDS))
     parser.add_argument("--seeds", default="0", help="with commas")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--out", default="out/why")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--out", default="out/why", help="the runs' folders")
+    parser.add_argument("--results", default=os.path.join(ROOT, "assets", "why.jsonl"))
     args = parser.parse_args()
 
-    rows = list(ROWS) if args.rows == "all" else args.rows.split(",")
-    worlds = [0] if args.skills else [int(n) for n in args.facts.split(",")]
+    args.rows = list(ROWS) if args.rows == "all" else args.rows.split(",")
+    args.worlds = args.worlds.split(",")
+    args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    for name, known in (("rows", ROWS), ("worlds", WORLDS)):
+        unknown = set(getattr(args, name)) - set(known)
+        if unknown:
+            parser.error(f"--{name} {', '.join(sorted(unknown))}: known are {', '.join(known)}")
+    return args
+
+
+def main():
+    args = parse()
+    known = read_results(args.results)
+    wanted = [(world, row, seed) for seed in args.seeds for world in args.worlds
+              for row in args.rows]
+    missing = [one for one in wanted if one not in known]
+
+    # Results are written as they come.
+    with ThreadPoolExecutor(args.jobs) as pool, open(args.results, "a") as f:
+        for numbers in pool.map(lambda one: run(args, *one), missing):
+            print(json.dumps(numbers), file=f, flush=True)
+    known = read_results(args.results)
+
     everything = {}
-    for n_facts in worlds:
-        everything[n_facts] = {row: [] for row in rows}
-    for seed in args.seeds.split(","):
-        for n_facts in worlds:
-            for row in rows:
-                everything[n_facts][row].append(run(args, row, n_facts, int(seed)))
-    for n_facts, results in everything.items():
-        print_table(results, n_facts)
-    draw(everything, os.path.join(args.out, "skills.png" if args.skills else "facts.png"))
+    for world in args.worlds:
+        everything[world] = {row: [known[world, row, seed] for seed in args.seeds]
+                             for row in args.rows}
+        print_table(world, everything[world])
+    os.makedirs(args.out, exist_ok=True)
+    draw(everything, os.path.join(args.out, "why.png"))
 
 
 if __name__ == "__main__":
