@@ -1,13 +1,14 @@
-"""why.py: what do experts buy? The same training with more and more experts, in three worlds.
+"""why.py: what do experts buy, and what do the routers' losses do? The same training in many ways.
 
     python assets/why.py                       the main rows of the table, one seed
     python assets/why.py --rows all --seeds 0,1,2
     python assets/why.py --worlds skills       on the drawn scenes: what experts do not buy
+    python assets/why.py --rows losses         with and without the losses, upcycling, renormalising
 
 A row is one run of train.py from the shipped backbones, in which everything trains. A world of 200
 facts has 200 pictures, each with a name that nobody can guess (data.Facts). All rows of a seed see
 the same data in the same order, and all but "dense" do the same arithmetic: two experts for each
-token. Prints the table (Markdown), and draws it.
+token. Prints the table (Markdown), and draws why.png and losses.png into --out.
 
 Each run's numbers are kept in assets/why.jsonl, and are not measured twice: for numbers of your own
 machine, name another file (--results).
@@ -29,7 +30,8 @@ import torch
 import data
 import generate
 import train
-from upcycle import load
+from model import CuMo
+from upcycle import load, load_backbones, save, upcycle
 
 # Each row's flags for train.py. top-2 is the default.
 ROWS = {
@@ -47,13 +49,25 @@ ROWS = {
 }
 MAIN = ("dense", "2 experts", "4 experts", "8 experts")
 
+# The same four experts with something missing. SCRATCH and BARE begin with a model of their own.
+SCRATCH = "experts from scratch"
+BARE = "weights not renormalised"
+LOSSES = {
+    "no losses": "--n-experts 4 --balance-coef 0 --z-coef 0",
+    "no balance loss": "--n-experts 4 --balance-coef 0",
+    "no z loss": "--n-experts 4 --z-coef 0",
+    SCRATCH: "--n-experts 4",
+    BARE: "--n-experts 4",
+}
+FLAGS = ROWS | LOSSES
+
 # What the worlds are called, and their flags.
 WORLDS = {
     "100": "--facts 100",
     "200": "--facts 200",
     "skills": "",
 }
-TITLES = {"100": "100 facts", "200": "200 facts", "skills": "skills: the drawn scenes"}
+TITLES = {"100": "100 facts", "200": "200 facts", "skills": "skills (drawn scenes)"}
 
 # Small steps in small batches: what is memorised best in a given time, of what was tried.
 RECIPE = "--stage 3 --lr 5e-4 --batch-size 16 --steps 1000 --eval-questions 600"
@@ -65,21 +79,50 @@ RECIPE = "--stage 3 --lr 5e-4 --batch-size 16 --steps 1000 --eval-questions 600"
 
 def run(args, world, row, seed):
     """Train one row and measure it -> its numbers, as one line of the file of results."""
-    out = os.path.join(args.out, f"{world} {row} {seed}".replace(":", "").replace(" ", "-"))
-    command = [sys.executable, os.path.join(ROOT, "train.py"), "--init", train.BACKBONES,
+    out = folder(args, world, row, seed)
+    source = train.BACKBONES
+    if row in (SCRATCH, BARE):
+        source = begin_otherwise(row, seed, os.path.join(args.out, f"{row} {seed}"))
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "--init", source,
                "--seed", str(seed), "--out", out]
-    command += shlex.split(f"{RECIPE} {WORLDS[world]} {ROWS[row]}")
+    command += shlex.split(f"{RECIPE} {WORLDS[world]} {FLAGS[row]}")
     # What was interrupted goes on.
     if os.path.exists(out):
         command = [*command[:2], "--resume", "--out", out]
 
-    print(f"{world}, {row}, seed {seed}: {shlex.join(command[1:])}", flush=True)
+    print(f"{world}, {row}, seed {seed}: python {shlex.join(command[1:])}", flush=True)
     # One thread each, as the runs of a batch go side by side.
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
     return {"world": world, "row": row, "seed": seed, **numbers_of(out, world, seed)}
+
+
+def folder(args, world, row, seed):
+    name = f"{world} {row} {seed}".replace(":", "")
+    return os.path.join(args.out, name.replace(" ", "-"))
+
+
+def begin_otherwise(row, seed, out):
+    """Write a model whose experts are no copies of its FFNs, or whose weights are plain
+    probabilities -> its folder."""
+    torch.manual_seed(seed)  # the same connector as that of the other rows
+    model, tokenizer = load_backbones(train.BACKBONES)
+    model.float()
+    upcycle(model, vision=4, connector=4, seed=seed)
+    if row == BARE:
+        model.config.vision.renormalise = False
+        model.config.connector.renormalise = False
+    else:
+        # Experts as a new model has them; all else stays.
+        new = CuMo(model.config).state_dict()
+        experts = {name: tensor for name, tensor in new.items()
+                   if ".ffn." in name and not name.endswith("router")
+                   and name.split(".")[0] in ("vision", "connector")}
+        model.load_state_dict(experts, strict=False)
+    save(model, out, tokenizer)
+    return out
 
 
 def numbers_of(out, world, seed):
@@ -140,7 +183,8 @@ def spread(values, form):
 
 
 def print_table(world, results):
-    print(f"\n| {TITLES[world]} | loss on new pictures | right | parameters | activated | seconds |")
+    print(f"\n| {TITLES[world]} | loss on new pictures | % right | parameters | activated "
+          "| seconds |")
     print("|---|---|---|---|---|---|")
     for row, runs in results.items():
         one = runs[0]
@@ -151,36 +195,79 @@ def print_table(world, results):
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def draw(everything, png):
-    """A panel for each world: the loss of each row, a dot a seed and a bar for their mean."""
-    width = 130 * max(len(results) for results in everything.values()) + 80
-    page, pen = generate.blank_page(width, 300 * len(everything))
+def draw_why(everything, png):
+    """A panel for each world: the loss over the number of experts, a thin line for each seed and a
+    thick one for their mean."""
+    page, pen = generate.blank_page(290 * len(everything) + 10, 240)
     for panel, (world, results) in enumerate(everything.items()):
-        top = 300 * panel + 50
-        bottom = top + 190
-        generate.label(pen, width / 2, top - 26, f"{TITLES[world]}: loss on new pictures",
-                       font=generate.FONT)
-        # The axis.
-        high = 1.1 * max(run["loss"] for runs in results.values() for run in runs)
-        for k in range(5):
-            y = bottom - (bottom - top) * k / 4
-            pen.line((60, y, width - 20, y), "#dddddd")
-            pen.text((54, y), f"{high * k / 4:.2g}", "black", generate.SMALL, anchor="rm")
-        # The rows.
-        for i, (row, runs) in enumerate(results.items()):
-            x = 60 + 130 * (i + 0.5)
-            losses = [run["loss"] for run in runs]
-            y = bottom - (bottom - top) * statistics.mean(losses) / high
-            color = "#999999" if row == "dense" else generate.EXPERT_COLORS[1]
-            pen.rectangle((x - 36, y, x + 36, bottom), color)
-            for loss in losses:
-                y = bottom - (bottom - top) * loss / high
-                pen.ellipse((x - 4, y - 4, x + 4, y + 4), "black")
-            generate.label(pen, x, bottom + 16, row)
-            share = statistics.mean(100 * run["right"] for run in runs)
-            generate.label(pen, x, bottom + 34, f"{share:.1f}% right")
+        counts = [n for n in (2, 4, 8, 16) if f"{n} experts" in results]
+        dense = statistics.mean(run["loss"] for run in results["dense"])
+        curves = [("dense, half the arithmetic", "#888888", 2, [(n, dense) for n in counts])]
+        for seed in range(len(results["dense"])):
+            losses = [results[f"{n} experts"][seed]["loss"] for n in counts]
+            curves.append(("", "#a8c8e8", 1, list(zip(counts, losses))))
+        means = [statistics.mean(run["loss"] for run in results[f"{n} experts"]) for n in counts]
+        curves.append(("top-2", generate.EXPERT_COLORS[0], 3, list(zip(counts, means))))
+        left = 10 + 290 * panel
+        high = 1.05 * max(y for *_, points in curves for _, y in points)
+        generate.line_chart(pen, (left, 10, left + 276, 230), curves, TITLES[world],
+                            "experts", "loss", (0, high))
     generate.save_png(page, png)
     print(f"wrote {png}")
+
+
+def draw_losses(args, world, seed, png):
+    """What the losses do, from the logs of runs with and without them."""
+    logs = {row: read_log(folder(args, world, row, seed)) for row in ("4 experts", *LOSSES)}
+    page, pen = generate.blank_page(880, 480)
+    boxes = [(10 + 290 * (k % 3), 10 + 235 * (k // 3), 286 + 290 * (k % 3), 230 + 235 * (k // 3))
+             for k in range(5)]
+
+    # 1. How a layer's tokens are shared out, with and without the losses.
+    for box, row in zip(boxes, ("no losses", "4 experts")):
+        curves = []
+        for e in range(4):
+            points = [(log["step"], log["load"]["connector 0"][e]) for log in logs[row]]
+            curves.append((f"{e}", generate.EXPERT_COLORS[e], 2, smooth(points)))
+        title = "connector: " + ("no losses" if row == "no losses" else "both losses")
+        generate.line_chart(pen, box, curves, title, "step", "share", (0, 1))
+
+    # 2. How large logits grow.
+    curves = []
+    for row, name, color in (("no losses", "no losses", 3), ("no z loss", "no z", 1),
+                             ("4 experts", "both", 0)):
+        points = [(log["step"], log["vision/z"]) for log in logs[row]]
+        curves.append((name, generate.EXPERT_COLORS[color], 2, smooth(points)))
+    generate.line_chart(pen, boxes[2], curves, "z: the logits' size", "step", "z")
+
+    # 3. How far experts grow apart.
+    curves = []
+    for i, name in enumerate(("vision 0", "vision 1", "vision 2", "connector 0")):
+        points = [(log["step"], log["apart"][name]) for log in logs["4 experts"]]
+        curves.append((name.removesuffix(" 0") if "conn" in name else name,
+                       generate.EXPERT_COLORS[i], 2, points))
+    generate.line_chart(pen, boxes[3], curves, "experts grow apart", "step", "")
+
+    # 4. What is learnt.
+    curves = []
+    for row, color in ((SCRATCH, 3), ("4 experts", 0)):
+        points = [(log["step"], log["lm"]) for log in logs[row]]
+        name = "scratch" if row == SCRATCH else "upcycled"
+        curves.append((name, generate.EXPERT_COLORS[color], 2, smooth(points)))
+    generate.line_chart(pen, boxes[4], curves, "from scratch or upcycled", "step", "loss")
+    generate.save_png(page, png)
+    print(f"wrote {png}")
+
+
+def read_log(out):
+    with open(os.path.join(out, "log.jsonl")) as f:
+        return [row for row in map(json.loads, f) if "lm" in row]
+
+
+def smooth(points, width=10):
+    """Means of `width` points: a batch of 16 pictures is noisy."""
+    groups = [points[i:i + width] for i in range(0, len(points), width)]
+    return [tuple(map(statistics.mean, zip(*group))) for group in groups]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,7 +287,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(MAIN),
-                        help="all, or some of: " + ", ".join(ROWS))
+                        help="all, losses, or some of: " + ", ".join(FLAGS))
     parser.add_argument("--worlds", default="100,200", help="some of: " + ", ".join(WORLDS))
     parser.add_argument("--seeds", default="0", help="with commas")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
@@ -208,10 +295,11 @@ def parse():
     parser.add_argument("--results", default=os.path.join(ROOT, "assets", "why.jsonl"))
     args = parser.parse_args()
 
-    args.rows = list(ROWS) if args.rows == "all" else args.rows.split(",")
+    groups = {"all": list(ROWS), "losses": ["4 experts", *LOSSES]}
+    args.rows = groups.get(args.rows) or args.rows.split(",")
     args.worlds = args.worlds.split(",")
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
-    for name, known in (("rows", ROWS), ("worlds", WORLDS)):
+    for name, known in (("rows", FLAGS), ("worlds", WORLDS)):
         unknown = set(getattr(args, name)) - set(known)
         if unknown:
             parser.error(f"--{name} {', '.join(sorted(unknown))}: known are {', '.join(known)}")
@@ -237,7 +325,11 @@ def main():
                              for row in args.rows}
         print_table(world, everything[world])
     os.makedirs(args.out, exist_ok=True)
-    draw(everything, os.path.join(args.out, "why.png"))
+    if set(MAIN) <= set(args.rows):
+        draw_why(everything, os.path.join(args.out, "why.png"))
+    if set(LOSSES) <= set(args.rows):
+        for world in args.worlds:
+            draw_losses(args, world, args.seeds[0], os.path.join(args.out, f"losses-{world}.png"))
 
 
 if __name__ == "__main__":
