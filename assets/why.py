@@ -8,7 +8,7 @@
 A row is one run of train.py from the shipped backbones, in which everything trains. A world of 200
 facts has 200 pictures, each with a name that nobody can guess (data.Facts). All rows of a seed see
 the same data in the same order, and all but "dense" do the same arithmetic: two experts for each
-token. Prints the table (Markdown), and draws why.png and losses.png into --out.
+token. Prints the table (Markdown), and draws into --out: why.png, losses.png and apart.png.
 
 Each run's numbers are kept in assets/why.jsonl, and are not measured twice: for numbers of your own
 machine, name another file (--results).
@@ -199,7 +199,7 @@ def draw_why(everything, png):
     """A panel for each world: the loss over the number of experts, a thin line for each seed and a
     thick one for their mean."""
     page, pen = generate.blank_page(290 * len(everything) + 10, 240)
-    for panel, (world, results) in enumerate(everything.items()):
+    for k, (world, results) in enumerate(everything.items()):
         counts = [n for n in (2, 4, 8, 16) if f"{n} experts" in results]
         dense = statistics.mean(run["loss"] for run in results["dense"])
         curves = [("dense, half the arithmetic", "#888888", 2, [(n, dense) for n in counts])]
@@ -208,55 +208,55 @@ def draw_why(everything, png):
             curves.append(("", "#a8c8e8", 1, list(zip(counts, losses))))
         means = [statistics.mean(run["loss"] for run in results[f"{n} experts"]) for n in counts]
         curves.append(("top-2", generate.EXPERT_COLORS[0], 3, list(zip(counts, means))))
-        left = 10 + 290 * panel
         high = 1.05 * max(y for *_, points in curves for _, y in points)
-        generate.line_chart(pen, (left, 10, left + 276, 230), curves, TITLES[world],
-                            "experts", "loss", (0, high))
+        generate.line_chart(pen, panel(k), curves, TITLES[world], "experts", "loss", (0, high))
     generate.save_png(page, png)
     print(f"wrote {png}")
 
 
-def draw_losses(args, world, seed, png):
-    """What the losses do, from the logs of runs with and without them."""
-    logs = {row: read_log(folder(args, world, row, seed)) for row in ("4 experts", *LOSSES)}
-    page, pen = generate.blank_page(880, 480)
-    boxes = [(10 + 290 * (k % 3), 10 + 235 * (k // 3), 286 + 290 * (k % 3), 230 + 235 * (k // 3))
-             for k in range(5)]
-
-    # 1. How a layer's tokens are shared out, with and without the losses.
-    for box, row in zip(boxes, ("no losses", "4 experts")):
+def draw_losses(logs, png):
+    """How a layer's tokens are shared out without the losses and with them, and what z does."""
+    page, pen = generate.blank_page(880, 240)
+    for k, (row, name) in enumerate({"no losses": "no losses", "4 experts": "both losses"}.items()):
         curves = []
         for e in range(4):
             points = [(log["step"], log["load"]["connector 0"][e]) for log in logs[row]]
             curves.append((f"{e}", generate.EXPERT_COLORS[e], 2, smooth(points)))
-        title = "connector: " + ("no losses" if row == "no losses" else "both losses")
-        generate.line_chart(pen, box, curves, title, "step", "share", (0, 1))
+        generate.line_chart(pen, panel(k), curves, f"the connector's experts, {name}", "step",
+                            "share", (0, 1))
 
-    # 2. How large logits grow.
     curves = []
-    for row, name, color in (("no losses", "no losses", 3), ("no z loss", "no z", 1),
-                             ("4 experts", "both", 0)):
+    for k, (row, name) in enumerate({"no z loss": "without z", "4 experts": "with z"}.items()):
         points = [(log["step"], log["vision/z"]) for log in logs[row]]
-        curves.append((name, generate.EXPERT_COLORS[color], 2, smooth(points)))
-    generate.line_chart(pen, boxes[2], curves, "z: the logits' size", "step", "z")
-
-    # 3. How far experts grow apart.
-    curves = []
-    for i, name in enumerate(("vision 0", "vision 1", "vision 2", "connector 0")):
-        points = [(log["step"], log["apart"][name]) for log in logs["4 experts"]]
-        curves.append((name.removesuffix(" 0") if "conn" in name else name,
-                       generate.EXPERT_COLORS[i], 2, points))
-    generate.line_chart(pen, boxes[3], curves, "experts grow apart", "step", "")
-
-    # 4. What is learnt.
-    curves = []
-    for row, color in ((SCRATCH, 3), ("4 experts", 0)):
-        points = [(log["step"], log["lm"]) for log in logs[row]]
-        name = "scratch" if row == SCRATCH else "upcycled"
-        curves.append((name, generate.EXPERT_COLORS[color], 2, smooth(points)))
-    generate.line_chart(pen, boxes[4], curves, "from scratch or upcycled", "step", "loss")
+        curves.append((name, generate.EXPERT_COLORS[k], 2, smooth(points)))
+    generate.line_chart(pen, panel(2), curves, "the tower's z: how large logits are", "step", "z",
+                        (0, max(y for *_, points in curves for _, y in points)))
     generate.save_png(page, png)
     print(f"wrote {png}")
+
+
+def draw_apart(logs, png):
+    """How far the copies grow apart, and what it would be to begin without a copy."""
+    page, pen = generate.blank_page(590, 240)
+    curves = []
+    names = {"vision 0": "tower 0", "vision 1": "1", "vision 2": "2", "connector 0": "connector"}
+    for k, (layer, name) in enumerate(names.items()):
+        points = [(log["step"], log["apart"][layer]) for log in logs["4 experts"]]
+        curves.append((name, generate.EXPERT_COLORS[k], 2, points))
+    generate.line_chart(pen, panel(0), curves, "distance between experts", "step", "")
+
+    curves = []
+    for k, (row, name) in enumerate({SCRATCH: "from scratch", "4 experts": "upcycled"}.items()):
+        points = [(log["step"], log["lm"]) for log in logs[row]]
+        curves.append((name, generate.EXPERT_COLORS[k], 2, smooth(points)))
+    generate.line_chart(pen, panel(1), curves, "training loss", "step", "loss")
+    generate.save_png(page, png)
+    print(f"wrote {png}")
+
+
+def panel(k):
+    """The box of the k-th panel in a row."""
+    return (10 + 290 * k, 10, 286 + 290 * k, 230)
 
 
 def read_log(out):
@@ -328,8 +328,10 @@ def main():
     if set(MAIN) <= set(args.rows):
         draw_why(everything, os.path.join(args.out, "why.png"))
     if set(LOSSES) <= set(args.rows):
-        for world in args.worlds:
-            draw_losses(args, world, args.seeds[0], os.path.join(args.out, f"losses-{world}.png"))
+        logs = {row: read_log(folder(args, args.worlds[-1], row, args.seeds[0]))
+                for row in args.rows}
+        draw_losses(logs, os.path.join(args.out, "losses.png"))
+        draw_apart(logs, os.path.join(args.out, "apart.png"))
 
 
 if __name__ == "__main__":

@@ -84,25 +84,26 @@ def test_what_was_measured_is_not_measured_again_and_is_drawn(tmp_path, monkeypa
     assert os.path.exists(tmp_path / "o" / "why.png")
 
 
-def test_the_picture_of_the_losses_shows_the_logs_numbers(tmp_path, monkeypatch):
-    args = type("Args", (), {"out": str(tmp_path)})
+def test_the_pictures_of_the_losses_show_the_logs_numbers(tmp_path, monkeypatch):
+    logs = {}
     for k, row in enumerate(("4 experts", *why.LOSSES)):
-        out = why.folder(args, "100", row, 0)
-        os.makedirs(out)
-        with open(os.path.join(out, "log.jsonl"), "w") as f:
+        with open(tmp_path / "log.jsonl", "w") as f:
             for step in range(40):
                 names = ("vision 0", "vision 1", "vision 2", "connector 0")
                 print(json.dumps({"step": step, "lm": 3.0 - k, "vision/z": 2.0 + k, "apart": dict.fromkeys(names, step / 100),
                                   "load": {"connector 0": [0.1, 0.2, 0.3, 0.4]}}), file=f)
             print(json.dumps({"step": 39, "val_loss": 1.0}), file=f)
+        logs[row] = why.read_log(tmp_path)
     charts = []
-    monkeypatch.setattr(generate, "line_chart", lambda pen, box, lines, title, *_: charts.append((title, lines)))
-    why.draw_losses(args, "100", 0, str(tmp_path / "x.png"))
-    titles = dict(charts)
-    assert [points[0][1] for *_, points in titles["connector: no losses"]] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert [points[-1] for *_, points in titles["z: the logits' size"]] == [(34.5, 3.0), (34.5, 5.0), (34.5, 2.0)]
-    assert titles["experts grow apart"][0][3][7] == (7, 0.07)
-    assert [points[0][1] for *_, points in titles["from scratch or upcycled"]] == [-1.0, 3.0]
+    monkeypatch.setattr(generate, "line_chart", lambda pen, box, lines, title, *_: charts.append(lines))
+    why.draw_losses(logs, str(tmp_path / "x.png"))
+    why.draw_apart(logs, str(tmp_path / "y.png"))
+    without, both, z, apart, loss = charts
+    for chart in (without, both):
+        assert [points[0][1] for *_, points in chart] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert [points[-1] for *_, points in z] == [(34.5, 5.0), (34.5, 2.0)]
+    assert apart[0][3][7] == (7, 0.07) and len(apart) == 4
+    assert [points[0] for *_, points in loss] == [(4.5, -1.0), (4.5, 3.0)]
 
 
 @pytest.mark.parametrize("flags, words", [
