@@ -1531,8 +1531,8 @@ def draw_routing(model, images, png, population=None, n_layers=3):
     counted = "1 image" if len(population) == 1 else f"{len(population)} images"
     draw.text((GAP, bars_bottom - LOAD - 30), f"Expert load: share of first choices, {counted}; "
               "the lines are an even load", "black", FONT)
-    draw.text((GAP, patches_top - 30), f"The patches that each expert is surest of, {counted}",
-              "black", FONT)
+    draw.text((GAP, patches_top - 30), "The patches that each expert is surest of, one an image at "
+              f"most, {counted}", "black", FONT)
     legend(draw, GAP, patches_top + 5, colors, [f"expert {e}" for e in range(n_experts)], dy=pitch)
 
     # 2. A row an image: as the tower gets it, and in the colors of each layer's experts.
@@ -1958,7 +1958,7 @@ def draw_loss(draw, box, stage, rows):
         last = [y for _, y in losses[-10:]]
         title += f": loss {sum(last) / len(last):.3f} at the end"
     if held_out:
-        curves.append((f"held out {held_out[-1][1]:.3f}", "#c0392b", 1, held_out))
+        curves.append(("held out", "#c0392b", 1, held_out))
 
     high = max([y for _, y in losses], default=0)
     line_chart(draw, box, curves, title, "step", y_range=(0, high))
