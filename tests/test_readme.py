@@ -108,7 +108,8 @@ def test_the_grid_of_stages_says_what_trains_in_a_model_of_that_stage(recipe, nu
     found = {part: set() for part in figures.PARTS}
     for name, p in model.named_parameters():
         if "vision.layers.3." not in name:                                         # no loss reaches the last layer's FFN
-            found[part_of(name)].add(("lora" in name, p.requires_grad))
+            is_adapter = "parametrizations" in name and not name.endswith("original")
+            found[part_of(name)].add((is_adapter, p.requires_grad))
     for part, kinds in found.items():
         is_moe = any(isinstance(m, MoE) for n, m in model.named_modules() if part_of(n + ".") == part)
         word = "experts" if is_moe and part != "text.router" else "trains"
