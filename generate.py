@@ -2439,10 +2439,7 @@ def main(argv=None):
             join_processes(args)
 
     # 3. The model, and how it is to answer.
-    model, tokenizer = load(args.model, args.device)
-    check_model(args, model, tokenizer)
-    if args.device == "cpu":
-        store_by_columns(model.text)
+    model, tokenizer = load_to_answer(args)
     generator = torch.Generator(args.device).manual_seed(args.seed + RANK)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                "top_p": args.top_p, "compile": args.compile, "generator": generator}
@@ -2618,6 +2615,16 @@ def folder_and_number(words):
         raise ValueError("--write-drawn takes a folder and a number of questions, "
                          f"not {' '.join(words)}")
     return words[0], int(n)
+
+
+def load_to_answer(args):
+    """-> (the model of --model, its tokenizer); ValueError if it cannot do what the flags ask."""
+    model, tokenizer = load(args.model, args.device)
+    check_model(args, model, tokenizer)
+    # A CPU decodes faster so.
+    if args.device == "cpu":
+        store_by_columns(model.text)
+    return model, tokenizer
 
 
 def check_model(args, model, tokenizer):
