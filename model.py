@@ -1321,24 +1321,31 @@ def merge_state(state, model):
 
 
 def choose_trainable(model, trains):
-    """Set requires_grad for the parts named in `trains`, and for nothing else.
-
-    A part is one of the model's modules ("vision", "connector", "audio", "resampler", "text"), or
-    "text.ffn" (all FFNs of the decoder), "text.moe" (those with experts) or "text.router".
+    """Set requires_grad for the parts named in `trains` (see `part_parameters`), and for nothing
+    else.
 
     Weights that no loss reaches stay frozen even then: DDP insists on a gradient for all others.
     """
     model.requires_grad_(False)
-    ffns = [layer.ffn for layer in model.text.layers]
-    moes = [ffn for ffn in ffns if isinstance(ffn, MoE)]
-    routers = [moe.router for moe in moes]
-    groups = {"text.ffn": ffns, "text.moe": moes, "text.router": routers}
-    for name in trains:
-        group = groups[name] if name in groups else [getattr(model, name)]
-        for weights in group:
-            weights.requires_grad_(True)
+    for part in trains:
+        for p in part_parameters(model, part):
+            p.requires_grad_(True)
     if model.vision is not None:
         freeze_unreached_layers(model.vision)
+
+
+def part_parameters(model, part):
+    """The parameters of one of the model's modules ("vision", "connector", "audio", "resampler",
+    "text"), or of "text.ffn" (all FFNs of the decoder), "text.moe" (those with experts) or
+    "text.router"."""
+    if not part.startswith("text."):
+        return list(getattr(model, part).parameters())
+    ffns = [layer.ffn for layer in model.text.layers]
+    if part != "text.ffn":
+        ffns = [ffn for ffn in ffns if isinstance(ffn, MoE)]
+    if part == "text.router":
+        return [moe.router for moe in ffns]
+    return [p for ffn in ffns for p in ffn.parameters()]
 
 
 def n_needed_layers(vision, with_losses):

@@ -156,7 +156,7 @@ def test_samples_are_no_longer_than_what_the_decoder_learnt_to_read(base, tmp_pa
     save(model, tmp_path / "short", tokenizer)
     args = train.parse(["--stage", "3", "--init", str(tmp_path / "short"), "--out", str(tmp_path / "o")])
     stage = train.settings(args, 3)
-    train.apply_flags(args, stage, model.config)
+    train.apply_flags(args, stage, model)
     assert stage.max_length == 100                                                 # the stage's own would be 256
     with pytest.raises(ValueError, match="--max-length 101: this decoder learnt to read 100 tokens"):
         run(tmp_path / "short", tmp_path / "o", "--stage", 3, "--max-length", 101)
@@ -479,10 +479,10 @@ def test_a_resumed_run_has_each_measurement_once(base, measured, tmp_path):
 def test_what_is_held_out_is_not_learnt(tmp_path):
     samples = list(range(100))
     args = train.parse(["--data", "d.json", "--val-fraction", "0.02"])
-    kept, lengths, held = train.hold_out(args, samples, samples)
-    assert len(held) == 2 and sorted([*kept, *held]) == samples and lengths == list(kept)
+    kept, order, held = train.hold_out(args, samples, {"lengths": samples})
+    assert len(held) == 2 and sorted([*kept, *held]) == samples and order == {"lengths": list(kept)}
     with pytest.raises(ValueError, match="leaves nothing to learn from"):
-        train.hold_out(args, samples[:1], samples[:1])
+        train.hold_out(args, samples[:1], {"lengths": samples[:1]})
 
 
 def test_the_picture_shows_the_held_out_loss(measured):

@@ -762,7 +762,7 @@ ERRORS = {                                           # flags -> words that the m
     "--stage 3 --batch-size 3 --micro-batch 2": "batch size 3 is not a multiple",
     "--steps 0": "--steps = 0 must be at least 1",
     "--batch-size -4": "--batch-size = -4 must be at least 1",
-    "--stage 3 --template nope": "unknown template 'nope'",
+    "--stage 3 --template nope": "--template nope: known are plain, tiny",
     "--stage 3 --max-length 20": "over the limit of 20",
     "--init nowhere": "nowhere: no model folder",
     "--init speechless": "has no tokenizer.json",
@@ -801,7 +801,8 @@ def test_help_names_and_explains_every_flag(capsys, monkeypatch):
 
 def test_flags_arrive_with_their_types():
     args = train.parse("--stage 2 --lr 1e-3 --no-compile --fsdp --data Y --images X --workers 3 --balance-coef 0.2".split())
-    assert (args.stage, args.lr, args.compile, args.fsdp, args.images, args.workers, args.balance_coef) == (2, 1e-3, False, True, "X", 3, 0.2)
+    assert (args.stage, args.lr, args.compile, args.fsdp, args.images, args.workers, args.balance_coef) == (2, "1e-3", False, True, "X", 3, 0.2)
+    assert train.parse("--data Y Z --data X".split()).data == ["Y", "Z", "X"]
     assert train.parse([]) == train.Args(out=os.path.join("out", "tiny"), recipe="cumo") and train.parse(["--compile"]).compile is True
 
 
