@@ -101,13 +101,13 @@ class Stage:
     kind: str = "caption"         # of drawn samples: captions, questions ("chat"), see data.Drawn
     template: str | None = None   # how a conversation is written; None: as the model knows
     lr: float = 1e-3              # the learning rate at its peak
-    part_lrs: dict = field(default_factory=dict)  # that of single parts, where they have their own
     batch_size: int = 64          # samples a step, over all processes
     max_length: int = 2048        # tokens of a sample, those of images included
     routing_losses: bool = True   # do the routers' losses count?
     lora: list | None = None      # adapters on the decoder: [rank, alpha, "ffn" or "all"]
     steps: int | None = None      # None: one epoch of --data
-    name: int | str = 0           # these three are filled in by `settings`
+    name: int | str = 0           # these four are filled in by `settings`
+    part_lrs: dict = field(default_factory=dict)  # parts whose peak is another one
     has_experts: bool = False
     micro_batch: int = 1          # samples in one forward pass of one process
     checksum: str | None = None   # of --data, filled in by `load_samples`
