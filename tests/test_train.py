@@ -239,15 +239,23 @@ def ways(base, tmp_path_factory):
     at = lambda name: os.path.join(folder, name)
     mixed = ["--steps", 3, "--batch-size", 4, "--stage", 3, "--lr", 1e-3, *write_llava(folder, alternating())]
     stage3, three = ["--stage", 3, "--lr", 1e-3], ["--steps", 4, "--save-every", 2, "--batch-size", 4]
+    # What practitioners expect, all at once: a mixture of two files, packed rows, learning rates by part, the best weights
+    file, pictures = write_llava(folder, mixture(), "mixture.json")[1::2]
+    write_llava(folder, [one("red"), one("blue")] * 2, "colors.json")
+    practice = ["--steps", 4, "--batch-size", 4, "--stage", 3, "--lr", "1e-3,text=5e-4,connector=2e-3", "--data", f"{file}:3",
+                f"{folder}/colors.json:2", "--images", pictures, "--pack", "--val-fraction", 0.2, "--val-every", 1, "--keep-best"]
     torch.set_num_threads(1)
     run(base, at("single"), *stage3)
     run(base, at("single mixed"), *mixed)
+    run(base, at("single practice"), *practice)
     jobs = [dict(argv=flags(base, at("ddp"), *stage3)),
             dict(argv=flags(base, at("fsdp"), *stage3, "--fsdp")),
             dict(argv=flags(base, at("ddp micro"), *stage3, "--micro-batch", 2)),
             dict(argv=flags(base, at("fsdp micro"), *stage3, "--fsdp", "--micro-batch", 2)),
             dict(argv=flags(base, at("ddp mixed"), *mixed)),
             dict(argv=flags(base, at("fsdp mixed"), *mixed, "--fsdp")),
+            dict(argv=flags(base, at("ddp practice"), *practice)),
+            dict(argv=flags(base, at("fsdp practice"), *practice, "--fsdp")),
             dict(argv=flags(base, at("odd"), *stage3, "--batch-size", 3)),
             dict(argv=flags(base, at("fsdp stopped"), *stage3, "--fsdp"), fault="interrupt", at=3, rank=1),
             dict(argv=flags(base, at("fsdp stopped"), *stage3, "--fsdp", "--resume")),
@@ -288,6 +296,13 @@ def test_a_process_without_pictures_does_not_hang_and_changes_nothing(ways, way)
         shares.append(next(iter(d.Batches(4, 4, 2, 0, 0, rank, 2, lengths))))
     assert sorted(any("image" in alternating()[i] for i in share) for share in shares) == [False, True]    # else this tests nothing
     assert_same_run(f"{ways[0]}/{way}", f"{ways[0]}/single mixed")
+
+
+@pytest.mark.parametrize("way", ["ddp practice", "fsdp practice"])
+def test_two_processes_mix_pack_and_keep_the_best_as_one(ways, way):
+    assert [r["val_loss"] > 1 for r in rows(f"{ways[0]}/{way}") if "val_loss" in r] == [True] * 4
+    assert set(rows(f"{ways[0]}/{way}")[0]["lr"]) == {"others", "text", "connector"}
+    assert_same_run(f"{ways[0]}/{way}", f"{ways[0]}/single practice")
 
 
 def test_a_batch_that_two_processes_cannot_share_is_an_error(ways):
