@@ -409,7 +409,8 @@ class Args:
         None, "model folder to start from, of any layout; default: what the stage before "
         "left in --out")
     out: str | None = flag(
-        None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
+        None, "folder for the model, checkpoints, log and pictures (default: out/PRESET; without a "
+        "preset, out/ and the name of --llm)")
     resume: bool = flag(
         False, "go on with the run in --out, exactly, and with its flags; those of speed and "
         "memory may be given anew")
@@ -957,7 +958,7 @@ def catch_signals():
 
 
 class Log:
-    """The progress bar, and log.jsonl: one JSON object a step.
+    """The progress bar, and log.jsonl: one JSON object a step (the README says what is in it).
 
     A resumed run drops the lines behind its checkpoint, so that each step stands there once.
     """
@@ -2657,6 +2658,8 @@ def check_model(args, stage, model, tokenizer, source):
         raise ValueError(f"{source}: a language model alone, without the vision tower and "
                          "connector that training needs")
     config = model.config
+    if args.stage is None:
+        data.check_end_mark(tokenizer, args.template or config.template)  # not first in stage 2
     wants_ear = args.recipe == "uni-moe" or {"audio", "resampler"} & set(stage.trains)
     if wants_ear and config.audio is None:
         raise ValueError(f"{source}: hears nothing; --trains {','.join(stage.trains)} of "

@@ -13,6 +13,7 @@ from model import part_parameters
 from test_train import (assert_same_run, base, interrupt_at, mixture, one, quiet_machine, rows, run, same, say, towers,  # noqa: F401
                         weights, write_llava)
 from upcycle import load, upcycle
+from upcycle import main as upcycle_main
 from upcycle import parse as upcycle_parse
 
 
@@ -295,6 +296,14 @@ def test_what_only_the_model_or_the_data_can_tell_is_one_line_too(base, folder):
 def test_upcycle_checks_its_scales_in_the_same_words(scales, tmp_path):
     with pytest.raises(ValueError, match="--scales .*: whole numbers from 1 to 16"):
         upcycle_parse(["--vision", "A", "--llm", "B", "--scales", scales, "--out", str(tmp_path / "o")])
+
+
+def test_a_template_is_for_what_is_talked_to_and_fits_before_stage_1(base, towers, tmp_path, monkeypatch):  # noqa: F811
+    with pytest.raises(ValueError, match="--template vicuna: .* is a tower alone"):
+        upcycle_main(["--from", towers[0][1], "--to", "hf-clip", "--template", "vicuna", "--out", str(tmp_path / "o")])
+    with pytest.raises(ValueError, match="does not know <.im_start.>"):
+        run(base, tmp_path / "run", "--template", "chatml", "--steps", 1)
+    assert not os.path.exists(tmp_path / "run" / "log.jsonl")
 
 
 def test_a_stages_row_is_not_changed_by_a_run():
