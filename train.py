@@ -376,9 +376,58 @@ def flag(default, help: str, **limits):
     at_least, above, at_most, choices: the values that will do; parts: the same, of a list with
     commas. Where the flag would do nothing, it is refused: belongs_to names another flag that must
     be given too (or one of several), not_with one that must not be given, recipes those that know
-    it, and with of_experts there must be a stage with experts.
+    it, and with of_experts there must be a stage with experts. read: the function that reads the
+    flag's text, or raises ValueError.
     """
     return field(default=default, metadata={"help": help, **limits})
+
+
+def read_rates(text):
+    """--lr: "2e-5" -> {"others": 2e-5}, "text=2e-5,connector=1e-3" -> {"text": 2e-5, ...}."""
+    if text is None:
+        return {}
+    rates = {}
+    for item in text.split(","):
+        part, _, number = item.rpartition("=")
+        part = part or "others"
+        if part not in (*PARTS, "others"):
+            raise ValueError(f"--lr {text}: {part!r} is no part; known are {', '.join(PARTS)}")
+        if part in rates:
+            raise ValueError(f"--lr {text}: gives {part} two learning rates")
+        try:
+            rates[part] = float(number)
+        except ValueError:
+            rates[part] = math.nan
+        if not 0 <= rates[part] < math.inf:
+            raise ValueError(f"--lr {text}: {number!r} is no learning rate; give one (2e-5), or "
+                             "one for each part that you name (connector=1e-3,text=2e-5)")
+    return rates
+
+
+def files_and_weights(texts):
+    """--data: ["a.json:3", "b.json:1"] -> (["a.json", "b.json"], [3.0, 1.0]). Without weights these
+    are None."""
+    files = []
+    weights = []
+    for text in texts:
+        file, colon, number = text.rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        # A colon may belong to the name.
+        is_name = math.isnan(weight) and not os.path.exists(file)
+        if not colon or is_name or os.path.exists(text):
+            files.append(text)
+            continue
+        if not 0 < weight < math.inf:
+            raise ValueError(f"--data {text}: {number!r} is no weight; give one above 0, as in "
+                             f"{file}:2")
+        files.append(file)
+        weights.append(weight)
+    if weights and len(weights) < len(files):
+        raise ValueError(f"--data {' '.join(texts)}: give each file a weight, or none")
+    return files, weights or None
 
 
 @dataclass
@@ -401,7 +450,8 @@ class Args:
         "says which chat template it knows")
     scales: str | None = flag(
         None, "stage 1 of a real model: S2 scales at which it reads an image; 1,3: also three "
-        "times enlarged, in 9 crops (default: the preset's, or 1)", belongs_to=("vision",))
+        "times enlarged, in 9 crops (default: the preset's, or 1)", read=read_scales,
+        belongs_to=("vision",))
     audio: str | None = flag(
         None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing",
         recipes=("uni-moe",), belongs_to=("vision",))
@@ -419,7 +469,8 @@ class Args:
         None, "train on these LLaVA .json or .jsonl files instead of the drawn scenes. Several are "
         "joined; or mixed, with a weight behind each: a.json:3 b.json:1 draws three samples of "
         "four from a.json. An epoch then still has as many samples as the files together, but "
-        "those of a small file with a large weight come several times", metavar="FILE[:WEIGHT]")
+        "those of a small file with a large weight come several times", metavar="FILE[:WEIGHT]",
+        read=files_and_weights)
     images: str = flag(
         "", "folder that the paths in all --data files (sounds and videos too) are relative to, "
         "as LLaVA's --image_folder", belongs_to=("data",))
@@ -434,7 +485,7 @@ class Args:
         "--save-every", at_least=1, belongs_to=("val", "val_fraction"))
     keep_best: bool = flag(
         False, "save the weights of the measurement with the lowest loss on held-out data, not the "
-        "last ones; until the end they lie in a checkpoint of their own",
+        "last ones; every measurement that is better than all before writes a checkpoint",
         belongs_to=("val", "val_fraction"))
     facts: int | None = flag(
         None, "learn the names of so many pictures instead of the drawn scenes: how much can the "
@@ -478,7 +529,8 @@ class Args:
     lr: str | None = flag(
         None, "peak learning rate, between a linear warm-up and a cosine to zero: of all that "
         "trains (2e-5); or of parts, named as for --trains (connector=1e-3,text=2e-5), while the "
-        "others keep the stage's; the narrower name holds (text=1e-5,text.router=1e-4)")
+        "others keep the stage's; the narrower name holds (text=1e-5,text.router=1e-4)",
+        read=read_rates)
     warmup: float = flag(0.03, "share of the steps that warms up", at_least=0, at_most=1)
     weight_decay: float = flag(0.0, "weight decay of AdamW, on matrices alone", at_least=0)
     grad_clip: float = flag(1.0, "largest gradient norm; inf: any", above=0, at_most=math.inf)
@@ -677,28 +729,6 @@ def settings(args, name, world=None, preset=None):
     usual = share if preset in DRAWN else 4
     stage.micro_batch = min(args.micro_batch or usual, share)
     return stage
-
-
-def read_rates(text):
-    """--lr: "2e-5" -> {"others": 2e-5}, "text=2e-5,connector=1e-3" -> {"text": 2e-5, ...}."""
-    if text is None:
-        return {}
-    rates = {}
-    for item in text.split(","):
-        part, _, number = item.rpartition("=")
-        part = part or "others"
-        if part not in (*PARTS, "others"):
-            raise ValueError(f"--lr {text}: {part!r} is no part; known are {', '.join(PARTS)}")
-        if part in rates:
-            raise ValueError(f"--lr {text}: gives {part} two learning rates")
-        try:
-            rates[part] = float(number)
-        except ValueError:
-            rates[part] = math.nan
-        if not 0 <= rates[part] < math.inf:
-            raise ValueError(f"--lr {text}: {number!r} is no learning rate; give one (2e-5), or "
-                             "one for each part that you name (connector=1e-3,text=2e-5)")
-    return rates
 
 
 def choose_lora(args, lora, is_meant):
@@ -1332,30 +1362,6 @@ def load_files(args, stage, config):
     stage.checksum = contents.hexdigest()
     fit_to_data(args, stage, len(samples))
     return samples, order, held_out
-
-
-def files_and_weights(texts):
-    """--data: ["a.json:3", "b.json:1"] -> (["a.json", "b.json"], [3.0, 1.0]). Without weights these
-    are None."""
-    files = []
-    weights = []
-    for text in texts:
-        file, colon, number = text.rpartition(":")
-        # A colon may belong to the name.
-        if not colon or os.path.exists(text) or not os.path.exists(file):
-            files.append(text)
-            continue
-        files.append(file)
-        try:
-            weights.append(float(number))
-        except ValueError:
-            weights.append(math.nan)
-        if not 0 < weights[-1] < math.inf:
-            raise ValueError(f"--data {text}: {number!r} is no weight; give a number above 0, as in "
-                             f"{file}:2")
-    if weights and len(weights) < len(files):
-        raise ValueError(f"--data {' '.join(texts)}: give each file a weight, or none")
-    return files, weights or None
 
 
 def print_padding(args, stage, samples, by_length, order):
@@ -2541,10 +2547,6 @@ def validate(args):
                          "for --init")
     if args.plan and "preset" not in args.given and (args.vision or args.init):
         raise ValueError("--plan counts a preset, not a folder: give --preset")
-    if args.scales:
-        read_scales(args.scales)
-    if args.data:
-        files_and_weights(args.data)
     check_rates(args)
 
 
@@ -2584,6 +2586,8 @@ def check_limits(f, value):
 
     if value not in limits.get("choices", (value,)):
         raise ValueError(f"{name} {value}: known are {', '.join(map(str, limits['choices']))}")
+    if "read" in limits:
+        limits["read"](value)
     if "parts" in limits:
         for part in value.split(","):
             if part not in limits["parts"]:

@@ -264,6 +264,7 @@ WRONG = {                                            # flags -> words that the o
     "--lr audio=1e-3": "audio does not train",
     "--data FOLDER/a.json:0": "'0' is no weight",
     "--data FOLDER/a.json:x": "'x' is no weight",
+    "--data missing.json:inf": "'inf' is no weight",
     "--data FOLDER/a.json:1 FOLDER/b.json:-1": "'-1' is no weight",
     "--data FOLDER/a.json:2 FOLDER/b.json": "give each file a weight, or none",
     "--keep-best": "--keep-best does nothing without --val or --val-fraction",

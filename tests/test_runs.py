@@ -71,7 +71,7 @@ def test_resume_alone_goes_on_with_the_flags_of_the_run(stopped, whole, tmp_path
     resume(out, "--save-every", 3)                                                 # a flag that may differ
     assert_is(out, whole)
     kept = json.loads(read(out, "run.json"))
-    assert kept["flags"]["lr"] == 1e-3 and kept["flags"]["save_every"] == 3 and kept["done"] == [3]
+    assert kept["flags"]["lr"] == "0.001" and kept["flags"]["save_every"] == 3 and kept["done"] == [3]
 
 
 @pytest.mark.parametrize("version", ["this", "earlier"])
