@@ -184,13 +184,11 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
 
             # 5. Log; now and then also the loss on held-out data.
             log.write(step, losses, loads, apart, lr, norm, totals.images, begin, waited)
-            is_best = measure_held_out(args, stage, model, wrapped, held_out, log, step, device,
-                                       counts)
+            is_best = measure_held_out(args, stage, model, wrapped, held_out, log, step, counts)
 
             # 6. Save, now and then and at Ctrl-C. After the last step the model itself is saved.
             stop = totals.signals > 0
-            is_due = stop or is_best or (step + 1) % args.save_every == 0
-            if step < stage.steps - 1 and is_due:
+            if step < stage.steps - 1 and (stop or is_best or (step + 1) % args.save_every == 0):
                 write_checkpoint(args, stage, model, optimizer, experts, step + 1, counts)
                 if stop:
                     stop_run(args, stage, step + 1)
@@ -1076,7 +1074,7 @@ def drop_lines(path, name, first):
     write_atomically(path, write)
 
 
-def measure_held_out(args, stage, model, wrapped, held_out, log, step, device, counts):
+def measure_held_out(args, stage, model, wrapped, held_out, log, step, counts):
     """The language loss on held_out, every --val-every steps and after the last one -> the log.
 
     Returns whether these weights are to be kept: with --keep-best, if there were no better ones.
@@ -1097,6 +1095,7 @@ def measure_held_out(args, stage, model, wrapped, held_out, log, step, device, c
                          num_workers=args.workers)
 
     # The mean is over all labels: (sum of losses, their number).
+    device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
     for i, batch in enumerate(batches):

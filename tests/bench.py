@@ -457,17 +457,17 @@ def mixed_conversations(n: int, seed: int) -> list:
     return samples
 
 
-def bench_pack(n_batches: int = 4, repeat: int = 3):
-    """Forward and backward of preset tiny, stage 3, in batches of 64: drawn by chance, of like
+def bench_pack(n_batches: int = 4, batch_size: int = 64, repeat: int = 3):
+    """Forward and backward of preset tiny, stage 3, in batches that are drawn by chance, of like
     lengths, and drawn by chance and packed."""
-    args = train.parse(["--device", "cpu"])
+    args = train.parse(["--device", "cpu", "--batch-size", str(batch_size)])
     device = train.prepare_device(args)
     stage = train.settings(args, 3)
     config, _ = train.planned(args, stage)
     torch.manual_seed(0)
     model = CuMo(config).train()
     tokenizer = load_backbones(train.BACKBONES)[1]
-    n = n_batches * stage.batch_size
+    n = n_batches * batch_size
     encoded = data.Encoded(mixed_conversations(n, 0), tokenizer, "tiny",
                            data.picture_format(config.vision), config.n_image_tokens,
                            stage.max_length)
@@ -479,7 +479,7 @@ def bench_pack(n_batches: int = 4, repeat: int = 3):
     for name, collate, order in (("drawn by chance", data.collate, None),
                                  ("of like lengths", data.collate, lengths),
                                  ("packed (--pack)", packed, None)):
-        epoch = data.Batches(n, stage.batch_size, stage.batch_size, lengths=order).epoch(0)
+        epoch = data.Batches(n, batch_size, batch_size, lengths=order).epoch(0)
         batches[name] = [collate([items[i] for i in batch]) for batch in epoch.tolist()]
 
     def run(name):
@@ -490,7 +490,7 @@ def bench_pack(n_batches: int = 4, repeat: int = 3):
     runs = {name: functools.partial(run, name) for name in batches}
     seconds = median_seconds(runs, "cpu", repeat)
     print(f"{name_of('cpu')}, tiny, stage 3: {n} samples of {min(lengths)} to {max(lengths)} tokens "
-          f"(mean {sum(lengths) / n:.0f}), {stage.batch_size} a batch; median of {repeat}")
+          f"(mean {sum(lengths) / n:.0f}), {batch_size} a batch; median of {repeat}")
     print(f"{'batches':16} {'padding':>8} {'rows a batch':>13} {'samples/s':>10} {'time / packed':>14}")
     for name, t in seconds.items():
         tokens = [batch["tokens"] for batch in batches[name]]
