@@ -323,7 +323,9 @@ def collate_packed(samples, row_length):
         positions   0    1  2   3 4    5 0   1 2  3 0
 
     The losses are those of `collate`. (But where a decoder's experts have a capacity, who comes
-    first is served first, and here the samples are in another order.)
+    first is served first, and here the samples are in another order.) Attention computes a whole
+    row and then masks it, so a row should not be much longer than its samples, unless the model is
+    so wide that attention is a small part of the work.
     """
     rows = pack([len(sample["tokens"]) for sample in samples], row_length)
     rows = [[samples[i] for i in row] for row in rows]

@@ -60,6 +60,14 @@ def test_without_a_preset_hyperparameters_go_by_the_models_size(towers, monkeypa
     assert values(by_size(towers, monkeypatch, 10, 10, "--preset", "tiny")[1])[1:] == (64, 256, 64, 100)
 
 
+def test_all_stages_run_without_a_preset(towers, tmp_path, capsys):  # noqa: F811
+    train.main([*towers[0], *towers[1], "--scales", "1,2", "--steps", "1", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "o")])
+    config = load(str(tmp_path / "o"))[0].config
+    assert (config.template, config.vision.scales, config.connector.n_experts) == ("tiny", [1, 2], 4)
+    text = capsys.readouterr().out
+    assert "nanoCuMo llm on 1 x cpu" in text and text.count("template plain") == 1 and text.count("template tiny") == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Mixtures of files
 
