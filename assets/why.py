@@ -65,9 +65,15 @@ FLAGS = ROWS | LOSSES
 WORLDS = {
     "100": "--facts 100",
     "200": "--facts 200",
+    "400": "--facts 400 --steps 2000",
     "skills": "",
 }
-TITLES = {"100": "100 facts", "200": "200 facts", "skills": "skills (drawn scenes)"}
+TITLES = {
+    "100": "100 facts",
+    "200": "200 facts",
+    "400": "400 facts, twice as long",
+    "skills": "skills (drawn scenes)",
+}
 
 # Small steps in small batches: what is memorised best in a given time, of what was tried.
 RECIPE = "--stage 3 --lr 5e-4 --batch-size 16 --steps 1000 --eval-questions 600"

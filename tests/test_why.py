@@ -108,7 +108,7 @@ def test_the_pictures_of_the_losses_show_the_logs_numbers(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("flags, words", [
     (["--rows", "32 experts"], "--rows 32 experts: known are dense, 2 experts"),
-    (["--worlds", "300"], "--worlds 300: known are 100, 200, skills")])
+    (["--worlds", "300"], "--worlds 300: known are 100, 200, 400, skills")])
 def test_rows_and_worlds_that_are_not_there_are_named(flags, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["why.py", *flags])
     with pytest.raises(SystemExit):
