@@ -1259,10 +1259,13 @@ def fit_to_size(args, stage, model):
         return
     _, activated = [sum(column) for column in zip(*count_parameters(model).values())]
     fitting = [size for size, limit in SIZES.items() if activated < limit]
-    if fitting and fitting[0] == "tiny":
-        return  # as if --preset tiny was given
     size = fitting[0] if fitting else "large"
+    # The default preset is a tiny one already.
+    if size == "tiny":
+        return
+
     vars(stage).update(vars(settings(args, stage.name, preset=size)))
+    # A run of this size is long enough for compilation to pay.
     if "compile" not in args.given:
         args.compile = args.device != "cpu" and torch.cuda.is_available()
     say(f"stage {stage.name}: no --preset; {activated / 1e9:.2f}B activated parameters: the values "
@@ -1334,26 +1337,21 @@ def load_samples(args, stage, config, tokenizer):
 
 def load_files(args, stage, config):
     """The samples of --data, as load_samples returns them, but not yet encoded."""
+    # 1. Read all files, as one data set.
     files, weights = files_and_weights(args.data)
     parts = [data.LlavaJson(file, args.images) for file in files]
-    samples = ConcatDataset(parts)
     lengths = [part.lengths(config.n_image_tokens, config.n_audio_tokens) for part in parts]
     order = {"lengths": list(chain(*lengths))}  # batches of like lengths have less padding
     if weights:
-        order["sources"] = [i for i, part in enumerate(parts) for _ in part]
-    samples, order, held_out = hold_out(args, samples, order)
+        order["sources"] = list(chain(*([i] * len(part) for i, part in enumerate(parts))))
 
+    # 2. Hold some out, and mix the others.
+    samples, order, held_out = hold_out(args, ConcatDataset(parts), order)
     if weights:
         order["shares"] = [weight / sum(weights) for weight in weights]
-        for i, share in enumerate(order["shares"]):
-            n = order["sources"].count(i)
-            n_drawn = share * len(samples)
-            if n == 0 or n_drawn < 1:
-                raise ValueError(f"--data {args.data[i]}: gives no sample to an epoch of "
-                                 f"{len(samples)}: give it a larger weight, or leave it out")
-            say(f"{files[i]}: {share:.1%} of an epoch, {n_drawn / n:.3g} times its {n} samples")
+        check_shares(args, files, order)
 
-    # A resumed run must go on with the same data.
+    # 3. A resumed run must go on with the same data.
     contents = hashlib.sha256()
     for file in [*files, args.val]:
         if file:
@@ -1361,6 +1359,18 @@ def load_files(args, stage, config):
     stage.checksum = contents.hexdigest()
     fit_to_data(args, stage, len(samples))
     return samples, order, held_out
+
+
+def check_shares(args, files, order):
+    """Say what each file gives to an epoch. ValueError if one of them gives nothing."""
+    n_epoch = len(order["sources"])
+    for i, share in enumerate(order["shares"]):
+        n = order["sources"].count(i)
+        n_drawn = share * n_epoch
+        if n == 0 or n_drawn < 1:
+            raise ValueError(f"--data {args.data[i]}: gives no sample to an epoch of {n_epoch}: "
+                             "give it a larger weight, or leave it out")
+        say(f"{files[i]}: {share:.1%} of an epoch, {n_drawn / n:.3g} times its {n} samples")
 
 
 def print_padding(args, stage, samples, by_length, order):

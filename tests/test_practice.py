@@ -102,10 +102,12 @@ def test_a_mixture_goes_on_exactly_and_is_the_same_for_any_number_of_processes(l
 
 
 def test_a_run_on_a_mixture_says_its_shares_and_resumes_exactly(base, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
-    files = ["--data", f"{folder / 'a.json'}:1", f"{folder / 'b.json'}:3", "--images", str(folder), "--batch-size", 4, "--steps", 6]
+    broken = {"conversations": "hello"}                                            # is replaced, as in a single file
+    write_llava(folder, [*mixture()[:15], broken], "broken.json")
+    files = ["--data", f"{folder / 'broken.json'}:1", f"{folder / 'b.json'}:3", "--images", str(folder), "--batch-size", 4, "--steps", 6]
     whole = run(base, tmp_path / "whole", "--stage", 3, *files)
     text = capsys.readouterr().out
-    assert "a.json: 25.0% of an epoch, 0.312 times its 16 samples" in text and "b.json: 75.0% of an epoch, 3.75 times its 4 samples" in text
+    assert "broken.json: 25.0% of an epoch, 0.312 times its 16 samples" in text and "b.json: 75.0% of an epoch, 3.75 times its 4 samples" in text
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 3)
         run(base, tmp_path / "o", "--stage", 3, *files)
@@ -121,7 +123,7 @@ def test_a_run_on_a_mixture_says_its_shares_and_resumes_exactly(base, folder, tm
     finally:
         (folder / "b.json").write_text(old)
     with pytest.raises(ValueError, match=r"was written with .*data \['"):
-        run(base, tmp_path / "other", "--stage", 3, "--resume", "--data", f"{folder / 'a.json'}:2", f"{folder / 'b.json'}:3",
+        run(base, tmp_path / "other", "--stage", 3, "--resume", "--data", f"{folder / 'broken.json'}:2", f"{folder / 'b.json'}:3",
             "--images", str(folder))
 
 
