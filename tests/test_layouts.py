@@ -525,7 +525,7 @@ def test_image_aspect_ratio_says_whether_pictures_are_padded_or_cropped(hf, aspe
 
 
 @pytest.mark.parametrize("aspect, preprocessor, words", [
-    ("anyres", None, "image_aspect_ratio 'anyres'"), ("pad", dict(resample=2), "resample = 2"), ("pad", dict(do_normalize=False), "do_normalize"),
+    ("anyres", None, "image_aspect_ratio 'anyres'"), ("pad", dict(resample=1), "resample = 1"), ("pad", dict(do_normalize=False), "do_normalize"),
     ("square", dict(do_center_crop=False), "do_center_crop"), ("pad", dict(image_std=[0, 1, 1]), "vision.image_std"),
     ("pad", dict(image_mean=0.5), "vision.image_mean"), ("pad", dict(image_mean=["a", 1, 1]), "vision.image_mean")])
 def test_pictures_of_another_make_are_refused_by_name(hf, aspect, preprocessor, words, tmp_path):

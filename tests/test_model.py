@@ -88,7 +88,11 @@ def test_presets_do_not_share_lists(monkeypatch):
     (dict(text=dict(n_experts=2, top_k=0)), "text: top_k = 0"),
     (dict(text=dict(n_experts=-1)), "text.n_experts = -1"),
     (dict(connector=dict(n_experts=10**20)), "connector.n_experts = 1000"),
-    (dict(vision=dict(image_size=50, patch_size=8)), "50 .* 8"),
+    (dict(vision=dict(image_size=5, patch_size=8)), "5 .* 8"),
+    (dict(vision=dict(image_size=50, patch_size=8), connector=dict(pixel_shuffle=4)), "connector.pixel_shuffle = 4 .* 6 x 6"),
+    (dict(connector=dict(pixel_shuffle=0)), "connector.pixel_shuffle = 0"),
+    (dict(vision=dict(post_norm=True)), "vision.post_norm .* -1, not -2"),
+    (dict(vision=dict(n_prefix_tokens=2)), "vision.n_prefix_tokens = 2"),
     (dict(vision=dict(n_layers=3, n_experts=[4, 4])), "lists 2 layers.* 3"),
     (dict(text=dict(n_layers=2, n_experts=[4, 4, 0])), "lists 3 layers.* 2"),
     (dict(vision=dict(dim=30, n_heads=4)), "vision.dim = 30"),
@@ -119,7 +123,7 @@ def test_presets_do_not_share_lists(monkeypatch):
     (dict(text=dict(n_layers=10**9)), "text.n_layers = 1000000000 must be a whole number from 1 to 1000"),
     (dict(text=dict(n_experts="4")), "text.n_experts = '4' must be a whole number from 0 to 1e.06 or a list, each"),
     (dict(text=dict(n_experts=[4.0] * 32)), "text.n_experts = .4.0"),
-    (dict(text=dict(act=[])), r"text.act = \[\] must be one of gelu, quick_gelu, silu"),
+    (dict(text=dict(act=[])), r"text.act = \[\] must be one of gelu, gelu_pytorch_tanh, quick_gelu, silu"),
     (dict(text=dict(capacity_factor="1")), "text.capacity_factor = '1'"),
     (dict(text=dict(min_capacity=-1)), "text.min_capacity = -1"),
     (dict(text=dict(qkv_bias="no")), "text.qkv_bias = 'no' must be true or false"),
@@ -175,9 +179,9 @@ def test_features_are_the_select_layers_without_cls(tiny_model, select, n_expert
     want = hidden_states(tower, images)[select][:, 1:]
     for aux in (None, []):                                                   # collecting runs more layers, and changes nothing
         torch.testing.assert_close(tower(images, aux), want, rtol=1e-4, atol=1e-5)
-    last, selected = tower.encode(images, both=True)
+    last, features = tower.encode(images, both=True)
     torch.testing.assert_close(last, hidden_states(tower, images)[-1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(selected[:, 1:], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [2, 3])
