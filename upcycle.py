@@ -913,6 +913,9 @@ def tower_files(vision, file):
 def decoder_json(text, template):
     """config.json of a Hugging Face decoder, but for the tokens that begin and end a text. Raises
     ValueError where none has such a shape."""
+    if sum([any(text.n_experts), text.qkv_bias, text.qk_norm]) > 1:
+        raise ValueError("text: of experts, QKV bias, and norms on queries and keys, no supported "
+                         "Hugging Face decoder has more than one")
     # The family of decoders that this one belongs to.
     kind = "llama"
     more = {}
@@ -1878,9 +1881,6 @@ def check_mixtral(text):
     factor = text.capacity_factor or text.eval_capacity_factor
     if len(set(text.n_experts)) > 1:
         raise ValueError("text: experts in some layers only; no Hugging Face decoder has that")
-    if text.qkv_bias or text.qk_norm:
-        raise ValueError("text: experts together with QKV bias or norms on queries and keys; no "
-                         "supported Hugging Face decoder has both")
     if factor:
         raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
                          "drop tokens")
