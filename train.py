@@ -2288,6 +2288,8 @@ def smallest_fit(args, stage):
         if not args.checkpointing and fits(args, stage, gpus, True, False):
             return f"{gpus} GPUs with --fsdp"
         if fits(args, stage, gpus, True, True):
+            if gpus == 1:
+                return "1 GPU with --checkpointing"
             return f"{gpus} GPUs with --fsdp --checkpointing"
     return "none. Try a smaller --micro-batch"
 

@@ -219,7 +219,7 @@ def test_plan_of_all_stages_and_what_does_not_fit(capsys):
     train.main("--preset tiny --plan --device cpu --gpu-gb 1 --steps 7 --batch-size 64 --peak-tflops 1e-6".split())
     text = capsys.readouterr().out
     assert [f"stage {i}" in text for i in (1, 2, 3)] == [True] * 3 and text.count("7 steps") == 3 and "448 samples" in text
-    assert "does NOT fit into 1 GB; the smallest number (1, 2, 4, 8...) that does: 1 GPUs with --fsdp --checkpointing" in text
+    assert "does NOT fit into 1 GB; the smallest number (1, 2, 4, 8...) that does: 1 GPU with --checkpointing" in text
     with pytest.raises(ValueError, match="not a multiple of --gpus 3"):
         train.main(["--plan", "--gpus", "3"])
 

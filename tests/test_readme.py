@@ -2,7 +2,9 @@
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +56,22 @@ def test_upcycling_the_shipped_backbones_changes_nothing():
 def test_four_of_eight_tokens_are_dropped_at_capacity_factor_one():
     one, two = (eval(line) for line in run(snippet_with("capacity_factor=1.0")))
     assert [w > 0 for w in one] == [True] * 4 + [False] * 4 and all(w > 0 for w in two)
+
+
+def test_the_cauldron_becomes_llavas_json(tmp_path, monkeypatch):
+    """With one subset's rows in the place of the download."""
+    from PIL import Image
+
+    import data
+    texts = [{"user": "What is it?", "assistant": "A ring."}, {"user": "Red?", "assistant": "Yes."}]
+    rows = [{"images": [Image.new("L", (9, 7))] * 2, "texts": texts}]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *names, split: rows))
+    monkeypatch.chdir(tmp_path)
+    snippet, = re.findall(r"```py\n(.*?)```", TEXT, re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    sample = data.LlavaJson("cauldron.json", "cauldron")[0]
+    assert [data.load_image(file, 8).shape for file in sample["images"]] == [(3, 8, 8)] * 2
+    assert [turn["value"] for turn in sample["conversations"]] == ["<image>\n<image>\nWhat is it?", "A ring.", "Red?", "Yes."]
 
 
 def test_no_line_of_text_is_too_wide():

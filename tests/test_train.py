@@ -951,11 +951,13 @@ def test_a_pixel_shuffle_is_the_presets_or_the_flags_and_only_a_new_connector_ha
     args = train.parse(["--preset", "cumo-smol", "--plan", "--pixel-shuffle", "3"])
     with pytest.raises(ValueError, match="pixel_shuffle = 3 does not divide the 14 x 14 patches"):
         train.planned(args, train.settings(args, 1))
-    go = ["--batch-size", "4", "--eval-questions", "4", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "o")]
-    train.main([*go, "--stage", "1", "--pixel-shuffle", "3"])
-    assert load(str(tmp_path / "o/stage1"))[0].config.n_image_tokens == 4
+    args = train.parse(["--pixel-shuffle", "3"])
+    model, tokenizer = train.load_model(args, train.settings(args, 1), train.BACKBONES, None)
+    assert model.config.n_image_tokens == 4
+    save(model, str(tmp_path), tokenizer)
+    args = train.parse(["--stage", "2", "--pixel-shuffle", "2"])
     with pytest.raises(ValueError, match="--pixel-shuffle 2: .* was trained with 3; only stage 1"):
-        train.main([*go, "--stage", "2", "--pixel-shuffle", "2"])
+        train.load_model(args, train.settings(args, 2), str(tmp_path), None)
 
 
 def test_the_presets_for_one_gpu_have_learning_rates_of_their_size():
