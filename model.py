@@ -1736,8 +1736,7 @@ PRESETS = {
         template="vicuna",
     ),
     # CuMo around the parts of nanoVLM-222M (github.com/huggingface/nanoVLM, v0.1): SigLIP-B/16-224,
-    # SmolLM2-135M (arXiv 2502.02737), 49 tokens an image. Nearly all of it trains on a consumer's
-    # GPU.
+    # SmolLM2-135M (arXiv 2502.02737), 49 tokens an image. A consumer's GPU trains it.
     "cumo-smol": dict(
         vision=dict(**SIGLIP_B, image_size=224),
         connector=dict(n_experts=4, pixel_shuffle=2),
@@ -1754,9 +1753,9 @@ PRESETS = {
         ),
         template="chatml",
     ),
-    # The same around Qwen3-0.6B (arXiv 2505.09388), with nanoVLM's tower of today, SigLIP2-B/16-512:
-    # 1024 patches, 64 tokens. (With experts SigLIP2-so400m has 1.2B weights, twice as many as this
-    # decoder, and no GPU of 24 GB trains them.)
+    # The same around Qwen3-0.6B (arXiv 2505.09388), with nanoVLM's tower of today, which is
+    # SigLIP2-B/16-512: 1024 patches, 64 tokens. (With experts SigLIP2-so400m has 1.2B weights, twice
+    # as many as this decoder, and no GPU of 24 GB trains them.)
     "cumo-qwen3": dict(
         vision=dict(**SIGLIP_B, image_size=512),
         connector=dict(n_experts=4, pixel_shuffle=4),

@@ -323,10 +323,10 @@ TINY_UNI_MOE = {
     2: dict(lr=2e-3, batch_size=64, steps=200, max_length=352),
     3: dict(lr=1e-3, batch_size=64, steps=300, max_length=352),
 }
-# nanoVLM's learning rates (github.com/huggingface/nanoVLM, models/config.py), which trains all parts
-# at once, with one rate for the connector and another one for the backbones: 2e-3 and 1e-4 in v0.1
-# (222M), 3e-3 and 5e-5 in v0.2, 5.1e-3 and 5e-5 later. Batches of 256 and 128 as in CuMo, and about
-# as in nanoVLM. Nobody has tuned these values for experts.
+# What one GPU trains. nanoVLM (github.com/huggingface/nanoVLM, models/config.py) trains all parts
+# at once, at one rate for the connector and another one for the backbones: 2e-3 and 1e-4 in v0.1
+# (222M, batches of 256), 3e-3 and 5e-5 in v0.2 (128), 5e-3 and 5e-5 later. Nobody has tuned these
+# values for experts. The micro-batches are for 24 GB (stage 3 of Qwen3's with --checkpointing).
 SMOL = {
     1: dict(lr=2e-3, batch_size=256, micro_batch=32, max_length=256),
     2: dict(lr=1e-4, batch_size=128, micro_batch=8, max_length=1024),

@@ -258,8 +258,8 @@ def load_decoder(folder, **options):
 #
 # The names in CuMo's own checkpoints are called the published names here. Those of CLIP, SigLIP,
 # LLaMA, Mistral, Mixtral, Qwen2, Qwen3, LLaVA and MoE-LLaVA differ from them by prefixes and a few
-# words, and RENAMES turns all of them into published names. TABLE says what we call each of these. It serves
-# loading, saving and the listing that `python upcycle.py` prints.
+# words, and RENAMES turns all of them into published names. TABLE says what we call each of these.
+# It serves loading, saving and the listing that `python upcycle.py` prints.
 #
 # {i} is a layer, {e} an expert; {p} is weight or bias, and {w} our w or b. Their experts have a
 # tensor each; ours are stacked, so w_in[{e}] is one slice of a tensor (E, F, D).
@@ -273,8 +273,8 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         embeddings.class_embedding             cls
         embeddings.patch_embedding.{p}         patch.{p}
         embeddings.position_embedding.weight   pos
-        pre_layrnorm.{p}                       pre_norm.{p}
-        post_layernorm.{p}                     post_norm.{p}"""),  # the typo is CLIP's
+        post_layernorm.{p}                     post_norm.{p}
+        pre_layrnorm.{p}                       pre_norm.{p}"""),  # the typo is CLIP's
     (TOWER + "encoder.layers.{i}.", "vision.layers.{i}.", """
         layer_norm1.{p}                        norm1.{p}
         layer_norm2.{p}                        norm2.{p}
@@ -449,8 +449,9 @@ LLAVA_DECODERS = {  # model_type of a whole model -> its decoder's
     "llava_mistral": "mistral", "moe_llava_mistral": "mistral", "llava_mixtral": "mixtral"}
 TOWERS = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, {', '.join(TOWERS.values())}, "
-             "CLIPModel, SiglipModel, WhisperModel, the published CuMo (llava_mistral, llava_mixtral), LLaVA-1.5 (llava, "
-             "llava_llama) and MoE-LLaVA (moe_llava_mistral, moe_llava_llama)")
+             "CLIPModel, SiglipModel, WhisperModel, the published CuMo (llava_mistral, "
+             "llava_mixtral), LLaVA-1.5 (llava, llava_llama) and MoE-LLaVA (moe_llava_mistral, "
+             "moe_llava_llama)")
 
 PATCHES_ONLY = ("only patch features without CLS, no image start and end tokens, no video tower, "
                 "and connectors of type mlp2x_gelu and smoe_mlp are supported; the config asks "
