@@ -1754,8 +1754,8 @@ PRESETS = {
         template="chatml",
     ),
     # The same around Qwen3-0.6B (arXiv 2505.09388), with nanoVLM's tower of today, which is
-    # SigLIP2-B/16-512: 1024 patches, 64 tokens. (With experts SigLIP2-so400m has 1.2B weights, twice
-    # as many as this decoder, and no GPU of 24 GB trains them.)
+    # SigLIP2-B/16-512: 1024 patches, 64 tokens. (With experts SigLIP2-so400m has 1.2B weights,
+    # twice as many as this decoder, and no GPU of 24 GB trains them.)
     "cumo-qwen3": dict(
         vision=dict(**SIGLIP_B, image_size=512),
         connector=dict(n_experts=4, pixel_shuffle=4),
