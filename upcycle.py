@@ -1956,6 +1956,8 @@ def parse(argv=None):
     ways = [args.source, args.vision and args.llm, args.experts]
     if len([way for way in ways if way]) != 1:
         raise ValueError("give either --from DIR, or --vision DIR and --llm DIR, or --experts DIRS")
+    if args.pixel_shuffle != 1 and not args.vision:
+        raise ValueError("--pixel-shuffle goes with --vision and --llm: it is a new connector's")
     if (args.audio and not args.vision) or (
             (args.average or args.every_other) and not args.experts):
         raise ValueError("--audio goes with --vision and --llm; --average and --every-other go "

@@ -1057,6 +1057,8 @@ def test_a_folder_that_holds_a_model_is_never_written_over(parts, tmp_path):
     (["--vision", "clip", "--llm", "llm", "--connector", "nowhere.bin"], "nowhere.bin: missing"),
     (["--from", "llm", "--tokenizer", "clip/config.json"], "cannot be read as a tokenizer"),
     (["--from", "llm", "--tokenizer", "no.json"], "no.json: cannot be read"),
+    (["--from", "llm", "--pixel-shuffle", "2"], "--pixel-shuffle goes with --vision"),
+    (["--vision", "clip", "--llm", "llm", "--pixel-shuffle", "3"], "pixel_shuffle = 3 does not divide the 2 x 2 patches"),
     (["--from", "llm", "--to", "cumo"], "--to hf-llm"), (["--from", "clip", "--to", "hf-llm"], "hf-clip only")])
 def test_arguments_that_do_not_go_together_are_named_and_nothing_is_written(parts, args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
