@@ -53,6 +53,8 @@ IGNORE = -100
 # The mean and standard deviation of the pixels that CLIP was trained on: red, green, blue, 0 to 1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# How a picture is made larger or smaller.
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class PictureFormat(NamedTuple):
@@ -61,25 +63,27 @@ class PictureFormat(NamedTuple):
     mean: Sequence[float] = CLIP_MEAN
     std: Sequence[float] = CLIP_STD
     # How a picture becomes a square. "pad": the shorter sides get margins; nothing is lost. "crop":
-    # what lies outside of its middle is cut off. LLaVA calls these "pad" and "square".
+    # what lies outside of its middle is cut off. LLaVA calls these "pad" and "square". "stretch":
+    # the shorter sides become longer, as SigLIP has it.
     aspect: str = "pad"
+    filter: str = "bicubic"  # one of FILTERS
 
 
 def load_image(image, size: int | PictureFormat) -> torch.Tensor:
     """A path or PIL image -> (3, size, size) float32, as the vision tower was trained to see it.
 
     size: a PictureFormat; or the pixels a side of a picture for CLIP, which is padded. The square
-    is resized by Pillow's bicubic filter, as CLIP's own preprocessing does, and each value of 0 to
-    255 becomes (value / 255 - mean) / std.
+    is resized by Pillow's bicubic filter, as CLIP's own preprocessing does (or by the bilinear one,
+    as SigLIP 2's), and each value of 0 to 255 becomes (value / 255 - mean) / std.
     Raises ValueError, naming the file, if it cannot be read: see `open_image`.
     """
     wanted = as_format(size)
-    picture = open_image(image)
+    square = open_image(image)
     if wanted.aspect == "pad":
-        square = pad_to_square(picture, wanted.mean)
-        square = square.resize((wanted.size, wanted.size), Image.Resampling.BICUBIC)
-    else:
-        square = crop_to_square(picture, wanted.size)
+        square = pad_to_square(square, wanted.mean)
+    elif wanted.aspect == "crop":
+        square = crop_to_square(square, wanted)
+    square = square.resize((wanted.size, wanted.size), FILTERS[wanted.filter])
 
     # One colour at a time, because the model wants (3, H, W) and Pillow keeps (H, W, 3).
     pixels = np.empty((3, wanted.size, wanted.size), np.float32)
@@ -1071,13 +1075,15 @@ def frames_in(folder, where):
     return [os.path.join(folder, name) for name in sorted(names, key=text_and_numbers)]
 
 
-def crop_to_square(image, size):
-    """The middle of the image, size x size: its shorter side becomes `size` pixels long, and what
-    the longer one has too many of is cut off at both ends (as by CLIP's own preprocessing)."""
+def crop_to_square(image, wanted):
+    """The middle of the image, as a PictureFormat has it: its shorter side becomes `size` pixels
+    long, and what the longer one has too many of is cut off at both ends (as by CLIP's own
+    preprocessing)."""
+    size = wanted.size
     shorter = min(image.size)
     width = size * image.width // shorter
     height = size * image.height // shorter
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), FILTERS[wanted.filter])
 
     left = (width - size) // 2
     top = (height - size) // 2
@@ -1095,7 +1101,7 @@ def picture_format(vision):
     if vision is None:
         return PictureFormat(1)
     return PictureFormat(vision.image_size, vision.image_mean, vision.image_std,
-                         vision.image_aspect)
+                         vision.image_aspect, vision.image_filter)
 
 
 def sound_format(config):

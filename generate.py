@@ -1431,7 +1431,8 @@ def watched_layers(model, choices, n_tokens=None):
         decided = []
         for tensor in (routing.experts, routing.weights, probabilities):
             if part == "vision":
-                tensor = join_crops(tensor[:, 1:], layer["scale"])  # (n, N, K or E)
+                n_prefix = model.config.vision.n_prefix_tokens
+                tensor = join_crops(tensor[:, n_prefix:], layer["scale"])  # (n, N, K or E)
             if part == "text":
                 tensor = tensor[:n_tokens]  # (N, K or E)
             if tensor.is_floating_point():

@@ -160,9 +160,15 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-# A new activation is one line here.
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Another approximation of GELU, which SigLIP was trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+# A new activation is one line here. The names are those of transformers.
 ACTIVATIONS = {
     "gelu": F.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
     "silu": F.silu,
 }

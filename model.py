@@ -68,7 +68,7 @@ Activation = Literal[tuple(ACTIVATIONS)]
 
 @dataclass
 class VisionConfig:
-    """CLIP's vision tower."""
+    """A vision tower. The defaults are CLIP's ViT-L; section 13 has what differs in SigLIP's."""
     image_size: Size = 336  # in pixels
     patch_size: Size = 14
     dim: Size = 1024
@@ -77,8 +77,14 @@ class VisionConfig:
     ffn_dim: Size = 4096
     act: Activation = "quick_gelu"
     norm_eps: Positive = 1e-5
-    # Which hidden state are the features? -1 is the output of the last layer; -2, LLaVA's choice,
-    # its input.
+    # CLIP puts a token of its own, CLS, in front of the patches, and a norm in front of the layers.
+    # SigLIP has neither; it has a bias on the patches, and a norm behind the last layer.
+    n_prefix_tokens: Annotated[int, 0, 1] = 1
+    pre_norm: bool = True
+    patch_bias: bool = False
+    post_norm: bool = False
+    # Which hidden state are the features? -1 is the output of the last layer; -2, LLaVA's choice
+    # with CLIP, its input.
     select_layer: int = -2
     # S2 (arXiv 2403.13043): [1, 3] reads the image also three times enlarged, in 9 crops.
     scales: list[Size] = field(default_factory=lambda: [1])
@@ -88,14 +94,17 @@ class VisionConfig:
     # Do the weights of a token's experts sum to 1? None: from top-2 on (kernels.route).
     renormalise: bool | None = None
     # How it wants its pictures, see data.PictureFormat: the mean and standard deviation of red,
-    # green and blue, and whether a picture becomes a square by "pad" or by "crop".
+    # green and blue; how a picture becomes a square; and the filter that makes it larger or
+    # smaller.
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
-    image_aspect: Literal["pad", "crop"] = "pad"
+    image_aspect: Literal["pad", "crop", "stretch"] = "pad"
+    image_filter: Literal["bicubic", "bilinear"] = "bicubic"
 
     @property
     def side(self) -> int:
-        """Patches from one edge of the image to the other."""
+        """Patches from one edge of the image to the other. Pixels that are left over at the right
+        and at the bottom are not seen: SigLIP's 384 have 27 patches of 14, and 6 left over."""
         return self.image_size // self.patch_size
 
     @property
@@ -107,6 +116,8 @@ class VisionConfig:
 @dataclass
 class ConnectorConfig:
     act: Activation = "gelu"
+    # 2 makes one token of 2 x 2 patches, see function pixel_shuffle. 1: a token for each patch.
+    pixel_shuffle: Size = 1
     n_experts: Experts = 0
     top_k: int = 2
     renormalise: bool | None = None
@@ -129,6 +140,7 @@ class TextConfig:
     rope_scaling: dict[str, Positive] | None = None  # Llama 3.1's, see rope_table
     sliding_window: Size | None = None
     qkv_bias: bool = False  # Qwen2 has them
+    qk_norm: bool = False  # Qwen3 normalises each head's queries and keys
     tie_embeddings: bool = False
     n_experts: Experts | list[Experts] = 0  # a number for each layer, or one for all
     top_k: int = 2
@@ -199,7 +211,7 @@ class Config:
         """IMAGE slots of an image."""
         if self.vision is None:
             return 0
-        return self.vision.side ** 2
+        return (self.vision.side // self.connector.pixel_shuffle) ** 2
 
     @property
     def n_audio_tokens(self) -> int:
@@ -210,7 +222,7 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Seeing: the block of all senses, CLIP's vision tower, and the connector
+# 2. Seeing: the block of all senses, the vision tower, and the connector
 
 
 def split_heads(x, n_heads):
@@ -226,8 +238,8 @@ def merge_heads(x):
 class SenseBlock(nn.Module):
     """A transformer block for what is there all at once, so each token looks at all others.
 
-    `config` is a VisionConfig or an AudioConfig. CLIP has biases everywhere, Whisper everywhere but
-    in the keys.
+    `config` is a VisionConfig or an AudioConfig. CLIP and SigLIP have biases everywhere, Whisper
+    everywhere but in the keys.
     """
 
     def __init__(self, config, n_experts=0, k_bias=True):
@@ -265,11 +277,18 @@ class VisionTransformer(nn.Module):
         super().__init__()
         dim = config.dim
         self.config = config
-        self.patch = nn.Conv2d(3, dim, config.patch_size, stride=config.patch_size, bias=False)
-        self.cls = nn.Parameter(torch.empty(dim))
-        self.pos = nn.Parameter(torch.empty(config.side ** 2 + 1, dim))
-        self.pre_norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.patch = nn.Conv2d(3, dim, config.patch_size, stride=config.patch_size,
+                               bias=config.patch_bias)
+        if config.n_prefix_tokens:
+            self.cls = nn.Parameter(torch.empty(dim))
+        self.pos = nn.Parameter(torch.empty(config.n_prefix_tokens + config.side ** 2, dim))
+        self.pre_norm = nn.Identity()
+        if config.pre_norm:
+            self.pre_norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.layers = nn.ModuleList(SenseBlock(config, n) for n in config.n_experts)
+        self.post_norm = nn.Identity()
+        if config.post_norm:
+            self.post_norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.checkpointing = False
 
     def forward(self, images, aux=None):
@@ -283,22 +302,24 @@ class VisionTransformer(nn.Module):
         features = []
         for scale in self.config.scales:
             if scale == 1:
-                # Without the CLS token: LLaVA gives the decoder patches only.
-                features.append(self.encode(images, aux)[:, 1:])  # (n, N, D)
+                features.append(self.encode(images, aux))  # (n, N, D)
             else:
                 features.append(encode_enlarged(self, images, scale, aux))  # (n, N, D)
         return torch.cat(features, -1)
 
     def encode(self, images, aux=None, both=False):
-        """images (n, 3, S, S) -> the hidden state of the select layer (n, 1 + N, D), CLS first.
+        """images (n, 3, S, S) -> the patches' hidden states at the select layer (n, N, D).
 
-        both=True gives (the last hidden state, that of the select layer), for contrastive training.
+        both=True gives (the last hidden states, with CLS in front; those features), for contrastive
+        training.
         """
         # A convolution whose stride is its width cuts the image into patches and projects each.
         x = self.patch(images).flatten(2).transpose(1, 2)  # (n, N, D)
-        cls = self.cls.to(x.dtype).expand(len(x), 1, -1)  # (n, 1, D)
-        x = torch.cat([cls, x], 1) + self.pos.to(x.dtype)  # (n, 1 + N, D)
-        x = self.pre_norm(x)
+        n_prefix = self.config.n_prefix_tokens
+        if n_prefix:
+            cls = self.cls.to(x.dtype).expand(len(x), 1, -1)  # (n, 1, D)
+            x = torch.cat([cls, x], 1)  # (n, 1 + N, D)
+        x = self.pre_norm(x + self.pos.to(x.dtype))
 
         # A layer runs if the features or the losses need it.
         n_run = self.config.n_layers if both else n_needed_layers(self.config, aux is not None)
@@ -309,30 +330,36 @@ class VisionTransformer(nn.Module):
             if i + 1 == self.config.n_used_layers:
                 selected = x
 
+        # Without the CLS token: LLaVA gives the decoder patches only.
+        features = self.post_norm(selected[:, n_prefix:])  # (n, N, D)
         if both:
-            return x, selected
-        return selected
+            return x, features
+        return features
 
 
 class Connector(nn.Module):
     """Features (n, N, D_vision) -> the decoder's width (n, N, D).
 
-    LLaVA-1.5's MLP of two layers, or experts of that shape.
+    LLaVA-1.5's MLP of two layers, or experts of that shape. With a pixel shuffle N becomes smaller.
     """
 
     def __init__(self, config, dim_in, dim_out):
         super().__init__()
+        self.factor = config.pixel_shuffle
+        dim_in = dim_in * self.factor ** 2
         self.ffn = feed_forward(dim_in, dim_out, config.act, config.n_experts, config.top_k,
                                 dim_out=dim_out, bias=True, renormalise=config.renormalise)
 
     def forward(self, x, aux=None):
+        if self.factor > 1:
+            x = pixel_shuffle(x, self.factor)  # (n, N / factor^2, factor^2 * D_vision)
         y, routing = self.ffn(x)  # (n, N, D)
         collect(routing, aux)
         return y
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Speaking: the decoder, a LLaMA, Mistral, Qwen2 or Mixtral
+# 3. Speaking: the decoder, a LLaMA, Mistral, Qwen2, Qwen3 or Mixtral
 
 
 def rope_table(positions, head_dim, theta, scaling=None):
@@ -380,6 +407,11 @@ class DecoderBlock(nn.Module):
         self.k = nn.Linear(dim, dim_kv, bias=config.qkv_bias)
         self.v = nn.Linear(dim, dim_kv, bias=config.qkv_bias)
         self.o = nn.Linear(dim_q, dim, bias=False)
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
         self.ffn = feed_forward(dim, config.ffn_dim, config.act, n_experts, config.top_k,
                                 gated=True, **config.expert_limits)
 
@@ -392,9 +424,12 @@ class DecoderBlock(nn.Module):
         """
         # 1. Attention.
         h = self.norm1(x)  # (B, T, D)
-        q = rotate(split_heads(self.q(h), self.n_heads), *rope)  # (B, H, T, d)
-        k = rotate(split_heads(self.k(h), self.n_kv_heads), *rope)  # (B, H_kv, T, d)
+        q = split_heads(self.q(h), self.n_heads)  # (B, H, T, d)
+        k = split_heads(self.k(h), self.n_kv_heads)  # (B, H_kv, T, d)
         v = split_heads(self.v(h), self.n_kv_heads)  # (B, H_kv, T, d)
+        # Autocast's norms give float32, and the cache holds one type.
+        q = rotate(self.q_norm(q).to(v.dtype), *rope)
+        k = rotate(self.k_norm(k).to(v.dtype), *rope)
         if cache is not None:
             n_keys = x.shape[1] if attend is None else attend.shape[-1]
             k, v = write_keys(cache, positions, k, v, n_keys)  # (B, H_kv, keys, d)
@@ -761,7 +796,7 @@ def fill_slots(x, is_slot, features):
 # You can stop here on a first reading. Below this line: images read at several scales, the ear,
 # videos, the cache, compiled generation, LoRA, which weights train, checks, presets, counting.
 # ------------------------------------------------------------------------------------------------
-# 6. S2: the image once more, enlarged
+# 6. More to see in an image, and fewer tokens for it: S2, and the pixel shuffle
 
 
 def encode_enlarged(tower, images, scale, aux):
@@ -786,7 +821,7 @@ def encode_enlarged(tower, images, scale, aux):
     crops = crops.reshape(n * scale * scale, 3, size, size)  # (n * scale^2, 3, S, S)
 
     # Each crop is an image like any other.
-    features = tower.encode(crops, aux)[:, 1:]  # (n * scale^2, N, D)
+    features = tower.encode(crops, aux)  # (n * scale^2, N, D)
 
     # Lay the crops' maps of features side by side, as the crops lie in the image.
     maps = features.view(n, scale, scale, side, side, -1)  # (n, row, column, y, x, D)
@@ -796,6 +831,20 @@ def encode_enlarged(tower, images, scale, aux):
     # Average scale x scale neighbours.
     maps = F.interpolate(maps.float(), size=(side, side), mode="area")  # (n, D, side, side)
     return maps.to(features.dtype).flatten(2).transpose(1, 2)  # (n, N, D)
+
+
+def pixel_shuffle(x, factor):
+    """x (n, N, D), the patches of a square, row by row -> (n, N / factor^2, factor^2 * D).
+
+    Each square of factor x factor neighbours becomes one token, so that nothing is lost and the
+    decoder reads a fraction of the tokens. Its numbers lie patch after patch, row by row, as in
+    nanoVLM, SmolVLM (arXiv 2504.05299) and InternVL. (F.pixel_unshuffle has another order: all
+    patches' first numbers, then all their second ones.)
+    """
+    side = math.isqrt(x.shape[1]) // factor
+    x = x.unflatten(1, (side, factor, side, factor))  # (n, row, y, column, x, D)
+    x = x.transpose(2, 3)  # (n, row, column, y, x, D)
+    return x.flatten(3).flatten(1, 2)  # (n, row * column, y * x * D)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1420,7 +1469,7 @@ KINDS_IN_ENGLISH = {
     NoneType: "null",
 }
 # Numbers that are a multiple of another one of their part.
-MULTIPLES = [("dim", "n_heads"), ("n_heads", "n_kv_heads"), ("image_size", "patch_size")]
+MULTIPLES = [("dim", "n_heads"), ("n_heads", "n_kv_heads")]
 
 
 def part_from_dict(kind, values, where=""):
@@ -1544,6 +1593,10 @@ def validate(config):
     check_even("text", config.text, "head_dim")  # rotary embeddings turn pairs of numbers
     if config.vision is not None:
         validate_vision(config.vision)
+        side = config.vision.side
+        if side % config.connector.pixel_shuffle:
+            raise ValueError(f"connector.pixel_shuffle = {config.connector.pixel_shuffle} does not "
+                             f"divide the {side} x {side} patches of the tower")
     if config.audio is not None:
         # A convolution halves the frames; the positions are half sines and half cosines.
         check_even("audio", config.audio, "n_frames")
@@ -1551,10 +1604,16 @@ def validate(config):
 
 
 def validate_vision(vision):
+    if vision.image_size < vision.patch_size:
+        raise ValueError(f"vision.image_size = {vision.image_size} must be at least "
+                         f"vision.patch_size = {vision.patch_size}")
     lowest = -vision.n_layers - 1
     if not lowest <= vision.select_layer <= -1:
         raise ValueError(f"vision.select_layer = {vision.select_layer} must lie between {lowest} "
                          "and -1")
+    if vision.post_norm and vision.select_layer != -1:
+        raise ValueError("vision.post_norm = true: this norm follows the last layer, so it goes "
+                         f"with select_layer = -1, not {vision.select_layer}")
     if vision.scales[:1] != [1]:
         raise ValueError(f"vision.scales = {vision.scales} must begin with 1, for example [1, 3]")
     for name in ("image_mean", "image_std"):
@@ -1645,6 +1704,31 @@ def check_prompt(tokens, max_new_tokens, limit, too_long):
 # ------------------------------------------------------------------------------------------------
 # 13. Presets
 
+# SigLIP's towers (arXiv 2303.15343), and SigLIP 2's of a fixed resolution (2502.14786). Which of
+# their features are best is not settled. Here they are the last layer's behind the last norm, which
+# SigLIP's own head reads, and with it nanoVLM, PaliGemma and SmolVLM. LLaVA-OneVision takes the
+# input of the last layer, without a norm: select_layer -2, post_norm false.
+SIGLIP = dict(
+    act="gelu_pytorch_tanh",
+    norm_eps=1e-6,
+    n_prefix_tokens=0,
+    pre_norm=False,
+    patch_bias=True,
+    post_norm=True,
+    select_layer=-1,
+    image_mean=[0.5, 0.5, 0.5],
+    image_std=[0.5, 0.5, 0.5],
+    image_aspect="stretch",
+)
+SIGLIP_B = dict(
+    **SIGLIP,
+    patch_size=16,
+    dim=768,
+    n_layers=12,
+    n_heads=12,
+    ffn_dim=3072,
+    n_experts=4,
+)
 TINY_VISION = dict(
     image_size=48,
     patch_size=8,
@@ -1704,6 +1788,46 @@ PRESETS = {
             rope_theta=1e4,
         ),
         template="vicuna",
+    ),
+    # CuMo around the parts of nanoVLM-222M (github.com/huggingface/nanoVLM, v0.1): SigLIP-B/16-224,
+    # SmolLM2-135M (arXiv 2502.02737), 49 tokens an image. A consumer's GPU trains it.
+    "cumo-smol": dict(
+        vision=dict(**SIGLIP_B, image_size=224),
+        connector=dict(n_experts=4, pixel_shuffle=2),
+        text=dict(
+            vocab_size=49152,
+            dim=576,
+            n_layers=30,
+            n_heads=9,
+            n_kv_heads=3,
+            ffn_dim=1536,
+            rope_theta=1e5,
+            tie_embeddings=True,
+            max_positions=8192,
+        ),
+        template="chatml",
+    ),
+    # The same around Qwen3-0.6B (arXiv 2505.09388), with nanoVLM's tower of today, which is
+    # SigLIP2-B/16-512: 1024 patches, 64 tokens. (With experts SigLIP2-so400m has 1.2B weights,
+    # twice as many as this decoder, and no GPU of 24 GB trains them.)
+    "cumo-qwen3": dict(
+        vision=dict(**SIGLIP_B, image_size=512),
+        connector=dict(n_experts=4, pixel_shuffle=4),
+        text=dict(
+            vocab_size=151936,
+            dim=1024,
+            n_layers=28,
+            n_heads=16,
+            n_kv_heads=8,
+            head_dim=128,
+            ffn_dim=3072,
+            norm_eps=1e-6,
+            rope_theta=1e6,
+            qk_norm=True,
+            tie_embeddings=True,
+            max_positions=40960,
+        ),
+        template="chatml",
     ),
     # MoE-LLaVA on OpenChat-7B, a Mistral: experts in every other layer of the decoder; all else is
     # LLaVA-1.5.

@@ -325,8 +325,24 @@ TINY_UNI_MOE = {
     2: dict(lr=2e-3, batch_size=64, steps=200, max_length=352),
     3: dict(lr=1e-3, batch_size=64, steps=300, max_length=352),
 }
+# What one GPU trains. nanoVLM (github.com/huggingface/nanoVLM, models/config.py) trains all parts
+# at once, at one rate for the connector and another one for the backbones: 2e-3 and 1e-4 in v0.1
+# (222M, batches of 256), 3e-3 and 5e-5 in v0.2 (128), 5e-3 and 5e-5 later. Nobody has tuned these
+# values for experts. The micro-batches are for 24 GB (stage 3 of Qwen3's with --checkpointing).
+SMOL = {
+    1: dict(lr=2e-3, batch_size=256, micro_batch=32, max_length=256),
+    2: dict(lr=1e-4, batch_size=128, micro_batch=8, max_length=1024),
+    3: dict(lr=5e-5, batch_size=128, micro_batch=8, max_length=1024),
+}
+QWEN3 = {
+    1: dict(lr=2e-3, batch_size=256, micro_batch=8, max_length=256),
+    2: dict(lr=5e-5, batch_size=128, micro_batch=2, max_length=1024),
+    3: dict(lr=2e-5, batch_size=128, micro_batch=2, max_length=1024),
+}
 PRESET_VALUES = {
     ("cumo", "tiny"): TINY,
+    ("cumo", "cumo-smol"): SMOL,
+    ("cumo", "cumo-qwen3"): QWEN3,
     ("cumo", "cumo-mixtral-8x7b"): {3: dict(lr=2e-6)},  # from its released script
     ("moe-llava", "tiny"): TINY_MOE_LLAVA,
     ("uni-moe", "uni-moe-tiny"): TINY_UNI_MOE,
@@ -442,7 +458,7 @@ class Args:
         choices=tuple(RECIPES))
     stage: int | None = flag(None, "run this stage only (1 to 3); default: 1, 2 and 3")
     vision: str | None = flag(
-        None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
+        None, "stage 1 of a real model: CLIP or SigLIP folder or hub name, for the tower")
     llm: str | None = flag(
         None, "stage 1 of a real model: folder or hub name of the language model; its tokenizer "
         "says which chat template it knows")
@@ -453,6 +469,9 @@ class Args:
     audio: str | None = flag(
         None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing",
         recipes=("uni-moe",), belongs_to=("vision",))
+    pixel_shuffle: int | None = flag(
+        None, "a new model's tokens are so many by so many patches each: 2 makes a quarter of the "
+        "tokens; default: the preset's", at_least=1)
     init: str | None = flag(
         None, "model folder to start from, of any layout; default: what the stage before "
         "left in --out")
@@ -722,9 +741,9 @@ def settings(args, name, world=None, preset=None):
         stage.trains = tuple(part for part in args.trains.split(",") if part != "none")
     stage.lora = choose_lora(args, stage.lora, is_meant)
 
-    # Tiny models take their whole share of a batch at once, real ones four samples.
+    # Tiny models take their whole share of a batch at once, 7B ones four samples.
     share = max(1, stage.batch_size // (world or WORLD))  # samples of one process in a step
-    usual = share if preset in DRAWN else 4
+    usual = share if preset in DRAWN else of_preset.get("micro_batch", 4)
     stage.micro_batch = min(args.micro_batch or usual, share)
     return stage
 
@@ -1144,15 +1163,17 @@ def load_model(args, stage, source, later):
         # A real model's parts, with a new connector between them.
         preset = Config.from_preset(args.preset) if "preset" in args.given else Config()
         scales = read_scales(args.scales) if args.scales else preset.vision.scales
+        shuffle = args.pixel_shuffle or preset.connector.pixel_shuffle
         model, tokenizer = assemble(args.vision, args.llm, None, scales, None, args.seed,
-                                    torch.float32, later=later, audio=args.audio)
+                                    torch.float32, later=later, audio=args.audio,
+                                    pixel_shuffle=shuffle)
         # The template that the decoder's folder tells. Over it that of a preset, unless the
         # tokenizer does not know its marks.
         has_tokenizer = tokenizer is not None and "preset" in args.given
         if has_tokenizer and data.fits(tokenizer, preset.template):
             model.config.template = preset.template
     elif source.endswith(".safetensors"):
-        model, tokenizer = load_backbones(source)
+        model, tokenizer = load_backbones(source, args.pixel_shuffle or 1)
     else:
         model, tokenizer = load(source, dtype=torch.float32, later=later)
     check_model(args, stage, model, tokenizer, source)
@@ -2363,6 +2384,9 @@ def rehearse_stage(args, stage, config, gpus, fsdp, checkpointing):
 def planned(args, stage):
     """The preset as a stage trains it, and its model without memory."""
     config = Config.from_preset(args.preset)
+    if args.pixel_shuffle is not None:
+        shuffled = dataclasses.replace(config.connector, pixel_shuffle=args.pixel_shuffle)
+        config = dataclasses.replace(config, connector=shuffled)
     if args.recipe == "cumo":
         # (The decoder's experts, which a Mixtral brings along, stay.)
         for name in {"vision", "connector", *expert_parts(args)}:
@@ -2532,6 +2556,8 @@ def smallest_fit(args, stage):
         if not args.checkpointing and fits(args, stage, gpus, True, False):
             return f"{gpus} GPUs with --fsdp"
         if fits(args, stage, gpus, True, True):
+            if gpus == 1:
+                return "1 GPU with --checkpointing"
             return f"{gpus} GPUs with --fsdp --checkpointing"
     return "none. Try a smaller --micro-batch"
 
@@ -2673,6 +2699,10 @@ def check_model(args, stage, model, tokenizer, source):
     config = model.config
     if args.stage is None:
         data.check_end_mark(tokenizer, args.template or config.template)  # not first in stage 2
+    if args.pixel_shuffle not in (None, config.connector.pixel_shuffle):
+        raise ValueError(f"--pixel-shuffle {args.pixel_shuffle}: the connector of {source} was "
+                         f"trained with {config.connector.pixel_shuffle}; only stage 1 makes a new "
+                         "one")
     wants_ear = args.recipe == "uni-moe" or {"audio", "resampler"} & set(stage.trains)
     if wants_ear and config.audio is None:
         raise ValueError(f"{source}: hears nothing; --trains {','.join(stage.trains)} of "

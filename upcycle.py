@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 import data
 from kernels import FFN, MoE
-from model import (ROPE_SCALING, AudioConfig, AudioTransformer, Config, Connector, ConnectorConfig,
-                   CuMo, Decoder, Resampler, TextConfig, VisionConfig, VisionTransformer, adapted,
-                   check_fields, merge_state)
+from model import (ROPE_SCALING, SIGLIP, AudioConfig, AudioTransformer, Config, Connector,
+                   ConnectorConfig, CuMo, Decoder, Resampler, TextConfig, VisionConfig,
+                   VisionTransformer, adapted, check_fields, merge_state)
 
 # -------------------------------------------------------------------------------------------------
 # 1. Dense -> experts
@@ -256,10 +256,10 @@ def load_decoder(folder, **options):
 # -------------------------------------------------------------------------------------------------
 # 2. What other programs call the same tensors
 #
-# The names in CuMo's own checkpoints are called the published names here. Those of CLIP, LLaMA,
-# Mistral, Mixtral, Qwen2, LLaVA and MoE-LLaVA differ from them by prefixes and a few words, and
-# RENAMES turns all of them into published names. TABLE says what we call each of these. It serves
-# loading, saving and the listing that `python upcycle.py` prints.
+# The names in CuMo's own checkpoints are called the published names here. Those of CLIP, SigLIP,
+# LLaMA, Mistral, Mixtral, Qwen2, Qwen3, LLaVA and MoE-LLaVA differ from them by prefixes and a few
+# words, and RENAMES turns all of them into published names. TABLE says what we call each of these.
+# It serves loading, saving and the listing that `python upcycle.py` prints.
 #
 # {i} is a layer, {e} an expert; {p} is weight or bias, and {w} our w or b. Their experts have a
 # tensor each; ours are stacked, so w_in[{e}] is one slice of a tensor (E, F, D).
@@ -271,8 +271,9 @@ WHISPER = "audio_tower.encoder."
 TABLE = [  # (published prefix, our prefix, rows of published name and our name)
     (TOWER, "vision.", """
         embeddings.class_embedding             cls
-        embeddings.patch_embedding.weight      patch.weight
+        embeddings.patch_embedding.{p}         patch.{p}
         embeddings.position_embedding.weight   pos
+        post_layernorm.{p}                     post_norm.{p}
         pre_layrnorm.{p}                       pre_norm.{p}"""),  # the typo is CLIP's
     (TOWER + "encoder.layers.{i}.", "vision.layers.{i}.", """
         layer_norm1.{p}                        norm1.{p}
@@ -317,6 +318,8 @@ TABLE = [  # (published prefix, our prefix, rows of published name and our name)
         self_attn.k_proj.{p}                   k.{p}
         self_attn.v_proj.{p}                   v.{p}
         self_attn.o_proj.weight                o.weight
+        self_attn.q_norm.weight                q_norm.weight
+        self_attn.k_norm.weight                k_norm.weight
         mlp.gate_proj.weight                   ffn.w_gate
         mlp.up_proj.weight                     ffn.w_in
         mlp.down_proj.weight                   ffn.w_out
@@ -340,9 +343,10 @@ MOE_LLAVA_WORDS = [(".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg."),
                     ".mlp.deepspeed_moe.experts.deepspeed_experts.")]
 
 RENAMES = [  # applied one after the other
-    # The tower in LLaVA and MoE-LLaVA; in CLIP's folders, old and new, and in CuMo's clip.bin.
+    # The tower in LLaVA and MoE-LLaVA; in CLIP's and SigLIP's folders, old and new, and in CuMo's
+    # clip.bin.
     (r"^(model\.)?(vision|image)_tower\.((vision|image)_tower\.)?(vision_model\.)?", TOWER),
-    (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", TOWER),
+    (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)", TOWER),
     # The connector in LLaVA and MoE-LLaVA.
     (r"^(model\.)?(mm_projector|multi_modal_projector)\.(image_spatial_proj\.)?", PROJECTOR),
     *((re.escape(theirs), ours) for ours, theirs in LLAVA_WORDS + MOE_LLAVA_WORDS),
@@ -355,10 +359,12 @@ RENAMES = [  # applied one after the other
     (r"^(model\.)?language_model\.(model\.)?", "model."),
 ]
 # What a checkpoint may hold and this model has no place for: what is behind CLIP's last layer,
-# which LLaVA does not use; constants that old versions stored; CLIP's other half; Whisper's; and
-# a head that is tied to the embedding and stored there, under their name or ours.
-IGNORED = (r"\.post_layernorm\.|\.position_ids$|\.rotary_emb\.inv_freq$"
-           r"|^text_model\.|^(visual|text)_projection\.|^logit_scale$"
+# which LLaVA does not use, and SigLIP's head, which makes one vector of an image; constants that
+# old versions stored; the half of CLIP and SigLIP that reads; Whisper's; and a head that is tied
+# to the embedding and stored there, under their name or ours.
+IGNORED = (r"\.post_layernorm\.|^model\.vision_tower\.vision_model\.head\."
+           r"|\.position_ids$|\.rotary_emb\.inv_freq$"
+           r"|^text_model\.|^(visual|text)_projection\.|^logit_(scale|bias)$"
            r"|^audio_tower\.(decoder|proj_out)\.|^lm_head\.weight$|^text\.head\.weight$")
 
 
@@ -444,15 +450,19 @@ def respelled(tensors, names):
 # it is the default of transformers' class.
 
 DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-            "qwen2": "Qwen2ForCausalLM", "mixtral": "MixtralForCausalLM"}
+            "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+            "mixtral": "MixtralForCausalLM"}
 # How a conversation is written where the tokenizer does not tell.
-TEMPLATE_OF = {"llama": "vicuna", "mistral": "mistral", "qwen2": "vicuna", "mixtral": "mistral"}
+TEMPLATE_OF = {"llama": "vicuna", "mistral": "mistral", "qwen2": "vicuna", "qwen3": "vicuna",
+               "mixtral": "mistral"}
 LLAVA_DECODERS = {  # model_type of a whole model -> its decoder's
     "llava": "llama", "llava_llama": "llama", "moe_llava_llama": "llama",
     "llava_mistral": "mistral", "moe_llava_mistral": "mistral", "llava_mixtral": "mixtral"}
-SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, CLIPVisionModel, CLIPModel, "
-             "WhisperModel, the published CuMo (llava_mistral, llava_mixtral), LLaVA-1.5 (llava, "
-             "llava_llama) and MoE-LLaVA (moe_llava_mistral, moe_llava_llama)")
+TOWERS = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+SUPPORTED = (f"this project's own, {', '.join(DECODERS.values())}, {', '.join(TOWERS.values())}, "
+             "CLIPModel, SiglipModel, WhisperModel, the published CuMo (llava_mistral, "
+             "llava_mixtral), LLaVA-1.5 (llava, llava_llama) and MoE-LLaVA (moe_llava_mistral, "
+             "moe_llava_llama)")
 
 PATCHES_ONLY = ("only patch features without CLS, no image start and end tokens, no video tower, "
                 "and connectors of type mlp2x_gelu and smoe_mlp are supported; the config asks "
@@ -506,22 +516,37 @@ def first_dimension(shapes, pattern):
 
 
 def vision_config(theirs, shapes, **more):
-    """The tower's config, from CLIP's (which may be empty) and the shapes. more: other fields."""
+    """The tower's config, from CLIP's (which may be empty) or SigLIP's and the shapes. more: other
+    fields."""
+    kind = theirs.get("model_type", "clip_vision_model")
+    if kind not in TOWERS:
+        raise ValueError(f"a vision tower of type {kind} is not supported; supported: "
+                         f"{', '.join(TOWERS.values())}")
+    siglip = is_siglip(shapes)
+    if siglip and not theirs:
+        raise ValueError("a SigLIP tower without its own config.json, which says how many heads it "
+                         "has; put its folder where mm_vision_tower says")
     dim, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]  # (D, 3, P, P)
     n_positions, _ = shapes[TOWER + "embeddings.position_embedding.weight"]  # (1 + N, D)
+    family = SIGLIP if siglip else {}
 
-    # What the shapes say, and over it what the config says.
-    fields = dict(
-        # A square of patches, and CLS.
-        image_size=math.isqrt(n_positions - 1) * patch_size,
+    # What the family and the shapes say, and over it what the config says.
+    fields = family | dict(
+        # A square of patches, and CLIP's CLS.
+        image_size=math.isqrt(n_positions) * patch_size,
         patch_size=patch_size, dim=dim,
         n_layers=count(shapes, TOWER + r"encoder\.layers\.(\d+)\."),
-        # CLIPVisionConfig's default. Without any config: every CLIP's heads are 64 wide.
+        # The default of both families. Without any config: every CLIP's heads are 64 wide.
         n_heads=12 if theirs else max(1, dim // 64),
         ffn_dim=first_dimension(shapes, TOWER + r"encoder\.layers\.0\..*fc1\.weight"),
     )
     vision = VisionConfig(**fields | read_keys(theirs, CLIP_KEYS) | more)
     return Config(vision=vision).vision  # Config checks the fields
+
+
+def is_siglip(shapes):
+    """Are these the tensors of a SigLIP tower? It has neither CLIP's CLS nor its first norm."""
+    return not {TOWER + "embeddings.class_embedding", TOWER + "pre_layrnorm.weight"} & shapes.keys()
 
 
 def text_config(theirs, shapes, kind):
@@ -557,6 +582,7 @@ def text_config(theirs, shapes, kind):
     return TextConfig(**fields, **rotary_fields(theirs, kind), end_tokens=ends,
                       sliding_window=sliding_window(theirs, kind, fields["n_layers"]),
                       qkv_bias=attention + "q_proj.bias" in shapes,
+                      qk_norm=attention + "q_norm.weight" in shapes,
                       top_k=top_k, renormalise=rescaled(top_k))
 
 
@@ -586,10 +612,10 @@ def sliding_window(theirs, kind, n_layers):
     if kind == "llama":
         return None
     window = theirs.get("sliding_window", None if kind == "mixtral" else 4096)
-    if kind != "qwen2":
+    if kind not in ("qwen2", "qwen3"):
         return window
 
-    # Qwen2 switches it on by another key, and from some layer on.
+    # Qwen switches it on by another key, and from some layer on.
     first = theirs.get("max_window_layers", 28)
     if not theirs.get("use_sliding_window") or first >= n_layers:
         return None
@@ -599,14 +625,19 @@ def sliding_window(theirs, kind, n_layers):
     return window
 
 
-def read_clip(theirs, shapes, path):
-    """CLIPVisionModel, or CLIPModel, which keeps the tower's config inside its own.
+def read_tower(theirs, shapes, path):
+    """CLIPVisionModel and SiglipVisionModel, or CLIPModel and SiglipModel, which keep the tower's
+    config inside their own.
 
     CLIP itself saw the middle of each picture. CuMo and its kin train the tower on padded ones, and
-    that is what a model becomes that is assembled from it."""
-    if theirs["model_type"] == "clip":
-        theirs = read_object(theirs, "vision_config")
-    return vision_config(theirs, shapes, **picture_fields(read_preprocessor(path), "pad"))
+    that is what a model becomes that is assembled from it. SigLIP's users go on as it began, with
+    stretched ones."""
+    if theirs["model_type"] in ("clip", "siglip"):
+        theirs = {"model_type": theirs["model_type"] + "_vision_model",
+                  **read_object(theirs, "vision_config")}
+    aspect = "square" if is_siglip(shapes) else "pad"
+    pictures = picture_fields(read_preprocessor(path), aspect, is_siglip(shapes))
+    return vision_config(theirs, shapes, **pictures)
 
 
 def read_whisper(theirs, shapes, path):
@@ -640,13 +671,16 @@ def read_transformers_llava(theirs, shapes, path):
     if kind not in DECODERS:
         raise ValueError(f"a decoder of type {kind} is not supported; supported: "
                          f"{', '.join(DECODERS.values())}")
-    if theirs.get("vision_feature_select_strategy", "default") != "default":
+    # "default" drops the first token, which is CLIP's CLS.
+    siglip = is_siglip(shapes)
+    strategy = theirs.get("vision_feature_select_strategy", "default")
+    if strategy != ("full" if siglip else "default"):
         raise ValueError(PATCHES_ONLY)
 
     preprocessor = read_preprocessor(path)
-    pads = preprocessor.get("do_pad") or not preprocessor
-    pictures = picture_fields(preprocessor, "pad" if pads else "square")
-    vision = vision_config(read_object(theirs, "vision_config"), shapes,
+    pads = preprocessor.get("do_pad") or not (preprocessor or siglip)
+    pictures = picture_fields(preprocessor, "pad" if pads else "square", siglip)
+    vision = vision_config(read_object(theirs, "vision_config"), shapes, post_norm=False,
                            select_layer=theirs.get("vision_feature_layer", -2), **pictures)
     connector = ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu"))
 
@@ -677,9 +711,10 @@ def read_llava(theirs, shapes, path):
     # The tower's config and what it wants of pictures: in the folder that is named, or beside ours.
     tower = tower_folder(theirs, path)
     described = read_first([(tower, "config.json"), (path, "clip_config.json")], "vision_config")
-    pictures = picture_fields(read_preprocessor(path, tower), theirs.get("image_aspect_ratio"))
+    pictures = picture_fields(read_preprocessor(path, tower), theirs.get("image_aspect_ratio"),
+                              is_siglip(shapes))
     vision = vision_config(
-        described, shapes, n_experts=n_experts if theirs.get("clip_smoe") else 0,
+        described, shapes, n_experts=n_experts if theirs.get("clip_smoe") else 0, post_norm=False,
         **routing, **pictures, **read_keys(theirs, LLAVA_KEYS))
 
     # The decoder's own keys stand in the same file.
@@ -735,26 +770,32 @@ def read_preprocessor(*folders):
 
 # LLaVA's image_aspect_ratio -> ours. Without one, its code has pictures cropped.
 ASPECTS = {"pad": "pad", "square": "crop", None: "crop"}
-# All that a preprocessor may ask for beside mean and standard deviation: Pillow's bicubic filter.
-PREPROCESSED = dict(do_resize=True, resample=3, do_center_crop=True, do_rescale=True,
-                    rescale_factor=1 / 255, do_normalize=True)
+# Pillow's number of a filter -> its name.
+FILTERS = {int(number): name for name, number in data.FILTERS.items()}
+# All that a preprocessor may ask for beside mean and standard deviation.
+PREPROCESSED = dict(do_resize=[True], resample=[*FILTERS], do_center_crop=[True],
+                    do_rescale=[True], rescale_factor=[1 / 255], do_normalize=[True])
 
 
-def picture_fields(preprocessor, aspect_ratio):
-    """VisionConfig's fields about pictures, from a preprocessor's config and LLaVA's word."""
+def picture_fields(preprocessor, aspect_ratio, siglip):
+    """VisionConfig's fields about pictures, from a preprocessor's config and LLaVA's word. siglip:
+    is the tower a SigLIP? Its preprocessor stretches where CLIP's crops."""
     if aspect_ratio not in ASPECTS:
         raise ValueError(f"image_aspect_ratio {aspect_ratio!r} is not supported; known: pad, "
                          "square")
     aspect = ASPECTS[aspect_ratio]
-    for key, value in PREPROCESSED.items():
-        # A square that was made by padding has nothing to crop.
-        if key == "do_center_crop" and aspect == "pad":
+    if siglip and aspect == "crop":
+        aspect = "stretch"
+    for key, values in PREPROCESSED.items():
+        # A square that was made by padding or stretching has nothing to crop.
+        if key == "do_center_crop" and aspect != "crop":
             continue
-        if preprocessor.get(key) not in (None, value):
+        if preprocessor.get(key) not in (None, *values):
             raise ValueError(f"preprocessor_config.json: {key} = {preprocessor[key]} is not "
-                             f"supported, only {value}")
+                             f"supported, only {' or '.join(map(str, values))}")
     means = read_keys(preprocessor, dict(image_mean="image_mean", image_std="image_std"))
-    return means | {"image_aspect": aspect}
+    image_filter = FILTERS[preprocessor.get("resample") or 3]
+    return means | {"image_aspect": aspect, "image_filter": image_filter}
 
 
 def tower_folder(theirs, path):
@@ -772,8 +813,9 @@ def is_multimodal(theirs):
     return bool(keys & theirs.keys())
 
 
-READERS = {"clip": read_clip, "clip_vision_model": read_clip, "whisper": read_whisper,
-           **dict.fromkeys(DECODERS, read_decoder), **dict.fromkeys(LLAVA_DECODERS, read_llava)}
+READERS = {"clip": read_tower, "siglip": read_tower, "whisper": read_whisper,
+           **dict.fromkeys(TOWERS, read_tower), **dict.fromkeys(DECODERS, read_decoder),
+           **dict.fromkeys(LLAVA_DECODERS, read_llava)}
 
 
 def is_own(theirs):
@@ -849,29 +891,43 @@ def read_json(file):
 CLIP_L = "openai/clip-vit-large-patch14-336"
 
 
-def clip_json(vision):
-    """config.json of a CLIPVisionModel."""
-    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
-            **write_keys(vision, CLIP_KEYS), "num_channels": 3}
+def tower_json(vision):
+    """config.json of a CLIPVisionModel or a SiglipVisionModel."""
+    kind = tower_kind(vision)
+    described = {"architectures": [TOWERS[kind]], "model_type": kind,
+                 **write_keys(vision, CLIP_KEYS), "num_channels": 3}
+    if kind == "siglip_vision_model":
+        described["vision_use_head"] = False  # the head that is ignored in loading
+    return described
 
 
 def preprocessor_json(vision):
-    """preprocessor_config.json of a CLIPImageProcessor, which crops what is not padded before."""
+    """preprocessor_config.json of a CLIPImageProcessor, which crops what is not padded before, or
+    of a SiglipImageProcessor, which stretches."""
     size = vision.image_size
-    return {"image_processor_type": "CLIPImageProcessor", **PREPROCESSED,
-            "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
-            "image_mean": vision.image_mean, "image_std": vision.image_std}
+    square = {"height": size, "width": size}
+    described = {key: values[0] for key, values in PREPROCESSED.items()}
+    described |= {"resample": int(data.FILTERS[vision.image_filter]),
+                  "image_mean": vision.image_mean, "image_std": vision.image_std}
+    if vision.image_aspect == "stretch":
+        del described["do_center_crop"]
+        return described | {"image_processor_type": "SiglipImageProcessor", "size": square}
+    return described | {"image_processor_type": "CLIPImageProcessor",
+                        "size": {"shortest_edge": size}, "crop_size": square}
 
 
 def tower_files(vision, file):
-    """{file: its JSON} of a CLIPVisionModel: its config under this name, and what it wants done to
+    """{file: its JSON} of a tower: its config under this name, and what it wants done to
     pictures."""
-    return {"preprocessor_config.json": preprocessor_json(vision), file: clip_json(vision)}
+    return {"preprocessor_config.json": preprocessor_json(vision), file: tower_json(vision)}
 
 
 def decoder_json(text, template):
     """config.json of a Hugging Face decoder, but for the tokens that begin and end a text. Raises
     ValueError where none has such a shape."""
+    if sum([any(text.n_experts), text.qkv_bias, text.qk_norm]) > 1:
+        raise ValueError("text: of experts, QKV bias, and norms on queries and keys, no supported "
+                         "Hugging Face decoder has more than one")
     # The family of decoders that this one belongs to.
     kind = "llama"
     more = {}
@@ -879,8 +935,8 @@ def decoder_json(text, template):
         check_mixtral(text)
         kind = "mixtral"
         more = {"num_local_experts": text.n_experts[0], "num_experts_per_tok": text.top_k}
-    elif text.qkv_bias:
-        kind = "qwen2"
+    elif text.qkv_bias or text.qk_norm:
+        kind = "qwen3" if text.qk_norm else "qwen2"
         # The layers from this one on have the window.
         first = 0 if text.sliding_window else text.n_layers
         more = {"use_sliding_window": bool(text.sliding_window), "max_window_layers": first}
@@ -994,9 +1050,9 @@ def write_cumo(config, state, tokenizer):
     # rotary embedding is stretched.
     decoder = decoder_json(config.text, config.template)
     kind = decoder["model_type"]
-    if kind == "qwen2":
+    if kind in ("qwen2", "qwen3"):
         raise ValueError("the published layout has decoders of LLaMA, Mistral and Mixtral shape; "
-                         "this one has QKV bias")
+                         "this one has QKV bias or norms on queries and keys")
     if kind == "llama" and not config.text.rope_scaling:
         kind = "mistral"
 
@@ -1020,7 +1076,7 @@ def write_moe_llava(config, state, tokenizer):
     text = config.text
     connector = config.connector
     if (any(vision.n_experts) or vision.scales != [1] or connector.n_experts
-            or connector.act != "gelu" or text.qkv_bias or config.z_coef):
+            or connector.act != "gelu" or text.qkv_bias or text.qk_norm or config.z_coef):
         raise ValueError("MoE-LLaVA's layout has a dense tower of one scale, a dense connector "
                          "with gelu, a LLaMA or Mistral decoder and no z loss")
     if rescales(text) != (text.top_k > 1):
@@ -1128,7 +1184,7 @@ def write_hf_llava(config, state, tokenizer):
     text = config.text
     described = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "vision_config": clip_json(vision),
+        "vision_config": tower_json(vision),
         "image_token_index": image, "image_seq_length": config.n_image_tokens,
         "projector_hidden_act": config.connector.act,
         "vision_feature_layer": vision.select_layer, "vision_feature_select_strategy": "default",
@@ -1165,8 +1221,8 @@ def write_hf_decoder(config, state, tokenizer):
 
 
 def write_hf_tower(config, state, tokenizer):
-    """The tower alone, as transformers writes it, but without CLIP's post_layernorm, which nothing
-    here uses: transformers will say that it made a new one."""
+    """The tower alone, as transformers writes it, but without a post_layernorm that nothing here
+    uses, as CLIP's: transformers will say that it made a new one."""
     if any(config.vision.n_experts):
         raise ValueError("hf-clip holds a dense tower, this one has experts; write it with --to "
                          "cumo")
@@ -1337,9 +1393,9 @@ def load(path: str, device="cpu", dtype=None, listing=None, later=None):
     """A model folder, or a model's name on the Hugging Face hub -> (model, tokenizer or None).
 
     Of the layouts in SUPPORTED, config.json says which it is. The model is a CuMo (without senses
-    if the folder holds a decoder), of CLIP a VisionTransformer, of Whisper an AudioTransformer; in
-    eval mode. Weights stream one by one into their final place, in the dtype that they are stored
-    in unless one is given, so memory peaks little above the model's size.
+    if the folder holds a decoder), of CLIP and SigLIP a VisionTransformer, of Whisper an
+    AudioTransformer; in eval mode. Weights stream one by one into their final place, in the dtype
+    that they are stored in unless one is given, so memory peaks little above the model's size.
 
     listing: collects (their name, our name, shape, dtype) of each tensor. later: the model stays on
     meta, and the stream of its weights is appended to this list, for `copy_into_shard`: a process
@@ -1712,12 +1768,13 @@ def check_vocabulary(tokenizer, config, where):
 
 
 def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dtype=None,
-             listing=None, later=None, audio=None):
+             listing=None, later=None, audio=None, pixel_shuffle=1):
     """A model that stage 1 can start from -> (CuMo in eval mode, the decoder's tokenizer or None).
 
     vision: the tower of this folder, or CuMo's clip.bin. llm: the decoder of this folder.
     connector: an mm_projector.bin of CuMo or LLaVA; without it, a new one. audio: a folder of
-    Whisper, for an ear and a new resampler. dtype, listing, later: as for `load`.
+    Whisper, for an ear and a new resampler. dtype, listing, later: as for `load`. pixel_shuffle: as
+    in ConnectorConfig.
     """
     # Sizes first: the parts are on meta, and their weights are streams.
     streams = []
@@ -1730,7 +1787,8 @@ def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dt
     shapes = shapes_in([connector]) if connector else {}
     model = build_on_meta(Config(
         vision=replace(tower.config, scales=list(scales)),
-        connector=ConnectorConfig(n_experts=count(shapes, r"mm_projector\.experts\.(\d+)\.")),
+        connector=ConnectorConfig(n_experts=count(shapes, r"mm_projector\.experts\.(\d+)\."),
+                                  pixel_shuffle=pixel_shuffle),
         text=decoder.config,
         template=template or config.template,
     ))
@@ -1764,7 +1822,7 @@ def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dt
 
 
 PARTS = {  # what a folder that is to give a part must hold, alone or in a whole model
-    "vision": (VisionTransformer, "has no vision tower; --vision wants a CLIP folder"),
+    "vision": (VisionTransformer, "has no vision tower; --vision wants a CLIP or SigLIP folder"),
     "text": (Decoder, "has no decoder; --llm wants a language model's folder"),
     "audio": (AudioTransformer, "is no ear; --audio wants a Whisper folder"),
 }
@@ -1821,7 +1879,7 @@ def save_backbones(model, file, tokenizer):
                   tokenizer=tokenizer.to_str(), config=json.dumps(model.config.to_dict()))
 
 
-def load_backbones(file):
+def load_backbones(file, pixel_shuffle=1):
     """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer)."""
     try:
         with safe_open(file, "pt") as f:
@@ -1833,7 +1891,9 @@ def load_backbones(file):
                          f"({e}); make it again with `python assets/backbones.py`") from None
 
     # A CuMo is born with new weights; the bridges keep theirs.
-    model = CuMo(Config.from_dict(json.loads(config)))
+    config = json.loads(config)
+    config["connector"]["pixel_shuffle"] = pixel_shuffle
+    model = CuMo(Config.from_dict(config))
     wanted = starting_with(BACKBONES, state_of(model))
     fill_from(match_tensors([file], wanted, file), model)
     return model, Tokenizer.from_str(tokenizer)
@@ -1929,14 +1989,22 @@ def rescales(part):
     return part.renormalise
 
 
+def tower_kind(vision):
+    """The model_type of a tower, a key of TOWERS. Raises ValueError for one of another make."""
+    made = (vision.n_prefix_tokens, vision.pre_norm, vision.patch_bias)
+    if made == (1, True, False) and not vision.post_norm:
+        return "clip_vision_model"
+    if made == (0, False, True):
+        return "siglip_vision_model"
+    raise ValueError("vision: n_prefix_tokens, pre_norm, patch_bias and post_norm are neither "
+                     "CLIP's nor SigLIP's; write it as own")
+
+
 def check_mixtral(text):
     """Raise ValueError for a mixture that no Hugging Face decoder is."""
     factor = text.capacity_factor or text.eval_capacity_factor
     if len(set(text.n_experts)) > 1:
         raise ValueError("text: experts in some layers only; no Hugging Face decoder has that")
-    if text.qkv_bias:
-        raise ValueError("text: experts and QKV bias together; no supported Hugging Face decoder "
-                         "has both")
     if factor:
         raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
                          "drop tokens")
@@ -1954,6 +2022,11 @@ def check_senses(config, layout):
     if config.vision is None and layout in ("cumo", "moe-llava", "hf-llava", "hf-clip"):
         raise ValueError(f"a language model alone has no tower to write as {layout}; --to hf-llm "
                          "writes the decoder")
+    if layout in ("cumo", "moe-llava", "hf-llava") and (
+            tower_kind(config.vision) != "clip_vision_model"
+            or config.vision.image_aspect == "stretch" or config.connector.pixel_shuffle > 1):
+        raise ValueError(f"the layout {layout} has CLIP's tower and a token for each patch, and "
+                         "this model a SigLIP tower or a pixel shuffle; write it as own")
     if layout != "hf-llava":
         return
     if any(config.vision.n_experts + [config.connector.n_experts] + config.text.n_experts):
@@ -1970,6 +2043,7 @@ def check_senses(config, layout):
 ABOUT = """Weights in and out: python upcycle.py ... --out DIR, where ... is one of these.
 
   --vision CLIP_DIR --llm LLM_DIR --scales 1,3     tower + decoder + new connector: for stage 1
+  --vision SIGLIP_DIR --llm LLM_DIR --pixel-shuffle 2     the same, with a quarter of the tokens
   --vision CLIP_DIR --llm LLM_DIR --audio WHISPER_DIR     + ear + new resampler: for Uni-MoE's
   --experts DIR_A,DIR_B,DIR_C,DIR_D     decoders trained apart -> the experts of one
   --from CUMO_DIR             any layout that is understood -> this project's
@@ -1987,7 +2061,7 @@ def parse(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     for flag, metavar, what in (
-        ("--vision", "DIR", "take the tower from this folder (CLIP), or from CuMo's clip.bin"),
+        ("--vision", "DIR", "take the tower from this folder (CLIP, SigLIP), or from clip.bin"),
         ("--llm", "DIR", "take the decoder and the tokenizer from this folder"),
         ("--audio", "DIR", "take an ear from this folder (Whisper)"),
         ("--connector", "FILE", "take the connector from this mm_projector.bin; default: new"),
@@ -2004,6 +2078,8 @@ def parse(argv=None):
     add("--out", required=True, metavar="DIR", help="folder to write; must not hold a model yet")
     add("--to", choices=LAYOUTS, default="own", help="layout to write (default: own)")
     add("--scales", default="1", help="S2 scales of a new model, for example 1,3 (default: 1)")
+    add("--pixel-shuffle", type=int, default=1, metavar="N",
+        help="a new model's tokens are N x N patches each (default: 1)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are stored")
     add("--seed", type=int, default=0, help="of a new connector, resampler or routers (default: 0)")
     args = parser.parse_args(argv)
@@ -2012,6 +2088,8 @@ def parse(argv=None):
     ways = [args.source, args.vision and args.llm, args.experts]
     if len([way for way in ways if way]) != 1:
         raise ValueError("give either --from DIR, or --vision DIR and --llm DIR, or --experts DIRS")
+    if args.pixel_shuffle != 1 and not args.vision:
+        raise ValueError("--pixel-shuffle goes with --vision and --llm: it is a new connector's")
     if (args.audio and not args.vision) or (
             (args.average or args.every_other) and not args.experts):
         raise ValueError("--audio goes with --vision and --llm; --average and --every-other go "
@@ -2043,7 +2121,7 @@ def main(argv=None):
     else:
         model, tokenizer = assemble(args.vision, args.llm, args.connector, args.scales,
                                     args.template, args.seed, args.dtype, listing,
-                                    audio=args.audio)
+                                    audio=args.audio, pixel_shuffle=args.pixel_shuffle)
     print_listing(listing)
 
     # One layout holds a tower, and none holds an ear alone.

@@ -139,8 +139,8 @@ class Contrastive(nn.Module):
     def forward(self, tokens, labels, images, captions):
         """tokens (P, T) the batch's different phrases, labels (B, 1 + N) the phrase of each patch
         (the first label is unused), images (B, 3, S, S), captions (B, T)."""
-        last, selected = self.vision.encode(images, both=True)
-        patches = F.normalize(self.patch_head(selected[:, 1:]).float(), dim=-1)  # (B, N, dim)
+        last, features = self.vision.encode(images, both=True)
+        patches = F.normalize(self.patch_head(features).float(), dim=-1)  # (B, N, dim)
         whole = F.normalize(self.image_head(last[:, 0]).float(), dim=-1)  # (B, dim)
         # at most 100, as in CLIP
         scale = self.scale.clamp(max=4.6).exp()

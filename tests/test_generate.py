@@ -16,20 +16,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data as d
 import generate
-from model import Config, CuMo, VisionConfig
+from model import SIGLIP, Config, CuMo, VisionConfig
 from upcycle import load, save
 from test_data import truth
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def build(vocab_size, n_experts=4, connector=4, n_layers=2, scales=(1,)):
+def build(vocab_size, n_experts=4, connector=4, n_layers=2, scales=(1,), pixel_shuffle=1, **vision):
     """A model small enough to be made anew in every test, with weights so loud that its words depend on what it reads."""
     torch.manual_seed(0)
     model = CuMo(Config(
         vision=dict(image_size=48, patch_size=8, dim=32, n_layers=n_layers, n_heads=2, ffn_dim=48, n_experts=n_experts,
-                    scales=list(scales)),
-        connector=dict(n_experts=connector),
+                    scales=list(scales), **vision),
+        connector=dict(n_experts=connector, pixel_shuffle=pixel_shuffle),
         text=dict(vocab_size=vocab_size, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, rope_theta=1e4),
         template="tiny"))
     with torch.no_grad():
@@ -290,6 +290,12 @@ def test_routing_is_each_patchs_top_k_of_the_routers(scales):
         assert experts.shape == (3, 36, 2) and torch.equal(experts, (x @ moes[name].router.T).topk(2, -1).indices)
         counts = torch.bincount(experts.flatten(), minlength=4)
         assert counts.sum() == 3 * 36 * 2 and torch.bincount(experts[..., 0].flatten(), minlength=4).sum() == 3 * 36
+
+
+def test_a_tower_without_cls_shows_all_its_patches_and_a_pixel_shuffle_fewer():
+    model = build(300, pixel_shuffle=2, **SIGLIP)
+    shapes = {name: tuple(experts.shape) for name, experts in generate.routing_of(model, [picture(0), picture(1)]).items()}
+    assert shapes == {"layer 0": (2, 36, 2), "layer 1": (2, 36, 2), "connector": (2, 9, 2)}
 
 
 def test_dense_layers_and_those_behind_the_features_have_no_routing():

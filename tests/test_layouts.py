@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 import data
 import generate
 import upcycle as U
-from model import IMAGE, PAD, CuMo, VisionConfig, VisionTransformer
+from model import IMAGE, PAD, SIGLIP, CuMo, VisionConfig, VisionTransformer, choose_trainable
 from upcycle import assemble, load, main, save
 
 UPCYCLE = Path(U.__file__)
@@ -39,8 +39,10 @@ DECODERS = {
     "mistral": ("Mistral", dict(sliding_window=6)),
     "qwen2": ("Qwen2", {}),
     "qwen2-tied-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=0, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=16, use_sliding_window=True, sliding_window=6, max_window_layers=0, tie_word_embeddings=True)),
     "mixtral": ("Mixtral", dict(num_local_experts=4)),
 }
+SIGLIP_EYE = {**EYE, "image_size": 30}                           # as in so400m-patch14-384: pixels are left over
 
 
 @torch.no_grad()
@@ -63,18 +65,26 @@ class Reference:
         elif name == "llava":                                    # heads 64 wide, which is what a tower without a config is taken to have
             eye = t.CLIPVisionConfig(**{**EYE, "hidden_size": 128, "num_attention_heads": 2})
             self.model = t.LlavaForConditionalGeneration(t.LlavaConfig(vision_config=eye, text_config=text, image_token_index=HF_IMAGE))
-        elif name == "clip":
+        elif name == "llava-siglip":
+            self.model = t.LlavaForConditionalGeneration(t.LlavaConfig(
+                vision_config=t.SiglipVisionConfig(**EYE), text_config=t.Qwen3Config(**SMALL, head_dim=16), image_token_index=HF_IMAGE,
+                vision_feature_layer=-1, vision_feature_select_strategy="full"))
+        elif name in ("clip", "siglip"):
             words = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
-            self.model = t.CLIPModel(t.CLIPConfig(vision_config=EYE, text_config=words))
+            model, config, eye = (t.CLIPModel, t.CLIPConfig, EYE) if name == "clip" else (t.SiglipModel, t.SiglipConfig, SIGLIP_EYE)
+            self.model = model(config(vision_config=eye, text_config=words))
+        elif name == "siglip-vision":
+            self.model = t.SiglipVisionModel(t.SiglipVisionConfig(**SIGLIP_EYE))
         else:
             self.model = t.CLIPVisionModel(t.CLIPVisionConfig(**EYE))
         loud(self.model)
         g = torch.Generator().manual_seed(3)
-        self.images = torch.randn(2, 3, 28, 28, generator=g) if "l" in name and name not in DECODERS else None
-        if name in ("clip", "clip-vision"):
+        size = 30 if name.startswith("siglip") else 28
+        self.images = torch.randn(2, 3, size, size, generator=g) if "l" in name and name not in DECODERS else None
+        if name in ("clip", "clip-vision", "siglip", "siglip-vision"):
             return
         self.rows = [torch.randint(3, 60, (n,), generator=g) for n in (40, 23, 9)]
-        if name == "llava":                                      # two rows with an image, one without
+        if name.startswith("llava"):                             # two rows with an image, one without
             self.rows = [torch.cat([row[:at], torch.full((N_SLOTS,), HF_IMAGE), row[at:]]) if at else row
                          for row, at in zip(self.rows, (3, 5, None))]
         self.model.generation_config.eos_token_id = None
@@ -82,7 +92,7 @@ class Reference:
         self.logits, self.said = self.ask(self.model)
         T = len(self.rows[0])
         self.tokens = torch.stack([torch.cat([row, torch.full((T - len(row),), PAD)]) for row in self.rows])
-        if name == "llava":
+        if name.startswith("llava"):
             self.tokens[self.tokens == HF_IMAGE] = IMAGE
 
     @torch.no_grad()
@@ -272,10 +282,11 @@ def test_a_llava_config_that_names_only_what_is_not_a_default_is_read_as_transfo
         assert (logits[:len(theirs)] - theirs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "mixtral"])
 def test_keys_that_a_decoders_config_leaves_out_have_transformers_defaults(hf, tiny_model, kind, tmp_path):
     t = sys.modules["transformers"] if hf("llama") else None
-    save(tiny_model(vision=None, text=dict(n_experts=8 if kind == "mixtral" else 0, qkv_bias=kind == "qwen2")), tmp_path, layout="hf-llm")
+    text = dict(n_experts=8 if kind == "mixtral" else 0, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
+    save(tiny_model(vision=None, text=text), tmp_path, layout="hf-llm")
     (tmp_path / "config.json").write_text(json.dumps(dict(
         SMALL, model_type=kind, hidden_size=16, intermediate_size=24, vocab_size=40)))
     ours, theirs = load(tmp_path)[0].config.text, t.AutoConfig.from_pretrained(tmp_path)
@@ -361,6 +372,7 @@ TEXTS = {
     "mistral-stretched": dict(template="mistral", text=dict(sliding_window=5, rope_scaling=LLAMA3)),
     "qwen2": dict(template="vicuna", text=dict(qkv_bias=True)),
     "qwen2-window": dict(template="vicuna", text=dict(qkv_bias=True, sliding_window=5, tie_embeddings=True)),
+    "qwen3": dict(template="vicuna", text=dict(qk_norm=True, head_dim=8, tie_embeddings=True)),
     "mixtral": dict(template="mistral", text=dict(n_experts=5, top_k=3)),
     "mixtral-window": dict(template="mistral", text=dict(n_experts=4, sliding_window=5)),
     "own-template": dict(template="tiny"),
@@ -404,7 +416,7 @@ def test_a_decoder_comes_back_bit_for_bit(tiny_model, kind, dtype, layout, tmp_p
 @pytest.mark.parametrize("sight, kind", [("experts", kind) for kind in TEXTS] + [(sight, "mistral") for sight in SIGHTS])
 def test_a_whole_model_comes_back_bit_for_bit(tiny_model, sight, kind, layout, tmp_path):
     model = tiny_model(**SIGHTS[sight], **TEXTS[kind])
-    if layout == "cumo" and kind.startswith("qwen2"):
+    if layout == "cumo" and kind.startswith("qwen"):
         with pytest.raises(ValueError, match="QKV bias"):
             save(model, tmp_path / "out", layout=layout)
         assert not (tmp_path / "out").exists()
@@ -441,6 +453,10 @@ def test_a_foreign_model_comes_back_bit_for_bit_from_every_layout_that_can_hold_
     (dict(vision=dict(n_experts=4, top_k=1), connector=dict(n_experts=4)), "cumo", "top-k"),
     (dict(connector=dict(n_experts=4, top_k=1)), "cumo", "top_k = 1 without rescaling"),
     (dict(text=dict(n_experts=4, top_k=1)), "hf-llm", "top_k = 1 without rescaling"),
+    (dict(text=dict(n_experts=4, qk_norm=True)), "hf-llm", "norms on queries"), (dict(text=dict(qk_norm=True)), "moe-llava", "LLaMA or Mistral"),
+    (dict(text=dict(qk_norm=True, qkv_bias=True)), "hf-llm", "more than one"),
+    (dict(vision=SIGLIP), "cumo", "a SigLIP tower or a pixel shuffle"), (dict(vision=SIGLIP), "moe-llava", "a SigLIP tower"),
+    (dict(connector=dict(pixel_shuffle=2)), "cumo", "pixel shuffle"), (dict(vision=dict(pre_norm=False)), "hf-clip", "neither"),
     (dict(vision=None), "cumo", "no tower"), (dict(vision=None), "hf-clip", "no tower"), ({}, "gguf", "unknown layout"),
     (dict(vision=None), "hf-llava", "no tower.*hf-llm"), ({}, "hf-llava", "<image> must be a token.*--tokenizer"),
     (dict(connector=dict(n_experts=4)), "hf-llava", "has experts; write it as cumo or moe-llava, or as hf-llava the dense model of stage 2"),
@@ -461,7 +477,7 @@ def test_transformers_reads_the_decoder_that_is_written(hf, tiny_model, kind, dt
     save(model, tmp_path, words(), layout="hf-llm")
     theirs, report = t.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report                                        # nothing missing, left over or of a wrong shape
-    expected = next((name for name in ("mixtral", "qwen2", "mistral") if kind.startswith(name)), "llama")
+    expected = next((name for name in ("mixtral", "qwen2", "qwen3", "mistral") if kind.startswith(name)), "llama")
     assert theirs.config.model_type == expected and theirs.dtype == dtype
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (1, 2)
     ids = torch.randint(0, 40, (2, 40))
@@ -582,7 +598,7 @@ def test_image_aspect_ratio_says_whether_pictures_are_padded_or_cropped(hf, aspe
 
 
 @pytest.mark.parametrize("aspect, preprocessor, words", [
-    ("anyres", None, "image_aspect_ratio 'anyres'"), ("pad", dict(resample=2), "resample = 2"), ("pad", dict(do_normalize=False), "do_normalize"),
+    ("anyres", None, "image_aspect_ratio 'anyres'"), ("pad", dict(resample=1), "resample = 1"), ("pad", dict(do_normalize=False), "do_normalize"),
     ("square", dict(do_center_crop=False), "do_center_crop"), ("pad", dict(image_std=[0, 1, 1]), "vision.image_std"),
     ("pad", dict(image_mean=0.5), "vision.image_mean"), ("pad", dict(image_mean=["a", 1, 1]), "vision.image_mean")])
 def test_pictures_of_another_make_are_refused_by_name(hf, aspect, preprocessor, words, tmp_path):
@@ -633,10 +649,99 @@ def test_folders_from_before_these_fields_load_on_as_clip_and_padded(tiny_model,
     save(tiny_model(), tmp_path)
 
     def older(cfg):
-        for name in ("image_mean", "image_std", "image_aspect"):
+        for name in ("image_mean", "image_std", "image_aspect", "image_filter", "n_prefix_tokens", "pre_norm", "patch_bias", "post_norm"):
             del cfg["vision"][name]
+        del cfg["connector"]["pixel_shuffle"], cfg["text"]["qk_norm"]
     edit_json(tmp_path / "config.json", older)
     assert looks(load(tmp_path)[0].config.vision) == CLIPS == ("pad", list(data.CLIP_MEAN), list(data.CLIP_STD))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SigLIP
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip-vision"])
+@torch.no_grad()
+def test_siglips_features_are_those_of_transformers_behind_the_last_norm(hf, name, tmp_path):
+    reference = hf(name)
+    model = load(store(reference.model, tmp_path, STORES[0]))[0]
+    assert isinstance(model, VisionTransformer) and looks(model.config) == ("stretch", HALF, HALF) and model.config.n_heads == 4
+    tower = reference.model.vision_model if name == "siglip" else reference.model
+    theirs = tower(reference.images, output_hidden_states=True)
+    assert theirs.last_hidden_state.shape == (2, 16, 32) and theirs.last_hidden_state.abs().max() > 1
+    assert (model(reference.images) - theirs.last_hidden_state).abs().max() < 1e-4
+    model.post_norm = torch.nn.Identity()                        # LLaVA-OneVision's choice
+    model.config.select_layer = -2
+    assert (model(reference.images) - theirs.hidden_states[-2]).abs().max() < 1e-4
+
+
+def test_a_siglip_config_that_names_nothing_is_base_patch16s(hf, tmp_path):
+    """google/siglip-base-patch16-224's config.json says hardly more than its class."""
+    tensors = {f"vision_model.{name}": t for name, t in hf("siglip-vision").model.state_dict().items()}
+    wide = {name: t.repeat(*[2 if size in (32, 96) else 1 for size in t.shape]) for name, t in tensors.items()}
+    theirs = dict(model_type="siglip", vision_config=dict(model_type="siglip_vision_model", num_attention_heads=8))
+    vision = load(write(tmp_path, wide, "safetensors", theirs))[0].config
+    default = sys.modules["transformers"].SiglipVisionConfig()
+    assert (vision.act, vision.norm_eps) == (default.hidden_act, default.layer_norm_eps)
+    assert (vision.dim, vision.side, vision.ffn_dim, vision.n_layers) == (64, 4, 64, 3)
+
+
+@pytest.mark.parametrize("theirs, words", [
+    (dict(model_type="siglip2", architectures=["Siglip2Model"]), "Siglip2Model is not supported; .*SiglipVisionModel"),
+    (dict(model_type="dinov2"), "dinov2 is not supported; .*SiglipModel"),
+    (dict(model_type="llava", vision_config=dict(model_type="siglip2_vision_model"), text_config={}, vision_feature_select_strategy="full"),
+     "siglip2_vision_model is not supported; supported: CLIPVisionModel, SiglipVisionModel"),
+    (dict(model_type="llava", mm_vision_tower=""), "how many heads")])
+def test_towers_of_another_make_are_refused_in_one_line(hf, theirs, words, tmp_path):
+    tensors = {f"vision_tower.{name}": t for name, t in hf("siglip-vision").model.state_dict().items()}
+    with pytest.raises(ValueError, match=words) as e:
+        load(write(tmp_path, tensors, "safetensors", theirs))
+    assert "\n" not in str(e.value)
+
+
+def test_a_llava_with_siglip_and_qwen3_says_what_transformers_says(hf, tmp_path):
+    reference = hf("llava-siglip")
+    model = load(store(reference.model, tmp_path, STORES[0]))[0]
+    assert (model.config.vision.post_norm, model.config.vision.image_aspect) == (False, "stretch")
+    reference.check(model)
+    edit_json(tmp_path / "config.json", lambda cfg: cfg.update(vision_feature_select_strategy="default"))
+    with pytest.raises(ValueError, match="only patch features"):    # it would drop a patch
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
+@torch.no_grad()
+def test_transformers_reads_the_siglip_tower_that_is_written_and_its_preprocessor(hf, tiny_model, filter, tmp_path):
+    t = sys.modules["transformers"] if hf("siglip-vision") else None
+    model = tiny_model(vision=SIGLIP | dict(image_filter=filter))
+    again = there_and_back(model, tmp_path, "hf-clip")
+    assert again.config == model.config.vision and same(again, model.vision)
+    theirs, report = t.SiglipVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    pixels = t.SiglipImageProcessorPil.from_pretrained(tmp_path)(image, return_tensors="pt").pixel_values
+    ours = data.load_image(image, data.picture_format(model.config.vision))
+    assert (ours - pixels[0]).abs().max() < 1e-5
+    assert (model.vision(ours[None]) - theirs.eval()(pixels).last_hidden_state).abs().max() < 1e-4
+
+
+def test_siglip_and_qwen3_are_upcycled_without_a_change_then_trained_saved_and_loaded(hf, tmp_path):
+    folders = [str(store(hf(name).model, tmp_path / name, STORES[0])) for name in ("siglip-vision", "qwen3")]
+    model, _ = assemble(*folders, scales=(1, 2), pixel_shuffle=2)
+    assert model.config.n_image_tokens == 4 and model.config.vision.scales == [1, 2]
+    tokens, images = torch.tensor([[5, *[IMAGE] * 4, 6, 7, 8]]), torch.randn(1, 3, 30, 30)
+    before = model(tokens, images).logits
+    U.upcycle(model, vision=4, connector=4)
+    assert (model(tokens, images).logits - before).abs().max() < 1e-4
+
+    choose_trainable(model, ("vision", "connector", "text"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.train()(tokens, images, labels=tokens.clamp(min=0)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())      # DDP insists on it
+    optimizer.step()
+    assert (model.eval()(tokens, images).logits - before).abs().max() > 1e-3
+    again = there_and_back(model, tmp_path / "own", "own")
+    assert again.config == model.config and same(again, model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1014,6 +1119,8 @@ def test_a_folder_that_holds_a_model_is_never_written_over(parts, tmp_path):
     (["--vision", "clip", "--llm", "llm", "--connector", "nowhere.bin"], "nowhere.bin: missing"),
     (["--from", "llm", "--tokenizer", "clip/config.json"], "cannot be read as a tokenizer"),
     (["--from", "llm", "--tokenizer", "no.json"], "no.json: cannot be read"),
+    (["--from", "llm", "--pixel-shuffle", "2"], "--pixel-shuffle goes with --vision"),
+    (["--vision", "clip", "--llm", "llm", "--pixel-shuffle", "3"], "pixel_shuffle = 3 does not divide the 2 x 2 patches"),
     (["--from", "llm", "--to", "cumo"], "--to hf-llm"), (["--from", "clip", "--to", "hf-llm"], "hf-clip only")])
 def test_arguments_that_do_not_go_together_are_named_and_nothing_is_written(parts, args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -67,6 +67,24 @@ def test_counts_add_up_to_all_parameters(tiny_model):
     assert counts["text"][0] == counts["text"][1]
 
 
+def test_parts_of_the_presets_for_one_gpu_are_as_large_as_transformers_models():
+    t = pytest.importorskip("transformers", reason="the other opinion is transformers'")
+    smol = t.LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+                         vocab_size=49152, tie_word_embeddings=True)
+    qwen3 = t.Qwen3Config(hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, intermediate_size=3072,
+                          tie_word_embeddings=True)
+    eyes = t.SiglipVisionConfig(vision_use_head=False), t.SiglipVisionConfig(vision_use_head=False, image_size=512)
+    for preset, eye, text in (("cumo-smol", eyes[0], smol), ("cumo-qwen3", eyes[1], qwen3)):
+        config = Config.from_preset(preset)
+        config.vision.n_experts = [0] * 12
+        with torch.device("meta"):
+            ours = count_parameters(CuMo(config))
+            assert ours["vision"][0] == t.SiglipVisionModel(eye).num_parameters()
+            model = t.AutoModelForCausalLM.from_config(text)
+        model.tie_weights()
+        assert ours["text"][0] == model.num_parameters() == {"cumo-smol": 134_515_008, "cumo-qwen3": 596_049_920}[preset]
+
+
 @pytest.mark.parametrize("name", M.PRESETS)
 def test_config_survives_json(name):
     config = Config.from_preset(name)
@@ -89,7 +107,11 @@ def test_presets_do_not_share_lists(monkeypatch):
     (dict(text=dict(n_experts=2, top_k=0)), "text: top_k = 0"),
     (dict(text=dict(n_experts=-1)), "text.n_experts = -1"),
     (dict(connector=dict(n_experts=10**20)), "connector.n_experts = 1000"),
-    (dict(vision=dict(image_size=50, patch_size=8)), "50 .* 8"),
+    (dict(vision=dict(image_size=5, patch_size=8)), "5 .* 8"),
+    (dict(vision=dict(image_size=50, patch_size=8), connector=dict(pixel_shuffle=4)), "connector.pixel_shuffle = 4 .* 6 x 6"),
+    (dict(connector=dict(pixel_shuffle=0)), "connector.pixel_shuffle = 0"),
+    (dict(vision=dict(post_norm=True)), "vision.post_norm .* -1, not -2"),
+    (dict(vision=dict(n_prefix_tokens=2)), "vision.n_prefix_tokens = 2"),
     (dict(vision=dict(n_layers=3, n_experts=[4, 4])), "lists 2 layers.* 3"),
     (dict(text=dict(n_layers=2, n_experts=[4, 4, 0])), "lists 3 layers.* 2"),
     (dict(vision=dict(dim=30, n_heads=4)), "vision.dim = 30"),
@@ -120,7 +142,7 @@ def test_presets_do_not_share_lists(monkeypatch):
     (dict(text=dict(n_layers=10**9)), "text.n_layers = 1000000000 must be a whole number from 1 to 1000"),
     (dict(text=dict(n_experts="4")), "text.n_experts = '4' must be a whole number from 0 to 1e.06 or a list, each"),
     (dict(text=dict(n_experts=[4.0] * 32)), "text.n_experts = .4.0"),
-    (dict(text=dict(act=[])), r"text.act = \[\] must be one of gelu, quick_gelu, silu"),
+    (dict(text=dict(act=[])), r"text.act = \[\] must be one of gelu, gelu_pytorch_tanh, quick_gelu, silu"),
     (dict(text=dict(capacity_factor="1")), "text.capacity_factor = '1'"),
     (dict(text=dict(min_capacity=-1)), "text.min_capacity = -1"),
     (dict(text=dict(qkv_bias="no")), "text.qkv_bias = 'no' must be true or false"),
@@ -176,9 +198,33 @@ def test_features_are_the_select_layers_without_cls(tiny_model, select, n_expert
     want = hidden_states(tower, images)[select][:, 1:]
     for aux in (None, []):                                                   # collecting runs more layers, and changes nothing
         torch.testing.assert_close(tower(images, aux), want, rtol=1e-4, atol=1e-5)
-    last, selected = tower.encode(images, both=True)
+    last, features = tower.encode(images, both=True)
     torch.testing.assert_close(last, hidden_states(tower, images)[-1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(selected[:, 1:], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-5)
+
+
+def test_pixel_shuffle_lays_neighbours_side_by_side_as_nanovlm_does():
+    x = torch.randn(2, 36, 5)
+    got = M.pixel_shuffle(x, 3)
+    assert got.shape == (2, 4, 45)
+    for row in range(2):
+        for column in range(2):
+            patches = [x[:, 6 * (3 * row + y) + 3 * column + i] for y in range(3) for i in range(3)]
+            assert torch.equal(got[:, 2 * row + column], torch.cat(patches, -1))
+    idefics3 = pytest.importorskip("transformers.models.idefics3.modeling_idefics3")     # SmolVLM's ancestor
+    assert torch.equal(got, idefics3.Idefics3Connector.pixel_shuffle(None, x, 3))
+
+
+@pytest.mark.parametrize("vision", [{}, M.SIGLIP])
+@torch.no_grad()
+def test_a_pixel_shuffle_fills_fewer_slots_also_with_scales_and_experts(tiny_model, vision):
+    model = tiny_model(vision=dict(**vision, image_size=32, scales=[1, 2], n_experts=3), connector=dict(pixel_shuffle=2, n_experts=4))
+    assert model.config.n_image_tokens == 4 and model.connector.ffn.w_in.shape == (4, 16, 4 * 2 * 16)
+    tokens = torch.tensor([[1, *[M.IMAGE] * 4, 2, 3]])
+    out = model(tokens, torch.randn(1, 3, 32, 32), labels=tokens.clamp(min=0))
+    assert out.image_embeds.shape == (1, 4, 16) and out.routing["connector"][0].experts.shape == (1, 4, 2)
+    with pytest.raises(ValueError, match=r"16 IMAGE slots, the images give 4 features \(4 an image\)"):
+        model(torch.full((1, 16), M.IMAGE), torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("scale", [2, 3])

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from model import AUDIO, IMAGE, Config, CuMo, choose_trainable
+from model import AUDIO, IMAGE, SIGLIP, Config, CuMo, choose_trainable
 
 ALL = ("vision", "connector", "text")
 
@@ -35,20 +35,22 @@ def flops_by_hand(config, n_tokens, n_images=1, trains=None, n_audio=0):
     def one_hot(width, n_experts, top_k):                                          # the gradient of their first biases is a product too
         return top_k * n_experts * width
 
-    v, c, a, t, parts, n = config.vision, config.connector, config.audio, config.text, {}, config.n_image_tokens
+    v, c, a, t, parts = config.vision, config.connector, config.audio, config.text, {}
     biases = {}
     if v:
         crops = n_images * sum(s * s for s in v.scales)                            # S2: a scale s is s x s crops
+        n, seen = v.side**2, v.side**2 + v.n_prefix_tokens                         # patches; with CLIP's CLS
         unused = any(v.n_experts[v.n_used_layers:])                                # layers that run for their routers' losses only
         layers = [ffn(v.dim, v.ffn_dim, v.dim, e, v.top_k) for e in v.n_experts[:None if unused else v.n_used_layers]]
         inner = 4 * v.dim**2 * len(layers) + sum(layers)
         if trains is not None and unused:                                          # the last experts' answers go nowhere
             inner -= layers[-1] - v.dim * v.n_experts[-1]
         behind = v.n_experts[:v.n_used_layers]
-        biases["vision"] = crops * (n + 1) * sum(one_hot(v.ffn_dim, e, v.top_k) for e in behind)
+        biases["vision"] = crops * seen * sum(one_hot(v.ffn_dim, e, v.top_k) for e in behind)
+        parts["vision"] = crops * n * 3 * v.patch_size**2 * v.dim, crops * seen * inner, crops * seen**2 * 2 * v.dim * len(layers)
+        n = config.n_image_tokens                                                  # with a pixel shuffle fewer, and wider ones
         biases["connector"] = n_images * n * one_hot(t.dim, c.n_experts, c.top_k)
-        parts["vision"] = crops * n * 3 * v.patch_size**2 * v.dim, crops * (n + 1) * inner, crops * (n + 1)**2 * 2 * v.dim * len(layers)
-        wide = v.dim * len(v.scales)
+        wide = v.dim * len(v.scales) * v.side**2 // n
         entry, whole = wide * t.dim * (c.top_k if c.n_experts else 1), ffn(wide, t.dim, t.dim, c.n_experts, c.top_k)
         parts["connector"] = n_images * n * entry, n_images * n * (whole - entry), 0
     if a:
@@ -135,7 +137,8 @@ def test_flops_of_tiny(stage, device):
 @pytest.mark.parametrize("change", [
     dict(vision=dict(scales=[1, 2], n_experts=3)), dict(vision=dict(n_experts=[0, 3, 0], select_layer=-1)),
     dict(connector=dict(n_experts=4)), dict(text=dict(n_experts=4, top_k=3, tie_embeddings=True)),
-    dict(vision=dict(select_layer=-3)), dict(text=dict(n_experts=[4, 0]))])
+    dict(vision=dict(select_layer=-3)), dict(text=dict(n_experts=[4, 0])),
+    dict(vision=dict(**SIGLIP, n_experts=3), connector=dict(pixel_shuffle=2), text=dict(qk_norm=True, head_dim=8))])
 def test_flops_of_every_kind_of_layer(tiny_config, change):
     config = tiny_config(**change)
     for trains in (ALL, ("connector",), ("text",), ("connector", "text.ffn"), ("connector", "text.moe")):
@@ -216,7 +219,7 @@ def test_plan_of_all_stages_and_what_does_not_fit(capsys):
     train.main("--preset tiny --plan --device cpu --gpu-gb 1 --steps 7 --batch-size 64 --peak-tflops 1e-6".split())
     text = capsys.readouterr().out
     assert [f"stage {i}" in text for i in (1, 2, 3)] == [True] * 3 and text.count("7 steps") == 3 and "448 samples" in text
-    assert "does NOT fit into 1 GB; the smallest number (1, 2, 4, 8...) that does: 1 GPUs with --fsdp --checkpointing" in text
+    assert "does NOT fit into 1 GB; the smallest number (1, 2, 4, 8...) that does: 1 GPU with --checkpointing" in text
     with pytest.raises(ValueError, match="not a multiple of --gpus 3"):
         train.main(["--plan", "--gpus", "3"])
 

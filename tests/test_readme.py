@@ -2,7 +2,9 @@
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,7 +65,6 @@ def test_four_of_eight_tokens_are_dropped_at_capacity_factor_one():
 
 
 def test_the_reader_of_the_log_reads_what_a_run_writes(tmp_path):
-    from types import SimpleNamespace
     import train
     for name in (1, 3):
         log = train.Log(tmp_path, SimpleNamespace(name=name, steps=3), 0)
@@ -80,6 +81,22 @@ def test_the_table_of_the_log_has_every_key_that_a_run_writes():
     table = TEXT[TEXT.index("`log.jsonl` in the run's folder"):TEXT.index("import json\n\ncurves")]
     for key in ("stage", "step", "loss", "lm", "lr", "grad_norm", "load", "apart", "images_per_s", "seconds", "waiting", "val_loss", "best"):
         assert f"`{key}`" in table, key
+
+
+def test_the_cauldron_becomes_llavas_json(tmp_path, monkeypatch):
+    """With one subset's rows in the place of the download."""
+    from PIL import Image
+
+    import data
+    texts = [{"user": "What is it?", "assistant": "A ring."}, {"user": "Red?", "assistant": "Yes."}]
+    rows = [{"images": [Image.new("L", (9, 7))] * 2, "texts": texts}]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *names, split: rows))
+    monkeypatch.chdir(tmp_path)
+    snippet, = re.findall(r"```py\n(.*?)```", TEXT, re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    sample = data.LlavaJson("cauldron.json", "cauldron")[0]
+    assert [data.load_image(file, 8).shape for file in sample["images"]] == [(3, 8, 8)] * 2
+    assert [turn["value"] for turn in sample["conversations"]] == ["<image>\n<image>\nWhat is it?", "A ring.", "Red?", "Yes."]
 
 
 def test_no_line_of_text_is_too_wide():

@@ -959,6 +959,30 @@ def test_the_presets_default_to_the_papers_hyperparameters(monkeypatch):
     assert train.parse(["--preset", "cumo-mistral-7b"]).out == os.path.join("out", "cumo-mistral-7b")
 
 
+def test_a_pixel_shuffle_is_the_presets_or_the_flags_and_only_a_new_connector_has_it(tmp_path):
+    plans = {("cumo-smol",): 49, ("cumo-qwen3",): 64, ("cumo-smol", "--pixel-shuffle", "7"): 4, ("tiny", "--pixel-shuffle", "3"): 4}
+    for (preset, *more), n in plans.items():
+        args = train.parse(["--preset", preset, "--plan", *more])
+        assert train.planned(args, train.settings(args, 1))[0].n_image_tokens == n
+    args = train.parse(["--preset", "cumo-smol", "--plan", "--pixel-shuffle", "3"])
+    with pytest.raises(ValueError, match="pixel_shuffle = 3 does not divide the 14 x 14 patches"):
+        train.planned(args, train.settings(args, 1))
+    args = train.parse(["--pixel-shuffle", "3"])
+    model, tokenizer = train.load_model(args, train.settings(args, 1), train.BACKBONES, None)
+    assert model.config.n_image_tokens == 4
+    save(model, str(tmp_path), tokenizer)
+    args = train.parse(["--stage", "2", "--pixel-shuffle", "2"])
+    with pytest.raises(ValueError, match="--pixel-shuffle 2: .* was trained with 3; only stage 1"):
+        train.load_model(args, train.settings(args, 2), str(tmp_path), None)
+
+
+def test_the_presets_for_one_gpu_have_learning_rates_of_their_size():
+    for preset, rates in (("cumo-smol", [2e-3, 1e-4, 5e-5]), ("cumo-qwen3", [2e-3, 5e-5, 2e-5])):
+        args = train.parse(["--preset", preset])
+        stages = [train.settings(args, number) for number in (1, 2, 3)]
+        assert [stage.lr for stage in stages] == rates and all(stage.batch_size % stage.micro_batch == 0 for stage in stages)
+
+
 @pytest.mark.parametrize("argv", [["--vision", "A"], ["--llm", "A"], ["--vision", "A", "--llm", "B", "--stage", "2"],
                                   ["--vision", "A", "--llm", "B", "--init", "C"]])
 def test_vision_and_llm_go_together_and_with_stage_1(argv):
