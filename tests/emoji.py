@@ -8,8 +8,8 @@ each is called and which kind it is of (assets/sheet.py reads it). The main colo
 pixels. What it writes:
 
     pictures/         each emoji on several backgrounds, 64 x 64
-    train.json        samples in LLaVA's format: one picture and three questions, two pictures and
-                      one, or a question without a picture
+    train.json        samples in LLaVA's format: one picture and up to four questions, two pictures
+                      and one, or a question without a picture
     questions.jsonl   questions about pictures that are in no sample, with the right answers: for
                       --eval and for --score exact of generate.py
     seen.jsonl        the same about pictures that are in the samples, drawn anew
@@ -166,7 +166,7 @@ def with_article(kind):
 
 
 def ask_about_one(e, rng):
-    """All questions about one emoji."""
+    """All questions about one emoji; the first is about its name."""
     questions = [("name", "What is it?", e.name)]
     if e.color:
         questions.append(("color", "What color is it?", e.color))
@@ -236,7 +236,7 @@ class Pictures:
 
 
 def make_samples(emoji, pictures, rng, views=4):
-    """Samples in LLaVA's format. Each emoji is drawn in `views` ways, each with three questions."""
+    """Samples in LLaVA's format. Each emoji is drawn in `views` ways, each with its questions."""
     samples = []
 
     def add(images, questions):
@@ -245,12 +245,17 @@ def make_samples(emoji, pictures, rng, views=4):
         sample = {"id": len(samples), "image": images, "conversations": turns}
         samples.append({name: value for name, value in sample.items() if value != []})
 
+    # 1. Of an emoji's views only the first asks for its name. Names are long, so they would be most
+    # of what is learnt, and a name that was learnt says nothing of other pictures.
     for e in emoji:
-        for _ in range(views):
-            questions = ask_about_one(e, rng)
+        for view in range(views):
+            questions = ask_about_one(e, rng)[min(view, 1):]
             rng.shuffle(questions)
-            add([pictures.add(e)], questions[:3])
-    for _ in range(len(emoji)):
+            if questions:
+                add([pictures.add(e)], questions)
+
+    # 2. Pairs, and words alone.
+    for _ in range(len(emoji) // 2):
         one, other, question = ask_about_two(emoji, rng)
         add([pictures.add(one), pictures.add(other)], [question])
     for _ in range(len(emoji) // 2):
