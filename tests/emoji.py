@@ -112,18 +112,20 @@ def kind_of(row):
 
 def color_of(picture):
     """The colour that two thirds of an RGBA picture's pixels have for certain, or None."""
-    hue, saturation, value = np.asarray(picture.convert("RGB").convert("HSV"), int).transpose(2, 0, 1)
+    pixels = np.asarray(picture.convert("RGB").convert("HSV"), int)  # (64, 64, 3)
+    hue, saturation, value = pixels.transpose(2, 0, 1)
     degrees = hue * 360 / 255
     solid = np.asarray(picture.getchannel("A")) > 250
 
-    # Pixels that are of a colour for certain.
+    # Which pixels are of which colour for certain?
     pale = saturation < 40
     found = {"black": value < 70, "white": pale & (value > 225),
              "gray": pale & (value > 100) & (value < 200)}
     for color, (first, last, darkest, brightest) in HUES.items():
         # Red is on both sides of 0 degrees.
         between = ((degrees >= first) & (degrees <= last)) | (degrees <= last - 360)
-        found[color] = between & (saturation > 90) & (value >= darkest) & (value <= brightest)
+        bright = (value >= darkest) & (value <= brightest)
+        found[color] = between & bright & (saturation > 90)
 
     counts = {color: (pixels & solid).sum() for color, pixels in found.items()}
     most = max(counts, key=counts.get)
@@ -185,9 +187,11 @@ def ask_about_two(emoji, rng):
     """Two emoji, and a question about both."""
     known = [e for e in emoji if e.kind]
     one = rng.choice(known)
+    same = [e for e in known if e.kind == one.kind and e is not one]
     others = [e for e in known if e.kind != one.kind]
+
     if rng.random() < 0.5:
-        same = [e for e in known if e.kind == one.kind and e is not one]
+        # An emoji that is the only one of its kind has no answer yes.
         answer = rng.choice(["yes", "no"]) if same else "no"
         other = rng.choice(same if answer == "yes" else others)
         return one, other, ("same kind", "Are both of one kind?", answer)
@@ -318,15 +322,15 @@ def main():
     train, held_out = split(read_emoji(package))
     pictures = Pictures(folder, seed=1)
     samples = make_samples(train, pictures, random.Random(2))
-    data_files = {"questions": make_questions(held_out, pictures, random.Random(3)),
-                  "seen": make_questions(train, pictures, random.Random(4))}
-
     (folder / "train.json").write_text(json.dumps(samples))
     print(f"{folder}/train.json: {len(samples)} samples of {len(train)} emoji; "
           f"{len(held_out)} others are held out")
-    for name, rows in data_files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print_majorities(f"{folder}/{name}.jsonl", rows)
+
+    for name, asked, seed in (("questions", held_out, 3), ("seen", train, 4)):
+        rows = make_questions(asked, pictures, random.Random(seed))
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print_majorities(file, rows)
 
 
 if __name__ == "__main__":
