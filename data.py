@@ -1830,10 +1830,10 @@ def draw_fact(place, seed):
     box = (EMOJI * column, EMOJI * row, EMOJI * (column + 1), EMOJI * (row + 1))
     emoji = emoji_sheet().crop(box)
 
-    # A little larger or smaller, turned by up to 15 degrees, anywhere on a grey-ish background.
-    side = rng.randrange(28, 43)
+    # A little larger or smaller, turned by up to 8 degrees, anywhere on a grey-ish background.
+    side = rng.randrange(36, 45)
     emoji = emoji.resize((side, side), Image.Resampling.BICUBIC)
-    emoji = emoji.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
+    emoji = emoji.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC)
     image = greyish_image(DRAWN_SIZE, 200, rng)
     at = (rng.randrange(DRAWN_SIZE - side + 1), rng.randrange(DRAWN_SIZE - side + 1))
     image.paste(emoji, at, mask=emoji.getchannel("A"))

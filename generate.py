@@ -49,6 +49,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1194,14 +1195,18 @@ def annotations_of(kind, right, rng):
 # -------------------------------------------------------------------------------------------------
 # 6. Pictures: what all of them are drawn with
 
+# The README shows a picture at most 830 pixels wide: a wider one would lose its small print.
+WIDTH = 830
 EXPERT_COLORS = ((230, 80, 60), (60, 140, 230), (250, 190, 40), (80, 180, 90),
-                 (150, 90, 200), (60, 200, 200), (240, 120, 180), (150, 150, 150))
+                 (150, 90, 200), (60, 200, 200), (240, 120, 180), (150, 150, 150),
+                 (150, 40, 40), (30, 70, 140), (160, 110, 20), (40, 100, 50),
+                 (200, 170, 240), (170, 235, 225), (255, 205, 170), (80, 80, 80))
 FONT = ImageFont.load_default(16)
 SMALL = ImageFont.load_default(13)
 
 
 def expert_colors(n):
-    """From the ninth expert on they repeat."""
+    """From the seventeenth expert on they repeat."""
     return [EXPERT_COLORS[e % len(EXPERT_COLORS)] for e in range(n)]
 
 
@@ -1223,13 +1228,14 @@ def label(draw, x, y, text, color="black", font=SMALL):
     draw.text((x, y), str(text), color, font, anchor="mm")
 
 
-def legend(draw, x, y, colors, texts, dx=0, dy=0):
-    """Squares of color with a text beside each; (dx, dy) is the way from one to the next."""
+def legend(draw, x, y, colors, texts, dy=0):
+    """Squares of color with a text beside each, in a row, or dy pixels below each other."""
     for color, text in zip(colors, texts):
-        draw.rectangle((x, y, x + 14, y + 14), color)
-        draw.text((x + 22, y + 7), text, "black", SMALL, anchor="lm")
-        x += dx
+        draw.rectangle((x, y, x + 12, y + 12), color)
+        draw.text((x + 18, y + 7), text, "black", SMALL, anchor="lm")
         y += dy
+        if not dy:
+            x += 32 + draw.textlength(text, SMALL)
 
 
 def bars(draw, box, columns, colors, lines=(), feet=()):
@@ -1263,6 +1269,65 @@ def bars(draw, box, columns, colors, lines=(), feet=()):
             low = high
         if feet:
             draw.rectangle((middle - half, bottom + 3, middle + half, bottom + 8), feet[i])
+
+
+def round_ticks(low, high, n=4):
+    """About n steps of 1, 2 or 5 times a power of ten: the multiples that enclose low and high."""
+    span = high - low or 1
+    power = 10.0 ** math.floor(math.log10(span / n))
+    step = next(k * power for k in (1, 2, 5, 10) if k * power > 0.99 * span / n)
+    # A hair's breadth over a tick is on the tick.
+    first = math.floor(low / step + 1e-6)
+    last = max(first + 1, math.ceil(high / step - 1e-6))
+    return [k * step for k in range(first, last + 1)]
+
+
+def line_chart(draw, box, curves, title="", x_title="", y_title="", y_range=None):
+    """Curves on a grid with round ticks, in box (left, top, right, bottom), titles and all.
+
+    curves: [(name, color, width in pixels, [(x, y), ...]), ...], of finite numbers, the last one on
+    top. The names make a legend, without those that are "". Of 30 points or fewer each has a mark.
+    y_range: (low, high) to be shown, widened to round numbers (default: all that there is); what
+    lies outside is drawn at the edge. A box of 276 x 210 is a third of a page."""
+    # 1. What is shown of either axis.
+    points = sum([points for *_, points in curves], []) or [(0, 0)]
+    xs, ys = zip(*points)
+    x_low, x_high = min(xs), max(xs)
+    y_ticks = round_ticks(*(y_range or (min(ys), max(ys))))
+
+    # 2. Where it goes. Around the grid there are the title and legend, the ticks, the axis's title.
+    left, top, right, bottom = box[0] + 46, box[1] + 46, box[2] - 10, box[3] - 40
+
+    def place(x, y):
+        y = min(max(y, y_ticks[0]), y_ticks[-1])
+        across = (x - x_low) / (x_high - x_low or 1)
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return left + (right - left) * across, bottom - (bottom - top) * up
+
+    # 3. The grid, and all words.
+    for tick in y_ticks:
+        y = place(x_low, tick)[1]
+        draw.line((left, y, right, y), "#dddddd")
+        draw.text((left - 6, y), f"{tick:.6g}", "black", SMALL, anchor="rm")
+    for tick in round_ticks(x_low, x_high, (right - left) // 60):
+        if x_low <= tick <= x_high:
+            x = place(tick, 0)[0]
+            draw.line((x, bottom, x, bottom + 4), "#888888")
+            draw.text((x, bottom + 6), f"{tick:,.6g}", "black", SMALL, anchor="ma")
+    label(draw, (left + right) / 2, bottom + 30, x_title, "#555555")
+    label(draw, (left + right) / 2, box[1] + 12, title, font=FONT)
+    draw.text((box[0] + 4, top - 16), y_title, "#555555", SMALL, anchor="lm")
+    named = [(color, name) for name, color, *_ in curves if name]
+    begin = max(left, box[0] + 16 + draw.textlength(y_title, SMALL))
+    legend(draw, begin, top - 23, [color for color, _ in named], [name for _, name in named])
+
+    # 4. The curves.
+    for _, color, width, points in curves:
+        spots = [place(x, y) for x, y in points]
+        draw.line(spots, color, width, joint="curve")
+        if len(spots) <= 30:
+            for x, y in spots:
+                draw.rectangle((x - 2, y - 2, x + 2, y + 2), color)
 
 
 def even_shares(n):
@@ -1434,7 +1499,7 @@ def draw_routing(model, images, png, population=None, n_layers=5):
     bottom = height - 30
     page, draw = blank_page(width, height)
     draw.text((GAP, 12), "First-choice expert of each patch", "black", FONT)
-    legend(draw, 300, 13, colors, [f"expert {e}" for e in range(n_experts)], dx=95)
+    legend(draw, 300, 13, colors, [f"expert {e}" for e in range(n_experts)])
     counted = "1 image" if len(population) == 1 else f"{len(population)} images"
     draw.text((GAP, bottom - LOAD - 26), f"Expert load: share of first choices, {counted}; "
               "the lines are an even load", "black", FONT)
@@ -1466,9 +1531,9 @@ def panel_left(column):
 
 def spread_over_depth(names, n_layers):
     """At most n_layers of the layers, from the first to the last one; the connector always."""
-    layers = [name for name in names if name != "connector"]
+    layers = [name for name in names if not name.startswith("connector")]
     which = torch.linspace(0, len(layers) - 1, min(n_layers, len(layers)))
-    return [layers[i] for i in which.round().int()] + names[len(layers):]
+    return [layers[i] for i in which.round().int()] + [n for n in names if n not in layers]
 
 
 def pixels_of(tensor, wanted):
@@ -1797,72 +1862,111 @@ def log_rows(log_file):
     return rows
 
 
+CHART = 210  # height of a row of charts in draw_curves' picture
+PARTS = {"vision": "#1f5fbf", "connector": "#d9822b", "text": "#7d1e55"}  # and their colors
+
+
 def draw_curves(log_file, png):
-    """train.py's log.jsonl -> the language loss of each stage, side by side."""
+    """train.py's log.jsonl -> the language loss of each stage, side by side; below, for each stage
+    with experts, its auxiliary losses, and the load of its MoE layers."""
     stages = {}
     for row in log_rows(log_file):
-        losses, held_out = stages.setdefault(str(row["stage"]), ([], []))
-        if "val_loss" in row:
-            held_out.append((len(losses) - 1, finite(row["val_loss"])))
-        else:
-            losses.append(finite(row.get("lm", row.get("loss"))))
+        stages.setdefault(str(row["stage"]), []).append(row)
+    with_experts = [stage for stage, rows in stages.items() if any("load" in row for row in rows)]
 
-    stages = {stage: curves for stage, curves in stages.items() if curves[0]}
-    page, draw = blank_page(330 * max(1, len(stages)), 240)
-    for column, (stage, curves) in enumerate(stages.items()):
-        draw_curve(draw, 330 * column, stage, *curves)
+    columns = max(1, min(3, len(stages)))
+    n_rows = max(1, math.ceil(len(stages) / columns))
+    page, draw = blank_page(WIDTH, CHART * (n_rows + 2 * len(with_experts)))
+    for i, (stage, rows) in enumerate(stages.items()):
+        draw_loss(draw, cell(i // columns, i % columns, columns), stage, rows)
+    for i, stage in enumerate(with_experts):
+        draw_auxiliary_losses(draw, n_rows + 2 * i, stage, stages[stage])
+        draw_load(draw, CHART * (n_rows + 2 * i + 1), stage, stages[stage])
     save_png(page, png)
 
 
-def finite(loss):
-    """A loss that is not a number cannot be drawn, but its step happened."""
-    if isinstance(loss, (int, float)) and math.isfinite(loss):
-        return loss
-    return 0.0
+def cell(row, column, columns):
+    """The box of a chart, in a row of so many columns."""
+    width = WIDTH / columns
+    return column * width, row * CHART, (column + 1) * width, (row + 1) * CHART
 
 
-def running_mean(values):
-    """The exponential mean, corrected for its start at 0 as Adam corrects its means."""
-    mean = 0.0
+def logged(rows, name):
+    """[(step, value), ...]. A value that is not a number cannot be drawn."""
+    return [(row["step"], row[name]) for row in rows
+            if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]
+
+
+def running_mean(points):
+    """Each value becomes the mean of those around it, a fortieth of all to either side. At both
+    ends there are fewer, and as many on one side as on the other: so the mean is never late."""
+    reach = max(1, len(points) // 40)
+    sums = [0, *accumulate(y for _, y in points)]
     means = []
-    for i, value in enumerate(values, 1):
-        mean = 0.9 * mean + 0.1 * value
-        means.append(mean / (1 - 0.9**i))
+    for i, (x, _) in enumerate(points):
+        r = min(reach, i, len(points) - 1 - i)
+        means.append((x, (sums[i + r + 1] - sums[i - r]) / (2 * r + 1)))
     return means
 
 
-def draw_curve(draw, x, stage, losses, held_out):
-    """The chart of a stage, from x on. Grey: every step; blue: the running mean; red: on held-out
-    data, (step, loss); behind them a grid with numbers."""
-    left = x + 46
-    right = x + 318
-    top = 34
-    bottom = 210
-    smooth = running_mean(losses)
-    label(draw, x + 182, 16, f"stage {stage}: loss, at the end {smooth[-1]:.3f}")
-    foot = f"{len(losses)} steps"
-    if held_out:
-        foot += f"; red: held-out data, at the end {held_out[-1][1]:.3f}"
-    label(draw, x + 182, 226, foot)
-
+def draw_loss(draw, box, stage, rows):
     # The first steps' losses may be so high that all others would lie on the ground: leave them out
-    high = 1.05 * max(losses[len(losses) // 50:]) or 1.0
-    for k in range(5):
-        y = bottom - (bottom - top) * k / 4
-        draw.line((left, y, right, y), "#dddddd")
-        draw.text((left - 6, y), f"{high * k / 4:.2g}", "black", SMALL, anchor="rm")
+    losses = logged(rows, "lm") or logged(rows, "loss")
+    losses = losses[len(losses) // 50:]
+    curves = [("each step", "#bbbbbb", 1, losses), ("mean", "#1f5fbf", 2, running_mean(losses))]
+    held_out = logged(rows, "val_loss")
+    title = f"stage {stage}"
+    if losses:
+        last = [y for _, y in losses[-10:]]
+        title += f": loss {sum(last) / len(last):.3f} at the end"
+    if held_out:
+        curves.append((f"held-out, {held_out[-1][1]:.3f}", "#c0392b", 1, held_out))
 
-    def place(i, value):
-        y = bottom - (bottom - top) * min(value, high) / high
-        return left + (right - left) * i / max(1, len(losses) - 1), y
+    high = max([y for _, y in losses], default=0)
+    line_chart(draw, box, curves, title, "step", y_range=(0, high))
 
-    for values, color, width in ((losses, "#bbbbbb", 1), (smooth, "#1f5fbf", 2)):
-        draw.line([place(i, value) for i, value in enumerate(values)], color, width)
-    points = [place(i, value) for i, value in held_out]
-    if points:
-        draw.line(points, "#c0392b", 1)
-    for px, py in points:
-        draw.rectangle((px - 2, py - 2, px + 2, py + 2), "#c0392b")
+
+def draw_auxiliary_losses(draw, row, stage, rows):
+    for column, (kind, name) in enumerate((("balance", "load-balancing"), ("z", "z"))):
+        steps = []
+        means = []
+        for part, color in PARTS.items():
+            points = logged(rows, f"{part}/{kind}")
+            if points:
+                steps.append(("", "#cccccc", 1, points))
+                means.append((part, color, 2, running_mean(points)))
+        line_chart(draw, cell(row, column, 2), steps + means, f"stage {stage}: {name} loss", "step")
+
+
+def draw_load(draw, top, stage, rows, n_layers=4, n_bars=20):
+    """The load of at most n_layers layers, and the connector's, over the steps of a stage."""
+    loads = {}
+    for row in rows:
+        for name, load in row.get("load", {}).items():
+            loads.setdefault(name, []).append(load)
+    n_experts = max(len(load[0]) for load in loads.values())
+    colors = expert_colors(n_experts)
+
+    title = f"stage {stage}: load, each expert's share of the first choices (lines: an even load)"
+    draw.text((16, top + 4), title, "black", FONT)
+    draw.text((16, top + 38), "expert", "black", SMALL, anchor="lm")
+    legend(draw, 66, top + 31, colors, [str(e) for e in range(len(EXPERT_COLORS))])
+    names = spread_over_depth(list(loads), n_layers)
+    width = (WIDTH - 32) // len(names)
+    for i, name in enumerate(names):
+        # A bar is the mean of several steps.
+        steps = torch.tensor(loads[name])  # (steps, E)
+        groups = steps.tensor_split(min(n_bars, len(steps)))
+        columns = [group.mean(0).tolist() for group in groups]  # [bars][E]
+        left = 20 + i * width
+        right = left + (width - 12) // len(columns) * len(columns)  # whole pixels a bar
+        for share in even_shares(len(columns[0])):
+            y = top + 180 - 104 * share
+            draw.line((left - 5, y, right + 5, y), "#888888")
+        bars(draw, (left, top + 76, right, top + 180), columns, colors)
+        label(draw, (left + right) / 2, top + 64, name)
+        draw.text((left, top + 184), "0", "black", SMALL)
+        draw.text((right, top + 184), f"step {len(steps):,}", "black", SMALL, anchor="ra")
 
 
 # -------------------------------------------------------------------------------------------------

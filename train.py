@@ -170,7 +170,8 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
 
             # 3. Clip the gradients; then look at the numbers, which is to wait for the device.
             norm = clip_gradients(model, experts, args.grad_clip)
-            losses, loads, norm = to_numbers(losses, loads, norm)
+            apart = experts_apart(model)
+            losses, loads, apart, norm = to_numbers(losses, loads, apart, norm)
             losses["loss"] = total_loss(losses, *coefs)
 
             # 4. Step, unless something is not finite: one bad batch must not poison the weights.
@@ -182,7 +183,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
             optimizer.zero_grad(set_to_none=True)
 
             # 5. Log; now and then also the loss on held-out data.
-            log.write(step, losses, loads, lr, norm, totals.images, begin, waited)
+            log.write(step, losses, loads, apart, lr, norm, totals.images, begin, waited)
             measure_held_out(args, stage, model, wrapped, held_out, log, step, device)
 
             # 6. Save, now and then and at Ctrl-C. After the last step the model itself is saved.
@@ -798,17 +799,38 @@ def add_loads(loads, out, share):
             loads[name] = loads.get(name, 0.0) + share[f"{part}/balance"] * routing.load
 
 
-def to_numbers(losses, loads, norm):
-    """Sum losses and loads over the processes, and read them and the norm in one go."""
-    # A process has only its part of each sum.
+@torch.no_grad()
+def experts_apart(model):
+    """{"vision 0": how far the experts of this layer have grown apart, ...}.
+
+    That is the mean distance between their weights and the mean expert's, over the mean expert's
+    size: 0 after upcycling, sqrt(E - 1) where they have nothing in common. One matrix of the FFN
+    stands for all. Experts that are shared out over processes are left out.
+    """
+    apart = {}
+    for part, module in model.named_children():
+        layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
+        for i, layer in enumerate(layers):
+            if layer.group is not None or isinstance(layer.w_in, DTensor):
+                continue
+            mean = layer.w_in.mean(dim=0)  # (F, D)
+            distances = (layer.w_in - mean).flatten(1).norm(dim=1)  # (E,)
+            apart[f"{part} {i}"] = distances.mean() / mean.norm()
+    return apart
+
+
+def to_numbers(losses, loads, apart, norm):
+    """Sum losses and loads over the processes, and read them and the other numbers in one go."""
+    # A process has only its part of each sum; the others are the same in all.
     row = torch.cat([value.float().view(-1) for value in (*losses.values(), *loads.values())])
     row = sum_over_processes(row, row.device)
+    rest = [value.float().view(1) for value in (*apart.values(), norm)]
     # In one piece: to read a number off the device is to wait for it.
-    *row, norm = torch.cat([row, norm.float().view(1)]).tolist()
-    numbers = iter(row)
+    numbers = iter(torch.cat([row, *rest]).tolist())
     losses = {name: next(numbers) for name in losses}
     loads = {name: list(islice(numbers, len(load))) for name, load in loads.items()}
-    return losses, loads, norm
+    apart = {name: next(numbers) for name in apart}
+    return losses, loads, apart, next(numbers)
 
 
 def skip_step(args, stage, step, loss, norm, counts):
@@ -866,7 +888,7 @@ class Log:
         self.bar = tqdm(total=stage.steps, initial=first, desc=f"stage {stage.name}",
                         disable=RANK != 0, dynamic_ncols=True, mininterval=1)
 
-    def write(self, step, losses, loads, lr, norm, n_images, begin, waited):
+    def write(self, step, losses, loads, apart, lr, norm, n_images, begin, waited):
         """begin: when the step began. waited: the seconds until its data was there."""
         seconds = time.perf_counter() - begin
         self.seconds += seconds
@@ -877,6 +899,8 @@ class Log:
                         "seconds": seconds, "waiting": waited / seconds}
         if loads:
             row["load"] = {name: [round(n, 4) for n in load] for name, load in loads.items()}
+        if apart:
+            row["apart"] = {name: round(distance, 5) for name, distance in apart.items()}
         self.write_row(step, row)
 
         shown = [f"{short(name)} {loss:.3g}" for name, loss in losses.items()]

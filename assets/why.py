@@ -1,19 +1,26 @@
-"""why.py: what do experts buy? The same training with more and more experts, in two worlds.
+"""why.py: what do experts buy, and what do the routers' losses do? The same training in many ways.
 
-    python assets/why.py                    dense and 2, 4, 8 experts, 400 facts, one seed
-    python assets/why.py --rows all --facts 400,1000 --seeds 0,1,2
-    python assets/why.py --skills           the same rows on the drawn world: what they do not buy
+    python assets/why.py                       the main rows of the table, one seed
+    python assets/why.py --rows all --seeds 0,1,2
+    python assets/why.py --worlds skills       on the drawn scenes: what experts do not buy
+    python assets/why.py --rows losses         with and without the losses, upcycling, renormalising
 
-A row is one run of train.py's stage 3 from the shipped backbones, in which everything trains. All
-rows of a seed see the same data in the same order, and all but "dense" do the same arithmetic: two
-experts for each token. Runs that are done are not repeated. Prints a table (Markdown), and draws
-it.
+A row is one run of train.py from the shipped backbones, in which everything trains. A world of 200
+facts has 200 pictures, each with a name that nobody can guess (data.Facts). All rows of a seed see
+the same data in the same order, and all but "dense" do the same arithmetic: two experts for each
+token. Prints the table (Markdown), and draws into --out: why.png, losses.png and apart.png.
+
+Each run's numbers are kept in assets/why.jsonl, and are not measured twice: for numbers of your own
+machine, name another file (--results).
 """
 import argparse
 import json
 import os
+import shlex
 import statistics
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -23,7 +30,8 @@ import torch
 import data
 import generate
 import train
-from upcycle import load
+from model import CuMo
+from upcycle import load, load_backbones, save, upcycle
 
 # Each row's flags for train.py. top-2 is the default.
 ROWS = {
@@ -41,57 +49,118 @@ ROWS = {
 }
 MAIN = ("dense", "2 experts", "4 experts", "8 experts")
 
+# The same four experts with something missing. SCRATCH and BARE begin with a model of their own.
+SCRATCH = "experts from scratch"
+BARE = "weights not renormalised"
+LOSSES = {
+    "no losses": "--n-experts 4 --balance-coef 0 --z-coef 0",
+    "no balance loss": "--n-experts 4 --balance-coef 0",
+    "no z loss": "--n-experts 4 --z-coef 0",
+    SCRATCH: "--n-experts 4",
+    BARE: "--n-experts 4",
+}
+FLAGS = ROWS | LOSSES
 
-def run(args, row, n_facts, seed):
-    """Train one row, unless it is there -> its numbers."""
-    world = f"facts-{n_facts}" if n_facts else "skills"
-    name = row.replace(" ", "-").replace(",", "").replace(":", "")
-    out = os.path.join(args.out, world, f"{name}-{seed}")
-    if not os.path.exists(os.path.join(out, "scores.jsonl")):
-        flags = ["--stage", "3", "--init", train.BACKBONES, "--lr", str(args.lr),
-                 "--steps", str(args.steps), "--seed", str(seed), "--out", out, *ROWS[row].split()]
-        flags += ["--facts", str(n_facts)] if n_facts else []
-        if os.path.exists(out):
-            flags = ["--resume", "--out", out]
-        train.main(flags)
-    return numbers_of(out, n_facts, seed)
+# What the worlds are called, and their flags.
+WORLDS = {
+    "100": "--facts 100",
+    "200": "--facts 200",
+    "400": "--facts 400 --steps 2000",
+    "skills": "",
+}
+TITLES = {
+    "100": "100 facts",
+    "200": "200 facts",
+    "400": "400 facts, twice as long",
+    "skills": "skills (drawn scenes)",
+}
+
+# Small steps in small batches: what is memorised best in a given time, of what was tried.
+RECIPE = "--stage 3 --lr 5e-4 --batch-size 16 --steps 1000 --eval-questions 600"
 
 
-def numbers_of(out, n_facts, seed):
+# ------------------------------------------------------------------------------------------------
+# 1. Runs
+
+
+def run(args, world, row, seed):
+    """Train one row and measure it -> its numbers, as one line of the file of results."""
+    out = folder(args, world, row, seed)
+    source = train.BACKBONES
+    if row in (SCRATCH, BARE):
+        source = begin_otherwise(row, seed, os.path.join(args.out, f"{row} {seed}"))
+    command = [sys.executable, os.path.join(ROOT, "train.py"), "--init", source,
+               "--seed", str(seed), "--out", out]
+    command += shlex.split(f"{RECIPE} {WORLDS[world]} {FLAGS[row]}")
+    # What was interrupted goes on.
+    if os.path.exists(out):
+        command = [*command[:2], "--resume", "--out", out]
+
+    print(f"{world}, {row}, seed {seed}: python {shlex.join(command[1:])}", flush=True)
+    # One thread each, as the runs of a batch go side by side.
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+    return {"world": world, "row": row, "seed": seed, **numbers_of(out, world, seed)}
+
+
+def folder(args, world, row, seed):
+    name = f"{world} {row} {seed}".replace(":", "")
+    return os.path.join(args.out, name.replace(" ", "-"))
+
+
+def begin_otherwise(row, seed, out):
+    """Write a model whose experts are no copies of its FFNs, or whose weights are plain
+    probabilities -> its folder."""
+    torch.manual_seed(seed)  # the same connector as that of the other rows
+    model, tokenizer = load_backbones(train.BACKBONES)
+    model.float()
+    upcycle(model, vision=4, connector=4, seed=seed)
+    if row == BARE:
+        model.config.vision.renormalise = False
+        model.config.connector.renormalise = False
+    else:
+        # Experts as a new model has them; all else stays.
+        new = CuMo(model.config).state_dict()
+        experts = {name: tensor for name, tensor in new.items()
+                   if ".ffn." in name and not name.endswith("router")
+                   and name.split(".")[0] in ("vision", "connector")}
+        model.load_state_dict(experts, strict=False)
+    save(model, out, tokenizer)
+    return out
+
+
+def numbers_of(out, world, seed):
     """-> {"loss", "right", "parameters", "activated", "seconds"} of a finished run."""
-    file = os.path.join(out, "numbers.json")
-    if os.path.exists(file):
-        with open(file) as f:
-            return json.load(f)
-
     with open(os.path.join(out, "scores.jsonl")) as f:
         scores = json.loads(f.read().splitlines()[-1])["scores"]
-    if n_facts:
-        right, asked = scores["known"]
-    else:
-        right, asked = (sum(column) for column in zip(*scores.values()))
+    # Nobody can know the names of unknown pictures: they are a control.
+    scores.pop("unknown", None)
+    right, asked = (sum(column) for column in zip(*scores.values()))
+
     with open(os.path.join(out, "log.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
+        steps = [row for row in map(json.loads, f) if "seconds" in row]
 
     model, tokenizer = load(out)
     counts = train.count_parameters(model).values()
-    numbers = {
-        "loss": held_out_loss(model, tokenizer, n_facts, seed),
+    return {
+        "loss": held_out_loss(model, tokenizer, world, seed),
         "right": right / asked,
         "parameters": sum(total for total, _ in counts),
         "activated": sum(activated for _, activated in counts),
-        "seconds": sum(row.get("seconds", 0) for row in rows),
+        # The median step, so that a busy moment does not count.
+        "seconds": statistics.median(row["seconds"] for row in steps) * len(steps),
     }
-    train.write_json(file, numbers)
-    return numbers
 
 
 @torch.no_grad()
-def held_out_loss(model, tokenizer, n_facts, seed, n=1000, batch=100):
-    """The language loss on n new drawings of the known facts, or on held-out scenes."""
-    samples = data.Drawn("chat", n, seed, held_out=True)
-    if n_facts:
-        samples = data.Facts(n_facts, n, seed, held_out=True)
+def held_out_loss(model, tokenizer, world, seed, n=1000, batch=100):
+    """The language loss on n new drawings of the known facts, or on n new scenes."""
+    if world == "skills":
+        samples = data.Drawn("chat", n, seed, held_out=True)
+    else:
+        samples = data.Facts(int(world), n, seed, held_out=True)
     encoded = data.Encoded(samples, tokenizer, model.config.template,
                            data.picture_format(model.config.vision), model.config.n_image_tokens,
                            max_length=256)
@@ -106,83 +175,169 @@ def held_out_loss(model, tokenizer, n_facts, seed, n=1000, batch=100):
     return total / n_labels
 
 
+# ------------------------------------------------------------------------------------------------
+# 2. The table and the picture. results: {row: [the numbers of each seed]}
+
+
 def spread(values, form):
     """"0.024 ± 0.003 (0.021, 0.024, 0.027)"; a single value alone."""
     if len(values) == 1:
         return form.format(values[0])
+    mean = form.format(statistics.mean(values))
     each = ", ".join(form.format(value) for value in values)
-    return f"{form.format(statistics.mean(values))} ± {form.format(statistics.stdev(values))} ({each})"
+    return f"{mean} ± {form.format(statistics.stdev(values))} ({each})"
 
 
-def print_table(results, n_facts):
-    title = f"{n_facts} facts" if n_facts else "skills"
-    print(f"\n| {title} | loss on new pictures | right | parameters | activated | seconds |")
+def print_table(world, results):
+    print(f"\n| {TITLES[world]} | loss on new pictures | % right | parameters | activated "
+          "| seconds |")
     print("|---|---|---|---|---|---|")
     for row, runs in results.items():
         one = runs[0]
         cells = [row, spread([run["loss"] for run in runs], "{:.3f}"),
-                 spread([100 * run["right"] for run in runs], "{:.1f}%"),
+                 spread([100 * run["right"] for run in runs], "{:.1f}"),
                  f"{one['parameters'] / 1e6:.2f}M", f"{one['activated'] / 1e6:.2f}M",
-                 spread([run["seconds"] for run in runs][:1], "{:.0f}")]
+                 f"{statistics.mean(run['seconds'] for run in runs):.0f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def draw(everything, png):
-    """A panel for each world: the loss of each row, a dot a seed and a bar for their mean."""
-    width = 130 * max(len(results) for results in everything.values()) + 80
-    page, pen = generate.blank_page(width, 300 * len(everything))
-    for panel, (n_facts, results) in enumerate(everything.items()):
-        top = 300 * panel + 50
-        bottom = top + 190
-        title = f"{n_facts} facts" if n_facts else "skills: the drawn scenes"
-        generate.label(pen, width / 2, top - 26, f"{title}: loss on pictures that it has never seen",
-                       font=generate.FONT)
-        high = 1.1 * max(run["loss"] for runs in results.values() for run in runs)
-        for k in range(5):
-            y = bottom - (bottom - top) * k / 4
-            pen.line((60, y, width - 20, y), "#dddddd")
-            pen.text((54, y), f"{high * k / 4:.2g}", "black", generate.SMALL, anchor="rm")
-        for i, (row, runs) in enumerate(results.items()):
-            x = 60 + 130 * (i + 0.5)
-            losses = [run["loss"] for run in runs]
-            y = bottom - (bottom - top) * statistics.mean(losses) / high
-            color = "#999999" if row == "dense" else generate.EXPERT_COLORS[1]
-            pen.rectangle((x - 36, y, x + 36, bottom), color)
-            for loss in losses:
-                y = bottom - (bottom - top) * loss / high
-                pen.ellipse((x - 4, y - 4, x + 4, y + 4), "black")
-            generate.label(pen, x, bottom + 16, row)
-            share = statistics.mean(100 * run["right"] for run in runs)
-            generate.label(pen, x, bottom + 34, f"{share:.1f}% right")
+def draw_why(everything, png):
+    """A panel for each world: the loss over the number of experts, a thin line for each seed and a
+    thick one for their mean."""
+    page, pen = generate.blank_page(290 * len(everything) + 10, 240)
+    for k, (world, results) in enumerate(everything.items()):
+        counts = [n for n in (2, 4, 8, 16) if f"{n} experts" in results]
+        dense = statistics.mean(run["loss"] for run in results["dense"])
+        curves = [("dense, half the arithmetic", "#888888", 2, [(n, dense) for n in counts])]
+        for seed in range(len(results["dense"])):
+            losses = [results[f"{n} experts"][seed]["loss"] for n in counts]
+            curves.append(("", "#a8c8e8", 1, list(zip(counts, losses))))
+        means = [statistics.mean(run["loss"] for run in results[f"{n} experts"]) for n in counts]
+        curves.append(("top-2", generate.EXPERT_COLORS[0], 3, list(zip(counts, means))))
+        high = 1.05 * max(y for *_, points in curves for _, y in points)
+        generate.line_chart(pen, panel(k), curves, TITLES[world], "experts", "loss", (0, high))
     generate.save_png(page, png)
     print(f"wrote {png}")
 
 
-def main():
+def draw_losses(logs, png):
+    """How a layer's tokens are shared out without the losses and with them, and what z does."""
+    page, pen = generate.blank_page(880, 240)
+    for k, (row, name) in enumerate({"no losses": "no losses", "4 experts": "both losses"}.items()):
+        curves = []
+        for e in range(4):
+            points = [(log["step"], log["load"]["connector 0"][e]) for log in logs[row]]
+            curves.append((f"{e}", generate.EXPERT_COLORS[e], 2, smooth(points)))
+        generate.line_chart(pen, panel(k), curves, f"the connector's experts, {name}", "step",
+                            "share", (0, 1))
+
+    curves = []
+    for k, (row, name) in enumerate({"no z loss": "without z", "4 experts": "with z"}.items()):
+        points = [(log["step"], log["vision/z"]) for log in logs[row]]
+        curves.append((name, generate.EXPERT_COLORS[k], 2, smooth(points)))
+    generate.line_chart(pen, panel(2), curves, "the tower's z: how large logits are", "step", "z",
+                        (0, max(y for *_, points in curves for _, y in points)))
+    generate.save_png(page, png)
+    print(f"wrote {png}")
+
+
+def draw_apart(logs, png):
+    """How far the copies grow apart, and what it would be to begin without a copy."""
+    page, pen = generate.blank_page(590, 240)
+    curves = []
+    names = {"vision 0": "tower 0", "vision 1": "1", "vision 2": "2", "connector 0": "connector"}
+    for k, (layer, name) in enumerate(names.items()):
+        points = [(log["step"], log["apart"][layer]) for log in logs["4 experts"]]
+        curves.append((name, generate.EXPERT_COLORS[k], 2, points))
+    generate.line_chart(pen, panel(0), curves, "distance between experts", "step", "")
+
+    curves = []
+    for k, (row, name) in enumerate({SCRATCH: "from scratch", "4 experts": "upcycled"}.items()):
+        points = [(log["step"], log["lm"]) for log in logs[row]]
+        curves.append((name, generate.EXPERT_COLORS[k], 2, smooth(points)))
+    generate.line_chart(pen, panel(1), curves, "training loss", "step", "loss")
+    generate.save_png(page, png)
+    print(f"wrote {png}")
+
+
+def panel(k):
+    """The box of the k-th panel in a row."""
+    return (10 + 290 * k, 10, 286 + 290 * k, 230)
+
+
+def read_log(out):
+    with open(os.path.join(out, "log.jsonl")) as f:
+        return [row for row in map(json.loads, f) if "lm" in row]
+
+
+def smooth(points, width=10):
+    """Means of `width` points: a batch of 16 pictures is noisy."""
+    groups = [points[i:i + width] for i in range(0, len(points), width)]
+    return [tuple(map(statistics.mean, zip(*group))) for group in groups]
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The program
+
+
+def read_results(file):
+    """-> {(world, row, seed): numbers} of what was measured before."""
+    if not os.path.exists(file):
+        return {}
+    with open(file) as f:
+        rows = [json.loads(line) for line in f]
+    return {(row["world"], row["row"], row["seed"]): row for row in rows}
+
+
+def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(MAIN),
-                        help="all, or some of: " + ", ".join(ROWS))
-    parser.add_argument("--facts", default="400", help="sizes of the world of facts, with commas")
-    parser.add_argument("--skills", action="store_true", help="the drawn world instead")
+                        help="all, losses, or some of: " + ", ".join(FLAGS))
+    parser.add_argument("--worlds", default="100,200", help="some of: " + ", ".join(WORLDS))
     parser.add_argument("--seeds", default="0", help="with commas")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--out", default="out/why")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--out", default="out/why", help="the runs' folders")
+    parser.add_argument("--results", default=os.path.join(ROOT, "assets", "why.jsonl"))
     args = parser.parse_args()
 
-    rows = list(ROWS) if args.rows == "all" else args.rows.split(",")
-    worlds = [0] if args.skills else [int(n) for n in args.facts.split(",")]
+    groups = {"all": list(ROWS), "losses": ["4 experts", *LOSSES]}
+    args.rows = groups.get(args.rows) or args.rows.split(",")
+    args.worlds = args.worlds.split(",")
+    args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    for name, known in (("rows", FLAGS), ("worlds", WORLDS)):
+        unknown = set(getattr(args, name)) - set(known)
+        if unknown:
+            parser.error(f"--{name} {', '.join(sorted(unknown))}: known are {', '.join(known)}")
+    return args
+
+
+def main():
+    args = parse()
+    known = read_results(args.results)
+    wanted = [(world, row, seed) for seed in args.seeds for world in args.worlds
+              for row in args.rows]
+    missing = [one for one in wanted if one not in known]
+
+    # Results are written as they come.
+    with ThreadPoolExecutor(args.jobs) as pool, open(args.results, "a") as f:
+        for numbers in pool.map(lambda one: run(args, *one), missing):
+            print(json.dumps(numbers), file=f, flush=True)
+    known = read_results(args.results)
+
     everything = {}
-    for n_facts in worlds:
-        everything[n_facts] = {row: [] for row in rows}
-    for seed in args.seeds.split(","):
-        for n_facts in worlds:
-            for row in rows:
-                everything[n_facts][row].append(run(args, row, n_facts, int(seed)))
-    for n_facts, results in everything.items():
-        print_table(results, n_facts)
-    draw(everything, os.path.join(args.out, "skills.png" if args.skills else "facts.png"))
+    for world in args.worlds:
+        everything[world] = {row: [known[world, row, seed] for seed in args.seeds]
+                             for row in args.rows}
+        print_table(world, everything[world])
+    os.makedirs(args.out, exist_ok=True)
+    if set(MAIN) <= set(args.rows):
+        draw_why(everything, os.path.join(args.out, "why.png"))
+    if set(LOSSES) <= set(args.rows):
+        logs = {row: read_log(folder(args, args.worlds[-1], row, args.seeds[0]))
+                for row in args.rows}
+        draw_losses(logs, os.path.join(args.out, "losses.png"))
+        draw_apart(logs, os.path.join(args.out, "apart.png"))
 
 
 if __name__ == "__main__":

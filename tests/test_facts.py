@@ -136,3 +136,23 @@ def test_experts_are_made_where_the_flag_says_and_nowhere_else(base, tmp_path, p
 def test_flags_about_facts_that_cannot_be_met_are_refused(base, tmp_path, more, words):                # noqa: F811
     with pytest.raises(ValueError, match=words):
         run(base, tmp_path / "o", "--stage", 3, *more)
+
+
+def test_the_log_says_how_far_experts_have_grown_apart(base, trained):             # noqa: F811
+    """Nothing after upcycling; then what a loop over the experts of the trained model says."""
+    first, last = rows(trained)[0]["apart"], [row for row in rows(trained) if "apart" in row][-1]["apart"]
+    assert first.keys() == rows(trained)[0]["load"].keys() and all(value == pytest.approx(0, abs=1e-6) for value in first.values())
+    *used, unused = [last.pop(name) for name in sorted(last) if name.startswith("vision")]
+    assert unused == 0                          # nothing uses what the tower's last layer gives, so its experts learn nothing
+    assert all(value > 1e-4 for value in [*used, *last.values()])
+
+    torch.manual_seed(0)
+    model = upcycle(load(base)[0], vision=3, connector=3)
+    moe = model.connector.ffn
+    with torch.no_grad():
+        moe.w_in += 0.1 * torch.randn_like(moe.w_in)
+    experts = moe.w_in.detach().double()
+    mean = sum(experts) / 3
+    wanted = sum(((expert - mean) ** 2).sum() ** 0.5 for expert in experts) / 3 / (mean ** 2).sum() ** 0.5
+    assert train.experts_apart(model)["connector 0"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert train.experts_apart(load(base)[0]) == {}
