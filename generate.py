@@ -49,7 +49,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,12 +59,12 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 from tqdm import tqdm
 
 import data
 from kernels import MoE
-from model import CuMo, check_sampling
+from model import CuMo, check_sampling, store_by_columns
 from upcycle import load, write_atomically
 
 # -------------------------------------------------------------------------------------------------
@@ -1228,6 +1227,10 @@ def label(draw, x, y, text, color="black", font=SMALL):
     draw.text((x, y), str(text), color, font, anchor="mm")
 
 
+def ink_on(color):
+    return "white" if sum(color) < 300 else "black"
+
+
 def legend(draw, x, y, colors, texts, dy=0):
     """Squares of color with a text beside each, in a row, or dy pixels below each other."""
     for color, text in zip(colors, texts):
@@ -1238,12 +1241,18 @@ def legend(draw, x, y, colors, texts, dy=0):
             x += 32 + draw.textlength(text, SMALL)
 
 
-def bars(draw, box, columns, colors, lines=(), feet=()):
+def expert_legend(draw, x, y, n):
+    """Which color is which of n experts, as far as each has its own."""
+    draw.text((x, y + 7), "expert", "black", SMALL, anchor="lm")
+    legend(draw, x + 52, y, expert_colors(n), [str(e) for e in range(min(n, len(EXPERT_COLORS)))])
+
+
+def bars(draw, box, columns, colors, lines=()):
     """Bars side by side in box (left, top, right, bottom). A share of 1 is as high as the box.
 
     columns: for each bar the shares that it consists of, from the bottom up, in these colors, each
     with its percentage where that fits. lines: for each bar the shares at which lines go across
-    behind it. feet: for each bar a color to be shown below it."""
+    behind it."""
     left, top, right, bottom = box
     height = bottom - top
     pitch = (right - left) / len(columns)
@@ -1264,11 +1273,8 @@ def bars(draw, box, columns, colors, lines=(), feet=()):
             if share > 0:
                 draw.rectangle((middle - half, high, middle + half, low), color)
             if low - high >= 12 and half >= 14:
-                ink = "white" if sum(color) < 300 else "black"
-                label(draw, middle, (low + high) / 2, f"{share:.0%}", ink)
+                label(draw, middle, (low + high) / 2, f"{share:.0%}", ink_on(color))
             low = high
-        if feet:
-            draw.rectangle((middle - half, bottom + 3, middle + half, bottom + 8), feet[i])
 
 
 def round_ticks(low, high, n=4):
@@ -1296,7 +1302,10 @@ def line_chart(draw, box, curves, title="", x_title="", y_title="", y_range=None
     y_ticks = round_ticks(*(y_range or (min(ys), max(ys))))
 
     # 2. Where it goes. Around the grid there are the title and legend, the ticks, the axis's title.
-    left, top, right, bottom = box[0] + 46, box[1] + 46, box[2] - 10, box[3] - 40
+    left = box[0] + 46
+    top = box[1] + 46
+    right = box[2] - 18
+    bottom = box[3] - 40
 
     def place(x, y):
         y = min(max(y, y_ticks[0]), y_ticks[-1])
@@ -1309,17 +1318,17 @@ def line_chart(draw, box, curves, title="", x_title="", y_title="", y_range=None
         y = place(x_low, tick)[1]
         draw.line((left, y, right, y), "#dddddd")
         draw.text((left - 6, y), f"{tick:.6g}", "black", SMALL, anchor="rm")
-    for tick in round_ticks(x_low, x_high, (right - left) // 60):
+    for tick in round_ticks(x_low, x_high, (right - left) // 50):
         if x_low <= tick <= x_high:
             x = place(tick, 0)[0]
             draw.line((x, bottom, x, bottom + 4), "#888888")
             draw.text((x, bottom + 6), f"{tick:,.6g}", "black", SMALL, anchor="ma")
     label(draw, (left + right) / 2, bottom + 30, x_title, "#555555")
-    label(draw, (left + right) / 2, box[1] + 12, title, font=FONT)
-    draw.text((box[0] + 4, top - 16), y_title, "#555555", SMALL, anchor="lm")
-    named = [(color, name) for name, color, *_ in curves if name]
-    begin = max(left, box[0] + 16 + draw.textlength(y_title, SMALL))
-    legend(draw, begin, top - 23, [color for color, _ in named], [name for _, name in named])
+    label(draw, (box[0] + box[2]) / 2, box[1] + 12, title, font=FONT)
+    draw.text((box[0] + 8, top - 16), y_title, "#555555", SMALL, anchor="lm")
+    named = [curve for curve in curves if curve[0]]
+    legend(draw, left + draw.textlength(y_title, SMALL), top - 23, [color for _, color, *_ in named],
+           [name for name, *_ in named])
 
     # 4. The curves.
     for _, color, width, points in curves:
@@ -1443,43 +1452,61 @@ def join_crops(tensor, scale):
 
 
 @torch.no_grad()
-def routing_of(model, images):
-    """{"layer 0": (n, N, K) experts of each patch, best first, ..., "connector": the same}, at the
-    base scale.
+def see_patches(model, images):
+    """{"layer 0": ((n, N, K) experts of each patch, best first, (n, N, E) their probabilities),
+    ..., "connector": the same}, at the base scale.
 
     Dense layers are left out, layers whose output is not used (see seeing_layers), and CLS."""
     with watch(model) as watched:
         model.eval().encode_images(load_images(model, images))
-    routing = {}
+    seen = {}
     for layer in watched_layers(model, watched.choices):
         if layer["scale"] == 1:
-            experts = torch.tensor([experts for experts, _, _ in layer["places"]])  # (n * N, K)
-            routing[layer["name"]] = experts.view(len(images), -1, experts.shape[-1])
-    return routing
+            experts, _, probabilities = (torch.tensor(column) for column in zip(*layer["places"]))
+            seen[layer["name"]] = (experts.view(len(images), -1, experts.shape[-1]),
+                                   probabilities.view(len(images), -1, probabilities.shape[-1]))
+    return seen
 
 
-def expert_load(model, images, n_experts):
-    """{"layer 0": each expert's share of the first choices, (E,), ..., "connector": the same}."""
+def routing_of(model, images):
+    """{"layer 0": (n, N, K) experts of each patch, best first, ...}, see see_patches."""
+    return {name: experts for name, (experts, _) in see_patches(model, images).items()}
+
+
+def survey(model, images):
+    """Over all images -> {"layer 0": (load, sure, patch), ..., "connector": the same}.
+
+    load (E,): each expert's share of the first choices. patch (n, E): of the patches of an image
+    whose first choice an expert is, the one that it is surest of; sure (n, E): its probability
+    there, or 0 if there is no such patch."""
     # In batches: there may be many images.
-    counts = Counter()
+    seen = {}
     for group in batches(images, 16, "counting"):
-        for name, experts in routing_of(model, group).items():
-            first = experts[..., 0].flatten()  # (n * N,)
-            counts[name] += torch.bincount(first, minlength=n_experts)  # (E,)
-    return {name: shares(count, 0) for name, count in counts.items()}
+        for name, (experts, probabilities) in see_patches(model, group).items():
+            is_first = experts[..., :1] == torch.arange(probabilities.shape[-1])  # (n, N, E)
+            sure, patch = (probabilities * is_first).max(1)  # (n, E)
+            seen.setdefault(name, []).append((is_first.sum(1), sure, patch))
+
+    surveyed = {}
+    for name, groups in seen.items():
+        counts, sure, patch = (torch.cat(parts) for parts in zip(*groups))  # (n, E)
+        surveyed[name] = (shares(counts.sum(0), 0), sure, patch)
+    return surveyed
 
 
-PANEL = 192  # pixels a side, of an image in draw_routing's picture
+PANEL = 144  # pixels a side, of an image in draw_routing's picture
 GAP = 16  # between two panels
 STEP = PANEL + GAP  # from one panel to the next, to the right and downwards
-TOP = 64  # above the first row of panels: the title, and the panels' names
-LOAD = 150  # height of the bars below the panels: a share of 8% has room for its number
+TOP = 92  # above the first row of panels: the title, the legend, and the panels' names
+LOAD = 110  # height of the bars below the panels: a share of 11% has room for its number
+PATCH = 24  # pixels a side, of a patch that an expert is sure of; six of them are a panel wide
 
 
-def draw_routing(model, images, png, population=None, n_layers=5):
+def draw_routing(model, images, png, population=None, n_layers=3):
     """Each image as the tower gets it, and with its patches in the color of their first-choice
-    expert, for at most n_layers layers, spread over the depth; below, the expert load per layer
-    (CuMo, Figure 4) over `population`, by default the images shown.
+    expert, for at most n_layers layers, spread over the depth; below, over `population` (by default
+    the images shown), the expert load per layer (CuMo, Figure 4), and the patches that each expert
+    is surest of.
 
     images, population: as for load_images. png: the file's name. Raises ValueError for a model
     without experts."""
@@ -1487,22 +1514,26 @@ def draw_routing(model, images, png, population=None, n_layers=5):
     routing = routing_of(model, images)
     if not routing:
         raise ValueError("this model is dense: there is no routing to draw")
-    population = population or images
     names = spread_over_depth(list(routing), n_layers)
-    n_experts = max([*model.config.vision.n_experts, model.config.connector.n_experts])
+    population = population or images
+    surveyed = survey(model, population)
+    n_experts = max(len(surveyed[name][0]) for name in names)
     colors = expert_colors(n_experts)
-    load = expert_load(model, population, n_experts)
 
-    # 1. An empty page with headings.
-    width = max(640, panel_left(len(names) + 1))
-    height = TOP + len(images) * STEP + LOAD + 76
-    bottom = height - 30
-    page, draw = blank_page(width, height)
+    # 1. An empty page with headings. Many experts have one line of patches each, few have two.
+    n_lines = 1 if n_experts > 8 else 2
+    pitch = n_lines * PATCH + 8  # from an expert's patches to the next one's
+    bars_bottom = TOP + len(images) * STEP + 30 + LOAD
+    patches_top = bars_bottom + 66
+    page, draw = blank_page(WIDTH, patches_top + n_experts * pitch + 8)
     draw.text((GAP, 12), "First-choice expert of each patch", "black", FONT)
-    legend(draw, 300, 13, colors, [f"expert {e}" for e in range(n_experts)])
+    expert_legend(draw, GAP, 40, n_experts)
     counted = "1 image" if len(population) == 1 else f"{len(population)} images"
-    draw.text((GAP, bottom - LOAD - 26), f"Expert load: share of first choices, {counted}; "
+    draw.text((GAP, bars_bottom - LOAD - 30), f"Expert load: share of first choices, {counted}; "
               "the lines are an even load", "black", FONT)
+    draw.text((GAP, patches_top - 30), "The patches that each expert is surest of, one an image at "
+              f"most, {counted}", "black", FONT)
+    legend(draw, GAP, patches_top + 5, colors, [f"expert {e}" for e in range(n_experts)], dy=pitch)
 
     # 2. A row an image: as the tower gets it, and in the colors of each layer's experts.
     wanted = data.picture_format(model.config.vision)
@@ -1515,14 +1546,37 @@ def draw_routing(model, images, png, population=None, n_layers=5):
             first = routing[name][row, :, 0]  # (N,)
             page.paste(paint_patches(panel, first, colors), (panel_left(column), top))
 
-    # 3. Below each layer's column, the load.
+    # 3. Below each layer's column, the load, and each expert's patches.
     for column, name in enumerate(names, 1):
         left = panel_left(column)
-        box = (left, bottom - LOAD, left + PANEL, bottom)
-        bars(draw, box, [load[name].tolist()], colors, [even_shares(n_experts)])
-        for y in (TOP - 14, bottom + 14):
+        load, sure, patches = surveyed[name]
+        box = (left, bars_bottom - LOAD, left + PANEL, bars_bottom)
+        bars(draw, box, [load.tolist()], colors, [even_shares(len(load))])
+        for y in (TOP - 14, bars_bottom + 14):
             label(draw, left + PANEL / 2, y, name, font=FONT)
+        for e in range(len(load)):
+            top = patches_top + e * pitch
+            for k, i in enumerate(surest(sure[:, e], 6 * n_lines)):
+                patch = cut_patch(model.config.vision, population[i], int(patches[i, e]))
+                page.paste(patch, (left + k % 6 * PATCH, top + k // 6 * PATCH))
     save_png(page, png)
+
+
+def surest(sure, n):
+    """survey's probabilities of an expert, (n,) -> the numbers of at most n images, best first."""
+    order = sure.argsort(descending=True, stable=True)
+    return [i for i in order[:n].tolist() if sure[i] > 0]
+
+
+def cut_patch(vision, image, number):
+    """The patch of this number, as the tower gets it."""
+    wanted = data.picture_format(vision)
+    pixels = pixels_of(data.load_image(image, wanted), wanted)
+    row, column = divmod(number, vision.image_size // vision.patch_size)
+    x = column * vision.patch_size
+    y = row * vision.patch_size
+    box = (x, y, x + vision.patch_size, y + vision.patch_size)
+    return pixels.resize((PATCH - 2, PATCH - 2), Image.Resampling.NEAREST, box)
 
 
 def panel_left(column):
@@ -1559,13 +1613,18 @@ def as_seen(tensor, wanted):
 
 
 def paint_patches(seen, experts, colors):
-    """A panel in grey, each of its N patches tinted in the color of its expert. experts: (N,)."""
-    # A pixel a patch, enlarged; the grey image shines through.
+    """A panel whose N patches have the colors of their experts, (N,), a little lighter or darker
+    where the image is so: against its median, as a dark image would make all colors brown."""
+    # A pixel a patch, enlarged.
     side = math.isqrt(len(experts))
     paint = torch.tensor(colors, dtype=torch.uint8)[experts].view(side, side, 3)
     paint = Image.fromarray(paint.numpy()).resize((PANEL, PANEL), Image.Resampling.NEAREST)
-    grey = seen.convert("L").convert("RGB")
-    return Image.blend(grey, paint, 0.55)
+
+    # Soft light with a grey of 128 leaves a color as it is.
+    grey = seen.convert("L")
+    median = Image.new("L", grey.size, ImageStat.Stat(grey).median[0])
+    light = ImageChops.subtract(grey, median, offset=128)
+    return ImageChops.soft_light(paint, light.convert("RGB"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1660,10 +1719,11 @@ def decoder_routing(model, tokenizer, samples, replies):
     return stats
 
 
-# The picture of these counts. The layers are columns, the same in all four panels, from x = LEFT to
-# RIGHT; the legends stand beside them.
+# The picture of these counts. The layers are columns, the same in both panels, from x = LEFT to
+# RIGHT.
 LEFT = 96
-RIGHT = 960
+RIGHT = 690
+ROW = 92  # from one row of bars to the next
 
 
 def layer_span(stats, i):
@@ -1673,8 +1733,8 @@ def layer_span(stats, i):
 
 
 def draw_decoder_routing(stats, png):
-    """A DecoderRouting in four panels: expert load, modalities in an expert, experts of a modality,
-    pathways.
+    """A DecoderRouting in two panels: which experts do the work, for all tokens and for those of
+    each modality; and the pathways.
 
     Raises ValueError if nothing was counted."""
     if not stats.layers or not sum(stats.tokens):
@@ -1684,13 +1744,11 @@ def draw_decoder_routing(stats, png):
     # The modalities that there are: (index, name, color).
     heard = [(m, name, MODALITIES[name]) for m, name in enumerate(MODALITIES) if stats.tokens[m]]
     paths = paths_to_show(stats, heard)
-    pathways_top = 598 + 92 * len(heard)
-    page, draw = blank_page(1300, pathways_top + 20 * len(paths) + 44)
+    pathways_top = 246 + ROW * len(heard) + 72
+    page, draw = blank_page(WIDTH, pathways_top + 20 * len(paths) + 36)
 
     write_summary(draw, stats, heard)
-    draw_expert_load(draw, stats, 116)
-    draw_what_experts_serve(draw, stats, 326, heard)
-    draw_where_modalities_go(draw, stats, 530, heard)
+    draw_work(draw, stats, 154, heard)
     draw_pathways(draw, stats, pathways_top, paths)
     save_png(page, png)
 
@@ -1699,65 +1757,43 @@ def write_summary(draw, stats, heard):
     counts = ", ".join(f"{name} {stats.tokens[m]:,}" for m, name, _ in heard)
     prompts = "1 prompt" if stats.prompts == 1 else f"{stats.prompts:,} prompts"
     draw.text((16, 12), f"The decoder's experts: {sum(stats.tokens):,} tokens ({counts}) of "
-              f"{prompts} with the model's replies", "black", FONT)
+              f"{prompts}", "black", FONT)
 
     # Only a capacity factor makes an expert turn tokens away.
     dropped = stats.dropped.sum()
     share = float(dropped / (dropped + stats.kept.sum()))
-    draw.text((16, 38), f"Each token chooses {stats.top_k} experts a layer; {share:.1%} of the "
-              "choices came over an expert's capacity and were dropped. Bars show the choices that "
-              "were served", "#555555", SMALL)
+    draw.text((16, 38), f"with the model's replies. Each token chooses {stats.top_k} experts a "
+              f"layer; {share:.1%} of the choices came over an expert's capacity and were dropped",
+              "#555555", SMALL)
+    expert_legend(draw, 16, 66, max(stats.n_experts))
 
 
 def draw_heading(draw, stats, top, bottom, title):
     """A panel's title, and below the panel the numbers of the layers."""
     draw.text((16, top - 34), title, "black", FONT)
     draw.text((16, bottom + 14), "layer", "black", SMALL, anchor="lm")
-    for i, layer in enumerate(stats.layers):
+    # Of many layers, some.
+    step = math.ceil(len(stats.layers) / 24)
+    for i in range(0, len(stats.layers), step):
         left, right = layer_span(stats, i)
-        label(draw, (left + right) / 2, bottom + 14, layer)
+        label(draw, (left + right) / 2, bottom + 14, stats.layers[i])
 
 
-def draw_expert_load(draw, stats, top):
-    bottom = top + 130
-    title = "Expert load: who does the work in each layer (lines: an even load)"
+def draw_work(draw, stats, top, heard):
+    """A row of bars for all tokens, and one for each modality: an expert that is taller in one
+    than in the first row prefers that modality."""
+    title = "Who does the work: served choices by expert (lines: an even load)"
+    bottom = top + ROW * (1 + len(heard)) - 12
     draw_heading(draw, stats, top, bottom, title)
     colors = expert_colors(max(stats.n_experts))
-    legend(draw, RIGHT + 24, top, colors, [f"expert {e}" for e in range(len(colors))], dy=20)
-
     # Layers may have different numbers of experts, and so different lines.
-    load = shares(stats.kept.sum(2), 1)  # (L, E)
     lines = [even_shares(n) for n in stats.n_experts]
-    bars(draw, (LEFT, top, RIGHT, bottom), load.tolist(), colors, lines)
-
-
-def draw_what_experts_serve(draw, stats, top, heard):
-    bottom = top + 110
-    title = "What each expert serves: its choices by modality (lines: an expert without preference)"
-    draw_heading(draw, stats, top, bottom + 12, title)
-    which, names, colors = zip(*heard)
-    legend(draw, RIGHT + 24, top, colors[::-1], names[::-1], dy=20)
-
-    for i, n in enumerate(stats.n_experts):
-        # An expert without preference serves the modalities in the proportion that its layer does.
-        counts = stats.kept[i, :n][:, list(which)]  # (E, M)
-        lines = shares(counts.sum(0), 0).cumsum(0)[:-1].tolist()  # [M - 1]
-
-        left, right = layer_span(stats, i)
-        margin = 0.07 * (right - left)
-        box = (left + margin, top, right - margin, bottom)
-        bars(draw, box, shares(counts, 1).tolist(), colors, [lines] * n, expert_colors(n))
-
-
-def draw_where_modalities_go(draw, stats, top, heard):
-    title = "Where each modality goes: its choices by expert"
-    draw_heading(draw, stats, top, top + 92 * len(heard) - 12, title)
-    colors = expert_colors(max(stats.n_experts))
-    for m, name, color in heard:
+    rows = [("all tokens", "black", stats.kept.sum(2))]  # (L, E)
+    rows += [(name, color, stats.kept[:, :, m]) for m, name, color in heard]
+    for name, color, counts in rows:
         draw.text((16, top + 40), name, color, FONT, anchor="lm")
-        columns = shares(stats.kept[:, :, m], 1).tolist()  # [L][E]
-        bars(draw, (LEFT, top, RIGHT, top + 80), columns, colors)
-        top += 92
+        bars(draw, (LEFT, top, RIGHT, top + 80), shares(counts, 1).tolist(), colors, lines)
+        top += ROW
 
 
 def paths_to_show(stats, heard):
@@ -1783,8 +1819,8 @@ def draw_pathways(draw, stats, top, paths):
     if len(possible) > 12:
         # Many layers with many experts: more than a float can hold.
         possible = f"1e{sum(math.log10(n) for n in stats.n_experts):.0f}"
-    title = ("Pathways of first choices: the two most used of each modality, and the next of all "
-             f"tokens ({used:,} of {possible} possible ones were taken)")
+    title = (f"Pathways of first choices: the most used ({used:,} of {possible} possible ones were "
+             "taken)")
     draw_heading(draw, stats, top, top + 20 * len(paths), title)
 
     colors = expert_colors(max(stats.n_experts))
@@ -1794,10 +1830,11 @@ def draw_pathways(draw, stats, top, paths):
         for i, expert in enumerate(path):
             left, right = layer_span(stats, i)
             draw.rectangle((left + 1, y, right - 1, y + 17), colors[expert])
-            label(draw, (left + right) / 2, y + 9, expert)
+            if draw.textlength(str(expert), SMALL) < right - left:
+                label(draw, (left + right) / 2, y + 9, expert, ink_on(colors[expert]))
 
         # Beside it, how many take this path, and of whom.
-        legend(draw, RIGHT + 24, y + 2, [color], [f"{share:.1%} of {name}"])
+        legend(draw, RIGHT + 12, y + 2, [color], [f"{share:.1%} of {name}"])
         y += 20
 
 
@@ -1892,20 +1929,21 @@ def cell(row, column, columns):
 
 
 def logged(rows, name):
-    """[(step, value), ...]. A value that is not a number cannot be drawn."""
-    return [(row["step"], row[name]) for row in rows
+    """[(steps done, value), ...]. A value that is not a number cannot be drawn."""
+    return [(row["step"] + 1, row[name]) for row in rows
             if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]
 
 
 def running_mean(points):
-    """Each value becomes the mean of those around it, a fortieth of all to either side. At both
-    ends there are fewer, and as many on one side as on the other: so the mean is never late."""
-    reach = max(1, len(points) // 40)
-    sums = [0, *accumulate(y for _, y in points)]
+    """[(x, y), ...] -> each y as the mean of those around it, of a fortieth of all to either side.
+
+    At both ends there are fewer, as many on one side as on the other: so the mean is never late."""
+    reach = min(1 + len(points) // 40, 100)
     means = []
     for i, (x, _) in enumerate(points):
         r = min(reach, i, len(points) - 1 - i)
-        means.append((x, (sums[i + r + 1] - sums[i - r]) / (2 * r + 1)))
+        around = [y for _, y in points[i - r:i + r + 1]]
+        means.append((x, sum(around) / len(around)))
     return means
 
 
@@ -1920,7 +1958,7 @@ def draw_loss(draw, box, stage, rows):
         last = [y for _, y in losses[-10:]]
         title += f": loss {sum(last) / len(last):.3f} at the end"
     if held_out:
-        curves.append((f"held-out, {held_out[-1][1]:.3f}", "#c0392b", 1, held_out))
+        curves.append(("held out", "#c0392b", 1, held_out))
 
     high = max([y for _, y in losses], default=0)
     line_chart(draw, box, curves, title, "step", y_range=(0, high))
@@ -1938,35 +1976,30 @@ def draw_auxiliary_losses(draw, row, stage, rows):
         line_chart(draw, cell(row, column, 2), steps + means, f"stage {stage}: {name} loss", "step")
 
 
-def draw_load(draw, top, stage, rows, n_layers=4, n_bars=20):
-    """The load of at most n_layers layers, and the connector's, over the steps of a stage."""
+def draw_load(draw, top, stage, rows):
+    """The load of at most four layers, and the connector's, over the steps of a stage."""
     loads = {}
     for row in rows:
         for name, load in row.get("load", {}).items():
             loads.setdefault(name, []).append(load)
-    n_experts = max(len(load[0]) for load in loads.values())
-    colors = expert_colors(n_experts)
+    names = spread_over_depth(list(loads), 4)
+    draw.text((16, top + 4), f"stage {stage}: each expert's share of the first choices, from the "
+              "first step to the last one (lines: an even load)", "black", FONT)
+    expert_legend(draw, 16, top + 34, max(len(loads[name][0]) for name in names))
 
-    title = f"stage {stage}: load, each expert's share of the first choices (lines: an even load)"
-    draw.text((16, top + 4), title, "black", FONT)
-    draw.text((16, top + 38), "expert", "black", SMALL, anchor="lm")
-    legend(draw, 66, top + 31, colors, [str(e) for e in range(len(EXPERT_COLORS))])
-    names = spread_over_depth(list(loads), n_layers)
-    width = (WIDTH - 32) // len(names)
+    # A bar is the mean of several steps.
+    high = top + 60
+    low = top + 170
     for i, name in enumerate(names):
-        # A bar is the mean of several steps.
+        left = 20 + 162 * i
         steps = torch.tensor(loads[name])  # (steps, E)
-        groups = steps.tensor_split(min(n_bars, len(steps)))
+        groups = steps.tensor_split(min(20, len(steps)))
+        for share in even_shares(steps.shape[1]):
+            y = low - (low - high) * share
+            draw.line((left - 5, y, left + 145, y), "#888888")
         columns = [group.mean(0).tolist() for group in groups]  # [bars][E]
-        left = 20 + i * width
-        right = left + (width - 12) // len(columns) * len(columns)  # whole pixels a bar
-        for share in even_shares(len(columns[0])):
-            y = top + 180 - 104 * share
-            draw.line((left - 5, y, right + 5, y), "#888888")
-        bars(draw, (left, top + 76, right, top + 180), columns, colors)
-        label(draw, (left + right) / 2, top + 64, name)
-        draw.text((left, top + 184), "0", "black", SMALL)
-        draw.text((right, top + 184), f"step {len(steps):,}", "black", SMALL, anchor="ra")
+        bars(draw, (left, high, left + 140, low), columns, expert_colors(steps.shape[1]))
+        label(draw, left + 70, low + 14, name)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2406,8 +2439,7 @@ def main(argv=None):
             join_processes(args)
 
     # 3. The model, and how it is to answer.
-    model, tokenizer = load(args.model, args.device)
-    check_model(args, model, tokenizer)
+    model, tokenizer = load_to_answer(args)
     generator = torch.Generator(args.device).manual_seed(args.seed + RANK)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                "top_p": args.top_p, "compile": args.compile, "generator": generator}
@@ -2583,6 +2615,16 @@ def folder_and_number(words):
         raise ValueError("--write-drawn takes a folder and a number of questions, "
                          f"not {' '.join(words)}")
     return words[0], int(n)
+
+
+def load_to_answer(args):
+    """-> (the model of --model, its tokenizer); ValueError if it cannot do what the flags ask."""
+    model, tokenizer = load(args.model, args.device)
+    check_model(args, model, tokenizer)
+    # A CPU decodes faster so.
+    if args.device == "cpu":
+        store_by_columns(model.text)
+    return model, tokenizer
 
 
 def check_model(args, model, tokenizer):

@@ -30,6 +30,7 @@ token.
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import warnings
@@ -366,12 +367,11 @@ def rotate(x, cos, sin):
 class DecoderBlock(nn.Module):
     """A block as LLaMA's: RMSNorm, causal attention with rotary positions, a gated FFN or a MoE."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, n_experts):
         super().__init__()
         dim = config.dim
         dim_q = config.n_heads * config.head_dim
         dim_kv = config.n_kv_heads * config.head_dim
-        self.layer = layer
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
         self.norm1 = nn.RMSNorm(dim, eps=config.norm_eps)
@@ -380,14 +380,15 @@ class DecoderBlock(nn.Module):
         self.k = nn.Linear(dim, dim_kv, bias=config.qkv_bias)
         self.v = nn.Linear(dim, dim_kv, bias=config.qkv_bias)
         self.o = nn.Linear(dim_q, dim, bias=False)
-        self.ffn = feed_forward(dim, config.ffn_dim, config.act, config.n_experts[layer],
-                                config.top_k, gated=True, **config.expert_limits)
+        self.ffn = feed_forward(dim, config.ffn_dim, config.act, n_experts, config.top_k,
+                                gated=True, **config.expert_limits)
 
     def forward(self, x, rope, real, attend=None, cache=None, positions=None):
         """x (B, T, D) -> the same shape, and the Routing (None where the FFN is dense).
 
         rope (cos, sin); real (B, T) is False at PAD; attend as from visible_keys, or None for
-        plain causal attention, which has a faster kernel. With a cache, x is written to it first.
+        plain causal attention, which has a faster kernel. cache: this layer's (k, v), to which x
+        is written first.
         """
         # 1. Attention.
         h = self.norm1(x)  # (B, T, D)
@@ -396,7 +397,7 @@ class DecoderBlock(nn.Module):
         v = split_heads(self.v(h), self.n_kv_heads)  # (B, H_kv, T, d)
         if cache is not None:
             n_keys = x.shape[1] if attend is None else attend.shape[-1]
-            k, v = cache.write(self.layer, positions, k, v, n_keys)  # (B, H_kv, keys, d)
+            k, v = write_keys(cache, positions, k, v, n_keys)  # (B, H_kv, keys, d)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None,
                                            enable_gqa=True)  # (B, H, T, d)
         x = x + self.o(merge_heads(h))  # (B, T, D)
@@ -415,18 +416,18 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(DecoderBlock(config, i) for i in range(config.n_layers))
+        self.layers = nn.ModuleList(DecoderBlock(config, n) for n in config.n_experts)
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None
         if not config.tie_embeddings:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpointing = False
 
-    def forward(self, x, real, aux=None, cache=None, positions=None, n_keys=None):
+    def forward(self, x, real, aux=None, cache=None, positions=None, n_keys=None, run=None):
         """x (B, T, D), real (B, T) False at PAD -> logits (B, T, V). `aux` collects Routings.
 
         With a cache, x is written to it from position 0 on; or to `positions` (B, T), where each
-        row has its own, all of them below n_keys.
+        row has its own, all of them below n_keys. run: run_block compiled, see section 9.
 
         Padding needs no attention mask: it lies to the right of every real token, and causal
         attention never looks to the right.
@@ -444,8 +445,10 @@ class Decoder(nn.Module):
             attend = visible_keys(positions, n_keys, window)  # (B or 1, 1, T, keys)
 
         rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        for layer in self.layers:
-            x, routing = run_block(self, layer, x, rope, real, attend, cache, positions)
+        run = run or run_block
+        for i, layer in enumerate(self.layers):
+            kept = None if cache is None else cache.layers[i]
+            x, routing = run(self, layer, x, rope, real, attend, kept, positions)
             collect(routing, aux)
 
         # Small models save the head: a word's logit is the product with the word's embedding.
@@ -1011,44 +1014,58 @@ def slow_down(freq, scaling):
 
 
 class Cache:
-    """The keys and values of all tokens so far: k[layer], v[layer] (B, H_kv, length, d).
+    """The keys and values of all tokens so far: layers[i] is (k, v), each (B, H_kv, length, d).
 
-    One tensor a layer: of a larger one, torch.compile would copy all to write to a part of it.
+    Tensors of their own for each layer: of a larger one, torch.compile would copy all to write to
+    a part of it.
     """
 
     def __init__(self, config, batch, length, device, dtype):
         self.key = (batch, length, device, dtype)  # compiled generation asks whether it fits again
         shape = (batch, config.n_kv_heads, length, config.head_dim)
-        layers = range(config.n_layers)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-
-    def write(self, layer, positions, k, v, n_keys):
-        """Writes k and v (B, H_kv, T, d) to positions (B or 1, T) of each row; returns the first
-        n_keys keys and values of that layer."""
-        # Row b's token t goes to k[layer][b, :, positions[b, t]].
-        rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)  # (B, 1)
-        self.k[layer][rows, :, positions] = k.transpose(1, 2)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer][:, :, :n_keys], self.v[layer][:, :, :n_keys]
+        new = functools.partial(torch.zeros, shape, device=device, dtype=dtype)
+        self.layers = [(new(), new()) for _ in range(config.n_layers)]
 
 
-def prefill(text, x, real, last, cache):
+def write_keys(cache, positions, k, v, n_keys):
+    """Writes k and v (B, H_kv, T, d) to positions (B or 1, T) of each row of a layer's cache (k, v)
+    -> its first n_keys keys and values."""
+    # Row b's token t goes to cache[b, :, positions[b, t]].
+    rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)  # (B, 1)
+    keys, values = cache
+    keys[rows, :, positions] = k.transpose(1, 2)
+    values[rows, :, positions] = v.transpose(1, 2)
+    return keys[:, :, :n_keys], values[:, :, :n_keys]
+
+
+def prefill(text, x, real, last, cache, run=None):
     """The prompt x (B, T, D), and last (B,), where each row's last token stands -> its logits
     (B, V)."""
-    logits = text(x, real, cache=cache)  # (B, T, V)
+    logits = text(x, real, cache=cache, run=run)  # (B, T, V)
     return logits[torch.arange(len(x), device=x.device), last]
 
 
-def decode(text, token, position, cache, n_keys):
+def decode(text, token, position, cache, n_keys, run=None):
     """One step: token (B,) at position (B,) -> logits of the next one (B, V).
 
     Attention looks at the first n_keys of the cache. Nothing in here waits for the device.
     """
     x = text.embed(token.unsqueeze(1))  # (B, 1, D)
     real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)  # (B, 1)
-    logits = text(x, real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys)
+    logits = text(x, real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys, run=run)
     return logits[:, 0]
+
+
+@torch.no_grad()
+def store_by_columns(text):
+    """Turn a decoder's tall matrices in memory, in place, for steps on a CPU; nothing else changes.
+
+    A step multiplies each matrix with one vector. torch's float32 kernel reads a tall matrix with
+    short rows twice as fast where its columns are what lies side by side.
+    """
+    for w in text.parameters():
+        if w.dim() == 2 and len(w) > 1000 and w.dtype == torch.float32:
+            w.data = w.t().contiguous().t()  # (rows, columns) still
 
 
 def sample(logits, temperature, top_p, generator=None):
@@ -1122,7 +1139,7 @@ def prepare_steps(model, x, n_cache, backend):
     cache = model.cache
     if cache is None or cache.key != key:
         cache = Cache(model.config.text, *key)
-        for tensor in cache.k + cache.v:
+        for tensor in itertools.chain(*cache.layers):
             # So that a CUDA graph may write to it in place.
             torch._dynamo.mark_static_address(tensor, guard=False)
         model.cache = cache
@@ -1139,15 +1156,21 @@ def prepare_steps(model, x, n_cache, backend):
 
 @functools.cache
 def compiled(backend, on_cuda, cuda_graphs):
-    """-> (prefill, decode), each compiled as one graph."""
+    """-> (prefill, decode), compiled: on CUDA each as one graph, elsewhere block by block."""
     # One graph for each batch size and rung: more than the eight that are allowed.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+    # The blocks are alike, so one that is compiled serves them all. (The 30 blocks of SmolLM2-135M
+    # took a CPU six minutes to compile as one graph, and so half a minute.)
+    if not on_cuda:
+        run = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
+        return functools.partial(prefill, run=run), functools.partial(decode, run=run)
 
     # Prefill is big enough to go without a CUDA graph. (With "coordinate_descent_tuning" the steps
     # of a 7B decoder were 1.16 times faster on an H100, batch 1. But the search for the tiles took
     # over a minute and a half.)
     options = None
-    if on_cuda and backend == "inductor":
+    if backend == "inductor":
         options = {"triton.cudagraphs": cuda_graphs}
     run_prompt = torch.compile(prefill, fullgraph=True, dynamic=False, backend=backend)
     run_token = torch.compile(decode, fullgraph=True, dynamic=False, backend=backend,

@@ -332,17 +332,21 @@ for their_prefix, our_prefix, rows in TABLE:
             theirs, ours = row.replace("{p}", kind).replace("{w}", kind[0]).split()
             PUBLISHED[our_prefix + ours] = their_prefix + theirs
 
+# Words of LLaVA in transformers and of MoE-LLaVA, for reading and writing: (published, theirs).
+LLAVA_WORDS = [(PROJECTOR + "0.", PROJECTOR + "linear_1."),
+               (PROJECTOR + "2.", PROJECTOR + "linear_2.")]
+MOE_LLAVA_WORDS = [(".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg."),
+                   (".block_sparse_moe.experts.",
+                    ".mlp.deepspeed_moe.experts.deepspeed_experts.")]
+
 RENAMES = [  # applied one after the other
     # The tower in LLaVA and MoE-LLaVA; in CLIP's folders, old and new, and in CuMo's clip.bin.
     (r"^(model\.)?(vision|image)_tower\.((vision|image)_tower\.)?(vision_model\.)?", TOWER),
     (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", TOWER),
     # The connector in LLaVA and MoE-LLaVA.
     (r"^(model\.)?(mm_projector|multi_modal_projector)\.(image_spatial_proj\.)?", PROJECTOR),
-    (r"^model\.mm_projector\.linear_1\.", PROJECTOR + "0."),
-    (r"^model\.mm_projector\.linear_2\.", PROJECTOR + "2."),
+    *((re.escape(theirs), ours) for ours, theirs in LLAVA_WORDS + MOE_LLAVA_WORDS),
     # MoE-LLaVA's experts.
-    (r"\.mlp\.deepspeed_moe\.gate\.wg\.", ".block_sparse_moe.gate."),
-    (r"\.mlp\.deepspeed_moe\.experts\.deepspeed_experts\.", ".block_sparse_moe.experts."),
     (r"(\.experts\.\d+\.)gate_proj\.", r"\1w1."),
     (r"(\.experts\.\d+\.)up_proj\.", r"\1w3."),
     (r"(\.experts\.\d+\.)down_proj\.", r"\1w2."),
@@ -412,17 +416,24 @@ def published(state):
     return out
 
 
-def moe_llava_name(name):
-    """A published CuMo name -> MoE-LLaVA's."""
-    for ours, theirs in (
-        (TOWER, "model.image_tower.image_tower.vision_model."),
-        (PROJECTOR, PROJECTOR + "image_spatial_proj."),
-        (".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg."),
-        (".block_sparse_moe.experts.", ".mlp.deepspeed_moe.experts.deepspeed_experts."),
-        (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."),
-    ):
-        name = name.replace(ours, theirs)
-    return name
+# The prefixes under which the two are written; RENAMES reads older and newer ones, too.
+HF_LLAVA_NAMES = [*LLAVA_WORDS, (TOWER, "vision_tower.vision_model."),
+                  (PROJECTOR, "multi_modal_projector."), ("lm_head.", "language_model.lm_head."),
+                  *((f"model.{part}.", f"language_model.model.{part}.")
+                    for part in ("embed_tokens", "layers", "norm"))]
+MOE_LLAVA_NAMES = [*MOE_LLAVA_WORDS, (TOWER, "model.image_tower.image_tower.vision_model."),
+                   (PROJECTOR, PROJECTOR + "image_spatial_proj."),
+                   (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj.")]
+
+
+def respelled(tensors, names):
+    """Tensors under their published names -> the same under another layout's."""
+    out = {}
+    for name, tensor in tensors.items():
+        for published_part, theirs in names:
+            name = name.replace(published_part, theirs)
+        out[name] = tensor
+    return out
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1036,7 +1047,114 @@ def write_moe_llava(config, state, tokenizer):
             "train_modules": ["up_proj", "down_proj", "gate_proj", "wg"],
         },
     })
-    return files, {moe_llava_name(name): tensor for name, tensor in published(state).items()}
+    return files, respelled(published(state), MOE_LLAVA_NAMES)
+
+
+# A conversation as TEMPLATES in data.py writes it, in transformers' language; the words in capitals
+# are filled in. The pictures of a turn stand in front of its text, on lines of their own.
+CHAT_TEMPLATE = """{{- START -}}
+{%- for message in messages -%}
+  {%- set text = message.content -%}
+  {%- if text is not string -%}
+    {%- set n = text | selectattr("type", "equalto", "image") | list | length -%}
+    {%- set text = text | selectattr("type", "equalto", "text") | map(attribute="text") | join -%}
+    {%- set text = "<image>\\n" * n ~ (text | trim if n else text) -%}
+  {%- endif -%}
+  {%- if message.role == "assistant" -%}
+    {{- ANSWER -}}
+  {%- elif message.role == "user" -%}
+    {{- FIRST if loop.first else LATER -}}
+  {%- else -%}
+    {{- raise_exception("the system prompt is the model's own; leave yours out") -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def chat_template(tokenizer, template):
+    """CHAT_TEMPLATE for one of our templates."""
+    form = data.TEMPLATES[template]
+    start = [tokenizer.id_to_token(token) for token in data.start_tokens(tokenizer, template)]
+    filled = CHAT_TEMPLATE.replace("START", json.dumps("".join(start)))
+
+    # "USER: {text} ASSISTANT:" -> "USER: " ~ text ~ " ASSISTANT:"
+    text = " ~ text | trim ~ " if form.strips else " ~ text ~ "
+    layouts = {"FIRST": form.first, "LATER": form.later, "ANSWER": form.answer + form.end}
+    for name, layout in layouts.items():
+        parts = [json.dumps(part) for part in layout.split("{text}")]
+        filled = filled.replace(name, f"({text.join(parts)})")
+    return filled
+
+
+def with_image_mark(tokenizer, config):
+    """A copy of a tokenizer that knows "<image>", with the chat template beside it."""
+    if tokenizer is None:
+        raise ValueError("hf-llava: <image> must be a token, and there is no tokenizer; give one "
+                         "with --tokenizer")
+    data.check_end_mark(tokenizer, config.template)
+    marked = Tokenizer.from_str(tokenizer.to_str())
+    marked.add_special_tokens(["<image>"])
+    template = chat_template(tokenizer, config.template)
+    marked.neighbours = neighbours_of(tokenizer) | {"chat_template.jinja": template.encode()}
+    return marked
+
+
+def with_rows(state, n_rows):
+    """The state dict with this many rows in embedding and head, the mean of all others in new ones.
+
+    Nobody says a new token by mistake, as its logit is the mean of all others.
+    """
+    state = dict(state)
+    for name in ("text.embed.weight", "text.head.weight"):
+        if name in state:
+            rows = state[name]  # (V, D)
+            mean = rows.float().mean(0).to(rows.dtype)
+            state[name] = torch.cat([rows, mean.expand(n_rows - len(rows), -1)])
+    return state
+
+
+def write_hf_llava(config, state, tokenizer):
+    """A dense LLaVA-1.5 as transformers writes it, for all programs that read its folders.
+
+    The id of "<image>" is the vocabulary's next, as in LLaVA-1.5.
+    """
+    # A row for "<image>", where no free one is left.
+    image = tokenizer.token_to_id("<image>")
+    if image >= config.text.vocab_size:
+        config = replace(config, text=replace(config.text, vocab_size=image + 1))
+        state = with_rows(state, image + 1)
+
+    vision = config.vision
+    text = config.text
+    described = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "vision_config": clip_json(vision),
+        "image_token_index": image, "image_seq_length": config.n_image_tokens,
+        "projector_hidden_act": config.connector.act,
+        "vision_feature_layer": vision.select_layer, "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": text.tie_embeddings, "template": config.template,
+    }
+    # Some programs look for the start and the end in the decoder's own config.
+    files = decoder_files(described, config, tokenizer)
+    described = files.pop("config.json")
+    decoder = decoder_json(text, config.template)
+    described["text_config"] = decoder | read_keys(described, START_AND_END)
+
+    processor = {"processor_class": "LlavaProcessor", "patch_size": vision.patch_size,
+                 # Patches without CLS.
+                 "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    pictures = preprocessor_json(vision) | {
+        "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor",
+        "do_pad": vision.image_aspect == "pad"}
+    files |= {"processor_config.json": processor, "preprocessor_config.json": pictures,
+              "config.json": described}
+
+    # transformers has a norm behind CLIP's last layer, and makes one where it is missing, though
+    # LLaVA does not use it. Here is one that changes nothing.
+    norm = TOWER + "post_layernorm."
+    weight = state["vision.pos"].new_ones(vision.dim)
+    tensors = {**published(state), norm + "weight": weight, norm + "bias": weight - 1}
+    return files, respelled(tensors, HF_LLAVA_NAMES)
 
 
 def write_hf_decoder(config, state, tokenizer):
@@ -1063,16 +1181,18 @@ def starting_with(prefix, state):
 
 
 LAYOUTS = {"own": write_own, "cumo": write_cumo, "moe-llava": write_moe_llava,
-           "hf-llm": write_hf_decoder, "hf-clip": write_hf_tower}
+           "hf-llava": write_hf_llava, "hf-llm": write_hf_decoder, "hf-clip": write_hf_tower}
 
 
 def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "own"):
-    """Write a model folder, with the tokenizer if there is one, and with LoRA adapters merged.
+    """Write a model folder, with the tokenizer if there is one, and with LoRA adapters merged ->
+    the number of weights in it.
 
     state: replaces model.state_dict() where the weights are gathered elsewhere (FSDP). layout:
-    "own"; "cumo" and "moe-llava", which the released codes load; "hf-llm" and "hf-clip", the
-    decoder or the (dense) tower alone for transformers, the latter also of a VisionTransformer.
-    Raises ValueError, before anything is written, where a layout cannot hold this model.
+    "own"; "cumo" and "moe-llava", which the released codes load; for transformers "hf-llava", a
+    dense model, "hf-llm" and "hf-clip", the decoder or the (dense) tower alone, the latter also of
+    a VisionTransformer. Raises ValueError, before anything is written, where a layout cannot hold
+    this model.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
@@ -1089,6 +1209,8 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
         config = Config(vision=config)
         state = {f"vision.{name}": tensor for name, tensor in state.items()}
     check_senses(config, layout)
+    if layout == "hf-llava":
+        tokenizer = with_image_mark(tokenizer, config)
     files, tensors = LAYOUTS[layout](config, state, tokenizer)
 
     # A layout that cannot hold the model has raised its error by now.
@@ -1098,6 +1220,7 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
         save_tokenizer(tokenizer, folder)
     for file, described in files.items():
         write_json(join(folder, file), described)
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 # What transformers keeps beside a tokenizer.json. Nothing of it is used here, but it goes along.
@@ -1824,13 +1947,21 @@ def check_mixtral(text):
 
 def check_senses(config, layout):
     """Raise ValueError where the layout writes a tower and the model has none, or where it has no
-    place for the model's ear."""
-    if config.audio and layout in ("cumo", "moe-llava"):
+    place for the model's ear, its experts or its scales."""
+    if config.audio and layout in ("cumo", "moe-llava", "hf-llava"):
         raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; "
                          "write it as own (hf-llm: the decoder alone)")
-    if config.vision is None and layout in ("cumo", "moe-llava", "hf-clip"):
+    if config.vision is None and layout in ("cumo", "moe-llava", "hf-llava", "hf-clip"):
         raise ValueError(f"a language model alone has no tower to write as {layout}; --to hf-llm "
                          "writes the decoder")
+    if layout != "hf-llava":
+        return
+    if any(config.vision.n_experts + [config.connector.n_experts] + config.text.n_experts):
+        raise ValueError("transformers' LLaVA is dense, this model has experts; write it as cumo "
+                         "or moe-llava, or as hf-llava the dense model of stage 2")
+    if config.vision.scales != [1]:
+        raise ValueError("transformers' LLaVA reads a picture at scale 1 only, this model at "
+                         f"{config.vision.scales}; write it as cumo")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1843,6 +1974,7 @@ ABOUT = """Weights in and out: python upcycle.py ... --out DIR, where ... is one
   --experts DIR_A,DIR_B,DIR_C,DIR_D     decoders trained apart -> the experts of one
   --from CUMO_DIR             any layout that is understood -> this project's
   --from DIR --to cumo        -> the published CuMo layout
+  --from DIR --to hf-llava    a dense model, for transformers and what reads its folders
   --from DIR --to hf-llm      the decoder alone, for transformers (hf-clip: the tower)
 
 A name on the Hugging Face hub can stand in a folder's place. Every tensor's two names are printed;
@@ -1917,9 +2049,7 @@ def main(argv=None):
 
     if not is_tower:
         tokenizer = override(model, tokenizer, args)
-    save(model, args.out, tokenizer, layout=args.to)
-
-    n_params = sum(p.numel() for p in model.parameters())
+    n_params = save(model, args.out, tokenizer, layout=args.to)
     print(f"wrote {args.out} ({args.to}, {n_params / 1e6:,.1f}M parameters)")
     if tokenizer is None and args.to != "hf-clip":
         print("No tokenizer.json was found: give one with --tokenizer, or nothing can be trained "

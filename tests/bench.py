@@ -7,6 +7,7 @@
     python tests/bench.py images                    reading images, against Pillow's bare work
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -33,14 +34,15 @@ import data
 import kernels
 import train
 from kernels import ffn, moe_ffn, route
-from model import IMAGE, Config, CuMo, MoE, choose_trainable
-from upcycle import load_backbones
+from model import IMAGE, Config, CuMo, MoE, choose_trainable, store_by_columns
+from upcycle import load, load_backbones, save
 
 # -------------------------------------------------------------------------------------------------
 # What several of the commands need
 
 
-def median_seconds(runs: dict, device: str, repeat: int, calls: int | None = None) -> dict:
+def median_seconds(runs: dict, device: str, repeat: int, calls: int | None = None,
+                   clock=time.perf_counter) -> dict:
     """{name: a callable} -> {name: median seconds of `repeat` calls}.
 
     The callables take turns, so that a slow moment of the machine hits all of them. A GPU gets
@@ -54,7 +56,7 @@ def median_seconds(runs: dict, device: str, repeat: int, calls: int | None = Non
         for name, run in runs.items():
             if device == "cuda":
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 run()
             if device == "cuda":
@@ -62,7 +64,7 @@ def median_seconds(runs: dict, device: str, repeat: int, calls: int | None = Non
 
             # the first turn warms up
             if turn > 0:
-                times[name].append((time.perf_counter() - start) / calls)
+                times[name].append((clock() - start) / calls)
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
 
@@ -154,19 +156,26 @@ def random_layer(layer: Layer, n_experts: int, device: str, dtype: torch.dtype):
     return x, logits, [w_in, w_out, None, draw(e, f), draw(e, d_out)]
 
 
+@contextlib.contextmanager
+def transformers_in_reach():
+    """Inside, transformers can be imported; ValueError where it is not installed."""
+    # it looks for a package named kernels, and would take this project's file for it
+    elsewhere = [path for path in sys.path if os.path.abspath(path) != ROOT]
+    try:
+        with mock.patch.object(sys, "path", elsewhere):
+            yield
+    except ImportError:
+        raise ValueError("--transformers compares with that library: "
+                         "pip install transformers") from None
+
+
 def as_transformers(name: str, weights: list):
     """The same experts in Hugging Face's Mixtral, by its implementation `name`.
 
     -> a function of x (N, D) and a Routing that gives (N, D), and its weights.
     """
-    # transformers looks for a package named kernels, and would take this project's file for it
-    elsewhere = [path for path in sys.path if os.path.abspath(path) != ROOT]
-    try:
-        with mock.patch.object(sys, "path", elsewhere):
-            from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
-    except ImportError:
-        raise ValueError("--transformers compares with that library: "
-                         "pip install transformers") from None
+    with transformers_in_reach():
+        from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
     w_in, w_out, w_gate = weights[:3]
     # its default activation is silu
@@ -464,10 +473,18 @@ def decode_bytes(model: CuMo, batch: int, length: int) -> float:
     return n * embed.element_size()
 
 
+def own_seconds(device: str) -> float:
+    """Seconds. On a CPU they are those of this process, a thread: so others disturb little."""
+    if device == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    return time.perf_counter()
+
+
 def memory_bandwidth(device: str, dtype: torch.dtype) -> float:
     """Bytes per second, of reading or of copying, whichever is more."""
     x = torch.ones(1 << 30 if dtype == torch.bfloat16 else 1 << 26, device=device, dtype=dtype)
-    seconds = median_seconds({"sum": x.sum, "copy": x.clone}, device[:4], 9)
+    seconds = median_seconds({"sum": x.sum, "copy": x.clone}, device[:4], 9,
+                             clock=functools.partial(own_seconds, device[:4]))
     # a copy also writes
     return max(x.nbytes / seconds["sum"], 2 * x.nbytes / seconds["copy"])
 
@@ -485,39 +502,82 @@ def step_seconds(model: CuMo, tokens: torch.Tensor, n: int, compile) -> float:
             # in between, nobody waits for a GPU
             if len(seen) in (1, n):
                 token.tolist()
-                ends.append(time.perf_counter())
+                ends.append(own_seconds(tokens.device.type))
 
         model.generate(tokens, max_new_tokens=n, on_token=on_token, compile=compile)
         times.append((ends[1] - ends[0]) / (n - 1))
     return min(times[1:])
 
 
-def bench_decode(preset: str, device: str, compile: bool | str = False, prompt: int = 640,
-                 n: int = 64):
-    """Tokens per second of the preset's decoder with random weights, at batch 1 and 8.
+@torch.no_grad()
+def transformers_seconds(theirs, tokens: torch.Tensor, n: int) -> float:
+    """The same of a decoder in transformers, by its forward pass alone, without its generate."""
+    times = []
+    for _ in range(3):
+        out = theirs(tokens, use_cache=True)
+        start = own_seconds(tokens.device.type)
+        for _ in range(n - 1):
+            token = out.logits[:, -1:].argmax(-1)  # (B, 1)
+            out = theirs(token, past_key_values=out.past_key_values)
+        out.logits.sum().item()
+        times.append((own_seconds(tokens.device.type) - start) / (n - 1))
+    return min(times[1:])
 
-    The prompt is as long as an image's. compile: as in CuMo.generate.
-    """
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    config = Config.from_preset(preset)
+
+def as_transformers_decoder(model: CuMo):
+    """The same decoder in transformers, by way of a folder."""
+    with tempfile.TemporaryDirectory() as folder, transformers_in_reach():
+        from transformers import AutoModelForCausalLM
+        save(model, folder, layout="hf-llm")
+        return AutoModelForCausalLM.from_pretrained(folder).to(model.text.embed.weight.device)
+
+
+def decoder_to_time(name: str, device: str, dtype: torch.dtype) -> CuMo:
+    """A folder's model, or a preset's decoder with random weights."""
+    if os.path.isdir(name):
+        return load(name, device, dtype)[0]
+    config = Config.from_preset(name)
     # an image is read once, before
     config.vision = None
     torch.set_default_dtype(dtype)
     with torch.device(device):
         model = CuMo(config).eval()
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def bench_decode(name: str, device: str, hows: tuple = (False,), transformers: bool = False,
+                 prompt: int = 640, n: int = 64, batches: tuple = (1, 8)):
+    """Tokens per second of a folder's or a preset's decoder.
+
+    hows: False (eager) and what else CuMo.generate takes for `compile`. The prompt is as long as an
+    image's. On a CPU the model is stored as generate.py stores it.
+    """
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model = decoder_to_time(name, device, dtype)
+    runs = {}
+    if transformers:
+        theirs = as_transformers_decoder(model)
+        runs["transformers"] = functools.partial(transformers_seconds, theirs)
+    if device == "cpu":
+        store_by_columns(model.text)
+    for how in hows:
+        title = "compiled" if how else "eager"
+        runs[title] = functools.partial(step_seconds, model, compile=how)
 
     bandwidth = memory_bandwidth(device, dtype)
-    how = ", compiled" if compile else ""
-    print(f"{preset}, {str(dtype)[6:]}, {device}{how}, {prompt} tokens of prompt; the memory gives "
-          f"{bandwidth / 1e9:.1f} GB/s")
-    print(f"{'batch':>5} {'tokens/s':>9} {'ms a step':>10} {'MB a token':>11} {'of bandwidth':>13}")
-    for batch in (1, 8):
-        tokens = torch.randint(config.text.vocab_size, (batch, prompt), device=device)
-        step = step_seconds(model, tokens, n, compile)
+    print(f"{name}, {str(dtype)[6:]}, {name_of(device[:4])}, {prompt} tokens of prompt; the memory "
+          f"gives {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'':12} {'batch':>5} {'tokens/s':>9} {'ms a step':>10} {'MB a token':>11} "
+          f"{'of bandwidth':>13}")
+    vocab_size = model.config.text.vocab_size
+    for batch in batches:
+        tokens = torch.randint(vocab_size, (batch, prompt), device=device)
         size = decode_bytes(model, batch, prompt + n // 2)
-        print(f"{batch:5} {batch / step:9.1f} {step * 1e3:10.3f} {size / batch / 1e6:11.2f} "
-              f"{size / step / bandwidth:13.1%}")
+        for title, seconds in runs.items():
+            step = seconds(tokens=tokens, n=n)
+            print(f"{title:12} {batch:5} {batch / step:9.1f} {step * 1e3:10.3f} "
+                  f"{size / batch / 1e6:11.2f} {size / step / bandwidth:13.1%}", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -593,10 +653,18 @@ def main(argv=None):
                         "experts, dense at equal FLOPs, and as released. It takes train.py's "
                         "flags; --steps are the timed ones (default: 5)")
 
-    decode = commands.add_parser("decode", help="tokens/s of decoding with random weights, and "
-                                 "the share of the memory's bandwidth that they take")
-    decode.add_argument("preset", nargs="?", default="tiny", help="default: tiny")
-    decode.add_argument("--compile", action="store_true", help="also without it on CUDA")
+    decode = commands.add_parser("decode", help="tokens/s of decoding, and the share of the "
+                                 "memory's bandwidth that they take")
+    decode.add_argument("model", nargs="?", default="tiny",
+                        help="a preset, or a model's folder (default: tiny)")
+    decode.add_argument("--compile", action="store_true",
+                        help="also compiled; on CUDA it is compiled anyway")
+    decode.add_argument("--transformers", action="store_true", help="also by that library")
+    decode.add_argument("--prompt", type=int, default=640,
+                        help="tokens before those that are timed (default: 640, as many as a "
+                             "picture has)")
+    decode.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="default: 1 8")
+    decode.add_argument("--tokens", type=int, default=64, help="that are timed (default: 64)")
     decode.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     commands.add_parser("images", help="images/s and core")
@@ -610,7 +678,11 @@ def main(argv=None):
     elif args.command == "step":
         bench_step(train.parse(rest))
     elif args.command == "decode":
-        bench_decode(args.preset, args.device, args.compile or args.device.startswith("cuda"))
+        hows = (True,)
+        if args.device == "cpu":
+            hows = (False, True) if args.compile else (False,)
+        bench_decode(args.model, args.device, hows, args.transformers, args.prompt, args.tokens,
+                     args.batch)
     else:
         bench_images()
 

@@ -5,6 +5,7 @@ import torch
 import bench
 from kernels import moe_ffn, route
 from model import IMAGE, PRESETS, CuMo
+from upcycle import save
 
 
 @pytest.mark.parametrize("name", ["eager", "grouped_mm"])
@@ -55,14 +56,22 @@ def test_the_released_dispatch_computes_the_same(tiny_model, monkeypatch):
     assert torch.allclose(model(tokens, images).logits, want, atol=1e-4)
 
 
-@pytest.mark.parametrize("compile", [False, "aot_eager"])
-def test_bench_of_decoding(capsys, monkeypatch, compile):
+def test_bench_of_decoding(capsys, monkeypatch, tiny_model, tmp_path):
+    pytest.importorskip("transformers")
     calls, real = [], CuMo.generate
     monkeypatch.setattr(CuMo, "generate", lambda self, *a, **kw: calls.append(kw["compile"]) or real(self, *a, **kw))
-    bench.bench_decode("tiny", "cpu", compile, prompt=8, n=3)
-    assert calls == [compile] * 6
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
-    assert [row[0] for row in rows] == ["1", "8"] and all(float(row[1]) > 0 and row[-1].endswith("%") for row in rows)
+    save(tiny_model(vision=None), tmp_path / "m")
+    bench.bench_decode(str(tmp_path / "m"), "cpu", (False, "aot_eager"), True, prompt=8, n=3)
+    assert calls == ([False] * 3 + ["aot_eager"] * 3) * 2
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-6:]]
+    assert [row[:2] for row in rows] == [[how, batch] for batch in "18" for how in ("transformers", "eager", "compiled")]
+    assert all(float(row[2]) > 0 and row[-1].endswith("%") for row in rows)
+
+
+def test_transformers_decoder_that_is_timed_has_our_weights(tiny_model):
+    pytest.importorskip("transformers")
+    model, tokens = tiny_model(vision=None), torch.randint(40, (2, 9))
+    assert torch.allclose(bench.as_transformers_decoder(model)(tokens).logits, model(tokens).logits, atol=1e-4)
 
 
 def test_bytes_of_a_decoding_step(tiny_model):

@@ -142,7 +142,8 @@ def test_an_epoch_of_mixed_lengths_is_compiled_at_most_eight_times_and_the_log_s
 
 @pytest.mark.parametrize("text", [{}, dict(n_experts=4, sliding_window=5)], ids=["dense", "experts, window"])
 def test_compiled_generation_gives_eager_modes_tokens_with_two_graphs(tiny_model, text):
-    model = tiny_model(text=dict(n_layers=1, **text))
+    """Of a block's prefill and of its step: one compiled block serves both layers."""
+    model = tiny_model(text=dict(n_layers=2, **text))
     tokens = torch.randint(0, 40, (3, 20))
     tokens[0, 1:5], tokens[1, 7:], tokens[2, 15:] = IMAGE, PAD, PAD
     images = torch.randn(1, 3, 16, 16)
@@ -190,7 +191,7 @@ def test_a_decode_step_costs_what_it_attends_to_and_nothing_for_the_unused_cache
 def test_experts_that_wait_for_the_host_are_decoded_without_cuda_graphs(tiny_config, monkeypatch, text, dtype, graphs):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda f, **kw: asked.append((f, kw)) or f)
-    monkeypatch.setattr(m, "Cache", lambda config, *key: type("Kept", (), dict(k=[], v=[], key=key)))
+    monkeypatch.setattr(m, "Cache", lambda config, *key: type("Kept", (), dict(layers=[], key=key)))
     model = CuMo(tiny_config(vision=None, text=text))
     m.compiled.cache_clear()
     x = type("OnCuda", (), dict(device=torch.device("cuda", 0), dtype=dtype, is_cuda=True, __len__=lambda self: 2))()

@@ -1,4 +1,5 @@
 """generate.py: answers, chat, measuring, pictures of the routing, and the command line."""
+import json
 import re
 import shutil
 import subprocess
@@ -312,6 +313,34 @@ def written(monkeypatch):
     return texts
 
 
+@pytest.fixture
+def word_boxes(monkeypatch):
+    """[(left, top, right, bottom, text), ...] of all that is written into a picture."""
+    boxes, draw = [], d.ImageDraw.ImageDraw.text
+
+    def record(self, at, words, fill, font, anchor="la"):
+        if words:
+            boxes.append((*self.textbbox(at, words, font, anchor=anchor), words))
+        draw(self, at, words, fill, font, anchor=anchor)
+    monkeypatch.setattr(d.ImageDraw.ImageDraw, "text", record)
+    return boxes
+
+
+def assert_words_apart(boxes, png):
+    """No word leaves the picture or meets another."""
+    width, height = Image.open(png).size
+    for i, (a, b, c, e, words) in enumerate(boxes):
+        assert a >= 0 and b >= 0 and c <= width and e <= height, words
+        for a2, b2, c2, e2, more in boxes[:i]:
+            assert c <= a2 or c2 <= a or e <= b2 or e2 <= b, (words, more)
+
+
+def panel_at(pixels, row, column):
+    """The pixels of a panel of draw_routing's picture."""
+    y, x = generate.TOP + row * generate.STEP, generate.panel_left(column)
+    return pixels[y:y + generate.PANEL, x:x + generate.PANEL]
+
+
 def panels(texts):
     return [t for t in texts if re.fullmatch(r"layer \d+|connector", t)]
 
@@ -325,12 +354,11 @@ def test_routing_picture_shows_every_image_and_layer(images, seer, tmp_path, wri
     assert sorted(set(names)) == ["connector", "layer 0", "layer 1"]
     with Image.open(tmp_path / "r.png") as png:
         rows = len(images) + 1                                                     # one more for the expert load
-        assert png.format == "PNG" and 4 * 192 <= png.width <= 4 * 250 and rows * 192 <= png.height <= rows * 300
+        assert png.format == "PNG" and png.width == 830 and rows * 144 <= png.height <= rows * 350
         pixels = np.asarray(png.convert("RGB"))
     for i in range(len(images)):                                                   # every panel is painted
         for j in range(4):
-            y, x = 64 + i * 208, 16 + j * 208
-            assert len(np.unique(pixels[y:y + 192, x:x + 192].reshape(-1, 3), axis=0)) > 20
+            assert len(np.unique(panel_at(pixels, i, j).reshape(-1, 3), axis=0)) > 20
 
 
 def test_routing_picture_reads_image_files(seer, tmp_path):
@@ -342,10 +370,10 @@ def test_routing_picture_reads_image_files(seer, tmp_path):
 @pytest.mark.parametrize("image", [picture(0), picture(1).resize((90, 40)), picture(2).resize((300, 400)).convert("L")])
 def test_the_image_is_shown_as_the_tower_gets_it(image, seer, tmp_path, written):
     generate.draw_routing(seer, [image], str(tmp_path / "r.png"))
-    pixels = np.asarray(Image.open(tmp_path / "r.png").convert("RGB"))[64:64 + 192, 16:16 + 192]
+    pixels = panel_at(np.asarray(Image.open(tmp_path / "r.png").convert("RGB")), 0, 0)
     assert "image, 48 x 48" in written
-    assert np.array_equal(pixels, np.repeat(np.repeat(pixels[::4, ::4], 4, 0), 4, 1))       # 48 x 48 squares of 4 x 4
-    seen = torch.from_numpy(pixels[::4, ::4].copy()).permute(2, 0, 1) / 255
+    assert np.array_equal(pixels, np.repeat(np.repeat(pixels[::3, ::3], 3, 0), 3, 1))       # 48 x 48 squares of 3 x 3
+    seen = torch.from_numpy(pixels[::3, ::3].copy()).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (d.CLIP_MEAN, d.CLIP_STD))
     torch.testing.assert_close((seen - mean) / std, d.load_image(image, 48), atol=0.5 / 255 / 0.26 + 1e-4, rtol=0)
 
@@ -356,16 +384,68 @@ def test_another_normalisation_is_undone_in_the_picture(seer):
     assert np.array_equal(generate.as_seen(d.load_image(image, wanted), wanted).resize((48, 48), Image.Resampling.NEAREST), image)
 
 
-def test_patches_are_painted_in_the_color_of_their_first_choice(seer, tmp_path):
-    black = Image.new("RGB", (48, 48))
-    generate.draw_routing(seer, [black], str(tmp_path / "r.png"))
-    pixels, first = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).astype(int), generate.routing_of(seer, [black])
+@pytest.mark.parametrize("light", [0, 120, 255])
+def test_patches_are_painted_in_the_color_of_their_first_choice(light, seer, tmp_path):
+    """Whatever the picture's brightness: black, grey or white."""
+    plain = Image.new("RGB", (48, 48), (light, light, light))
+    generate.draw_routing(seer, [plain], str(tmp_path / "r.png"))
+    pixels, first = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).astype(int), generate.routing_of(seer, [plain])
     for column, name in enumerate(["layer 0", "layer 1", "connector"], 1):
-        for patch, expert in enumerate(first[name][0, :, 0].tolist()):
-            y, x = 64 + patch // 6 * 32 + 16, 16 + column * 208 + patch % 6 * 32 + 16
-            colors = np.array(generate.EXPERT_COLORS[:4])
-            mixed = pixels[y, x] / pixels[y, x].max()                              # black shines through: hue alone counts
-            assert np.abs(colors / colors.max(1, keepdims=True) - mixed).sum(1).argmin() == expert
+        middles = panel_at(pixels, 0, column)[12::24, 12::24].reshape(36, 3)
+        assert np.abs(middles - np.array(generate.EXPERT_COLORS)[first[name][0, :, 0]]).max() <= 2
+
+
+def test_what_is_lighter_in_the_picture_is_lighter_in_the_patch():
+    seen = Image.new("RGB", (144, 144), (40, 40, 40))
+    seen.paste((200, 200, 200), (0, 0, 20, 20))
+    seen.paste((0, 0, 0), (30, 0, 40, 20))
+    painted = np.asarray(generate.paint_patches(seen, torch.zeros(36, dtype=torch.long), generate.EXPERT_COLORS[:1])).astype(int)
+    assert painted[10, 10].sum() > painted[60, 60].sum() > painted[10, 35].sum()
+    assert (painted.argmax(-1) == 0).all()                                         # all of it is red still
+
+
+def test_the_patches_that_an_expert_is_surest_of(seer, tmp_path, monkeypatch):
+    """Against the router's own probabilities: of each image the best patch whose first choice the expert is, then the best of these."""
+    images = [picture(i) for i in range(5)]
+    surveyed, inputs = generate.survey(seer, images), []
+    seer.vision.layers[1].ffn.register_forward_pre_hook(lambda moe, args: inputs.append(args[0][:, 1:]))
+    generate.routing_of(seer, images)
+    p = (inputs[0] @ seer.vision.layers[1].ffn.router.T).softmax(-1)               # (5, 36, 4)
+    load, sure, patch = surveyed["layer 1"]
+    assert list(surveyed) == ["layer 0", "layer 1", "connector"] and sure.shape == patch.shape == (5, 4)
+    wanted = []
+    for e in range(4):
+        best = []
+        for i in range(5):
+            mine = [(p[i, k, e].item(), k) for k in range(36) if p[i, k].argmax() == e]
+            if mine:
+                best.append((*max(mine), i))
+                assert sure[i, e].item() == pytest.approx(max(mine)[0], abs=1e-4) and patch[i, e] == max(mine)[1]
+            else:
+                assert sure[i, e] == 0
+        wanted.append([(i, k) for _, k, i in sorted(best, reverse=True)])
+        assert generate.surest(sure[:, e], 3) == [i for i, _ in wanted[e][:3]]
+    cut = []
+    monkeypatch.setattr(generate, "cut_patch", lambda vision, image, k: cut.append((images.index(image), k)) or Image.new("RGB", (22, 22)))
+    generate.draw_routing(seer, images[:1], str(tmp_path / "r.png"), images)
+    counts = [sum(int((s > 0).sum()) for s in sure.T) for _, sure, _ in surveyed.values()]
+    assert cut[counts[0]:counts[0] + counts[1]] == sum(wanted, []) and len(cut) == sum(counts)
+
+
+def test_a_patch_is_cut_where_it_lies():
+    image = Image.new("RGB", (48, 48))
+    image.paste((255, 0, 0), (16, 8, 24, 16))                                      # column 2, row 1 of 6 x 6
+    vision = build(300).config.vision
+    reds = [k for k in range(36) if np.asarray(generate.cut_patch(vision, image, k))[..., 0].min() > 250]
+    assert reds == [1 * 6 + 2] and generate.cut_patch(vision, image, 8).size == (22, 22)
+
+
+@pytest.mark.parametrize("n_experts", [8, 16])
+def test_words_of_the_routing_picture_meet_no_others(n_experts, tmp_path, word_boxes):
+    images = [picture(0), picture(1)]
+    word_boxes.clear()                                                             # the signs in the pictures
+    generate.draw_routing(build(300, n_experts=n_experts, connector=n_experts, n_layers=4), images, str(tmp_path / "r.png"))
+    assert_words_apart(word_boxes, tmp_path / "r.png")
 
 
 @pytest.mark.parametrize("n_layers, most", [(30, 5), (30, 3), (30, 1), (3, 5)])
@@ -374,7 +454,7 @@ def test_a_deep_model_shows_at_most_n_layers_spread_over_its_depth(n_layers, mos
     shown = [int(name[6:]) for name in dict.fromkeys(panels(written)) if name != "connector"]
     assert len(shown) == min(most, n_layers - 1) and len(panels(written)) == 2 * (len(shown) + 1)      # once above, once below
     assert shown == sorted(shown) and shown[0] == 0 and (most == 1 or shown[-1] == n_layers - 2)
-    assert Image.open(tmp_path / "r.png").width < (most + 3) * 208
+    assert Image.open(tmp_path / "r.png").width == 830 or most == 5               # three, and the connector, are as wide as the README
 
 
 def test_expert_load_is_the_share_of_first_choices_over_the_population(seer, tmp_path, written):
@@ -386,9 +466,9 @@ def test_expert_load_is_the_share_of_first_choices_over_the_population(seer, tmp
     numbers = [100 * share for share in expected.flatten().tolist() if share * generate.LOAD >= 12]       # where there is room for them
     assert len(shown) == len(numbers) >= 4 and all(abs(a - b) <= 0.51 for a, b in zip(shown, numbers))
     pixels = torch.from_numpy(np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).copy())
-    bottom = len(pixels) - 30
+    top = generate.TOP + generate.STEP + 30
     for column, shares in enumerate(expected, 1):
-        line = pixels[bottom - generate.LOAD:bottom, generate.panel_left(column) + 30]     # from the bar's top to its foot
+        line = pixels[top:top + generate.LOAD, generate.panel_left(column) + 30]     # from the bar's top to its foot
         for share, color in zip(shares, generate.EXPERT_COLORS):
             height = (line == torch.tensor(color)).all(1).sum()
             assert abs(height - share * generate.LOAD) < 2.1
@@ -399,6 +479,109 @@ def test_a_dense_model_has_no_routing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="dense"):
         generate.draw_routing(build(300, n_experts=0, connector=0), [picture(0)], str(tmp_path / "r.png"))
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts, and the loss of a run
+
+
+@pytest.mark.parametrize("low, high", [(0, 2.37), (0, 1e-4), (1.003, 1.07), (-3, 5), (7, 7), (0, 0), (1, 6441), (0.1, 0.3), (0, 0.30000001)])
+def test_ticks_are_few_round_numbers_that_enclose_the_data(low, high):
+    ticks = generate.round_ticks(low, high)
+    assert ticks[0] <= low + 1e-6 * (ticks[1] - ticks[0]) and ticks[-1] >= high - 1e-6 * (ticks[1] - ticks[0]) and 2 <= len(ticks) <= 7
+    digits = {f"{b - a:.1e}"[:3] for a, b in zip(ticks, ticks[1:])}
+    assert digits in ({"1.0"}, {"2.0"}, {"5.0"}) and all(len(f"{t:g}") <= 7 for t in ticks)
+
+
+def test_the_running_mean_lies_in_the_data():
+    """It is never late: a straight line stays as it is, to both ends, and a falling curve has as much above as below."""
+    line = [(x, 5.0 - 0.01 * x) for x in range(300)]
+    assert [y for _, y in generate.running_mean(line)] == pytest.approx([y for _, y in line])
+    curve = [(x, 2 * 0.98 ** x) for x in range(300)]
+    smooth = generate.running_mean(curve)
+    assert smooth[0] == curve[0] and smooth[-1] == curve[-1] and [x for x, _ in smooth] == [x for x, _ in curve]
+    assert max(abs(a / b - 1) for (_, a), (_, b) in zip(smooth, curve)) < 0.01
+    noise = [(x, float(x % 2)) for x in range(300)]
+    assert all(abs(y - 0.5) < 0.1 for _, y in generate.running_mean(noise)[10:-10])
+    assert generate.running_mean([]) == [] and generate.running_mean([(3, 1.5)]) == [(3, 1.5)]
+
+
+def test_a_chart_s_points_lie_where_its_ticks_say(monkeypatch):
+    page, draw = generate.blank_page(830, 300)
+    texts, lines = {}, []
+    write, line = draw.text, draw.line
+    monkeypatch.setattr(draw, "text", lambda at, words, *a, **kw: texts.setdefault(str(words), at) and write(at, words, *a, **kw))
+    monkeypatch.setattr(draw, "line", lambda points, color, *a, **kw: lines.append((points, color)) or line(points, color, *a, **kw))
+    points = [(100, 3.0), (200, 0.5), (400, 1.25), (700, 99.0)]
+    generate.line_chart(draw, (0, 0, 830, 300), [("the curve", (255, 0, 0), 2, points)], "A title", "steps", "loss", (0, 4))
+    assert {"A title", "steps", "loss", "the curve", "0", "1", "4", "200", "700"} <= texts.keys()
+    (drawn,) = [points for points, color in lines if color == (255, 0, 0)]
+    x = lambda value: texts["200"][0] + (value - 200) * (texts["700"][0] - texts["200"][0]) / 500
+    y = lambda value: texts["0"][1] + min(value, 4) * (texts["4"][1] - texts["0"][1]) / 4        # what lies above is drawn at the edge
+    assert np.array(drawn) == pytest.approx(np.array([(x(a), y(b)) for a, b in points]))
+    pixels = np.asarray(page)
+    for px, py in drawn:                                                           # few points have marks
+        assert tuple(pixels[round(py), round(px)]) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("curves", [[], [("", "red", 1, [])], [("one", "red", 1, [(5, 0.25)])], [("level", "red", 1, [(0, 2.0), (9, 2.0)])]])
+def test_a_chart_of_little_is_drawn_all_the_same(curves, word_boxes, tmp_path):
+    page, draw = generate.blank_page(276, 210)
+    generate.line_chart(draw, (0, 0, 276, 210), curves, "little", "step")
+    generate.save_png(page, str(tmp_path / "c.png"))
+    assert_words_apart(word_boxes, tmp_path / "c.png")
+
+
+def run_log(path, n_experts, stages=3):
+    """A log of stages of 100 steps, the last with experts (if any) in two layers and the connector."""
+    rng, rows = np.random.default_rng(0), []
+    for stage in range(1, stages + 1):
+        for step in range(100):
+            row = {"stage": stage, "step": step, "lm": 2 / (step + 1) + rng.random() / 10, "loss": 9.0}
+            if stage == stages and n_experts:
+                row |= {f"{part}/{kind}": rng.random() for part in ("vision", "connector") for kind in ("balance", "z")}
+                row["load"] = {name: rng.dirichlet([5] * n_experts).tolist() for name in ("vision 0", "vision 1", "connector 0")}
+            rows.append(row)
+            if step % 50 == 49:
+                rows.append({"stage": stage, "step": step, "val_loss": 0.5})
+    rows[3]["lm"] = float("nan")
+    (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut')
+    return str(path / "log.jsonl"), rows
+
+
+def test_the_numbers_of_the_loss_picture_are_the_log_s(tmp_path, monkeypatch):
+    log, rows = run_log(tmp_path, 4)
+    charts, loads = {}, []
+    monkeypatch.setattr(generate, "line_chart", lambda draw, box, curves, title, *a, **kw: charts.update({title.split(": loss ")[0]: curves}))
+    monkeypatch.setattr(generate, "bars", lambda draw, box, columns, colors: loads.append(columns))
+    generate.draw_curves(log, str(tmp_path / "loss.png"))
+    assert list(charts) == ["stage 1", "stage 2", "stage 3", "stage 3: load-balancing loss", "stage 3: z loss"]
+    for stage in (1, 2, 3):
+        each, mean, held_out = charts[f"stage {stage}"]
+        mine = [r for r in rows if r["stage"] == stage]
+        wanted = [(r["step"] + 1, r["lm"]) for r in mine if r.get("lm") == r.get("lm") and "lm" in r]
+        assert each[3] == wanted[len(wanted) // 50:] and mean[3] == generate.running_mean(each[3])        # without the first fiftieth
+        assert held_out[3] == [(50, 0.5), (100, 0.5)]
+    for title, kind in (("load-balancing loss", "balance"), ("z loss", "z")):
+        curves = charts[f"stage 3: {title}"]
+        assert [name for name, *_ in curves] == ["", "", "vision", "connector"]
+        for curve, part in zip(curves, ("vision", "connector")):
+            assert curve[3] == [(r["step"] + 1, r[f"{part}/{kind}"]) for r in rows if f"{part}/{kind}" in r]
+    for columns, name in zip(loads, ("vision 0", "vision 1", "connector 0"), strict=True):
+        logged = np.array([r["load"][name] for r in rows if "load" in r])          # a bar is the mean of five steps
+        assert np.array(columns) == pytest.approx(logged.reshape(20, 5, 4).mean(1), abs=1e-6)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("n_experts", [0, 4, 16])
+def test_the_loss_picture_is_legible_for_runs_of_all_kinds(stages, n_experts, tmp_path, word_boxes):
+    generate.draw_curves(run_log(tmp_path, n_experts, stages)[0], str(tmp_path / "loss.png"))
+    with Image.open(tmp_path / "loss.png") as png:
+        assert png.size == (830, 210 if n_experts == 0 else 630)
+        pixels = np.asarray(png.convert("RGB"))
+    assert_words_apart(word_boxes, tmp_path / "loss.png")
+    for e in range(n_experts):                                                     # every expert can be seen in a load
+        assert (pixels[480:] == generate.EXPERT_COLORS[e]).all(-1).sum() > 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import data
 import generate
@@ -441,7 +441,11 @@ def test_a_foreign_model_comes_back_bit_for_bit_from_every_layout_that_can_hold_
     (dict(vision=dict(n_experts=4, top_k=1), connector=dict(n_experts=4)), "cumo", "top-k"),
     (dict(connector=dict(n_experts=4, top_k=1)), "cumo", "top_k = 1 without rescaling"),
     (dict(text=dict(n_experts=4, top_k=1)), "hf-llm", "top_k = 1 without rescaling"),
-    (dict(vision=None), "cumo", "no tower"), (dict(vision=None), "hf-clip", "no tower"), ({}, "gguf", "unknown layout")])
+    (dict(vision=None), "cumo", "no tower"), (dict(vision=None), "hf-clip", "no tower"), ({}, "gguf", "unknown layout"),
+    (dict(vision=None), "hf-llava", "no tower.*hf-llm"), ({}, "hf-llava", "<image> must be a token.*--tokenizer"),
+    (dict(connector=dict(n_experts=4)), "hf-llava", "has experts; write it as cumo or moe-llava, or as hf-llava the dense model of stage 2"),
+    (dict(text=dict(n_experts=[4, 0])), "hf-llava", "has experts"), (dict(vision=dict(scales=[1, 2])), "hf-llava", "scale 1 only.*as cumo"),
+    (dict(audio=dict(n_mels=5, n_frames=12, dim=16, n_layers=1, n_heads=2, ffn_dim=24)), "hf-llava", "no place for an ear")])
 def test_what_a_layout_cannot_hold_is_refused_and_nothing_is_written(tiny_model, kw, layout, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         save(tiny_model(**kw), tmp_path / "out", layout=layout)
@@ -477,6 +481,59 @@ def test_transformers_reads_the_tower_that_is_written(hf, tiny_model, act, tmp_p
     for select in (-1, -2, -3, -4):
         model.vision.config.select_layer = select
         assert (model.vision(images) - hidden[select][:, 1:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind, n_words", [("llama3", 40), ("mistral", 40), ("qwen2", 5)])
+@torch.no_grad()
+def test_transformers_reads_the_llava_that_is_written(hf, tiny_model, kind, n_words, tmp_path):
+    """With 40 words, as many as the embedding has rows, it grows by one for <image>; with 5 it has a row to spare."""
+    t = sys.modules["transformers"] if hf("llava") else None
+    model = tiny_model(vision=dict(act="gelu", norm_eps=1e-6, select_layer=-1), connector=dict(act="silu"), **TEXTS[kind])
+    tokenizer = words()
+    tokenizer.add_tokens([f"word{i}" for i in range(n_words - 4)])
+    save(model, tmp_path, tokenizer, layout="hf-llava")
+    theirs, report = t.LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report                                        # nothing missing, left over or of a wrong shape
+    assert theirs.config.image_token_id == n_words and len(theirs.get_input_embeddings().weight) == max(40, n_words + 1)
+    assert tokenizer.token_to_id("<image>") is None                                # the caller's own is left alone
+    tokens, images = torch.randint(6, 40, (1, 12)), torch.randn(1, 3, 16, 16)
+    tokens[:, 2:6] = IMAGE
+    asked = dict(input_ids=torch.where(tokens == IMAGE, n_words, tokens), pixel_values=images)
+    want, ours = theirs.eval()(**asked).logits, model(tokens, images).logits
+    assert ours.abs().max() > 1 and (want[..., :40] - ours).abs().max() < 1e-4
+    theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
+    said = theirs.generate(**asked, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False)
+    assert torch.equal(said[:, 12:], model.generate(tokens, images, max_new_tokens=12))
+
+    # It comes back, and a second time nothing is added.
+    again, marked = load(tmp_path)
+    assert (again(tokens, images).logits - want).abs().max() < 1e-4 and again.config.template == model.config.template
+    save(again, tmp_path / "twice", marked, layout="hf-llava")
+    assert same(load(tmp_path / "twice")[0], again)
+
+
+@pytest.mark.parametrize("template, aspect", [("vicuna", "pad"), ("mistral", "crop"), ("chatml", "pad"), ("llama3", "pad")])
+def test_transformers_processor_makes_our_prompts_and_pictures(hf, tiny_model, template, aspect, tmp_path):
+    t = sys.modules["transformers"] if hf("llava") else None
+    tokenizer = chat_tokenizer(["<s>", "</s>", *data.TEMPLATES[template].tokens])
+    if not data.TEMPLATES[template].spelled_out:                                   # as LLaMA's
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    model = tiny_model(vision=dict(image_mean=HALF, image_std=[0.25, 0.5, 0.5], image_aspect=aspect), template=template, text=dict(vocab_size=300))
+    save(model, tmp_path, tokenizer, layout="hf-llava")
+    processor = t.AutoProcessor.from_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    human, answer = ["What is it?", " And now? "], "A ring."
+    content = [[{"type": "text", "text": human[0]}, {"type": "image", "image": image}], answer, human[1]]
+    chat = [{"role": role, "content": said if isinstance(said, list) else [{"type": "text", "text": said}]}
+            for role, said in zip(("user", "assistant", "user"), content)]
+    theirs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    turns = [{"from": "human", "value": f"<image>\n{human[0]}"}, {"from": "gpt", "value": answer}, {"from": "human", "value": human[1]}]
+    ids, _ = data.encode_chat(turns, tokenizer, template, model.config.n_image_tokens)
+    mark = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert theirs["input_ids"][0].tolist() == [mark if token == IMAGE else token for token in ids]
+    assert (theirs["pixel_values"][0] - data.load_image(image, data.picture_format(model.config.vision))).abs().max() < 1e-5
+    with pytest.raises(Exception, match="the system prompt is the model's own"):
+        processor.apply_chat_template([{"role": "system", "content": "Be brief."}])
 
 
 @torch.no_grad()
@@ -765,11 +822,13 @@ def test_the_table_shows_where_every_tensor_goes(tiny_model, kw, tmp_path, capsy
     assert same(load(tmp_path / "own")[0], model)
 
 
-@pytest.mark.parametrize("layout", ["cumo", "hf-llm", "hf-clip"])
+@pytest.mark.parametrize("layout", ["cumo", "hf-llava", "hf-llm", "hf-clip"])
 def test_converting_there_and_back_on_the_command_line(tiny_model, layout, tmp_path, capsys):
     model = tiny_model(template="mistral", text=KNOWN)
     save(model, tmp_path / "own", words())
     main(["--from", str(tmp_path / "own"), "--to", layout, "--out", str(tmp_path / "theirs")])
+    written = {"hf-llm": model.text, "hf-clip": model.vision}.get(layout, model)
+    assert f"{sum(p.numel() for p in written.parameters()) / 1e6:,.1f}M parameters" in capsys.readouterr().out
     if layout == "hf-clip":
         assert same(load(tmp_path / "theirs")[0], model.vision)
         with pytest.raises(ValueError, match="an encoder alone.*--llm"):
@@ -778,7 +837,10 @@ def test_converting_there_and_back_on_the_command_line(tiny_model, layout, tmp_p
         return
     main(["--from", str(tmp_path / "theirs"), "--out", str(tmp_path / "back")])
     again, tokenizer = load(tmp_path / "back")
-    assert tokenizer.to_str() == words().to_str() and same(again.text, model.text)
+    marked = words()
+    if layout == "hf-llava":
+        marked.add_special_tokens(["<image>"])
+    assert tokenizer.to_str() == marked.to_str() and same(again.text, model.text)
     assert layout == "hf-llm" or (same(again, model) and again.config == model.config)
 
 

@@ -664,3 +664,17 @@ def test_new_weights_follow_the_seed_and_are_all_set(tiny_config):
         else:
             assert 0.001 < p.std() < 1 and p.mean().abs() < 5 * p.std() / p.numel() ** 0.5, name
     assert sum(isinstance(m, MoE) for m in a.modules()) == 3 + 1 + 1
+
+
+@torch.no_grad()
+def test_tall_matrices_by_columns_are_the_same_model(tiny_model):
+    """What generate.py does on a CPU."""
+    model = tiny_model(vision=None, text=dict(vocab_size=1200, ffn_dim=1100, tie_embeddings=True))
+    tokens, before = torch.randint(0, 1200, (2, 9)), {name: w.clone() for name, w in model.state_dict().items()}
+    want, said = model(tokens).logits, model.generate(tokens, max_new_tokens=5)
+    M.store_by_columns(model.text)
+    tall = {name.split(".")[-2] if "w_" not in name else name.split(".")[-1] for name, w in model.text.named_parameters() if w.stride()[0] == 1 < w.dim()}
+    assert tall == {"embed", "w_in", "w_gate"}
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    torch.testing.assert_close(model(tokens).logits, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.generate(tokens, max_new_tokens=5), said)

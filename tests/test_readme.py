@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import figures
+import train
+from kernels import MoE
+from model import Config, CuMo, add_lora, choose_trainable
+from upcycle import upcycle
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -71,3 +77,46 @@ def test_every_function_of_the_papers_tables_is_there():
     tables = TEXT[TEXT.index("## From the papers"):TEXT.index("## MoE-LLaVA and Uni-MoE")]
     for module, name in re.findall(r"`(kernels|model|upcycle|generate)\.(\w+)", tables):
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("name", list(figures.FIGURES))
+def test_the_diagrams_are_those_that_figures_py_draws_from_the_tables(name):
+    assert (ROOT / "assets" / name).read_text(encoding="utf-8") == figures.FIGURES[name]()
+
+
+@pytest.mark.parametrize("recipe, number", [(recipe, number) for recipe in figures.RECIPES for number in (1, 2, 3)])
+def test_the_grid_of_stages_says_what_trains_in_a_model_of_that_stage(recipe, number):
+    """What a stage does to a model's weights, against each cell of the picture's column."""
+    args = train.parse(["--recipe", recipe])
+    stage = train.settings(args, number)
+    config = Config.from_preset(args.preset)
+    config.text.n_experts = [0] * config.text.n_layers                             # dense, as a run begins
+    model = CuMo(config)
+    if stage.has_experts and recipe == "uni-moe":
+        upcycle(model, text=4)                                                     # in the place of networks that were trained apart
+    elif stage.has_experts:
+        train.make_experts(args, model)
+    choose_trainable(model, stage.trains)
+    if stage.lora:
+        add_lora(model, *stage.lora, 0)
+
+    def part_of(name):
+        part = name.split(".")[0]
+        if part == "text" and ".ffn." in name:
+            part = "text.router" if name.endswith("router") else "text.ffn"
+        return part
+    found = {part: set() for part in figures.PARTS}
+    for name, p in model.named_parameters():
+        if "vision.layers.3." not in name:                                         # no loss reaches the last layer's FFN
+            is_adapter = "parametrizations" in name and not name.endswith("original")
+            found[part_of(name)].add((is_adapter, p.requires_grad))
+    for part, kinds in found.items():
+        is_moe = any(isinstance(m, MoE) for n, m in model.named_modules() if part_of(n + ".") == part)
+        word = "experts" if is_moe and part != "text.router" else "trains"
+        if not kinds:
+            wanted = ""
+        elif (True, True) in kinds:
+            wanted = "experts,|LoRA" if word == "experts" else "LoRA"
+        else:
+            wanted = word if (False, True) in kinds else "frozen"
+        assert figures.state(recipe, number, part) == wanted, part

@@ -16,7 +16,7 @@ from kernels import Routing
 from model import Config, CuMo, Output
 from upcycle import load, save
 from test_audio import write_wav
-from test_generate import build, picture, prompt, written                          # noqa: F401 (written is a fixture)
+from test_generate import assert_words_apart, build, picture, prompt, word_boxes, written       # noqa: F401 (the last two are fixtures)
 
 TEXT = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, ffn_dim=48, rope_theta=1e4, n_experts=[4, 0, 3], top_k=2)
 EAR = dict(n_mels=80, n_frames=150, dim=32, n_layers=1, n_heads=4, ffn_dim=64, n_queries=4, n_query_layers=1)
@@ -190,23 +190,13 @@ def made(n_experts, n_modalities, seed=0, n=100):
     return stats
 
 
-@pytest.mark.parametrize("n_experts, n_modalities", [([2], 1), ([4, 4, 4], 2), ([4] * 16, 3), ([8] * 16, 1), ([4, 2, 8], 3)])
-def test_pictures_of_all_sizes(n_experts, n_modalities, tmp_path, written, monkeypatch):
-    boxes, text = [], d.ImageDraw.ImageDraw.text
-
-    def record(self, at, words, fill, font, anchor="la"):
-        if words:
-            boxes.append((*self.textbbox(at, words, font, anchor=anchor), words))
-        text(self, at, words, fill, font, anchor=anchor)
-    monkeypatch.setattr(d.ImageDraw.ImageDraw, "text", record)
+@pytest.mark.parametrize("n_experts, n_modalities", [([2], 1), ([4, 4, 4], 2), ([4] * 16, 3), ([8] * 16, 1), ([16] * 16, 3), ([4, 2, 8], 3), ([4] * 40, 2)])
+def test_pictures_of_all_sizes(n_experts, n_modalities, tmp_path, word_boxes):
     draw_decoder_routing(made(n_experts, n_modalities), str(tmp_path / "r.png"))
     width, height = size_of(tmp_path / "r.png")
-    assert width == 1300 and 700 <= height <= 1400 and [p.name for p in tmp_path.iterdir()] == ["r.png"]
-    assert any(f"{100 * n_modalities:,} tokens" in t and "7 prompts" in t for t in written)
-    for i, (a, b, c, e, words) in enumerate(boxes):                                # no word leaves the picture or meets another
-        assert a >= 0 and b >= 0 and c <= width and e <= height, words
-        for a2, b2, c2, e2, more in boxes[:i]:
-            assert c <= a2 or c2 <= a or e <= b2 or e2 <= b, (words, more)
+    assert width == 830 and 450 <= height <= 1000 and [p.name for p in tmp_path.iterdir()] == ["r.png"]
+    assert any(f"{100 * n_modalities:,} tokens" in t and "7 prompts" in t for *_, t in word_boxes)
+    assert_words_apart(word_boxes, tmp_path / "r.png")
 
 
 def test_bars_have_their_experts_and_modalitys_colors(tmp_path):
@@ -216,19 +206,15 @@ def test_bars_have_their_experts_and_modalitys_colors(tmp_path):
     stats.pathways[0][0, 1], stats.pathways[1][1, 1] = 30, 10
     draw_decoder_routing(stats, str(tmp_path / "r.png"))
     pixels = np.asarray(Image.open(tmp_path / "r.png").convert("RGB"))
-    x = [96 + 432 // 2 - 40, 96 + 432 + 432 // 2 - 40]                             # beside the bars' middles, where percentages stand
-    x_pair = [96 + 432 // 2 + side * round(0.43 * 432 / 2) + 40 for side in (-1, 1)]        # two bars in a layer, beside the middle of each
+    x = [96 + 297 // 2 - 40, 96 + 297 + 297 // 2 - 40]                             # beside the bars' middles, where percentages stand
     red, blue, text, image = *generate.EXPERT_COLORS[:2], MODALITIES["text"], MODALITIES["image"]
     at = lambda x, y: tuple(int(v) for v in pixels[y, x])
-    assert [at(x[0], 116 + y) for y in (5, 28, 37, 125)] == [blue, blue, red, red]           # load: 75% red from below
-    assert [at(x[1], 116 + y) for y in (5, 125)] == [blue, blue]
-    assert at(x_pair[0], 326 + 5) == at(x_pair[0], 326 + 105) == text
-    assert at(x_pair[1], 326 + 5) == at(x_pair[1], 326 + 105) == image
-    assert at(x_pair[0], 326 + 115) == red and at(x_pair[1], 326 + 115) == blue              # whose bar it is
-    assert at(x_pair[0] + 432, 326 + 50) == (255, 255, 255)                                  # expert 0 of layer 3 serves nothing
-    assert [at(x[i], 530 + y) for y in (20, 92 + 20) for i in (0, 1)] == [red, blue, blue, blue]       # text, then image
-    assert [at(x[i], 782 + y) for y in (9, 29) for i in (0, 1)] == [red, blue, blue, blue]   # the pathways 0-1 and 1-1,
-    assert at(990, 782 + 9) == text and at(990, 782 + 29) == image                           # of text, then of images
+    assert [at(x[0], 154 + y) for y in (3, 17, 23, 77)] == [blue, blue, red, red]            # all tokens: 75% red from below
+    assert [at(x[1], 154 + y) for y in (3, 77)] == [blue, blue]
+    assert [at(x[i], 246 + y) for y in (20, 92 + 20) for i in (0, 1)] == [red, blue, blue, blue]       # text, then image
+    top = 246 + 2 * 92 + 72
+    assert [at(x[i], top + y) for y in (9, 29) for i in (0, 1)] == [red, blue, blue, blue]   # the pathways 0-1 and 1-1,
+    assert at(708, top + 9) == text and at(708, top + 29) == image                           # of text, then of images
 
 
 def test_the_pathways_shown_are_the_most_used(tmp_path, written):
@@ -262,17 +248,17 @@ def test_a_picture_from_an_image_and_a_prompt_or_the_usual_one(world, tmp_path, 
     assert shown.startswith("> Describe the scene.") and reply.rstrip("\ufffd").strip() in shown and f"wrote {tmp_path / 'a.png'}" in shown
     turns = [{"from": "human", "value": "<image>\nDescribe the scene."}, {"from": "gpt", "value": reply}]
     n = len(d.encode_chat(turns, tokenizer, "tiny", 36)[0])
-    assert any(f"{n} tokens" in t and "image 36" in t and "1 prompt with" in t for t in written)
+    assert any(f"{n} tokens" in t and "image 36" in t and "1 prompt" in t for t in written)
     run(world, "tiny", "--image", world / "0.png", "--prompt", "Who?", "--routing", tmp_path / "b.png")
     run(world, "words", "--prompt", "Who?", "--routing", tmp_path / "c.png")       # no image needed
-    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png", "c.png"} and size_of(tmp_path / "b.png")[0] == 1300
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png", "c.png"} and size_of(tmp_path / "b.png")[0] == 830
 
 
 def test_experts_in_both_places_give_two_pictures(world, tmp_path, capsys):
     run(world, "both", "--image", world / "0.png", "--image", world / "1.png", "--routing", tmp_path / "r.v1.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.v1-text.png", "r.v1.png"]
     assert capsys.readouterr().out.count("wrote") == 2
-    assert size_of(tmp_path / "r.v1-text.png")[0] == 1300 != size_of(tmp_path / "r.v1.png")[0]
+    assert size_of(tmp_path / "r.v1-text.png")[0] == size_of(tmp_path / "r.v1.png")[0] == 830
 
 
 def test_an_evaluation_is_averaged(world, tmp_path, written, capsys):
