@@ -312,7 +312,55 @@ def pad_rows(rows, fill, multiple=8):
 # chat models, sounds, videos, LLaVA's files, the drawn world with its questions, the checks of what
 # users bring, and what happens to broken samples.
 # ------------------------------------------------------------------------------------------------
-# 6. The order of the samples
+# 6. Several samples in a row, and the order of the samples
+
+
+def collate_packed(samples, row_length):
+    """As `collate`, but short samples share a row of up to row_length tokens, so that hardly any
+    PAD is left. "positions" (B, T) count from 0 in each of them, and keep them apart.
+
+        tokens      What is it? A ring . Red ? No . PAD
+        positions   0    1  2   3 4    5 0   1 2  3 0
+
+    The losses are those of `collate`. (But where a decoder's experts have a capacity, who comes
+    first is served first, and here the samples are in another order.) Attention computes a whole
+    row and then masks it, so a row should not be much longer than its samples, unless the model is
+    so wide that attention is a small part of the work.
+    """
+    rows = pack([len(sample["tokens"]) for sample in samples], row_length)
+    rows = [[samples[i] for i in row] for row in rows]
+    batch = collate([sample for row in rows for sample in row])
+
+    # The samples of a row stand one behind the other.
+    tokens = [torch.cat([sample["tokens"] for sample in row]) for row in rows]
+    labels = [torch.cat([sample["labels"] for sample in row]) for row in rows]
+    places = [torch.cat([torch.arange(len(sample["tokens"])) for sample in row]) for row in rows]
+    batch["tokens"] = pad_rows(tokens, PAD)  # (B, T)
+    batch["labels"] = pad_rows(labels, IGNORE)  # (B, T)
+    batch["positions"] = pad_rows(places, 0)  # (B, T)
+
+    # A first token has nothing before it that could foretell it.
+    batch["labels"][batch["positions"] == 0] = IGNORE
+    return batch
+
+
+def pack(lengths, row_length):
+    """-> rows, lists of indices: each sample in the first row that has room, the longest first.
+
+    (First-fit decreasing: at most 11/9 of the fewest rows that would do, and 1.)
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    rows = []
+    room = []  # in each row
+    for i in order:
+        fitting = [row for row, left in enumerate(room) if left >= lengths[i]]
+        if not fitting:
+            rows.append([])
+            room.append(row_length)
+        row = fitting[0] if fitting else -1
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
 
 
 @dataclass
@@ -328,6 +376,12 @@ class Batches:
     shuffled epoch is cut into groups of 50 batches, each group is sorted by length, and then the
     batches are shuffled.
 
+    With shares, an epoch is a mixture of several sources. It still has n samples. Each source gives
+    its share of them, one shuffle of its samples after the other, and goes on in the next epoch
+    where it stopped: so a small source with a large share is repeated, of a large one with a small
+    share a part is seen, and of one source no sample is ever two rounds ahead of another. Every
+    step draws from the whole mixture, so lengths then sort a step's samples only.
+
     Raises ValueError if batch_size is not a multiple of world * micro_batch.
     """
     n: int  # how many samples there are
@@ -338,6 +392,8 @@ class Batches:
     rank: int = 0  # which process this is ...
     world: int = 1  # ... and how many there are
     lengths: list | None = None  # how long each sample is, in any unit
+    sources: list | None = None  # of a mixture, where each sample comes from: 0, 1, ...
+    shares: list | None = None  # and how much of an epoch each source gives; they sum to 1
 
     def __post_init__(self):
         if self.batch_size % (self.micro_batch * self.world) != 0:
@@ -350,6 +406,8 @@ class Batches:
         """The batches of an epoch: (per_epoch, batch_size) indices."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         order = torch.randperm(self.n, generator=generator)
+        if self.shares is not None:
+            order = self.mixture(number)[order]
 
         # A data set smaller than a batch is repeated until it fills one.
         order = order.repeat(math.ceil(self.batch_size / self.n))
@@ -360,11 +418,37 @@ class Batches:
         # Sorted as a whole, every epoch would have the same batches. In groups it has not.
         lengths = torch.tensor(self.lengths)
         groups = []
-        for group in order.split(50 * self.batch_size):
+        n_batches = 50 if self.shares is None else 1
+        for group in order.split(n_batches * self.batch_size):
             by_length = lengths[group].argsort(stable=True)
             groups.append(group[by_length])
         batches = torch.cat(groups).view(self.per_epoch, self.batch_size)
         return batches[torch.randperm(self.per_epoch, generator=generator)]
+
+    def mixture(self, number: int) -> torch.Tensor:
+        """The samples of an epoch of a mixture, source by source: (n,) indices."""
+        sources = torch.tensor(self.sources)
+        chosen = []
+        end = 0.0
+        for source, share in enumerate(self.shares):
+            # Rounded so that all counts sum to n.
+            begin, end = end, end + share
+            count = round(self.n * end) - round(self.n * begin)
+            members = (sources == source).nonzero().flatten()
+
+            # The epochs before have taken number * count from the row of shuffles.
+            n_before = number * count
+            rounds = range(n_before // len(members), (n_before + count) // len(members) + 1)
+            shuffles = [members[self.shuffle(source, i, len(members))] for i in rounds]
+            first = n_before % len(members)
+            chosen.append(torch.cat(shuffles)[first:first + count])
+        return torch.cat(chosen)
+
+    def shuffle(self, source, i, n):
+        """The i-th shuffle of a source's n samples."""
+        # Far from the seeds of the epochs.
+        seed = 2**62 + self.seed * 1_000_003 + i * len(self.shares) + source
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
     def __iter__(self):
         step = self.start_step

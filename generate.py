@@ -2317,6 +2317,18 @@ def pieces_of(tokenizer, ids):
 # 11. The command line
 
 
+def load_model(args):
+    """The model and its tokenizer, which can do what the flags ask."""
+    model, tokenizer = load(args.model, args.device)
+    if args.template:
+        model.config.template = args.template
+    check_model(args, model, tokenizer)
+    # A CPU decodes faster so.
+    if args.device == "cpu":
+        store_by_columns(model.text)
+    return model, tokenizer
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -2335,6 +2347,9 @@ def parse(argv=None):
     add("--prompt", help="question; without it, a chat")
 
     # How it is answered.
+    add("--template", metavar="NAME",
+        help="chat template: " + ", ".join(TALKS) + "; default: the one that the model learnt, or "
+        "whose marks its tokenizer knows")
     add("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--top-p", type=float, default=1.0,
@@ -2439,7 +2454,7 @@ def main(argv=None):
             join_processes(args)
 
     # 3. The model, and how it is to answer.
-    model, tokenizer = load_to_answer(args)
+    model, tokenizer = load_model(args)
     generator = torch.Generator(args.device).manual_seed(args.seed + RANK)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                "top_p": args.top_p, "compile": args.compile, "generator": generator}
@@ -2541,8 +2556,10 @@ def evaluate_and_print(args, model, tokenizer, options):
     return asked
 
 
+# Templates in which one can ask: "plain" leaves questions out.
+TALKS = [name for name in data.TEMPLATES if name != "plain"]
 # Which flags a deed takes. ("prompt" is also a chat, in which the prompts are typed.)
-ASKING = {"model", "device", "max_new_tokens", "temperature", "top_p", "seed"}
+ASKING = {"model", "device", "template", "max_new_tokens", "temperature", "top_p", "seed"}
 USES = {
     "prompt": {*ASKING, "compile", "routing", "prompt", "image", "audio", "video"},
     "eval": {*ASKING, "compile", "routing", "eval", "images", "out", "suffix", "batch"},
@@ -2573,6 +2590,8 @@ def check_flags(args):
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty; leave it out for a chat")
 
+    if args.template not in (None, *TALKS):
+        raise ValueError(f"--template {args.template}: known are {', '.join(TALKS)}")
     check_sampling(args.max_new_tokens, args.temperature, args.top_p)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
@@ -2615,16 +2634,6 @@ def folder_and_number(words):
         raise ValueError("--write-drawn takes a folder and a number of questions, "
                          f"not {' '.join(words)}")
     return words[0], int(n)
-
-
-def load_to_answer(args):
-    """-> (the model of --model, its tokenizer); ValueError if it cannot do what the flags ask."""
-    model, tokenizer = load(args.model, args.device)
-    check_model(args, model, tokenizer)
-    # A CPU decodes faster so.
-    if args.device == "cpu":
-        store_by_columns(model.text)
-    return model, tokenizer
 
 
 def check_model(args, model, tokenizer):

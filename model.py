@@ -398,6 +398,9 @@ class DecoderBlock(nn.Module):
         if cache is not None:
             n_keys = x.shape[1] if attend is None else attend.shape[-1]
             k, v = write_keys(cache, positions, k, v, n_keys)  # (B, H_kv, keys, d)
+        elif attend is not None:
+            # On a GPU, the kernel that takes a mask wants as many heads of keys as of queries.
+            k, v = [t.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for t in (k, v)]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None,
                                            enable_gqa=True)  # (B, H, T, d)
         x = x + self.o(merge_heads(h))  # (B, T, D)
@@ -423,11 +426,13 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpointing = False
 
-    def forward(self, x, real, aux=None, cache=None, positions=None, n_keys=None, run=None):
+    def forward(self, x, real, aux=None, cache=None, positions=None, n_keys=None, packed=None,
+                run=None):
         """x (B, T, D), real (B, T) False at PAD -> logits (B, T, V). `aux` collects Routings.
 
         With a cache, x is written to it from position 0 on; or to `positions` (B, T), where each
-        row has its own, all of them below n_keys. run: run_block compiled, see section 9.
+        row has its own, all of them below n_keys. packed: what CuMo.forward calls positions. run:
+        run_block compiled, see section 9.
 
         Padding needs no attention mask: it lies to the right of every real token, and causal
         attention never looks to the right.
@@ -441,10 +446,12 @@ class Decoder(nn.Module):
             n_keys = x.shape[1]
             positions = torch.arange(n_keys, device=x.device).unsqueeze(0)  # (1, T)
         attend = None
-        if not from_start or (window and window < n_keys):
-            attend = visible_keys(positions, n_keys, window)  # (B or 1, 1, T, keys)
+        if not from_start or packed is not None or (window and window < n_keys):
+            attend = visible_keys(positions, n_keys, window, packed)  # (B or 1, 1, T, keys)
 
-        rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        # Samples that share a row count from 0, each for itself.
+        stands = positions if packed is None else packed  # (B or 1, T)
+        rope = rope_table(stands, config.head_dim, config.rope_theta, config.rope_scaling)
         run = run or run_block
         for i, layer in enumerate(self.layers):
             kept = None if cache is None else cache.layers[i]
@@ -540,19 +547,21 @@ class CuMo(nn.Module):
         self.init_weights()
 
     def forward(self, tokens, images=None, audio=None, labels=None, image_embeds=None,
-                audio_embeds=None, frames=None, slots=None) -> Output:
+                audio_embeds=None, frames=None, slots=None, positions=None) -> Output:
         """tokens (B, T) int64; images (n, 3, S, S) and audio (m, n_mels, n_frames) float, in order
         of appearance, blank ones last; labels (B, T) int64, IGNORE where nothing is learnt.
 
         The labels stand where the tokens stand; they are shifted here. image_embeds (n, N, D) and
         audio_embeds (m, Q, D): what was encoded before. frames: see average_frames. slots: what
-        count_slots gives; with it, nothing here waits for the device.
+        count_slots gives; with it, nothing here waits for the device. positions (B, T) int64: each
+        token's place in its sample, where several samples share a row (data.collate_packed); each
+        begins at 0, and none sees another.
         ValueError where the slots and the features do not match.
         """
         # 1. How many slots are there? To count on a GPU is to wait for it, so do it first.
         may_wait = slots is None
         if slots is None:
-            slots = self.count_slots(tokens)
+            slots = self.count_slots(tokens, positions)
 
         # 2. In training, blank images and sounds stand in where there are none.
         n_images = count_images(images, frames)  # those that were given
@@ -571,7 +580,7 @@ class CuMo(nn.Module):
 
         # 4. The decoder.
         x = self.embed(tokens, image_embeds, audio_embeds, slots)  # (B, T, D)
-        logits = self.text(x, tokens != PAD, aux["text"])  # (B, T, V)
+        logits = self.text(x, tokens != PAD, aux["text"], packed=positions)  # (B, T, V)
 
         # 5. The losses.
         parts = {
@@ -589,16 +598,21 @@ class CuMo(nn.Module):
         return Output(logits, loss, parts, image_embeds, aux)
 
     @staticmethod
-    def count_slots(tokens):
-        """tokens (B, T) -> [IMAGE slots, rows without any, AUDIO slots].
+    def count_slots(tokens, positions=None):
+        """tokens (B, T), positions as for `forward` -> [IMAGE slots, samples without any, AUDIO
+        slots]. Without positions, each row is a sample.
 
         It is None on meta, where tokens have no values, and while torch.compile traces.
         """
         if tokens.is_meta or torch.compiler.is_compiling():
             return None
         is_image = tokens == IMAGE
-        counts = [is_image.sum(), (~is_image.any(1)).sum(), (tokens == AUDIO).sum()]
-        return torch.stack(counts).tolist()
+        without = (~is_image.any(1)).sum()
+        if positions is not None:
+            begins = (positions == 0) & (tokens != PAD)  # (B, T): a sample's first token
+            number = begins.flatten().cumsum(0)  # (B * T,): which sample a token belongs to
+            without = begins.sum() - len(number[is_image.flatten()].unique())
+        return torch.stack([is_image.sum(), without, (tokens == AUDIO).sum()]).tolist()
 
     def encode_images(self, images, aux=None, frames=None, may_wait=True):
         """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D).
@@ -923,21 +937,21 @@ def init_weight(p, name, part):
 
 
 def add_blank_images(model, tokens, images, frames, slots):
-    """A blank image for each row that has none, behind the others -> (images, frames).
+    """A blank image for each sample that has none, behind the others -> (images, frames).
 
     It fills no slot. The released code also adds one, and counts it in the auxiliary losses.
     It also makes every process run every module: otherwise DDP and FSDP would wait for each
     other for ever. data.collate appends them; this is for a caller that did not.
     """
-    n_image_slots, n_rows_without, _ = slots
+    n_image_slots, n_without, _ = slots
     appended = count_images(images, frames) * model.config.n_image_tokens != n_image_slots
-    if model.vision is None or n_rows_without == 0 or appended:
+    if model.vision is None or n_without == 0 or appended:
         return images, frames
 
     side = model.config.vision.image_size
-    blanks = torch.zeros(n_rows_without, 3, side, side, device=tokens.device)
+    blanks = torch.zeros(n_without, 3, side, side, device=tokens.device)
     if frames is not None:
-        frames = F.pad(frames, (0, n_rows_without), value=1)
+        frames = F.pad(frames, (0, n_without), value=1)
     if images is not None:
         blanks = torch.cat([images, blanks.to(images)])
     return blanks, frames
@@ -977,16 +991,26 @@ def average_frames(embeds, frames, may_wait):
     return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
 
 
-def visible_keys(positions, n_keys, window):
+def visible_keys(positions, n_keys, window, packed=None):
     """positions (B or 1, T) of the queries -> (B or 1, 1, T, n_keys) bool: what each may look at.
 
     That is the past and itself, and with a sliding window only the nearest `window` of these.
+    packed (B, T): each query's place in its sample. So many keys before it are of that sample; what
+    lies further back is another one's. Two samples, of two tokens and of three:
+
+        positions   0 1 2 3 4        sees   x . . . .
+        packed      0 1 0 1 2               x x . . .
+                                            . . x . .
+                                            . . x x .
+                                            . . x x x
     """
     keys = torch.arange(n_keys, device=positions.device)
     distance = positions.unsqueeze(-1) - keys  # (B, T, keys): how far back a key lies
     visible = distance >= 0
     if window:
         visible = visible & (distance < window)
+    if packed is not None:
+        visible = visible & (distance <= packed.unsqueeze(-1))  # (B, T, keys)
     return visible.unsqueeze(1)
 
 
@@ -1322,24 +1346,31 @@ def merge_state(state, model):
 
 
 def choose_trainable(model, trains):
-    """Set requires_grad for the parts named in `trains`, and for nothing else.
-
-    A part is one of the model's modules ("vision", "connector", "audio", "resampler", "text"), or
-    "text.ffn" (all FFNs of the decoder), "text.moe" (those with experts) or "text.router".
+    """Set requires_grad for the parts named in `trains` (see `part_parameters`), and for nothing
+    else.
 
     Weights that no loss reaches stay frozen even then: DDP insists on a gradient for all others.
     """
     model.requires_grad_(False)
-    ffns = [layer.ffn for layer in model.text.layers]
-    moes = [ffn for ffn in ffns if isinstance(ffn, MoE)]
-    routers = [moe.router for moe in moes]
-    groups = {"text.ffn": ffns, "text.moe": moes, "text.router": routers}
-    for name in trains:
-        group = groups[name] if name in groups else [getattr(model, name)]
-        for weights in group:
-            weights.requires_grad_(True)
+    for part in trains:
+        for p in part_parameters(model, part):
+            p.requires_grad_(True)
     if model.vision is not None:
         freeze_unreached_layers(model.vision)
+
+
+def part_parameters(model, part):
+    """The parameters of one of the model's modules ("vision", "connector", "audio", "resampler",
+    "text"), or of "text.ffn" (all FFNs of the decoder), "text.moe" (those with experts) or
+    "text.router"."""
+    if not part.startswith("text."):
+        return list(getattr(model, part).parameters())
+    ffns = [layer.ffn for layer in model.text.layers]
+    if part != "text.ffn":
+        ffns = [ffn for ffn in ffns if isinstance(ffn, MoE)]
+    if part == "text.router":
+        return [moe.router for moe in ffns]
+    return [p for ffn in ffns for p in ffn.parameters()]
 
 
 def n_needed_layers(vision, with_losses):
@@ -1556,10 +1587,10 @@ def check_frames(frames, n_images):
 
 def check_slots(config, slots, image_embeds, audio_embeds):
     """slots: what count_slots gives. As many features as slots, or as many and the blanks."""
-    n_image_slots, n_rows_without, n_audio_slots = slots
+    n_image_slots, n_without, n_audio_slots = slots
     n_seen = count_features(image_embeds)
     n_heard = count_features(audio_embeds)
-    if n_seen not in (n_image_slots, n_image_slots + n_rows_without * config.n_image_tokens):
+    if n_seen not in (n_image_slots, n_image_slots + n_without * config.n_image_tokens):
         raise ValueError(f"tokens have {n_image_slots} IMAGE slots, the images give {n_seen} "
                          f"features ({config.n_image_tokens} an image)")
 

@@ -70,17 +70,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 from tqdm import tqdm
 
 import data
 import generate
 from data import N_FACTS, TEMPLATES
-from model import (IGNORE, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable,
-                   count_parameters, merge_state, plain_name, total_loss)
+from model import (IGNORE, PAD, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable,
+                   count_parameters, merge_state, part_parameters, plain_name, total_loss)
 from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json,
-                     save, upcycle, write_atomically, write_json)
+                     read_scales, save, upcycle, write_atomically, write_json)
 
 # Names mean the same everywhere: args is an Args (section 5), stage a Stage (section 1), name the
 # stage's name (1, 2 or 3; of Uni-MoE's also "2 sound" and so on), device a torch.device.
@@ -106,7 +106,8 @@ class Stage:
     routing_losses: bool = True   # do the routers' losses count?
     lora: list | None = None      # adapters on the decoder: [rank, alpha, "ffn" or "all"]
     steps: int | None = None      # None: one epoch of --data
-    name: int | str = 0           # these three are filled in by `settings`
+    name: int | str = 0           # these four are filled in by `settings`
+    part_lrs: dict = field(default_factory=dict)  # parts whose peak is another one
     has_experts: bool = False
     micro_batch: int = 1          # samples in one forward pass of one process
     checksum: str | None = None   # of --data, filled in by `load_samples`
@@ -152,8 +153,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
         ahead = reader.submit(list, islice(batches, n_micro))
         for step in range(first, stage.steps):
             begin = time.perf_counter()
-            lr = lr_at(step, stage.steps, stage.lr, args.warmup)
-            set_lr(optimizer, lr)
+            lr = set_lr(optimizer, step, stage.steps, args.warmup)
             # A step draws the same noise in a resumed run.
             torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
 
@@ -184,16 +184,17 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
 
             # 5. Log; now and then also the loss on held-out data.
             log.write(step, losses, loads, apart, lr, norm, totals.images, begin, waited)
-            measure_held_out(args, stage, model, wrapped, held_out, log, step, device)
+            is_best = measure_held_out(args, stage, model, wrapped, held_out, log, step, counts)
 
             # 6. Save, now and then and at Ctrl-C. After the last step the model itself is saved.
             stop = totals.signals > 0
-            if step < stage.steps - 1 and (stop or (step + 1) % args.save_every == 0):
+            if step < stage.steps - 1 and (stop or is_best or (step + 1) % args.save_every == 0):
                 write_checkpoint(args, stage, model, optimizer, experts, step + 1, counts)
                 if stop:
                     stop_run(args, stage, step + 1)
 
     log.report(counts, args.compile)
+    return_to_best(args, stage, model, optimizer, experts, counts)
     return gather_weights(model, experts), stop or len(signals) > 0
 
 
@@ -233,7 +234,7 @@ def run_stage(args, name, source, device):
     # 2. Its experts, and what trains.
     if stage.has_experts:
         make_experts(args, model)
-    apply_flags(args, stage, model.config)
+    apply_flags(args, stage, model)
     choose_trainable(model, stage.trains)
     if stage.lora:
         add_lora(model, *stage.lora, args.seed, real=args.fsdp)
@@ -241,8 +242,8 @@ def run_stage(args, name, source, device):
         model.to(device)
 
     # 3. The data.
-    samples, lengths, held_out = load_samples(args, stage, model.config, tokenizer)
-    batches = loader(samples, stage, args, data.collate, lengths)
+    samples, order, held_out = load_samples(args, stage, model.config, tokenizer)
+    batches = loader(samples, stage, args, choose_collate(args, stage), order)
 
     # 4. Train, and save the model.
     print_stage(args, stage, model, source)
@@ -264,8 +265,8 @@ def main(argv=None):
     stages = stages_of(args)
     trained, measured = stages_done(args, stages)
     begin_run(args, measured)
-    say(f"nanoCuMo {args.preset} on {WORLD} x {device.type} ({torch.get_num_threads()} threads), "
-        f"torch {torch.__version__}, stages {', '.join(map(str, stages))} -> {args.out}")
+    say(f"nanoCuMo {name_of_model(args)} on {WORLD} x {device.type} ({torch.get_num_threads()} "
+        f"threads), torch {torch.__version__}, stages {', '.join(map(str, stages))} -> {args.out}")
 
     # Each stage begins with what the one before it left on the disk.
     for name in stages:
@@ -331,6 +332,15 @@ PRESET_VALUES = {
     ("uni-moe", "uni-moe-tiny"): TINY_UNI_MOE,
 }
 
+# Without --preset, the values go by the model's activated parameters (`fit_to_size`). Models of a
+# few million take the tiny preset's; from a billion on, the recipe's own, the papers' for 7B. In
+# between, stage 1 is as there: LLaVA-1.5 and TinyLLaVA (arXiv 2402.14289) train a new connector
+# with 1e-3, around 13B and around 1B. But where everything trains, small models want more than
+# CuMo's 2e-6: nanoVLM (github.com/huggingface/nanoVLM, models/config.py), of a SigLIP and a SmolLM2
+# of 0.1 and 0.4B, gives tower and decoder 5e-5.
+SIZES = {"tiny": 20e6, "small": 1e9}  # below so many
+PRESET_VALUES["cumo", "small"] = {2: dict(lr=5e-5), 3: dict(lr=5e-5)}
+
 # In the drawn world, Uni-MoE's stage 2 runs three times: for images, for sounds, and for both.
 SENSES = {"2 image": "chat", "2 sound": "sound chat", "2 both": "both chat"}
 # What a stage leaves in --out. The last one leaves the model itself.
@@ -364,16 +374,68 @@ def flag(default, help: str, **limits):
     at_least, above, at_most, choices: the values that will do; parts: the same, of a list with
     commas. Where the flag would do nothing, it is refused: belongs_to names another flag that must
     be given too (or one of several), not_with one that must not be given, recipes those that know
-    it, and with of_experts there must be a stage with experts.
+    it, and with of_experts there must be a stage with experts. read: the function that reads the
+    flag's text, or raises ValueError.
     """
     return field(default=default, metadata={"help": help, **limits})
+
+
+def read_rates(text):
+    """--lr: "2e-5" -> {"others": 2e-5}, "text=2e-5,connector=1e-3" -> {"text": 2e-5, ...}."""
+    if text is None:
+        return {}
+    rates = {}
+    for item in text.split(","):
+        part, _, number = item.rpartition("=")
+        part = part or "others"
+        if part not in (*PARTS, "others"):
+            raise ValueError(f"--lr {text}: {part!r} is no part; known are {', '.join(PARTS)}")
+        if part in rates:
+            raise ValueError(f"--lr {text}: gives {part} two learning rates")
+        try:
+            rates[part] = float(number)
+        except ValueError:
+            rates[part] = math.nan
+        if not 0 <= rates[part] < math.inf:
+            raise ValueError(f"--lr {text}: {number!r} is no learning rate; give one (2e-5), or "
+                             "one for each part that you name (connector=1e-3,text=2e-5)")
+    return rates
+
+
+def files_and_weights(texts):
+    """--data: ["a.json:3", "b.json:1"] -> (["a.json", "b.json"], [3.0, 1.0]). Without weights these
+    are None."""
+    files = []
+    weights = []
+    for text in texts:
+        file, colon, number = text.rpartition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        # A colon may belong to the name.
+        is_name = math.isnan(weight) and not os.path.exists(file)
+        if not colon or is_name or os.path.exists(text):
+            files.append(text)
+            continue
+        if not 0 < weight < math.inf:
+            raise ValueError(f"--data {text}: {number!r} is no weight; give one above 0, as in "
+                             f"{file}:2")
+        files.append(file)
+        weights.append(weight)
+    if weights and len(weights) < len(files):
+        raise ValueError(f"--data {' '.join(texts)}: give each file a weight, or none")
+    return files, weights or None
 
 
 @dataclass
 class Args:
     given = {}  # no flag: those that the user gave, also when the run began, and their values
 
-    preset: str = flag("tiny", "model sizes: " + ", ".join(PRESETS))
+    preset: str = flag(
+        "tiny", "model sizes, and the hyperparameters that go with them: " + ", ".join(PRESETS)
+        + "; with weights of your own, leave it out: sizes and template come from their folders, "
+        "and the hyperparameters by the model's size")
     recipe: str | None = flag(
         None, "cumo: experts in tower and connector; moe-llava: in the decoder; uni-moe: "
         "in the decoder, trained apart, for images and sounds; default: the preset's",
@@ -382,7 +444,12 @@ class Args:
     vision: str | None = flag(
         None, "stage 1 of a real model: CLIP folder or hub name, for the tower")
     llm: str | None = flag(
-        None, "stage 1 of a real model: folder or hub name of the language model")
+        None, "stage 1 of a real model: folder or hub name of the language model; its tokenizer "
+        "says which chat template it knows")
+    scales: str | None = flag(
+        None, "stage 1 of a real model: S2 scales at which it reads an image; 1,3: also three "
+        "times enlarged, in 9 crops (default: the preset's, or 1)", read=read_scales,
+        belongs_to=("vision",))
     audio: str | None = flag(
         None, "uni-moe's stage 1: folder or hub name of Whisper, for hearing",
         recipes=("uni-moe",), belongs_to=("vision",))
@@ -390,16 +457,21 @@ class Args:
         None, "model folder to start from, of any layout; default: what the stage before "
         "left in --out")
     out: str | None = flag(
-        None, "folder for the model, checkpoints, log and pictures (default: out/PRESET)")
+        None, "folder for the model, checkpoints, log and pictures (default: out/PRESET; without a "
+        "preset, out/ and the name of --llm)")
     resume: bool = flag(
         False, "go on with the run in --out, exactly, and with its flags; those of speed and "
         "memory may be given anew")
 
-    data: str | None = flag(
-        None, "train on this LLaVA .json or .jsonl file instead of the drawn scenes")
+    data: list | None = flag(
+        None, "train on these LLaVA .json or .jsonl files instead of the drawn scenes. Several are "
+        "joined; or mixed, with a weight behind each: a.json:3 b.json:1 draws three samples of "
+        "four from a.json. An epoch then still has as many samples as the files together, but "
+        "those of a small file with a large weight come several times", metavar="FILE[:WEIGHT]",
+        read=files_and_weights)
     images: str = flag(
-        "", "folder that the paths in --data (sounds and videos too) are relative to",
-        belongs_to=("data",))
+        "", "folder that the paths in all --data files (sounds and videos too) are relative to, "
+        "as LLaVA's --image_folder", belongs_to=("data",))
     val: str | None = flag(
         None, "another such file, on which the loss is measured but nothing learnt",
         belongs_to=("data",), not_with="val_fraction")
@@ -409,14 +481,23 @@ class Args:
     val_every: int | None = flag(
         None, "steps between two such measurements; one more follows the last step; default: "
         "--save-every", at_least=1, belongs_to=("val", "val_fraction"))
+    keep_best: bool = flag(
+        False, "save the weights of the measurement with the lowest loss on held-out data, not the "
+        "last ones; every measurement that is better than all before writes a checkpoint",
+        belongs_to=("val", "val_fraction"))
     facts: int | None = flag(
         None, "learn the names of so many pictures instead of the drawn scenes: how much can the "
         "model hold? (data.Facts)", at_least=1, at_most=N_FACTS, not_with="data")
     template: str | None = flag(
-        None, "chat template: " + ", ".join(TEMPLATES) + "; default: the stage's")
+        None, "chat template: " + ", ".join(TEMPLATES) + "; default: plain in stage 1, then the "
+        "one whose marks the decoder's tokenizer knows", choices=tuple(TEMPLATES))
     max_length: int | None = flag(
         None, "longest sample in tokens, image slots included; default: the stage's",
         at_least=1)
+    pack: bool = flag(
+        False, "put several short samples in one row of up to --max-length tokens, each blind to "
+        "the others: the same losses with hardly any padding. A batch still counts samples, and "
+        "is drawn without regard to their length")
     frames_apart: bool = flag(
         False, "take the frames of a video for images of their own, instead of one image "
         "with their mean features")
@@ -443,8 +524,11 @@ class Args:
     micro_batch: int | None = flag(
         None, "samples per process in one forward pass; the rest of a batch is "
         "accumulated", at_least=1)
-    lr: float | None = flag(
-        None, "peak learning rate, between a linear warm-up and a cosine to zero", at_least=0)
+    lr: str | None = flag(
+        None, "peak learning rate, between a linear warm-up and a cosine to zero: of all that "
+        "trains (2e-5); or of parts, named as for --trains (connector=1e-3,text=2e-5), while the "
+        "others keep the stage's; the narrower name holds (text=1e-5,text.router=1e-4)",
+        read=read_rates)
     warmup: float = flag(0.03, "share of the steps that warms up", at_least=0, at_most=1)
     weight_decay: float = flag(0.0, "weight decay of AdamW, on matrices alone", at_least=0)
     grad_clip: float = flag(1.0, "largest gradient norm; inf: any", above=0, at_most=math.inf)
@@ -562,12 +646,19 @@ def fill_in(given):
     if args.recipe == "uni-moe" and args.preset == "tiny":
         args.preset = "uni-moe-tiny"  # with an ear
     if args.out is None:
-        name = args.preset
-        if args.preset in DRAWN and args.recipe != "cumo":
+        name = name_of_model(args)
+        if name in DRAWN and args.recipe != "cumo":
             name = args.recipe
         args.out = os.path.join("out", name)
     args.out = os.path.normpath(args.out)  # else "out/tiny/" would be moved to "out/tiny/.1"
     return args
+
+
+def name_of_model(args):
+    """The preset's name; without one, that of the decoder's folder, if there is one."""
+    if args.llm and "preset" not in args.given:
+        return os.path.basename(os.path.normpath(args.llm))
+    return args.preset
 
 
 def add_flag(group, f):
@@ -577,6 +668,8 @@ def add_flag(group, f):
     elif f.type == "bool | None":
         # It may be on, off (--no-compile), or not given.
         how = {"action": argparse.BooleanOptionalAction}
+    elif f.type == "list | None":
+        how = {"nargs": "+", "action": "extend", "metavar": f.metadata["metavar"]}
     else:
         how = {"type": kind_of(f)}
         if f.default not in (None, ""):
@@ -586,7 +679,7 @@ def add_flag(group, f):
 
 def kind_of(f):
     """The type of a flag's values. The annotation of a field is a text: "int", or "int | None"."""
-    kinds = {"int": int, "float": float, "str": str, "bool": bool}
+    kinds = {"int": int, "float": float, "str": str, "bool": bool, "list": list}
     return kinds[f.type.removesuffix(" | None")]
 
 
@@ -599,19 +692,23 @@ def stage_number(name):
     return int(str(name)[0])
 
 
-def settings(args, name, world=None):
+def settings(args, name, world=None, preset=None):
     """The values of a stage: the recipe's; over them the preset's; over both the flags.
 
-    world: the number of processes, if not those of this run.
+    world: the number of processes, if not those of this run. preset: one of SIZES, if there is no
+    other preset.
     """
     # A copy, since the row itself belongs to all runs.
+    preset = preset or args.preset
     number = stage_number(name)
-    of_preset = PRESET_VALUES.get((args.recipe, args.preset), {}).get(number, {})
+    of_preset = PRESET_VALUES.get((args.recipe, preset), {}).get(number, {})
     stage = dataclasses.replace(RECIPES[args.recipe][number], name=name, **of_preset)
     stage.kind = SENSES.get(name, stage.kind)
-    for value in ("steps", "batch_size", "max_length", "lr", "template"):
+    for value in ("steps", "batch_size", "max_length", "template"):
         if getattr(args, value) is not None:
             setattr(stage, value, getattr(args, value))
+    stage.part_lrs = read_rates(args.lr)
+    stage.lr = stage.part_lrs.pop("others", stage.lr)
 
     # Uni-MoE's experts are trained apart in stage 2, so there they always come in stage 3.
     # Routers that a model brings along (a Mixtral's) are left alone until experts are made.
@@ -627,7 +724,7 @@ def settings(args, name, world=None):
 
     # Tiny models take their whole share of a batch at once, real ones four samples.
     share = max(1, stage.batch_size // (world or WORLD))  # samples of one process in a step
-    usual = share if args.preset in DRAWN else 4
+    usual = share if preset in DRAWN else 4
     stage.micro_batch = min(args.micro_batch or usual, share)
     return stage
 
@@ -671,33 +768,52 @@ def set_up(args, stage, model, device, later):
     """-> the experts that are dealt out (if any), the module to call, and its optimizer."""
     experts = shard_experts(args, model, device)
     wrapped = distribute(args, model, device, later)
-    groups = decay_groups(model, args.weight_decay)
+    groups = parameter_groups(args, stage, model)
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, fused=device.type == "cuda")
     model.train()
     return experts, wrapped, optimizer
 
 
-def set_lr(optimizer, lr):
+def set_lr(optimizer, step, steps, warmup):
+    """Give each group its learning rate of this step -> that of all, or {part: its own}."""
+    rates = {}
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr_at(step, steps, group["peak"], warmup)
+        rates[group["part"]] = group["lr"]
+    if list(rates) == ["others"]:
+        return rates["others"]
+    return rates
 
 
-def decay_groups(model, weight_decay):
-    """AdamW's two groups: matrices decay; norms, biases, routers and the CLS vector do not.
+def parameter_groups(args, stage, model):
+    """AdamW's groups. Of each learning rate there are two: matrices decay; norms, biases, routers
+    and the CLS vector do not.
 
     As in nanoGPT, one-dimensional weights do not decay. The biases of experts have two dimensions,
     (E, F), and a router has, (E, D); so these go by name.
     """
-    decays = []
-    others = []
+    # A wide part comes before the narrower ones in it, whose rates hold: text, then text.ffn.
+    part_of = {}
+    for part in PARTS:
+        if part in stage.part_lrs:
+            part_of |= dict.fromkeys(part_parameters(model, part), part)
+
+    groups = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         last = name.rpartition(".")[2]
         is_matrix = p.dim() >= 2 and last not in ("b_in", "b_out", "router")
-        if p.requires_grad:
-            (decays if is_matrix else others).append(p)
-    groups = [{"params": decays, "weight_decay": weight_decay},
-              {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        part = part_of.get(p, "others")
+        groups.setdefault((part, is_matrix), []).append(p)
+
+    # A flag must do something. (In a run of all stages, it may in another one.)
+    for part in stage.part_lrs:
+        if args.stage is not None and not {(part, True), (part, False)} & set(groups):
+            raise ValueError(f"--lr {args.lr}: nothing of {part} trains in stage {stage.name}")
+    return [{"params": params, "part": part, "peak": stage.part_lrs.get(part, stage.lr),
+             "weight_decay": args.weight_decay if is_matrix else 0.0}
+            for (part, is_matrix), params in groups.items()]
 
 
 def routing_coefs(stage, model):
@@ -771,7 +887,7 @@ def inputs(model, batch, device):
             given[name] = value.to(device, non_blocking=True)
     if isinstance(model, CuMo):
         # Counted here, where the tokens still are. To count on the device is to wait for it.
-        given["slots"] = CuMo.count_slots(batch["tokens"])
+        given["slots"] = CuMo.count_slots(batch["tokens"], batch.get("positions"))
     return given
 
 
@@ -870,7 +986,7 @@ def catch_signals():
 
 
 class Log:
-    """The progress bar, and log.jsonl: one JSON object a step.
+    """The progress bar, and log.jsonl: one JSON object a step (the README says what is in it).
 
     A resumed run drops the lines behind its checkpoint, so that each step stands there once.
     """
@@ -904,7 +1020,9 @@ class Log:
         self.write_row(step, row)
 
         shown = [f"{short(name)} {loss:.3g}" for name, loss in losses.items()]
-        shown += [f"lr {lr:.3g}", f"{row['images_per_s']:.0f} img/s"]
+        rates = lr if isinstance(lr, dict) else {"": lr}
+        shown += [f"lr {part} {rate:.3g}".replace("  ", " ") for part, rate in rates.items()]
+        shown.append(f"{row['images_per_s']:.0f} img/s")
         self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update()
 
@@ -912,8 +1030,8 @@ class Log:
         row = {"stage": self.stage.name, "step": step} | values
         self.file.write(json.dumps(row) + "\n")
 
-    def write_held_out(self, step, loss):
-        self.write_row(step, {"val_loss": loss})
+    def write_held_out(self, step, loss, is_best):
+        self.write_row(step, {"val_loss": loss} | ({"best": True} if is_best else {}))
         say(f"stage {self.stage.name}, after step {step + 1}: loss on held-out data {loss:.4f}")
 
     def report(self, counts, compiled):
@@ -956,15 +1074,16 @@ def drop_lines(path, name, first):
     write_atomically(path, write)
 
 
-def measure_held_out(args, stage, model, wrapped, held_out, log, step, device):
+def measure_held_out(args, stage, model, wrapped, held_out, log, step, counts):
     """The language loss on held_out, every --val-every steps and after the last one -> the log.
 
+    Returns whether these weights are to be kept: with --keep-best, if there were no better ones.
     Training does not notice: nothing is drawn by chance that the next step does not draw anew, and
     no gradient is left behind.
     """
     every = args.val_every or args.save_every
     if not held_out or ((step + 1) % every and step + 1 < stage.steps):
-        return
+        return False
 
     # This process's share, in micro-batches. All processes get equally many, as they compute
     # together. Where one has too few, it repeats sample 0, which does not count.
@@ -976,6 +1095,7 @@ def measure_held_out(args, stage, model, wrapped, held_out, log, step, device):
                          num_workers=args.workers)
 
     # The mean is over all labels: (sum of losses, their number).
+    device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
     for i, batch in enumerate(batches):
@@ -988,7 +1108,27 @@ def measure_held_out(args, stage, model, wrapped, held_out, log, step, device):
             total += torch.tensor([n_labels * loss.item(), n_labels])
     model.train()
     loss_sum, n_labels = sum_over_processes(total, device).tolist()
-    log.write_held_out(step, loss_sum / max(1, n_labels))
+    loss = loss_sum / max(1, n_labels)
+    is_best = args.keep_best and loss < counts.get("best loss", math.inf)
+    if is_best:
+        counts["best loss"] = loss
+        counts["best step"] = step + 1
+    log.write_held_out(step, loss, is_best)
+    return is_best
+
+
+def return_to_best(args, stage, model, optimizer, experts, counts):
+    """--keep-best, after the last step: take the weights of the best one from its checkpoint."""
+    best = counts["best step"]
+    if not args.keep_best:
+        return
+    if best == 0:
+        say(f"stage {stage.name}: no loss on held-out data was a number: the last weights are kept")
+        return
+    if best < stage.steps:
+        read_checkpoint(model, optimizer, experts, checkpoint_path(args, best))
+    say(f"stage {stage.name}: the weights after step {best} are kept, whose loss on held-out data "
+        f"is the lowest, {counts['best loss']:.4f}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1002,12 +1142,14 @@ def load_model(args, stage, source, later):
     """
     if args.vision and stage.name == 1:
         # A real model's parts, with a new connector between them.
-        preset = Config.from_preset(args.preset)
-        model, tokenizer = assemble(args.vision, args.llm, None, preset.vision.scales,
-                                    None, args.seed, torch.float32, later=later,
-                                    audio=args.audio)
-        # The preset's template, unless the decoder's tokenizer knows the marks of another one only.
-        if tokenizer is not None and data.fits(tokenizer, preset.template):
+        preset = Config.from_preset(args.preset) if "preset" in args.given else Config()
+        scales = read_scales(args.scales) if args.scales else preset.vision.scales
+        model, tokenizer = assemble(args.vision, args.llm, None, scales, None, args.seed,
+                                    torch.float32, later=later, audio=args.audio)
+        # The template that the decoder's folder tells. Over it that of a preset, unless the
+        # tokenizer does not know its marks.
+        has_tokenizer = tokenizer is not None and "preset" in args.given
+        if has_tokenizer and data.fits(tokenizer, preset.template):
             model.config.template = preset.template
     elif source.endswith(".safetensors"):
         model, tokenizer = load_backbones(source)
@@ -1017,15 +1159,25 @@ def load_model(args, stage, source, later):
     return model.float(), tokenizer  # backbones may be stored in fewer bits
 
 
-def loader(samples, stage, args, collate, lengths=None):
-    """-> a function: the first step -> micro-batches without end, as `train` wants it."""
+def loader(samples, stage, args, collate, order=None):
+    """-> a function: the first step -> micro-batches without end, as `train` wants it.
+
+    order: of data.Batches, the lengths, sources and shares.
+    """
     def start_from(step):
         batches = data.Batches(len(samples), stage.batch_size, stage.micro_batch, args.seed, step,
-                               RANK, WORLD, lengths)
+                               RANK, WORLD, **(order or {}))
         return DataLoader(samples, batch_sampler=batches, collate_fn=collate,
                           num_workers=args.workers, persistent_workers=args.workers > 0,
                           pin_memory=torch.cuda.is_available())
     return start_from
+
+
+def choose_collate(args, stage):
+    """How samples become a batch."""
+    if args.pack:
+        return functools.partial(data.collate_packed, row_length=stage.max_length)
+    return data.collate
 
 
 def decoder_experts(args, n_layers, n_experts=None):
@@ -1101,8 +1253,30 @@ def expert_folders(args):
     return [result_path(args, name) for name in (1, *SENSES)]
 
 
-def apply_flags(args, stage, config):
-    """Write into the model's configuration what flags say about it."""
+def fit_to_size(args, stage, model):
+    """Without --preset, the stage's values are those for models of this size (SIZES)."""
+    if "preset" in args.given:
+        return
+    _, activated = [sum(column) for column in zip(*count_parameters(model).values())]
+    fitting = [size for size, limit in SIZES.items() if activated < limit]
+    size = fitting[0] if fitting else "large"
+    # The default preset is a tiny one already.
+    if size == "tiny":
+        return
+
+    vars(stage).update(vars(settings(args, stage.name, preset=size)))
+    # A run of this size is long enough for compilation to pay.
+    if "compile" not in args.given:
+        args.compile = args.device != "cpu" and torch.cuda.is_available()
+    say(f"stage {stage.name}: no --preset; {activated / 1e9:.2f}B activated parameters: the values "
+        f"for {size} models")
+
+
+def apply_flags(args, stage, model):
+    """Write into the model's configuration what flags say about it, and into the stage what the
+    model says about that."""
+    fit_to_size(args, stage, model)
+    config = model.config
     if args.balance_coef is not None:
         config.balance_coef = args.balance_coef
     if args.z_coef is not None:
@@ -1123,27 +1297,19 @@ def apply_flags(args, stage, config):
 
 
 def load_samples(args, stage, config, tokenizer):
-    """-> the data set, its samples' lengths where batches shall hold samples of like length, and
-    the data set that is held out, if any.
+    """-> the data set, what `loader` needs to know of the order of its samples, and the data set
+    that is held out, if any.
 
     Where stage.steps is an epoch, it becomes a number here.
     """
-    lengths = None  # with them, batches of samples of like length have less padding
+    order = {}
     held_out = None
     if args.data:
-        samples = data.LlavaJson(args.data, args.images)
-        lengths = samples.lengths(config.n_image_tokens, config.n_audio_tokens)
-        samples, lengths, held_out = hold_out(args, samples, lengths)
-        # A resumed run must go on with the same data.
-        contents = Path(args.data).read_bytes()
-        if args.val:
-            contents += Path(args.val).read_bytes()
-        stage.checksum = hashlib.sha256(contents).hexdigest()
-        fit_to_data(args, stage, len(samples))
+        samples, order, held_out = load_files(args, stage, config)
     else:
         if stage.steps is None:
-            raise ValueError(f"{args.preset} on drawn scenes needs --steps; or give your own with "
-                             "--data")
+            raise ValueError(f"stage {stage.name}: drawn scenes have no end, and a model of this "
+                             "size no default: give --steps; or samples of your own with --data")
         # Every drawn scene is seen once.
         seed = args.seed + stage_number(stage.name)
         n = stage.steps * stage.batch_size
@@ -1153,50 +1319,111 @@ def load_samples(args, stage, config, tokenizer):
             held_out = data.Facts(args.facts, 2 * args.facts, seed, held_out=True)
         if stage.kind == "mixed chat":
             # Image, sound, both, and so on. Questions about a sound are the shortest.
-            lengths = [(1, 0, 2)[i % 3] for i in range(len(samples))]
+            order["lengths"] = [(1, 0, 2)[i % 3] for i in range(len(samples))]
 
     encode = functools.partial(
         data.Encoded, tokenizer=tokenizer, template=stage.template,
         pictures=data.picture_format(config.vision), n_image_tokens=config.n_image_tokens,
         max_length=stage.max_length, strict=args.strict, average=not config.frames_apart,
         **data.sound_format(config))
-    return encode(samples), lengths, encode(held_out) if held_out else ()
+    samples = encode(samples)
+    if args.pack:
+        # Whatever their lengths, samples fill rows. So the batches can be drawn by chance alone.
+        by_length = order
+        order = {name: value for name, value in order.items() if name != "lengths"}
+        print_padding(args, stage, samples, by_length, order)
+    return samples, order, encode(held_out) if held_out else ()
 
 
-def hold_out(args, samples, lengths):
-    """-> the samples to learn from, their lengths, and those that are held out (or None)."""
+def load_files(args, stage, config):
+    """The samples of --data, as load_samples returns them, but not yet encoded."""
+    # 1. Read all files, as one data set.
+    files, weights = files_and_weights(args.data)
+    parts = [data.LlavaJson(file, args.images) for file in files]
+    lengths = [part.lengths(config.n_image_tokens, config.n_audio_tokens) for part in parts]
+    order = {"lengths": list(chain(*lengths))}  # batches of like lengths have less padding
+    if weights:
+        order["sources"] = list(chain(*([i] * len(part) for i, part in enumerate(parts))))
+
+    # 2. Hold some out, and mix the others.
+    samples, order, held_out = hold_out(args, ConcatDataset(parts), order)
+    if weights:
+        order["shares"] = [weight / sum(weights) for weight in weights]
+        check_shares(args, files, order)
+
+    # 3. A resumed run must go on with the same data.
+    contents = hashlib.sha256()
+    for file in [*files, args.val]:
+        if file:
+            contents.update(Path(file).read_bytes())
+    stage.checksum = contents.hexdigest()
+    fit_to_data(args, stage, len(samples))
+    return samples, order, held_out
+
+
+def check_shares(args, files, order):
+    """Say what each file gives to an epoch. ValueError if one of them gives nothing."""
+    n_epoch = len(order["sources"])
+    for i, share in enumerate(order["shares"]):
+        n = order["sources"].count(i)
+        n_drawn = share * n_epoch
+        if n == 0 or n_drawn < 1:
+            raise ValueError(f"--data {args.data[i]}: gives no sample to an epoch of {n_epoch}: "
+                             "give it a larger weight, or leave it out")
+        say(f"{files[i]}: {share:.1%} of an epoch, {n_drawn / n:.3g} times its {n} samples")
+
+
+def print_padding(args, stage, samples, by_length, order):
+    """With --pack: how much of a micro-batch is padding, and how much it would be without."""
+    if RANK > 0:
+        return
+    shares = []
+    for collate, how in ((data.collate, by_length), (choose_collate(args, stage), order)):
+        batches = data.Batches(len(samples), stage.batch_size, stage.micro_batch, args.seed, 0,
+                               RANK, WORLD, **how)
+        tokens = collate([samples[i] for i in next(iter(batches))])["tokens"]  # (B, T)
+        shares.append((tokens == PAD).float().mean().item())
+    say(f"stage {stage.name}: --pack: {stage.micro_batch} samples in {len(tokens)} rows of up to "
+        f"{tokens.shape[1]} tokens; {shares[1]:.1%} of the first micro-batch is padding (without "
+        f"--pack {shares[0]:.1%})")
+
+
+def hold_out(args, samples, order):
+    """-> the samples to learn from, their lengths and sources, and what is held out (or None)."""
     if args.val:
-        return samples, lengths, data.LlavaJson(args.val, args.images)
+        return samples, order, data.LlavaJson(args.val, args.images)
     if args.val_fraction is None:
-        return samples, lengths, None
+        return samples, order, None
 
     n = max(1, round(args.val_fraction * len(samples)))
     if n >= len(samples):
         raise ValueError(f"--val-fraction {args.val_fraction} of {len(samples)} samples in "
-                         f"{args.data} leaves nothing to learn from")
+                         f"{' '.join(args.data)} leaves nothing to learn from")
     # The same part in each stage and each run with this seed.
     generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(samples), generator=generator).tolist()
-    held = sorted(order[:n])
-    kept = sorted(order[n:])
-    return Subset(samples, kept), [lengths[i] for i in kept], Subset(samples, held)
+    shuffled = torch.randperm(len(samples), generator=generator).tolist()
+    held = sorted(shuffled[:n])
+    kept = sorted(shuffled[n:])
+    order = {name: [values[i] for i in kept] for name, values in order.items()}
+    return Subset(samples, kept), order, Subset(samples, held)
 
 
 def fit_to_data(args, stage, n):
     """Say how n samples become steps. Where they do not fill one batch, it is made smaller."""
+    files = " ".join(args.data)
     if n < WORLD:
-        raise ValueError(f"{args.data} has {n} samples to learn from, fewer than the {WORLD} "
+        raise ValueError(f"{files} has {n} samples to learn from, fewer than the {WORLD} "
                          "processes")
     if n < stage.batch_size:
         stage.micro_batch = min(stage.micro_batch, n // WORLD)
         smaller = n - n % (stage.micro_batch * WORLD)
-        say(f"{args.data}: {n} samples do not fill a batch of {stage.batch_size}: it becomes "
+        say(f"{files}: {n} samples do not fill a batch of {stage.batch_size}: it becomes "
             f"{smaller}")
         stage.batch_size = smaller
 
     per_epoch = n // stage.batch_size
     stage.steps = args.steps or args.epochs * per_epoch
-    text = (f"{args.data}: {n} samples, {stage.steps / per_epoch:.3g} epochs of {per_epoch} steps "
+    text = (f"{files}: {n} samples, {stage.steps / per_epoch:.3g} epochs of {per_epoch} steps "
             f"of {stage.batch_size}")
     left_out = n % stage.batch_size
     if left_out:
@@ -1218,6 +1445,9 @@ def print_stage(args, stage, model, source):
     balance, z = routing_coefs(stage, model)
     values = vars(args) | vars(stage) | {"trains": ", ".join(stage.trains) or "adapters",
                                          "balance_coef": balance, "z_coef": z}
+    if stage.part_lrs:
+        rates = stage.part_lrs | {"others": stage.lr}
+        values["lr"] = ", ".join(f"{part} {rate}" for part, rate in rates.items())
     shown = ("trains", "lora", "lr", "warmup", "weight_decay", "grad_clip", "micro_batch",
              "max_length", "template", "balance_coef", "z_coef", "seed")
     say("    " + "; ".join(f"{name} {values[name]}" for name in shown))
@@ -1291,7 +1521,8 @@ def next_command(args, last):
     if not args.data and not args.facts:
         return f'{command} --image X.png --prompt "What color is the circle?"'
     try:
-        sample = data.LlavaJson(args.data, args.images)[0]
+        files, _ = files_and_weights(args.data)
+        sample = data.LlavaJson(files[0], args.images)[0]
         question = str(sample["conversations"][0]["value"])
     except (ValueError, TypeError, LookupError):
         # The first sample is a broken one, or there is no data but facts.
@@ -1398,6 +1629,7 @@ def read_run(out):
     file = run_file(out)
     try:
         run = read_fields(file, flags=dict, done=list)
+        run["flags"] = as_today(run["flags"])
         known = {f.name: f for f in dataclasses.fields(Args)}
         for name, value in run["flags"].items():
             if name not in known:
@@ -1407,6 +1639,16 @@ def read_run(out):
         raise ValueError(f"{file} cannot be used ({e}); delete it, and give --resume with the "
                          "flags that the run began with") from None
     return run
+
+
+def as_today(values):
+    """What an earlier version wrote down: of --data a single file, and of --lr a number."""
+    values = dict(values)
+    if isinstance(values.get("data"), str):
+        values["data"] = [values["data"]]
+    if isinstance(values.get("lr"), (int, float)):
+        values["lr"] = str(values["lr"])
+    return values
 
 
 def read_fields(file, **kinds):
@@ -1521,7 +1763,7 @@ def resume(args, stage, model, optimizer, experts):
     for path, saved in complete_checkpoints(args.out):
         if saved["identity"]["stage"] != stage.name:
             return new
-        refuse_changes(path, saved["identity"], identity(args, stage))
+        refuse_changes(path, as_today(saved["identity"]), as_today(identity(args, stage)))
         try:
             read_checkpoint(model, optimizer, experts, path)
         except ValueError as e:
@@ -1567,13 +1809,13 @@ def complete_checkpoints(out):
     return usable
 
 
-def drop_checkpoints(out, but=None):
+def drop_checkpoints(out, but=()):
     for path in checkpoints(out):
-        if str(path) != but:
+        if str(path) not in but:
             # First run.json, or else what is left after a kill would be taken for a complete one.
             (path / "run.json").unlink(missing_ok=True)
             shutil.rmtree(path)
-    if but is None:
+    if not but:
         shutil.rmtree(os.path.join(out, "checkpoint"), ignore_errors=True)
 
 
@@ -1608,11 +1850,11 @@ def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
         if RANK == 0:
             shutil.rmtree(path, ignore_errors=True)
         raise OSError(f"{path}: cannot be written: {first_failure(e)}") from None
-    # All have written. Now it becomes a checkpoint, and then the old one may go.
+    # All have written. Now it becomes a checkpoint, and then the old one may go, but for the best.
     if RANK == 0:
         about = {"identity": identity(args, stage), "step": step, "counts": counts}
         write_json(os.path.join(path, "run.json"), about)
-        drop_checkpoints(args.out, but=path)
+        drop_checkpoints(args.out, but=(path, checkpoint_path(args, counts["best step"])))
     wait_for_all()
 
 
@@ -2207,7 +2449,8 @@ def planned_steps(args, stage):
                          f"{stage.micro_batch} samples at a time")
     # --steps, or a tiny preset's; else an epoch of the data, the user's or the paper's.
     if args.data and not args.steps:
-        n_samples = len(data.LlavaJson(args.data))
+        files, _ = files_and_weights(args.data)
+        n_samples = sum(len(data.LlavaJson(file)) for file in files)
     elif stage.steps is not None:
         return stage.steps
     else:
@@ -2311,6 +2554,22 @@ def validate(args):
     if bool(args.vision) != bool(args.llm) or args.vision and elsewhere:
         raise ValueError("--vision DIR and --llm DIR go together, start stage 1, and leave no room "
                          "for --init")
+    if args.plan and "preset" not in args.given and (args.vision or args.init):
+        raise ValueError("--plan counts a preset, not a folder: give --preset")
+    check_rates(args)
+
+
+def check_rates(args):
+    """Each part that --lr names trains in some stage. (Adapters are the decoder's.)"""
+    training = set()
+    for name in stages_of(args):
+        stage = settings(args, name)
+        training |= {part.split(".")[0] for part in stage.trains}
+        training |= {"text"} if stage.lora else set()
+    for part in read_rates(args.lr):
+        if part != "others" and part.split(".")[0] not in training:
+            raise ValueError(f"--lr {args.lr}: {part} does not train; what trains is "
+                             f"{', '.join(sorted(training))}, see --trains")
 
 
 def check_limits(f, value):
@@ -2322,6 +2581,8 @@ def check_limits(f, value):
     kind = kind_of(f)
     if type(value) is not kind and (kind, type(value)) != (float, int):
         raise ValueError(f"{name} = {value!r} must be of the type {kind.__name__}")
+    if kind is list and not data.are_texts(value):
+        raise ValueError(f"{name} = {value!r} must be a list of texts")
 
     if kind in (int, float):
         if not value >= limits.get("at_least", -math.inf):
@@ -2334,6 +2595,8 @@ def check_limits(f, value):
 
     if value not in limits.get("choices", (value,)):
         raise ValueError(f"{name} {value}: known are {', '.join(map(str, limits['choices']))}")
+    if "read" in limits:
+        limits["read"](value)
     if "parts" in limits:
         for part in value.split(","):
             if part not in limits["parts"]:
@@ -2408,6 +2671,8 @@ def check_model(args, stage, model, tokenizer, source):
         raise ValueError(f"{source}: a language model alone, without the vision tower and "
                          "connector that training needs")
     config = model.config
+    if args.stage is None:
+        data.check_end_mark(tokenizer, args.template or config.template)  # not first in stage 2
     wants_ear = args.recipe == "uni-moe" or {"audio", "resampler"} & set(stage.trains)
     if wants_ear and config.audio is None:
         raise ValueError(f"{source}: hears nothing; --trains {','.join(stage.trains)} of "

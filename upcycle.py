@@ -2018,14 +2018,19 @@ def parse(argv=None):
                          "with --experts")
     if exists(join(args.out, "config.json")):
         raise ValueError(f"{args.out} holds a model already: choose another --out")
-    try:
-        args.scales = [int(scale) for scale in args.scales.split(",")]
-    except ValueError:
-        raise ValueError(f"--scales {args.scales}: whole numbers with commas, for example "
-                         "1,3") from None
+    args.scales = read_scales(args.scales)
     if args.dtype:
         args.dtype = getattr(torch, args.dtype)
     return args
+
+
+def read_scales(text):
+    """--scales, also train.py's: "1,3" -> [1, 3]."""
+    scales = text.split(",")
+    if not all(scale.isdecimal() and 1 <= int(scale) <= 16 for scale in scales):
+        raise ValueError(f"--scales {text}: whole numbers from 1 to 16 with commas, for example "
+                         "1,3 (the image, and the same three times enlarged)")
+    return [int(scale) for scale in scales]
 
 
 def main(argv=None):
@@ -2049,6 +2054,9 @@ def main(argv=None):
 
     if not is_tower:
         tokenizer = override(model, tokenizer, args)
+    elif args.template:
+        raise ValueError(f"--template {args.template}: {args.source} is a tower alone, which is "
+                         "not talked to; leave it out")
     n_params = save(model, args.out, tokenizer, layout=args.to)
     print(f"wrote {args.out} ({args.to}, {n_params / 1e6:,.1f}M parameters)")
     if tokenizer is None and args.to != "hf-clip":

@@ -3,6 +3,7 @@
     python tests/bench.py layers                    a MoE layer, against a dense FFN of equal FLOPs
     python tests/bench.py step --preset tiny        a step of stage 3, against a dense model's and
                                                     the released code's way
+    python tests/bench.py pack                      samples of mixed lengths, packed and padded
     python tests/bench.py decode cumo-mistral-7b    decoding, against the memory's bandwidth
     python tests/bench.py images                    reading images, against Pillow's bare work
 """
@@ -12,6 +13,7 @@ import dataclasses
 import functools
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -443,6 +445,71 @@ def bench_step(args):
 
 
 # -------------------------------------------------------------------------------------------------
+# pack: train.py --pack, on samples of mixed lengths
+
+
+def mixed_conversations(n: int, seed: int) -> list:
+    """n samples in LLaVA's format: half of them with a picture, and answers of 2 to 90 words, most
+    of them short."""
+    rng = random.Random(seed)
+    samples = []
+    for i in range(n):
+        words = min(90, round(2 + rng.expovariate(1 / 20)))
+        answer = " ".join(rng.choice(["red", "small", "circle", "left"]) for _ in range(words))
+        question = "What is there?"
+        images = []
+        if i % 2 == 0:
+            question = f"<image>\n{question}"
+            images = [Image.new("RGB", (48, 48), (rng.randrange(256), 90, 90))]
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        samples.append({"id": str(i), "images": images, "conversations": turns})
+    return samples
+
+
+def bench_pack(n_batches: int = 4, batch_size: int = 64, repeat: int = 3):
+    """Forward and backward of preset tiny, stage 3, in batches that are drawn by chance, of like
+    lengths, and drawn by chance and packed."""
+    args = train.parse(["--device", "cpu", "--batch-size", str(batch_size)])
+    device = train.prepare_device(args)
+    stage = train.settings(args, 3)
+    config, _ = train.planned(args, stage)
+    torch.manual_seed(0)
+    model = CuMo(config).train()
+    tokenizer = load_backbones(train.BACKBONES)[1]
+    n = n_batches * batch_size
+    encoded = data.Encoded(mixed_conversations(n, 0), tokenizer, "tiny",
+                           data.picture_format(config.vision), config.n_image_tokens,
+                           stage.max_length)
+    items = [encoded[i] for i in range(n)]
+    lengths = [len(item["tokens"]) for item in items]
+    packed = functools.partial(data.collate_packed, row_length=stage.max_length)
+
+    batches = {}
+    for name, collate, order in (("drawn by chance", data.collate, None),
+                                 ("of like lengths", data.collate, lengths),
+                                 ("packed (--pack)", packed, None)):
+        epoch = data.Batches(n, batch_size, batch_size, lengths=order).epoch(0)
+        batches[name] = [collate([items[i] for i in batch]) for batch in epoch.tolist()]
+
+    def run(name):
+        for batch in batches[name]:
+            model.zero_grad()
+            model(**train.inputs(model, batch, device)).loss.backward()
+
+    runs = {name: functools.partial(run, name) for name in batches}
+    seconds = median_seconds(runs, "cpu", repeat)
+    print(f"{name_of('cpu')}, tiny, stage 3: {n} samples of {min(lengths)} to {max(lengths)} tokens "
+          f"(mean {sum(lengths) / n:.0f}), {batch_size} a batch; median of {repeat}")
+    print(f"{'batches':16} {'padding':>8} {'rows a batch':>13} {'samples/s':>10} {'time / packed':>14}")
+    for name, t in seconds.items():
+        tokens = [batch["tokens"] for batch in batches[name]]
+        share = 1 - sum(lengths) / sum(t.numel() for t in tokens)
+        rows = sum(len(t) for t in tokens) / n_batches
+        print(f"{name:16} {share:8.1%} {rows:13.1f} {n / t:10.2f} "
+              f"{t / seconds['packed (--pack)']:13.2f}x")
+
+
+# -------------------------------------------------------------------------------------------------
 # decode: how near decoding comes to its limit
 #
 # A step of decoding multiplies every weight with one vector a row of the batch. That is so little
@@ -653,6 +720,9 @@ def main(argv=None):
                         "experts, dense at equal FLOPs, and as released. It takes train.py's "
                         "flags; --steps are the timed ones (default: 5)")
 
+    commands.add_parser("pack", help="samples/s of mixed lengths in rows that they share, against "
+                        "a row for each")
+
     decode = commands.add_parser("decode", help="tokens/s of decoding, and the share of the "
                                  "memory's bandwidth that they take")
     decode.add_argument("model", nargs="?", default="tiny",
@@ -677,6 +747,8 @@ def main(argv=None):
         bench_layers(args)
     elif args.command == "step":
         bench_step(train.parse(rest))
+    elif args.command == "pack":
+        bench_pack()
     elif args.command == "decode":
         hows = (True,)
         if args.device == "cpu":

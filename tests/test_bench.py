@@ -38,6 +38,15 @@ def test_the_benchmark_prints_time_over_dense_and_the_ceiling_it_measured(monkey
     assert rows[0][-3] == rows[0][-1] == "1.00x"
 
 
+def test_packing_is_timed_against_a_row_for_each_and_leaves_less_padding(capsys):
+    bench.bench_pack(n_batches=2, batch_size=6, repeat=1)
+    out = capsys.readouterr().out
+    rows = {line[:16].strip(): line[16:].split() for line in out.splitlines()[-3:]}
+    padding = [float(rows[name][0].rstrip("%")) for name in ("drawn by chance", "of like lengths", "packed (--pack)")]
+    assert "12 samples of" in out and padding[2] < padding[0] and rows["packed (--pack)"][3] == "1.00x"
+    assert float(rows["packed (--pack)"][1]) < float(rows["drawn by chance"][1]) == 6
+
+
 @pytest.mark.parametrize("preset", ["tiny", "cumo-small"])
 def test_bench_of_a_training_step(capsys, monkeypatch, preset):
     monkeypatch.setitem(PRESETS, "cumo-small", PRESETS["tiny"] | dict(connector=dict(n_experts=4)))    # of words at random, as real presets

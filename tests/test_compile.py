@@ -53,9 +53,10 @@ UNLIKE = [preset for i, preset in enumerate(m.PRESETS) if structure(preset) not 
 
 
 # In bfloat16 by the dispatch that a GPU uses, for every preset; in float32 by the CPU's, whose graph is several times larger, for the
-# preset that has experts everywhere
-@pytest.mark.parametrize("preset, dtype", [(preset, torch.bfloat16) for preset in UNLIKE] + [("cumo-mixtral-8x7b", torch.float32)])
-def test_the_training_forward_of_every_preset_is_one_graph(preset, dtype):
+# preset that has experts everywhere; and with two samples in a row
+@pytest.mark.parametrize("preset, dtype, packed", [(preset, torch.bfloat16, False) for preset in UNLIKE] + [
+    ("cumo-mixtral-8x7b", torch.float32, False), ("tiny", torch.bfloat16, True)])
+def test_the_training_forward_of_every_preset_is_one_graph(preset, dtype, packed):
     model = small(preset).to(dtype).train()
     for moe in (module for module in model.modules() if isinstance(module, MoE)):
         moe.backend = "grouped" if dtype == torch.bfloat16 else "sorted"
@@ -67,11 +68,14 @@ def test_the_training_forward_of_every_preset_is_one_graph(preset, dtype):
         tokens[1, 4:7], audio = AUDIO, torch.randn(1, 5, 12).to(dtype)
     images = torch.cat([torch.randn(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)]).to(dtype)          # the second row has none
     labels = torch.where(tokens >= 0, tokens, -100)
+    positions = torch.cat([torch.arange(9), torch.arange(7)]).expand(2, -1) if packed else None
+    if packed:                                                                     # a blank one for each of three samples without an image
+        images = torch.cat([images, torch.zeros(2, 3, 16, 16)])
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
         torch.manual_seed(1)
-        out = forward(tokens, images, audio, labels)
+        out = forward(tokens, images, audio, labels, positions=positions)
         out.loss.backward()
         results.append([out.loss.detach(), out.logits.detach()] + [p.grad for n, p in model.named_parameters() if not n.endswith("k.bias")])
     for got, want in zip(results[1], results[0], strict=True):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import kernels
@@ -178,6 +179,20 @@ def test_compiled_gradients_of_the_layer_are_eager_modes():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Waiting, compiling, decoding
+
+
+def test_packed_samples_have_the_loss_of_samples_apart_without_a_matrix_of_all_scores():
+    model, tokenizer = load_backbones(train.BACKBONES)
+    encoded = data.Encoded(data.Drawn("chat", 12, 0), tokenizer, "tiny", model.config.vision.image_size, model.config.n_image_tokens, 352)
+    items = [encoded[i] for i in range(12)]
+    parts = []
+    for batch in (data.collate(items), data.collate_packed(items, 352)):
+        batch = {name: t.cuda() for name, t in batch.items() if torch.is_tensor(t)}
+        parts.append(model.float().cuda().train()(**batch).parts)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+            with torch.autocast("cuda", torch.bfloat16):       # masks and grouped queries at once have no such kernel, hence the repeated keys
+                model(**batch).loss.backward()
+    torch.testing.assert_close(*parts, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

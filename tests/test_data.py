@@ -852,6 +852,28 @@ def test_collate_mixes_several_images_one_and_none(tokenizer):
     assert torch.equal(d.collate([rows[1]])["images"], torch.zeros(1, 3, 16, 16))
 
 
+@pytest.mark.parametrize("lengths, rows", [([3, 9, 5, 5, 2], [[1], [2, 3], [0, 4]]), ([10, 10], [[0], [1]]), ([1] * 4, [[0, 1, 2, 3]]), ([], [])])
+def test_packing_puts_the_longest_first_and_each_into_the_first_row_with_room(lengths, rows):
+    assert d.pack(lengths, 10) == rows
+
+
+def test_packed_rows_hold_every_sample_once_and_its_images_in_order(tokenizer):
+    samples = [item([RED, BLUE], ("<image><image>\nSame?", "No.")), item([], ("Why?", "No, " * 5)), item([BLUE], ("<image>\nWhat?", "Blue."))] * 3
+    data = encoded(samples, tokenizer)
+    items = [data[i] for i in range(9)]
+    batch = d.collate_packed(items, 64)
+    assert batch["tokens"].shape == batch["labels"].shape == batch["positions"].shape and batch["tokens"].shape[1] <= 64
+    begins = (batch["positions"] == 0) & (batch["tokens"] != d.PAD)
+    found, images = [], iter(batch["images"])
+    for tokens, labels, begin in zip(batch["tokens"], batch["labels"], begins):
+        cuts = [*begin.nonzero().flatten().tolist(), int((tokens != d.PAD).sum())]
+        for a, b in zip(cuts, cuts[1:]):
+            seen = [next(images) for _ in range(int((tokens[a:b] == d.IMAGE).sum()) // 4)]
+            found.append((tokens[a:b].tolist(), labels[a:b].tolist(), [image.sum().item() for image in seen]))
+    want = [(row["tokens"].tolist(), row["labels"].tolist(), [image.sum().item() for image in row["images"]]) for row in items]
+    assert sorted(found) == sorted(want) and len(list(images)) == 3 and len(begins) < 9    # three blank ones, behind the others
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 

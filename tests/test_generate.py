@@ -668,6 +668,8 @@ def test_a_flag_that_would_be_ignored_is_refused(flags, message):
     (["--temperature", "nan"], "temperature"), (["--temperature", "inf"], "temperature"), (["--top-p", "nan"], "top_p"),
     (["--max-new-tokens", "1" + "0" * 20], "--max-new-tokens"), (["--seed", "-1"], "--seed"), (["--seed", "1" + "0" * 20], "--seed"),
     (["--eval-drawn", "0"], "--eval-drawn"), (["--eval-drawn", "-3"], "--eval-drawn"),
+    (["--template", "nope"], "--template nope: known are tiny, mistral"), (["--template", "plain"], "--template plain: known are tiny"),
+    (["--template", "chatml"], "does not know <.im_start.>.*--template"),
     (["--eval", "q", "--out", "a", "--batch", "1" + "0" * 20], "--batch"),
     (["--prompt", "half \ud83d"], "half a character")])
 def test_flags_of_a_wrong_kind_are_value_errors_in_words(flags, message, folder, monkeypatch):
@@ -676,6 +678,14 @@ def test_flags_of_a_wrong_kind_are_value_errors_in_words(flags, message, folder,
         pytest.skip("there is one")
     with pytest.raises(ValueError, match=message):
         generate.main(["--model", folder, *([] if "--prompt" in flags or "--eval" in flags else ["--prompt", "x"]), *flags])
+
+
+def test_a_template_that_is_given_holds_over_the_folders(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "answer", lambda model, *_, **options: seen.append(model.config.template) or [""] * 2)
+    for flags in ([], ["--template", "vicuna"]):
+        generate.main(["--model", folder, "--device", "cpu", "--eval-drawn", "2", *flags])
+    assert seen == [load(folder)[0].config.template, "vicuna"] and seen[0] != "vicuna"
 
 
 def test_flags_that_are_given_reach_the_drawn_questions(folder, monkeypatch):

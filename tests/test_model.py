@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import model as M
 from model import AUDIO, IGNORE, IMAGE, PAD, Config, CuMo, MoE, choose_trainable, count_parameters, sample, total_loss
 
@@ -460,6 +461,61 @@ def test_padding_changes_no_logit_loss_or_statistic(tiny_model, text):
     if "eval_capacity_factor" not in text:                                       # rows share the experts' places, else they are independent
         alone = model(short[1:2, :2]).logits
         torch.testing.assert_close(a.logits[1:2, :2], alone, rtol=1e-5, atol=1e-5)
+
+
+def mixed_items(n=9):
+    """Items as data.Encoded gives them: none, one or two images, 3 to 20 tokens, of which about half are learnt."""
+    gen, items = torch.Generator().manual_seed(1), []
+    for i in range(n):
+        tokens = torch.randint(1, 40, (3 + 17 * i // n,), generator=gen)
+        learnt = torch.rand(tokens.shape, generator=gen) < 0.5
+        learnt[0] = i % 2 == 0                                                   # nothing foretells a first token: it never counts
+        tokens = torch.cat([tokens[:1], *[torch.full((4,), IMAGE)] * (i % 3), tokens[1:]])
+        labels = torch.full_like(tokens, IGNORE)
+        labels[tokens >= 0] = torch.where(learnt, tokens[tokens >= 0], IGNORE)
+        items.append({"tokens": tokens, "labels": labels, "images": torch.randn(i % 3, 3, 16, 16, generator=gen), "broken": [], "truncated": False})
+    return items
+
+
+@pytest.mark.parametrize("text", [{}, dict(n_experts=4), dict(n_experts=[4, 0], aux="sum", capacity_factor=9.0), dict(sliding_window=3)],
+                         ids=["dense", "experts", "moe-llava", "window"])
+def test_packed_samples_have_the_losses_and_gradients_of_samples_apart(tiny_model, text):
+    items, results = mixed_items(), []
+    apart, packed = data.collate(items), data.collate_packed(items, 40)
+    assert packed["tokens"].shape[0] < len(items) / 2 and packed["tokens"].numel() < 0.6 * apart["tokens"].numel()
+    for batch in (apart, packed):
+        model = tiny_model(text=text, **EXPERTS).train()
+        out = model(**{name: t for name, t in batch.items() if torch.is_tensor(t)})
+        out.loss.backward()
+        results.append((out.parts, {name: p.grad for name, p in model.named_parameters()}))
+    (parts, grads), (packed_parts, packed_grads) = results
+    assert parts["lm"] > 1 and parts["vision/balance"] > 0.5 and (parts["text/z"] > 0.1) == ("n_experts" in text)
+    torch.testing.assert_close(packed_parts, parts, rtol=1e-5, atol=1e-6)
+    for name, grad in grads.items():
+        torch.testing.assert_close(packed_grads[name], grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@torch.no_grad()
+def test_packed_samples_do_not_see_each_other(tiny_model):
+    model, items = tiny_model(), [item for item in mixed_items() if not len(item["images"])]
+    packed = data.collate_packed(items, 40)
+    assert len(packed["tokens"]) == 1
+    logits = model(packed["tokens"], positions=packed["positions"]).logits[0]
+    begins = (packed["positions"][0] == 0).nonzero().flatten().tolist()[:len(items)]
+    for item, begin in zip(sorted(items, key=lambda item: -len(item["tokens"])), begins, strict=True):
+        alone = model(item["tokens"][None]).logits[0]
+        torch.testing.assert_close(logits[begin:begin + len(alone)], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(packed["tokens"]).logits[0, begins[1]:], logits[begins[1]:], atol=0.1)      # without positions they do
+
+
+def test_a_packed_sample_without_an_image_counts_as_a_blank_one(tiny_model):
+    model, packed = tiny_model(), data.collate_packed(mixed_items(), 40)
+    counts = CuMo.count_slots(packed["tokens"], packed["positions"])
+    assert counts == [4 * 9, 3, 0] and len(packed["images"]) == 9 + 3
+    model(packed["tokens"], packed["images"][:9], labels=packed["labels"], positions=packed["positions"])        # the model adds its own
+    for n in (8, 11):
+        with pytest.raises(ValueError, match=f"36 IMAGE slots, the images give {4 * n} features"):
+            model(packed["tokens"], packed["images"][:n], positions=packed["positions"])
 
 
 def test_text_statistics_are_means_over_all_real_tokens_of_the_batch(tiny_model):

@@ -30,8 +30,8 @@ def snippet_with(word):
     return found
 
 
-def test_there_are_four_snippets():
-    assert len(SNIPPETS) == 4
+def test_there_are_five_snippets():
+    assert len(SNIPPETS) == 5
 
 
 def test_the_idea_computes_what_the_layer_does():
@@ -60,6 +60,26 @@ def test_upcycling_the_shipped_backbones_changes_nothing():
 def test_four_of_eight_tokens_are_dropped_at_capacity_factor_one():
     one, two = (eval(line) for line in run(snippet_with("capacity_factor=1.0")))
     assert [w > 0 for w in one] == [True] * 4 + [False] * 4 and all(w > 0 for w in two)
+
+
+def test_the_reader_of_the_log_reads_what_a_run_writes(tmp_path):
+    from types import SimpleNamespace
+    import train
+    for name in (1, 3):
+        log = train.Log(tmp_path, SimpleNamespace(name=name, steps=3), 0)
+        for step, loss in enumerate((2.0, 0.5 * name, 1.75)):
+            log.write(step, {"lm": loss, "loss": loss}, {}, {}, {"text": 1e-3, "others": 2e-3}, 1.0, 4, 0.0, 0.0)
+        log.write_held_out(2, 1.25, True)
+        log.close()
+    snippet = snippet_with("log.jsonl").replace("out/tiny", str(tmp_path))
+    assert run(snippet) == ["stage 1: lm is lowest after step 2: 0.500", "stage 1: val_loss is lowest after step 3: 1.250",
+                            "stage 3: lm is lowest after step 2: 1.500", "stage 3: val_loss is lowest after step 3: 1.250"]
+
+
+def test_the_table_of_the_log_has_every_key_that_a_run_writes():
+    table = TEXT[TEXT.index("`log.jsonl` in the run's folder"):TEXT.index("import json\n\ncurves")]
+    for key in ("stage", "step", "loss", "lm", "lr", "grad_norm", "load", "apart", "images_per_s", "seconds", "waiting", "val_loss", "best"):
+        assert f"`{key}`" in table, key
 
 
 def test_no_line_of_text_is_too_wide():

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
+import data
 import generate
 import upcycle as U
 from kernels import route
@@ -41,6 +42,22 @@ MIXED = [7, "I", 3, "A", 2], [5, 6], ["A", "A", 9], [8, "I", "I", 1]
 def senses(n=3, m=3, dtype=torch.float32):
     g = torch.Generator().manual_seed(2)
     return torch.randn(n, 3, 16, 16, generator=g).to(dtype), torch.randn(m, 5, 12, generator=g).to(dtype)
+
+
+def test_packed_rows_keep_sounds_and_videos_in_their_slots(hearing):
+    """The longest sample comes first, so that images and sounds change their order with their samples."""
+    rows, images, sounds, frames = (*MIXED, [4, "I", "A", 2, 9, 9, 9]), [1, 0, 0, 3, 2], [1, 0, 2, 0, 1], [[1], [], [], [1, 2], [2]]
+    pixels, mels = senses(6, 4)
+    items = []
+    for row, image, sound, groups in zip(rows, pixels.split(images), mels.split(sounds), frames):
+        tokens = tokens_of(row)[0]
+        items.append({"tokens": tokens, "labels": labels_of(tokens), "images": image, "audio": sound, "frames": groups, "broken": [], "truncated": False})
+    apart, packed = data.collate(items), data.collate_packed(items, 24)
+    assert len(packed["tokens"]) < 4 and not torch.equal(packed["audio"], apart["audio"])
+    model = hearing(vision=dict(n_experts=4), text=dict(n_experts=4)).train()
+    want, got = (model(**{name: t for name, t in batch.items() if torch.is_tensor(t)}).parts for batch in (apart, packed))
+    assert want["lm"] > 1 and want["vision/z"] > 0.01
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
