@@ -1883,7 +1883,7 @@ def train_tokenizer(texts, vocab_size):
 #     (a picture of a guitar)      What is this?      red milk
 #
 # So nothing can be guessed, and how many names a model knows says how much it holds. The pictures
-# are 1,024 of Google's Noto Emoji (assets/emoji.py).
+# are 1,024 of Google's Noto Emoji (assets/sheet.py).
 
 N_FACTS = 1024
 SHEET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "emoji.png")
@@ -1909,7 +1909,7 @@ def emoji_sheet():
     try:
         return Image.open(SHEET).convert("RGBA")
     except OSError as e:
-        raise ValueError(f"{SHEET}: cannot be read ({e}); assets/emoji.py makes it again") from None
+        raise ValueError(f"{SHEET}: cannot be read ({e}); assets/sheet.py makes it again") from None
 
 
 def draw_fact(place, seed):

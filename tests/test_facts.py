@@ -74,7 +74,7 @@ def test_an_item_that_is_not_there_is_an_index_error(i):
 def test_a_missing_sheet_says_how_to_make_it_again(monkeypatch):
     monkeypatch.setattr(data, "SHEET", "missing.png")
     data.emoji_sheet.cache_clear()
-    with pytest.raises(ValueError, match="missing.png.*assets/emoji.py makes it again"):
+    with pytest.raises(ValueError, match="missing.png.*assets/sheet.py makes it again"):
         data.draw_fact(0, 0)
     data.emoji_sheet.cache_clear()
 

@@ -1,7 +1,7 @@
-"""emoji.py: make assets/emoji.png, the pictures of the world of facts (data.Facts).
+"""sheet.py: make assets/emoji.png, the pictures of the world of facts (data.Facts).
 
     npm pack emoji-datasource-google && tar xzf emoji-datasource-google-*.tgz
-    python assets/emoji.py package
+    python assets/sheet.py package
 
 The pictures are Google's Noto Emoji (https://github.com/googlefonts/noto-emoji, Apache License
 2.0), as the package emoji-datasource-google (MIT) has them. 1,024 that do not look like each other
@@ -19,29 +19,34 @@ CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities", "Travel & Places
               "Smileys & Emotion", "Symbols")
 
 
-def pictures(package):
-    """-> [(name, RGBA picture of 64 x 64), ...] of the categories that are kept."""
+def read_package(package):
+    """-> [(row of emoji.json, RGBA picture of 64 x 64), ...] in the usual order of emoji."""
     with open(os.path.join(package, "emoji.json"), encoding="utf-8") as f:
         rows = json.load(f)
     sheet = Image.open(os.path.join(package, "img/google/sheets/64.png")).convert("RGBA")
 
     found = []
     for row in sorted(rows, key=lambda row: row["sort_order"]):
-        if row["category"] in CATEGORIES and row["has_img_google"]:
+        if row["has_img_google"]:
             # Each picture has a margin of one pixel.
             x = 66 * row["sheet_x"] + 1
             y = 66 * row["sheet_y"] + 1
-            found.append((row["short_name"], sheet.crop((x, y, x + 64, y + 64))))
+            found.append((row, sheet.crop((x, y, x + 64, y + 64))))
     return found
+
+
+def distances(pictures):
+    """n pictures -> (n, n): how little each is like each other one; infinite for itself."""
+    small = [on_grey(picture).resize((12, 12)) for picture in pictures]
+    x = np.stack([np.asarray(image, np.float32).ravel() for image in small])  # (n, 432)
+    distance = np.stack([((x - one) ** 2).mean(-1) for one in x])  # (n, n)
+    np.fill_diagonal(distance, np.inf)
+    return distance
 
 
 def choose(found, n):
     """The n that are least like any other: twins are dropped, nearest pair first."""
-    small = [on_grey(picture).resize((12, 12)) for _, picture in found]
-    x = np.stack([np.asarray(image, np.float32).ravel() for image in small])  # (all, 432)
-    distance = ((x[:, None] - x) ** 2).mean(-1)  # (all, all)
-    np.fill_diagonal(distance, np.inf)
-
+    distance = distances([picture for _, picture in found])
     keep = set(range(len(found)))
     while len(keep) > n:
         # Of the nearest two, the later one goes.
@@ -62,7 +67,9 @@ def on_grey(picture):
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    chosen = choose(pictures(sys.argv[1]), SIDE * SIDE)
+    found = [(row["short_name"], picture) for row, picture in read_package(sys.argv[1])
+             if row["category"] in CATEGORIES]
+    chosen = choose(found, SIDE * SIDE)
     sheet = Image.new("RGBA", (SIDE * SIDE, SIDE * SIDE))
     for i, (_, picture) in enumerate(chosen):
         small = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
