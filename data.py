@@ -281,7 +281,7 @@ def collate(samples):
     """
     images = [sample["images"] for sample in samples]
 
-    # As in the released code, a sample without an image brings a blank one. It stands behind the
+    # As in the released code, a sample without an image brings a blank one. It stands after the
     # others, where it fills no slot.
     blanks = [torch.zeros(1, *image.shape[1:]) for image in images if len(image) == 0]
 
@@ -321,10 +321,10 @@ def pad_rows(rows, fill, multiple=8):
 
 def collate_packed(samples, row_length):
     """As `collate`, but short samples share a row of up to row_length tokens, so that hardly any
-    PAD is left. "positions" (B, T) count from 0 in each of them, and keep them apart.
+    PAD is left. "sample_positions" (B, T) count from 0 in each of them, and keep them apart.
 
-        tokens      What is it? A ring . Red ? No . PAD
-        positions   0    1  2   3 4    5 0   1 2  3 0
+        tokens            What is it? A ring . Red ? No . PAD
+        sample_positions  0    1  2   3 4    5 0   1 2  3 0
 
     The losses are those of `collate`. (But where a decoder's experts have a capacity, who comes
     first is served first, and here the samples are in another order.) Attention computes a whole
@@ -341,10 +341,10 @@ def collate_packed(samples, row_length):
     places = [torch.cat([torch.arange(len(sample["tokens"])) for sample in row]) for row in rows]
     batch["tokens"] = pad_rows(tokens, PAD)  # (B, T)
     batch["labels"] = pad_rows(labels, IGNORE)  # (B, T)
-    batch["positions"] = pad_rows(places, 0)  # (B, T)
+    batch["sample_positions"] = pad_rows(places, 0)  # (B, T)
 
-    # A first token has nothing before it that could foretell it.
-    batch["labels"][batch["positions"] == 0] = IGNORE
+    # A first token has nothing before it that could predict it.
+    batch["labels"][batch["sample_positions"] == 0] = IGNORE
     return batch
 
 

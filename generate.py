@@ -52,8 +52,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-# OpenMP's threads wait for each other by spinning, on a busy machine for ages: they shall give up
-# sooner. libgomp reads this when torch is loaded. What the user has set holds.
+# On a busy machine, OpenMP's threads spin for ages while they wait for each other. Let them give up
+# sooner. libgomp reads this when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

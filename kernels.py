@@ -402,8 +402,8 @@ def sum_per_token(rows, inverse, top_k):
 
 
 # The gradient of a copy is the sum over its copies, and the gradient of a sum is a copy for
-# each summand. So these two are each other's way back. Autograd, left alone, would scatter and
-# add, which is slow on a CPU, and on a GPU adds in another order each time.
+# each summand. So each of these two is the other's backward pass. Autograd, left alone, would
+# scatter and add, which is slow on a CPU, and on a GPU adds in another order each time.
 
 
 class ToExperts(torch.autograd.Function):

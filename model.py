@@ -291,10 +291,10 @@ class VisionTransformer(nn.Module):
             self.post_norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.checkpointing = False
 
-    def forward(self, images, aux=None):
+    def forward(self, images, routings=None):
         """images (n, 3, S, S) float, normalised (data.load_image) -> (n, N, D * scales).
 
-        `aux` collects the Routing of every MoE layer, scale by scale.
+        `routings` collects the Routing of every MoE layer, scale by scale.
         """
         size = self.config.image_size
         check_shape("images are", images, (3, size, size))
@@ -302,12 +302,12 @@ class VisionTransformer(nn.Module):
         features = []
         for scale in self.config.scales:
             if scale == 1:
-                features.append(self.encode(images, aux))  # (n, N, D)
+                features.append(self.encode(images, routings))  # (n, N, D)
             else:
-                features.append(encode_enlarged(self, images, scale, aux))  # (n, N, D)
+                features.append(encode_enlarged(self, images, scale, routings))  # (n, N, D)
         return torch.cat(features, -1)
 
-    def encode(self, images, aux=None, both=False):
+    def encode(self, images, routings=None, both=False):
         """images (n, 3, S, S) -> the patches' hidden states at the select layer (n, N, D).
 
         both=True gives (the last hidden states, with CLS in front; those features), for contrastive
@@ -322,11 +322,11 @@ class VisionTransformer(nn.Module):
         x = self.pre_norm(x + self.pos.to(x.dtype))
 
         # A layer runs if the features or the losses need it.
-        n_run = self.config.n_layers if both else n_needed_layers(self.config, aux is not None)
+        n_run = self.config.n_layers if both else n_needed_layers(self.config, routings is not None)
         selected = x
         for i in range(n_run):
             x, routing = run_block(self, self.layers[i], x)
-            collect(routing, aux)
+            collect(routing, routings)
             if i + 1 == self.config.n_used_layers:
                 selected = x
 
@@ -350,11 +350,11 @@ class Connector(nn.Module):
         self.ffn = feed_forward(dim_in, dim_out, config.act, config.n_experts, config.top_k,
                                 dim_out=dim_out, bias=True, renormalise=config.renormalise)
 
-    def forward(self, x, aux=None):
+    def forward(self, x, routings=None):
         if self.factor > 1:
             x = pixel_shuffle(x, self.factor)  # (n, N / factor^2, factor^2 * D_vision)
         y, routing = self.ffn(x)  # (n, N, D)
-        collect(routing, aux)
+        collect(routing, routings)
         return y
 
 
@@ -461,12 +461,12 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.checkpointing = False
 
-    def forward(self, x, real, aux=None, cache=None, positions=None, n_keys=None, packed=None,
-                run=None):
-        """x (B, T, D), real (B, T) False at PAD -> logits (B, T, V). `aux` collects Routings.
+    def forward(self, x, real, routings=None, sample_positions=None, cache=None, positions=None,
+                n_keys=None, run=None):
+        """x (B, T, D), real (B, T) False at PAD -> logits (B, T, V). `routings` collects Routings.
 
         With a cache, x is written to it from position 0 on; or to `positions` (B, T), where each
-        row has its own, all of them below n_keys. packed: what CuMo.forward calls positions. run:
+        row has its own, all of them below n_keys. sample_positions: see CuMo.forward. run:
         run_block compiled, see section 9.
 
         Padding needs no attention mask: it lies to the right of every real token, and causal
@@ -481,17 +481,19 @@ class Decoder(nn.Module):
             n_keys = x.shape[1]
             positions = torch.arange(n_keys, device=x.device).unsqueeze(0)  # (1, T)
         attend = None
-        if not from_start or packed is not None or (window and window < n_keys):
-            attend = visible_keys(positions, n_keys, window, packed)  # (B or 1, 1, T, keys)
+        if not from_start or sample_positions is not None or (window and window < n_keys):
+            # (B or 1, 1, T, keys)
+            attend = visible_keys(positions, n_keys, window, sample_positions)
 
         # Samples that share a row count from 0, each for itself.
-        stands = positions if packed is None else packed  # (B or 1, T)
-        rope = rope_table(stands, config.head_dim, config.rope_theta, config.rope_scaling)
+        if sample_positions is None:
+            sample_positions = positions  # (B or 1, T)
+        rope = rope_table(sample_positions, config.head_dim, config.rope_theta, config.rope_scaling)
         run = run or run_block
         for i, layer in enumerate(self.layers):
             kept = None if cache is None else cache.layers[i]
             x, routing = run(self, layer, x, rope, real, attend, kept, positions)
-            collect(routing, aux)
+            collect(routing, routings)
 
         # Small models save the head: a word's logit is the product with the word's embedding.
         head = self.embed if self.head is None else self.head
@@ -582,21 +584,21 @@ class CuMo(nn.Module):
         self.init_weights()
 
     def forward(self, tokens, images=None, audio=None, labels=None, image_embeds=None,
-                audio_embeds=None, frames=None, slots=None, positions=None) -> Output:
+                audio_embeds=None, frames=None, slots=None, sample_positions=None) -> Output:
         """tokens (B, T) int64; images (n, 3, S, S) and audio (m, n_mels, n_frames) float, in order
         of appearance, blank ones last; labels (B, T) int64, IGNORE where nothing is learnt.
 
         The labels stand where the tokens stand; they are shifted here. image_embeds (n, N, D) and
         audio_embeds (m, Q, D): what was encoded before. frames: see average_frames. slots: what
-        count_slots gives; with it, nothing here waits for the device. positions (B, T) int64: each
-        token's place in its sample, where several samples share a row (data.collate_packed); each
-        begins at 0, and none sees another.
+        count_slots gives; with it, nothing here waits for the device. sample_positions (B, T)
+        int64: each token's place in its sample, where several samples share a row
+        (data.collate_packed); each begins at 0, and none sees another.
         ValueError where the slots and the features do not match.
         """
         # 1. How many slots are there? To count on a GPU is to wait for it, so do it first.
         may_wait = slots is None
         if slots is None:
-            slots = self.count_slots(tokens, positions)
+            slots = self.count_slots(tokens, sample_positions)
 
         # 2. In training, blank images and sounds stand in where there are none.
         n_images = count_images(images, frames)  # those that were given
@@ -607,20 +609,20 @@ class CuMo(nn.Module):
                 audio = add_blank_sound(self, tokens, audio, slots)
 
         # 3. The senses. Each list collects the Routings of one part's layers.
-        aux = {"vision": [], "connector": [], "text": []}
+        routings = {"vision": [], "connector": [], "text": []}
         if images is not None and len(images):
-            image_embeds = self.encode_images(images, aux, frames, may_wait)  # (n, N, D)
+            image_embeds = self.encode_images(images, routings, frames, may_wait)  # (n, N, D)
         if audio is not None and len(audio):
             audio_embeds = self.encode_audio(audio)  # (m, Q, D)
 
         # 4. The decoder.
         x = self.embed(tokens, image_embeds, audio_embeds, slots)  # (B, T, D)
-        logits = self.text(x, tokens != PAD, aux["text"], packed=positions)  # (B, T, V)
+        logits = self.text(x, tokens != PAD, routings["text"], sample_positions)  # (B, T, V)
 
         # 5. The losses.
         parts = {
             "lm": torch.zeros((), device=tokens.device),
-            **self.routing_losses(aux, tokens.device),
+            **self.routing_losses(routings, tokens.device),
         }
         loss = None
         if labels is not None:
@@ -630,12 +632,12 @@ class CuMo(nn.Module):
         # Hand out the features of real images only.
         if images is not None:
             image_embeds = image_embeds[:n_images] if n_images else None
-        return Output(logits, loss, parts, image_embeds, aux)
+        return Output(logits, loss, parts, image_embeds, routings)
 
     @staticmethod
-    def count_slots(tokens, positions=None):
-        """tokens (B, T), positions as for `forward` -> [IMAGE slots, samples without any, AUDIO
-        slots]. Without positions, each row is a sample.
+    def count_slots(tokens, sample_positions=None):
+        """tokens (B, T), sample_positions as for `forward` -> [IMAGE slots, samples without any,
+        AUDIO slots]. Without sample_positions, each row is a sample.
 
         It is None on meta, where tokens have no values, and while torch.compile traces.
         """
@@ -643,23 +645,23 @@ class CuMo(nn.Module):
             return None
         is_image = tokens == IMAGE
         without = (~is_image.any(1)).sum()
-        if positions is not None:
-            begins = (positions == 0) & (tokens != PAD)  # (B, T): a sample's first token
+        if sample_positions is not None:
+            begins = (sample_positions == 0) & (tokens != PAD)  # (B, T): a sample's first token
             number = begins.flatten().cumsum(0)  # (B * T,): which sample a token belongs to
             without = begins.sum() - len(number[is_image.flatten()].unique())
         return torch.stack([is_image.sum(), without, (tokens == AUDIO).sum()]).tolist()
 
-    def encode_images(self, images, aux=None, frames=None, may_wait=True):
+    def encode_images(self, images, routings=None, frames=None, may_wait=True):
         """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D).
 
         frames (videos,) int64 makes them (videos, N, D), see average_frames.
         """
         if self.vision is None:
             raise ValueError("this model is a language model alone; it was given images")
-        if aux is None:
-            aux = {"vision": None, "connector": None}
-        features = self.vision(images, aux["vision"])  # (n, N, D_vision * scales)
-        embeds = self.connector(features, aux["connector"])  # (n, N, D)
+        if routings is None:
+            routings = {"vision": None, "connector": None}
+        features = self.vision(images, routings["vision"])  # (n, N, D_vision * scales)
+        embeds = self.connector(features, routings["connector"])  # (n, N, D)
         if frames is not None:
             embeds = average_frames(embeds, frames, may_wait)
         return embeds
@@ -685,17 +687,17 @@ class CuMo(nn.Module):
         x = fill_slots(x, tokens == IMAGE, image_embeds)
         return fill_slots(x, tokens == AUDIO, audio_embeds)
 
-    def routing_losses(self, aux, device):
-        """aux: part -> list of Routing -> {"part/balance": scalar, "part/z": scalar}.
+    def routing_losses(self, routings, device):
+        """routings: part -> list of Routing -> {"part/balance": scalar, "part/z": scalar}.
 
         A part's loss is the mean over its layers (and over scales, in the vision tower); MoE-LLaVA
         sums over those of the decoder. Without experts it is 0.
         """
         losses = {}
-        for part, routings in aux.items():
+        for part, layers in routings.items():
             summed = part == "text" and self.config.text.aux == "sum"
             for kind in ("balance", "z"):
-                per_layer = [getattr(routing, kind) for routing in routings]
+                per_layer = [getattr(routing, kind) for routing in layers]
                 loss = torch.stack(per_layer or [torch.zeros((), device=device)])  # (layers,)
                 losses[f"{part}/{kind}"] = loss.sum() if summed else loss.mean()
         return losses
@@ -799,7 +801,7 @@ def fill_slots(x, is_slot, features):
 # 6. More to see in an image, and fewer tokens for it: S2, and the pixel shuffle
 
 
-def encode_enlarged(tower, images, scale, aux):
+def encode_enlarged(tower, images, scale, routings):
     """images (n, 3, S, S) -> features (n, N, D), read off the images enlarged `scale` times.
 
     The tower knows one size, S. So the enlarged image is cut into scale x scale crops of that
@@ -821,7 +823,7 @@ def encode_enlarged(tower, images, scale, aux):
     crops = crops.reshape(n * scale * scale, 3, size, size)  # (n * scale^2, 3, S, S)
 
     # Each crop is an image like any other.
-    features = tower.encode(crops, aux)  # (n * scale^2, N, D)
+    features = tower.encode(crops, routings)  # (n * scale^2, N, D)
 
     # Lay the crops' maps of features side by side, as the crops lie in the image.
     maps = features.view(n, scale, scale, side, side, -1)  # (n, row, column, y, x, D)
@@ -957,10 +959,10 @@ def run_block(tower, block, *args):
     return block(*args)
 
 
-def collect(routing, aux):
+def collect(routing, routings):
     """Add what a layer tells of its routing to the list, if it has experts and there is a list."""
-    if routing is not None and aux is not None:
-        aux.append(routing)
+    if routing is not None and routings is not None:
+        routings.append(routing)
 
 
 def init_weight(p, name, part):
@@ -1040,26 +1042,26 @@ def average_frames(embeds, frames, may_wait):
     return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
 
 
-def visible_keys(positions, n_keys, window, packed=None):
+def visible_keys(positions, n_keys, window, sample_positions=None):
     """positions (B or 1, T) of the queries -> (B or 1, 1, T, n_keys) bool: what each may look at.
 
     That is the past and itself, and with a sliding window only the nearest `window` of these.
-    packed (B, T): each query's place in its sample. So many keys before it are of that sample; what
-    lies further back is another one's. Two samples, of two tokens and of three:
+    sample_positions (B, T): each query's place in its sample. So many keys before it are of that
+    sample; what lies further back is another one's. Two samples, of two tokens and of three:
 
-        positions   0 1 2 3 4        sees   x . . . .
-        packed      0 1 0 1 2               x x . . .
-                                            . . x . .
-                                            . . x x .
-                                            . . x x x
+        positions          0 1 2 3 4        sees   x . . . .
+        sample_positions   0 1 0 1 2               x x . . .
+                                                   . . x . .
+                                                   . . x x .
+                                                   . . x x x
     """
     keys = torch.arange(n_keys, device=positions.device)
     distance = positions.unsqueeze(-1) - keys  # (B, T, keys): how far back a key lies
     visible = distance >= 0
     if window:
         visible = visible & (distance < window)
-    if packed is not None:
-        visible = visible & (distance <= packed.unsqueeze(-1))  # (B, T, keys)
+    if sample_positions is not None:
+        visible = visible & (distance <= sample_positions.unsqueeze(-1))  # (B, T, keys)
     return visible.unsqueeze(1)
 
 

@@ -85,7 +85,7 @@ from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbo
 # Names mean the same everywhere: args is an Args (section 5), stage a Stage (section 1), name the
 # stage's name (1, 2 or 3; of Uni-MoE's also "2 sound" and so on), device a torch.device.
 
-# Set by torchrun. One process that torchrun started is a group of processes too.
+# Set by torchrun. A single process that torchrun started forms a group, too.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
@@ -206,14 +206,14 @@ def compute_gradients(model, wrapped, micro_batches, totals, coefs, device):
         is_last = i == len(micro_batches) - 1
         with exchange_gradients(wrapped, is_last), autocast(device):
             out = wrapped(**inputs(model, batch, device))
-            share = {name: loss_weight(name, batch, totals, len(micro_batches))
-                     for name in out.parts}
+            share = {term: loss_weight(term, batch, totals, len(micro_batches))
+                     for term in out.parts}
             loss = total_loss(out.parts, *coefs, share)
             # Gradients add up over the micro-batches. Processes take the mean of theirs; what the
             # shares want is the sum.
             (loss * WORLD).backward()
-        for name, value in out.parts.items():
-            losses[name] += share[name] * value.detach()
+        for term, value in out.parts.items():
+            losses[term] += share[term] * value.detach()
         add_loads(loads, out, share)
     return losses, loads
 
@@ -906,7 +906,7 @@ def inputs(model, batch, device):
             given[name] = value.to(device, non_blocking=True)
     if isinstance(model, CuMo):
         # Counted here, where the tokens still are. To count on the device is to wait for it.
-        given["slots"] = CuMo.count_slots(batch["tokens"], batch.get("positions"))
+        given["slots"] = CuMo.count_slots(batch["tokens"], batch.get("sample_positions"))
     return given
 
 

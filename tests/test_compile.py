@@ -75,7 +75,7 @@ def test_the_training_forward_of_every_preset_is_one_graph(preset, dtype, packed
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
         torch.manual_seed(1)
-        out = forward(tokens, images, audio, labels, positions=positions)
+        out = forward(tokens, images, audio, labels, sample_positions=positions)
         out.loss.backward()
         results.append([out.loss.detach(), out.logits.detach()] + [p.grad for n, p in model.named_parameters() if not n.endswith("k.bias")])
     for got, want in zip(results[1], results[0], strict=True):

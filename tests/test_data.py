@@ -862,8 +862,8 @@ def test_packed_rows_hold_every_sample_once_and_its_images_in_order(tokenizer):
     data = encoded(samples, tokenizer)
     items = [data[i] for i in range(9)]
     batch = d.collate_packed(items, 64)
-    assert batch["tokens"].shape == batch["labels"].shape == batch["positions"].shape and batch["tokens"].shape[1] <= 64
-    begins = (batch["positions"] == 0) & (batch["tokens"] != d.PAD)
+    assert batch["tokens"].shape == batch["labels"].shape == batch["sample_positions"].shape and batch["tokens"].shape[1] <= 64
+    begins = (batch["sample_positions"] == 0) & (batch["tokens"] != d.PAD)
     found, images = [], iter(batch["images"])
     for tokens, labels, begin in zip(batch["tokens"], batch["labels"], begins):
         cuts = [*begin.nonzero().flatten().tolist(), int((tokens != d.PAD).sum())]

@@ -546,8 +546,8 @@ def test_packed_samples_do_not_see_each_other(tiny_model):
     model, items = tiny_model(), [item for item in mixed_items() if not len(item["images"])]
     packed = data.collate_packed(items, 40)
     assert len(packed["tokens"]) == 1
-    logits = model(packed["tokens"], positions=packed["positions"]).logits[0]
-    begins = (packed["positions"][0] == 0).nonzero().flatten().tolist()[:len(items)]
+    logits = model(packed["tokens"], sample_positions=packed["sample_positions"]).logits[0]
+    begins = (packed["sample_positions"][0] == 0).nonzero().flatten().tolist()[:len(items)]
     for item, begin in zip(sorted(items, key=lambda item: -len(item["tokens"])), begins, strict=True):
         alone = model(item["tokens"][None]).logits[0]
         torch.testing.assert_close(logits[begin:begin + len(alone)], alone, rtol=1e-5, atol=1e-5)
@@ -556,12 +556,12 @@ def test_packed_samples_do_not_see_each_other(tiny_model):
 
 def test_a_packed_sample_without_an_image_counts_as_a_blank_one(tiny_model):
     model, packed = tiny_model(), data.collate_packed(mixed_items(), 40)
-    counts = CuMo.count_slots(packed["tokens"], packed["positions"])
+    counts = CuMo.count_slots(packed["tokens"], packed["sample_positions"])
     assert counts == [4 * 9, 3, 0] and len(packed["images"]) == 9 + 3
-    model(packed["tokens"], packed["images"][:9], labels=packed["labels"], positions=packed["positions"])        # the model adds its own
+    model(packed["tokens"], packed["images"][:9], labels=packed["labels"], sample_positions=packed["sample_positions"])        # the model adds its own
     for n in (8, 11):
         with pytest.raises(ValueError, match=f"36 IMAGE slots, the images give {4 * n} features"):
-            model(packed["tokens"], packed["images"][:n], positions=packed["positions"])
+            model(packed["tokens"], packed["images"][:n], sample_positions=packed["sample_positions"])
 
 
 def test_text_statistics_are_means_over_all_real_tokens_of_the_batch(tiny_model):
