@@ -31,7 +31,7 @@ def small(preset):
     c = Config.from_preset(preset).to_dict()
     n_text = 4 if any(c["text"]["n_experts"]) else 0
     c["vision"] |= dict(image_size=16, patch_size=8, dim=16, n_layers=2, n_heads=2, ffn_dim=24, n_experts=4)
-    c["connector"] |= dict(n_experts=4)
+    c["connector"] |= dict(n_experts=4, pixel_shuffle=min(2, c["connector"]["pixel_shuffle"]))
     c["text"] |= dict(vocab_size=40, dim=16, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=24, n_experts=n_text)
     if c["audio"]:
         c["audio"] |= dict(n_mels=5, n_frames=12, dim=16, n_layers=1, n_heads=2, ffn_dim=24, n_queries=3)

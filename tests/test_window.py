@@ -485,14 +485,23 @@ def test_a_fault_is_said_and_does_not_stop_the_others(windows, monkeypatch, capf
 # The command line
 
 
+def hear_ctrl_c():
+    """Whoever runs the tests in a shell's background has them, and all that they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_ends_it_in_the_midst_of_an_answer(endless, models, tokenizer, tmp_path):
     save(models["endless"], str(tmp_path / "m"), tokenizer)
     command = [sys.executable, str(ROOT / "generate.py"), "--model", str(tmp_path / "m"), "--device", "cpu", "--serve", "0", "--max-new-tokens", "100000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as p:
-        shown = p.stdout.readline()
-        visitor = begin(int(re.search(r"http://127\.0\.0\.1:(\d+)/  \(Ctrl-C", shown)[1]))
-        p.send_signal(signal.SIGINT)
-        out, err = p.communicate(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          preexec_fn=hear_ctrl_c) as p:
+        try:
+            shown = p.stdout.readline()
+            visitor = begin(int(re.search(r"http://127\.0\.0\.1:(\d+)/  \(Ctrl-C", shown)[1]))
+            p.send_signal(signal.SIGINT)
+            out, err = p.communicate(timeout=60)
+        finally:
+            p.kill()                                # or a test that fails would wait for it for ever
     assert p.returncode == 0 and not err.strip() and not out.strip()
     leave(visitor)
 
