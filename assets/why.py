@@ -204,20 +204,38 @@ def print_table(world, results):
 
 
 def draw_why(everything, png):
-    """A panel for each world: the loss over the number of experts, a thin line for each seed and a
-    thick one for their mean."""
-    page, pen = generate.blank_page(290 * len(everything) + 10, 240)
+    """A panel for each world: a bar for each row's mean loss, and a dot for each seed."""
+    height = 230
+    page, pen = generate.blank_page(generate.WIDTH, height * len(everything))
     for k, (world, results) in enumerate(everything.items()):
-        counts = [n for n in (2, 4, 8, 16) if f"{n} experts" in results]
-        dense = statistics.mean(run["loss"] for run in results["dense"])
-        curves = [("dense, half the arithmetic", "#888888", 2, [(n, dense) for n in counts])]
-        for seed in range(len(results["dense"])):
-            losses = [results[f"{n} experts"][seed]["loss"] for n in counts]
-            curves.append(("", "#a8c8e8", 1, list(zip(counts, losses))))
-        means = [statistics.mean(run["loss"] for run in results[f"{n} experts"]) for n in counts]
-        curves.append(("top-2", generate.EXPERT_COLORS[0], 3, list(zip(counts, means))))
-        high = 1.05 * max(y for *_, points in curves for _, y in points)
-        generate.line_chart(pen, panel(k), curves, TITLES[world], "experts", "loss", (0, high))
+        top = height * k + 44
+        bottom = top + 130
+        generate.label(pen, generate.WIDTH / 2, top - 24, f"{TITLES[world]}: loss on new pictures",
+                       font=generate.FONT)
+
+        # The axis.
+        ticks = generate.round_ticks(0, max(run["loss"] for runs in results.values()
+                                            for run in runs))
+
+        def place(loss):
+            return bottom - (bottom - top) * loss / ticks[-1]
+        for tick in ticks:
+            pen.line((60, place(tick), generate.WIDTH - 20, place(tick)), "#dddddd")
+            pen.text((54, place(tick)), f"{tick:g}", "black", generate.SMALL, anchor="rm")
+
+        # The rows.
+        wide = (generate.WIDTH - 80) / len(results)
+        for i, (row, runs) in enumerate(results.items()):
+            x = 60 + wide * (i + 0.5)
+            losses = [run["loss"] for run in runs]
+            color = "#bbbbbb" if row == "dense" else "#f7b267"
+            pen.rectangle((x - 30, place(statistics.mean(losses)), x + 30, bottom), color)
+            for j, loss in enumerate(losses):
+                dot = x + 14 * (j - (len(losses) - 1) / 2)
+                pen.ellipse((dot - 4, place(loss) - 4, dot + 4, place(loss) + 4), "black")
+            generate.label(pen, x, bottom + 14, row.replace(": ", " "))
+            share = statistics.mean(100 * run["right"] for run in runs)
+            generate.label(pen, x, bottom + 31, f"{share:.0f}% right", "#555555")
     generate.save_png(page, png)
     print(f"wrote {png}")
 
@@ -228,14 +246,14 @@ def draw_losses(logs, png):
     for k, (row, name) in enumerate({"no losses": "no losses", "4 experts": "both losses"}.items()):
         curves = []
         for e in range(4):
-            points = [(log["step"], log["load"]["connector 0"][e]) for log in logs[row]]
+            points = [(log["step"] + 1, log["load"]["connector 0"][e]) for log in logs[row]]
             curves.append((f"{e}", generate.EXPERT_COLORS[e], 2, smooth(points)))
         generate.line_chart(pen, panel(k), curves, f"the connector's experts, {name}", "step",
                             "share", (0, 1))
 
     curves = []
     for k, (row, name) in enumerate({"no z loss": "without z", "4 experts": "with z"}.items()):
-        points = [(log["step"], log["vision/z"]) for log in logs[row]]
+        points = [(log["step"] + 1, log["vision/z"]) for log in logs[row]]
         curves.append((name, generate.EXPERT_COLORS[k], 2, smooth(points)))
     generate.line_chart(pen, panel(2), curves, "the tower's z: how large logits are", "step", "z",
                         (0, max(y for *_, points in curves for _, y in points)))
@@ -249,15 +267,15 @@ def draw_apart(logs, png):
     curves = []
     names = {"vision 0": "tower 0", "vision 1": "1", "vision 2": "2", "connector 0": "connector"}
     for k, (layer, name) in enumerate(names.items()):
-        points = [(log["step"], log["apart"][layer]) for log in logs["4 experts"]]
+        points = [(log["step"] + 1, log["apart"][layer]) for log in logs["4 experts"]]
         curves.append((name, generate.EXPERT_COLORS[k], 2, points))
     generate.line_chart(pen, panel(0), curves, "distance between experts", "step", "")
 
     curves = []
     for k, (row, name) in enumerate({SCRATCH: "from scratch", "4 experts": "upcycled"}.items()):
-        points = [(log["step"], log["lm"]) for log in logs[row]]
+        points = [(log["step"] + 1, log["lm"]) for log in logs[row]]
         curves.append((name, generate.EXPERT_COLORS[k], 2, smooth(points)))
-    generate.line_chart(pen, panel(1), curves, "training loss", "step", "loss")
+    generate.line_chart(pen, panel(1), curves, "training loss", "step", "loss", (0, 3))
     generate.save_png(page, png)
     print(f"wrote {png}")
 
@@ -273,9 +291,10 @@ def read_log(out):
 
 
 def smooth(points, width=10):
-    """Means of `width` points: a batch of 16 pictures is noisy."""
+    """The mean of every `width` points, where the last of them stands: a batch of 16 pictures is
+    noisy."""
     groups = [points[i:i + width] for i in range(0, len(points), width)]
-    return [tuple(map(statistics.mean, zip(*group))) for group in groups]
+    return [(group[-1][0], statistics.mean(y for _, y in group)) for group in groups]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -75,12 +75,15 @@ def test_what_was_measured_is_not_measured_again_and_is_drawn(tmp_path, monkeypa
     monkeypatch.setattr(why, "run", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(sys, "argv", ["why.py", "--worlds", "100", "--seeds", "0,1", "--out", str(tmp_path / "o"),
                                       "--results", str(results)])
-    curves = []
-    monkeypatch.setattr(generate, "line_chart", lambda pen, box, lines, *_: curves.extend(lines))
+    drawn = []
+    rectangle = generate.ImageDraw.ImageDraw.rectangle
+    monkeypatch.setattr(generate.ImageDraw.ImageDraw, "rectangle",
+                        lambda pen, box, color=None, *more: (drawn.append((box, color)), rectangle(pen, box, color, *more)))
     why.main()
     assert "| dense | 0.750 ± 0.707 (0.250, 1.250) | 50.0 ± 0.0 (50.0, 50.0) | 2.00M | 1.00M | 60 |" in capsys.readouterr().out
-    assert [points for _, _, _, points in curves] == [[(2, 0.75), (4, 0.75), (8, 0.75)], [(2, 0.25), (4, 0.25), (8, 0.25)],
-                                                      [(2, 1.25), (4, 1.25), (8, 1.25)], [(2, 0.75), (4, 0.75), (8, 0.75)]]
+    bars = [box for box, color in drawn if color in ("#bbbbbb", "#f7b267")]
+    assert len(bars) == 4 and [color for _, color in drawn].count("#bbbbbb") == 1
+    assert {(bottom - top) / 130 for _, top, _, bottom in bars} == {0.75 / 1.5}       # the axis ends at 1.5
     assert os.path.exists(tmp_path / "o" / "why.png")
 
 
@@ -101,9 +104,9 @@ def test_the_pictures_of_the_losses_show_the_logs_numbers(tmp_path, monkeypatch)
     without, both, z, apart, loss = charts
     for chart in (without, both):
         assert [points[0][1] for *_, points in chart] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert [points[-1] for *_, points in z] == [(34.5, 5.0), (34.5, 2.0)]
-    assert apart[0][3][7] == (7, 0.07) and len(apart) == 4
-    assert [points[0] for *_, points in loss] == [(4.5, -1.0), (4.5, 3.0)]
+    assert [points[-1] for *_, points in z] == [(40, 5.0), (40, 2.0)]
+    assert apart[0][3][7] == (8, 0.07) and len(apart) == 4
+    assert [points[0] for *_, points in loss] == [(10, -1.0), (10, 3.0)]
 
 
 @pytest.mark.parametrize("flags, words", [
