@@ -89,13 +89,15 @@ def draw_architecture():
     ]
 
     # A block: attention, and then the FFN, which becomes a router and experts.
-    for x, fill, shade, where in ((tower, ORANGE, PALE, "× every block"),
-                                  (decoder, BLUE, "#dcebfb", "× every (other) block")):
+    for x, where in ((tower, "× every block"), (decoder, "× every (other) block")):
         pieces += [box(x + 20, 194, 150, 30, "white", "attention"),
                    arrow(x + 95, 194, x + 95, 176),
-                   box(x + 40, 152, 110, 22, shade, "router: 2 of 4", 12),
-                   stack(x + 20, 112, 150, 32, fill, "FFN → 4 experts"),
-                   text(x + 95, 68, where, 11, color=SOFT)]
+                   box(x + 40, 152, 110, 22, PALE, "router: 2 of 4", 12),
+                   stack(x + 20, 112, 150, 32, ORANGE, "FFN → 4 experts"),
+                   text(x + 95, 72, where, 11, color=SOFT)]
+    for x, systems in ((tower + 95, "in CuMo"), (connector + 75, "in CuMo"),
+                       (decoder + 95, "in MoE-LLaVA and Uni-MoE")):
+        pieces.append(text(x, 57, systems, 11, bold=True))
     pieces += [box(connector + 20, 152, 110, 22, PALE, "router: 2 of 4", 12),
                stack(connector + 12, 112, 126, 32, ORANGE, "MLP → 4 experts"),
                text(connector + 75, 206, "makes of each patch", 12),
@@ -112,11 +114,11 @@ def draw_architecture():
                arrow(decoder + 110, 268, decoder + 110, 244)]
 
     # What the colors say.
-    for x, fill, words in ((100, ORANGE, "become experts in CuMo"),
-                           (330, BLUE, "become experts in MoE-LLaVA and Uni-MoE")):
-        pieces += [box(x, 318, 16, 14, fill), text(x + 24, 330, words, 12, "start")]
-    pieces += [box(650, 318, 16, 14, "white", dashed=True),
-               text(674, 330, "Uni-MoE only", 12, "start")]
+    pieces += [box(100, 318, 16, 14, ORANGE),
+               text(124, 330, "FFNs that become experts, in the systems named above them", 12,
+                    "start"),
+               box(560, 318, 16, 14, "white", dashed=True),
+               text(584, 330, "only in Uni-MoE, which also hears", 12, "start")]
     return page(346, *pieces)
 
 
@@ -167,7 +169,7 @@ def draw_upcycling():
 
 # A part of the model, as train.py calls it -> what the picture calls it.
 PARTS = {"vision": "vision tower", "connector": "connector", "audio": "ear",
-         "resampler": "resampler", "text.ffn": "decoder’s FFNs", "text.router": "their routers",
+         "resampler": "resampler", "text.ffn": "decoder’s FFNs", "text.router": "decoder’s routers",
          "text": "rest of decoder"}
 RECIPES = {"cumo": "CuMo", "moe-llava": "MoE-LLaVA", "uni-moe": "Uni-MoE"}
 COLORS = {"": "white", "frozen": GREY, "trains": BLUE, "LoRA": "#dcebfb", "experts": ORANGE,
@@ -221,7 +223,10 @@ def draw_stages():
     pieces.append(text(WIDTH / 2, bottom + 20, "grey: frozen.  Blue: trains, dense.  Orange: trains, "
                        "as experts.  LoRA: only thin matrices beside the weights train.", 12,
                        color=SOFT))
-    return page(bottom + 34, *pieces)
+    pieces.append(text(WIDTH / 2, bottom + 38, "Small print: what a stage learns from. Caption: "
+                       "descriptions.  Chat: questions and answers.  Mixed: images and sounds.",
+                       12, color=SOFT))
+    return page(bottom + 52, *pieces)
 
 
 FIGURES = {"architecture.svg": draw_architecture, "upcycling.svg": draw_upcycling,

@@ -27,11 +27,12 @@ def fresh():
 
 
 def small(preset):
-    """The preset's structure (scales, experts, grouped queries, what runs where) at the smallest sizes."""
+    """The preset's structure (scales, experts, grouped queries, what runs where) at the smallest sizes; an image takes 4 tokens."""
     c = Config.from_preset(preset).to_dict()
     n_text = 4 if any(c["text"]["n_experts"]) else 0
-    c["vision"] |= dict(image_size=16, patch_size=8, dim=16, n_layers=2, n_heads=2, ffn_dim=24, n_experts=4)
-    c["connector"] |= dict(n_experts=4, pixel_shuffle=min(2, c["connector"]["pixel_shuffle"]))
+    shuffle = min(2, c["connector"]["pixel_shuffle"])
+    c["vision"] |= dict(image_size=16 * shuffle, patch_size=8, dim=16, n_layers=2, n_heads=2, ffn_dim=24, n_experts=4)
+    c["connector"] |= dict(n_experts=4, pixel_shuffle=shuffle)
     c["text"] |= dict(vocab_size=40, dim=16, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=24, n_experts=n_text)
     if c["audio"]:
         c["audio"] |= dict(n_mels=5, n_frames=12, dim=16, n_layers=1, n_heads=2, ffn_dim=24, n_queries=3)
@@ -66,11 +67,12 @@ def test_the_training_forward_of_every_preset_is_one_graph(preset, dtype, packed
     audio = None
     if model.audio:
         tokens[1, 4:7], audio = AUDIO, torch.randn(1, 5, 12).to(dtype)
-    images = torch.cat([torch.randn(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)]).to(dtype)          # the second row has none
+    side = model.config.vision.image_size
+    images = torch.cat([torch.randn(1, 3, side, side), torch.zeros(1, 3, side, side)]).to(dtype)  # the second row has none
     labels = torch.where(tokens >= 0, tokens, -100)
     positions = torch.cat([torch.arange(9), torch.arange(7)]).expand(2, -1) if packed else None
     if packed:                                                                     # a blank one for each of three samples without an image
-        images = torch.cat([images, torch.zeros(2, 3, 16, 16)])
+        images = torch.cat([images, torch.zeros(2, 3, side, side)])
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
@@ -104,7 +106,7 @@ def test_nothing_in_a_step_or_in_decoding_waits_for_the_device(preset):
             moe.backend = "grouped"                                                # the one for CUDA
         model.config.text.noisy, model.config.text.capacity_factor = True, 1.5
         model.text.apply_expert_limits()
-        tokens, images = torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, 3, 16, 16)
+        tokens, images = torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, 3, *[model.config.vision.image_size] * 2)
         for question, error in ((lambda: tokens.sum().item(), DataDependentOutputException),
                                 (lambda: tokens[tokens > 0], DynamicOutputShapeException)):
             with pytest.raises(error):                                             # it would be seen
