@@ -55,13 +55,16 @@ def test_without_a_balance_loss_one_expert_gets_everything_and_with_it_nobody_is
         assert [float(n) for n in numbers.split(",")] == pytest.approx(got, abs=0.1)
 
 
-def test_upcycling_the_shipped_backbones_changes_nothing():
-    assert run(snippet_with("load_backbones")) == ["True"]
+def test_upcycling_the_shipped_backbones_changes_nothing_and_a_shifted_expert_changes_later_tokens():
+    unchanged, shifted = run(snippet_with("load_backbones"))
+    assert unchanged == "True"
+    assert eval(shifted) == [False, True, True, True, True, True] and shifted in TEXT
 
 
 def test_four_of_eight_tokens_are_dropped_at_capacity_factor_one():
     one, two = (eval(line) for line in run(snippet_with("capacity_factor=1.0")))
-    assert [w > 0 for w in one] == [True] * 4 + [False] * 4 and all(w > 0 for w in two)
+    assert [w > 0 for token in one for w in token] == [True, True] * 4 + [False, False] * 4
+    assert len(two) == 8 and all(w > 0 for token in two for w in token)
 
 
 def test_the_reader_of_the_log_reads_what_a_run_writes(tmp_path):
@@ -109,9 +112,18 @@ def test_every_file_and_picture_that_is_named_is_there():
         assert (ROOT / path).exists(), path
 
 
+def test_every_link_inside_the_page_leads_to_a_heading():
+    text = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert len(set(anchors)) == len(anchors)
+    links = re.findall(r"\]\(#([^)]+)\)", text)
+    assert links and not set(links) - set(anchors)
+
+
 def test_every_function_of_the_papers_tables_is_there():
     import importlib
-    tables = TEXT[TEXT.index("## From the papers"):TEXT.index("## MoE-LLaVA and Uni-MoE")]
+    tables = TEXT[TEXT.index("## From the papers"):TEXT.index("## Where this differs")]
     for module, name in re.findall(r"`(kernels|model|upcycle|generate)\.(\w+)", tables):
         assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
