@@ -1150,7 +1150,12 @@ def return_to_best(args, stage, model, optimizer, experts, counts):
         say(f"stage {stage.name}: no loss on held-out data was a number: the last weights are kept")
         return
     if best < stage.steps:
-        read_checkpoint(model, optimizer, experts, checkpoint_path(args, best))
+        path = checkpoint_path(args, best)
+        try:
+            read_checkpoint(model, optimizer, experts, path)
+        except ValueError as e:
+            raise ValueError(f"{e}. It holds the best weights. Put it back; or delete {path}, and "
+                             "--resume keeps the best of the last steps instead") from None
     say(f"stage {stage.name}: the weights after step {best} are kept, whose loss on held-out data "
         f"is the lowest, {counts['best loss']:.4f}")
 
@@ -1800,10 +1805,21 @@ def resume(args, stage, model, optimizer, experts):
             say(f"{e}; the checkpoint before it will do, if there is one")
             continue
         say(f"stage {stage.name}: going on after step {saved['step']} of {stage.steps}")
-        return saved["step"], Counter(saved["counts"])
+        return saved["step"], counts_of(args, saved)
     if damage is not None:
         raise damage
     return new
+
+
+def counts_of(args, saved):
+    """A checkpoint's counts. If the best weights are gone, then without what they count."""
+    counts = Counter(saved["counts"])
+    best = checkpoint_path(args, counts["best step"])
+    if counts["best step"] and not Path(best, "run.json").exists():
+        say(f"{best}, which held the best weights, is gone: those that come from here on are "
+            "compared with each other only")
+        del counts["best step"], counts["best loss"]
+    return counts
 
 
 def checkpoints(out):

@@ -244,6 +244,29 @@ def test_keep_best_saves_the_weights_of_the_lowest_held_out_loss_also_when_resum
     assert rows(tmp_path / "o") == rows(whole) and same(weights(tmp_path / "o"), saved)
 
 
+def test_a_run_whose_best_weights_are_damaged_says_what_to_do_and_then_ends(base, folder, tmp_path, monkeypatch, capsys, diverging):  # noqa: F811
+    out = tmp_path / "o"
+    argv = ["--stage", 3, "--dense", "--data", folder / "a.json", "--images", folder, "--val-fraction", 0.2, "--val-every", 2, "--steps", 6,
+            "--batch-size", 2, "--save-every", 5, "--keep-best"]
+
+    def damage(*args):
+        best, _ = sorted(train.checkpoints(out))                                   # and the newest, that of step 5
+        os.truncate(best / "__0_0.distcp", 100)
+        return real(*args)
+    real = train.return_to_best
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "return_to_best", damage)
+        with pytest.raises(ValueError, match="It holds the best weights.*or delete .*checkpoint.*--resume") as e:
+            run(base, out, *argv)
+    best, _ = sorted(train.checkpoints(out))
+    assert "\n" not in str(e.value) and f"delete {best}," in str(e.value)
+    shutil.rmtree(best)
+    train.main(["--resume", "--out", str(out)])
+    text = capsys.readouterr().out
+    assert f"{best}, which held the best weights, is gone" in text and "the weights after step 6 are kept" in text
+    assert all(torch.equal(weights(out)[name], w) for name, w in diverging[-1].items())
+
+
 def test_the_folder_that_we_are_in_can_be_out_and_keeps_its_checkpoint(base, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
