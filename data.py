@@ -435,9 +435,10 @@ class Batches:
         chosen = []
         end = 0.0
         for source, share in enumerate(self.shares):
-            # Rounded so that all counts sum to n.
+            # Rounded so that all counts sum to n. Always upwards from a half: round() goes to the
+            # even number, which would leave nothing between 1.5 and 2.5.
             begin, end = end, end + share
-            count = round(self.n * end) - round(self.n * begin)
+            count = math.floor(self.n * end + 0.5) - math.floor(self.n * begin + 0.5)
             members = (sources == source).nonzero().flatten()
 
             # The epochs before have taken number * count from the row of shuffles.

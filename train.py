@@ -441,6 +441,11 @@ def files_and_weights(texts):
         weights.append(weight)
     if weights and len(weights) < len(files):
         raise ValueError(f"--data {' '.join(texts)}: give each file a weight, or none")
+
+    # What is held out of the one would be learnt from the other.
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise ValueError(f"--data {' '.join(texts)}: names a file twice; give it once, with a "
+                         "larger weight")
     return files, weights or None
 
 
@@ -1145,7 +1150,12 @@ def return_to_best(args, stage, model, optimizer, experts, counts):
         say(f"stage {stage.name}: no loss on held-out data was a number: the last weights are kept")
         return
     if best < stage.steps:
-        read_checkpoint(model, optimizer, experts, checkpoint_path(args, best))
+        path = checkpoint_path(args, best)
+        try:
+            read_checkpoint(model, optimizer, experts, path)
+        except ValueError as e:
+            raise ValueError(f"{e}. It holds the best weights. Put it back; or delete {path}, and "
+                             "--resume keeps the best of the last steps instead") from None
     say(f"stage {stage.name}: the weights after step {best} are kept, whose loss on held-out data "
         f"is the lowest, {counts['best loss']:.4f}")
 
@@ -1388,7 +1398,10 @@ def check_shares(args, files, order):
     for i, share in enumerate(order["shares"]):
         n = order["sources"].count(i)
         n_drawn = share * n_epoch
-        if n == 0 or n_drawn < 1:
+        if n == 0:
+            raise ValueError(f"--data {args.data[i]}: all its samples are held out, and none is "
+                             "left to learn from; give a smaller --val-fraction, or --val")
+        if n_drawn < 1:
             raise ValueError(f"--data {args.data[i]}: gives no sample to an epoch of {n_epoch}: "
                              "give it a larger weight, or leave it out")
         say(f"{files[i]}: {share:.1%} of an epoch, {n_drawn / n:.3g} times its {n} samples")
@@ -1792,10 +1805,21 @@ def resume(args, stage, model, optimizer, experts):
             say(f"{e}; the checkpoint before it will do, if there is one")
             continue
         say(f"stage {stage.name}: going on after step {saved['step']} of {stage.steps}")
-        return saved["step"], Counter(saved["counts"])
+        return saved["step"], counts_of(args, saved)
     if damage is not None:
         raise damage
     return new
+
+
+def counts_of(args, saved):
+    """A checkpoint's counts. If the best weights are gone, then without what they count."""
+    counts = Counter(saved["counts"])
+    best = checkpoint_path(args, counts["best step"])
+    if counts["best step"] and not Path(best, "run.json").exists():
+        say(f"{best}, which held the best weights, is gone: those that come from here on are "
+            "compared with each other only")
+        del counts["best step"], counts["best loss"]
+    return counts
 
 
 def checkpoints(out):
@@ -1855,7 +1879,8 @@ def tensors_of(state, experts):
 
 
 def checkpoint_path(args, step):
-    return os.path.join(args.out, "checkpoint", str(step))
+    # Spelled as `checkpoints` does, also where --out is the folder that we are in.
+    return str(Path(args.out, "checkpoint", str(step)))
 
 
 def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
@@ -2699,6 +2724,7 @@ def check_model(args, stage, model, tokenizer, source):
     config = model.config
     if args.stage is None:
         data.check_end_mark(tokenizer, args.template or config.template)  # not first in stage 2
+    check_decoder_rates(args, config)
     if args.pixel_shuffle not in (None, config.connector.pixel_shuffle):
         raise ValueError(f"--pixel-shuffle {args.pixel_shuffle}: the connector of {source} was "
                          f"trained with {config.connector.pixel_shuffle}; only stage 1 makes a new "
@@ -2710,6 +2736,16 @@ def check_model(args, stage, model, tokenizer, source):
                          "WHISPER_DIR")
     if args.recipe != "cumo" and not args.dense and not any(config.text.n_experts):
         decoder_experts(args, config.text.n_layers)  # a wrong placement stops stage 1 already
+
+
+def check_decoder_rates(args, config):
+    """Does the decoder have the experts that --lr names, or get them in a later stage?"""
+    named = {"text.moe", "text.router"} & read_rates(args.lr).keys()
+    makes_experts = any(settings(args, name).has_experts for name in stages_of(args))
+    gets_some = makes_experts and "text" in expert_parts(args)
+    if named and not gets_some and not any(config.text.n_experts):
+        raise ValueError(f"--lr {args.lr}: the decoder has no experts, and gets none: leave "
+                         f"{' and '.join(sorted(named))} out, or see --experts-in")
 
 
 def check_experts(args, config):

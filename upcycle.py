@@ -1148,6 +1148,9 @@ def with_image_mark(tokenizer, config):
     if tokenizer is None:
         raise ValueError("hf-llava: <image> must be a token, and there is no tokenizer; give one "
                          "with --tokenizer")
+    if data.TEMPLATES[config.template].marks_only:
+        raise ValueError(f"hf-llava: the template {config.template} leaves questions out, and a "
+                         "chat has some; give another one with --template")
     data.check_end_mark(tokenizer, config.template)
     marked = Tokenizer.from_str(tokenizer.to_str())
     marked.add_special_tokens(["<image>"])

@@ -528,6 +528,12 @@ def test_transformers_reads_the_llava_that_is_written(hf, tiny_model, kind, n_wo
     assert same(load(tmp_path / "twice")[0], again)
 
 
+def test_a_template_without_questions_is_no_chat_template(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="template plain leaves questions out.*--template"):
+        save(tiny_model(template="plain"), tmp_path / "o", words(), layout="hf-llava")
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize("template, aspect", [("vicuna", "pad"), ("mistral", "crop"), ("chatml", "pad"), ("llama3", "pad")])
 def test_transformers_processor_makes_our_prompts_and_pictures(hf, tiny_model, template, aspect, tmp_path):
     t = sys.modules["transformers"] if hf("llava") else None

@@ -87,6 +87,16 @@ def test_an_epoch_of_a_mixture_has_its_shares_and_every_sample_of_a_source_equal
     assert all(len(set(batch)) > 1 for batch in first)                             # no step has one source alone
 
 
+@pytest.mark.parametrize("weights", [(1.5, 1, 1.5), (2.5, 1, 1, 1.5), (0.5, 1, 2, 0.5), (1,) * 10])
+def test_every_file_with_a_share_of_one_sample_gives_one(weights):
+    """Rounding to even would give nothing to what lies between 1.5 and 2.5."""
+    n = round(sum(weights))
+    sources = [i % len(weights) for i in range(n * len(weights))]
+    batches = d.Batches(n, n, n, sources=sources, shares=[weight / sum(weights) for weight in weights])
+    drawn = [sources[i] for i in batches.mixture(0).tolist()]
+    assert len(drawn) == n and all(drawn.count(i) >= weight - 0.5 for i, weight in enumerate(weights))
+
+
 @pytest.mark.parametrize("lengths", [None, [i % 7 for i in range(90)]])
 def test_a_mixture_goes_on_exactly_and_is_the_same_for_any_number_of_processes(lengths):
     kw = dict(seed=5, lengths=lengths, sources=[i % 3 for i in range(90)], shares=[0.2, 0.2, 0.6])
@@ -234,6 +244,39 @@ def test_keep_best_saves_the_weights_of_the_lowest_held_out_loss_also_when_resum
     assert rows(tmp_path / "o") == rows(whole) and same(weights(tmp_path / "o"), saved)
 
 
+def test_a_run_whose_best_weights_are_damaged_says_what_to_do_and_then_ends(base, folder, tmp_path, monkeypatch, capsys, diverging):  # noqa: F811
+    out = tmp_path / "o"
+    argv = ["--stage", 3, "--dense", "--data", folder / "a.json", "--images", folder, "--val-fraction", 0.2, "--val-every", 2, "--steps", 6,
+            "--batch-size", 2, "--save-every", 5, "--keep-best"]
+
+    def damage(*args):
+        best, _ = sorted(train.checkpoints(out))                                   # and the newest, that of step 5
+        os.truncate(best / "__0_0.distcp", 100)
+        return real(*args)
+    real = train.return_to_best
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "return_to_best", damage)
+        with pytest.raises(ValueError, match="It holds the best weights.*or delete .*checkpoint.*--resume") as e:
+            run(base, out, *argv)
+    best, _ = sorted(train.checkpoints(out))
+    assert "\n" not in str(e.value) and f"delete {best}," in str(e.value)
+    shutil.rmtree(best)
+    train.main(["--resume", "--out", str(out)])
+    text = capsys.readouterr().out
+    assert f"{best}, which held the best weights, is gone" in text and "the weights after step 6 are kept" in text
+    assert all(torch.equal(weights(out)[name], w) for name, w in diverging[-1].items())
+
+
+def test_the_folder_that_we_are_in_can_be_out_and_keeps_its_checkpoint(base, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 2)
+        run(base, ".", "--stage", 3, "--steps", 3, "--batch-size", 2)
+    assert len(train.complete_checkpoints(".")) == 1
+    train.main(["--resume", "--out", "."])
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Packed rows
 
@@ -277,6 +320,8 @@ WRONG = {                                            # flags -> words that the o
     "--data missing.json:inf": "'inf' is no weight",
     "--data FOLDER/a.json:1 FOLDER/b.json:-1": "'-1' is no weight",
     "--data FOLDER/a.json:2 FOLDER/b.json": "give each file a weight, or none",
+    "--data FOLDER/a.json FOLDER/a.json": "names a file twice; give it once",
+    "--data FOLDER/a.json:1 FOLDER/./a.json:2 --val-fraction 0.2": "names a file twice; give it once",
     "--keep-best": "--keep-best does nothing without --val or --val-fraction",
     "--scales 1,3": "--scales does nothing without --vision",
     "--vision A --llm B --scales 1,x": "--scales 1,x: whole numbers from 1 to 16",
@@ -301,6 +346,21 @@ def test_what_only_the_model_or_the_data_can_tell_is_one_line_too(base, folder):
     args = train.parse(["--data", f"{folder / 'a.json'}:1000", f"{folder / 'b.json'}:1", "--images", str(folder)])
     with pytest.raises(ValueError, match="b.json:1: gives no sample to an epoch of 20"):
         train.load_samples(args, train.settings(args, 3), model.config, tokenizer)
+    args = train.parse(["--data", f"{folder / 'a.json'}:1", f"{folder / 'b.json'}:1", "--images", str(folder), "--val-fraction", "0.9"])
+    with pytest.raises(ValueError, match="all its samples are held out.*smaller --val-fraction"):
+        train.load_samples(args, train.settings(args, 3), model.config, tokenizer)
+
+
+@pytest.mark.parametrize("argv, refused", [("--lr text.moe=1e-3", True), ("--lr text.router=1e-3 --recipe moe-llava", False),
+                                           ("--lr text=1e-3,text.router=1e-3 --recipe moe-llava --dense", True),
+                                           ("--lr text.router=1e-3 --experts-in vision,text", False)])
+def test_a_rate_for_experts_that_the_decoder_never_gets_stops_the_first_stage(argv, refused):
+    args = train.parse(argv.split())
+    stage = train.settings(args, 1)
+    if not refused:
+        return train.load_model(args, stage, train.BACKBONES, None)
+    with pytest.raises(ValueError, match="the decoder has no experts, and gets none"):
+        train.load_model(args, stage, train.BACKBONES, None)
 
 
 @pytest.mark.parametrize("scales", ["1,x", "0", "", "1;3"])
