@@ -2020,13 +2020,14 @@ def check_mixtral(text):
 def check_senses(config, layout):
     """Raise ValueError where the layout writes a tower and the model has none, or where it has no
     place for the model's ear, its experts or its scales."""
-    if config.audio and layout in ("cumo", "moe-llava", "hf-llava"):
+    is_whole = layout in ("cumo", "moe-llava", "hf-llava")  # tower, connector and decoder
+    if config.audio and is_whole:
         raise ValueError(f"the layout {layout} has no place for an ear, and this model hears; "
                          "write it as own (hf-llm: the decoder alone)")
-    if config.vision is None and layout in ("cumo", "moe-llava", "hf-llava", "hf-clip"):
+    if config.vision is None and (is_whole or layout == "hf-clip"):
         raise ValueError(f"a language model alone has no tower to write as {layout}; --to hf-llm "
                          "writes the decoder")
-    if layout in ("cumo", "moe-llava", "hf-llava") and (
+    if is_whole and (
             tower_kind(config.vision) != "clip_vision_model"
             or config.vision.image_aspect == "stretch" or config.connector.pixel_shuffle > 1):
         raise ValueError(f"the layout {layout} has CLIP's tower and a token for each patch, and "

@@ -133,16 +133,13 @@ def begin_otherwise(row, seed, out):
 
 def numbers_of(out, world, seed):
     """-> {"loss", "right", "parameters", "activated", "seconds"} of a finished run."""
-    with open(os.path.join(out, "scores.jsonl")) as f:
-        scores = json.loads(f.read().splitlines()[-1])["scores"]
+    scores = generate.log_rows(os.path.join(out, "scores.jsonl"))[-1]["scores"]
     # Nobody can know the names of unknown pictures: they are a control.
     scores.pop("unknown", None)
     right, asked = (sum(column) for column in zip(*scores.values()))
 
-    with open(os.path.join(out, "log.jsonl")) as f:
-        steps = [row for row in map(json.loads, f) if "seconds" in row]
-
     # What a step takes in quiet moments, since other programs may run too.
+    steps = read_log(out)
     quick = sorted(row["seconds"] for row in steps)[len(steps) // 20]
 
     model, tokenizer = load(out)
@@ -286,8 +283,8 @@ def panel(k):
 
 
 def read_log(out):
-    with open(os.path.join(out, "log.jsonl")) as f:
-        return [row for row in map(json.loads, f) if "lm" in row]
+    """A row for each step."""
+    return [row for row in generate.log_rows(os.path.join(out, "log.jsonl")) if "lm" in row]
 
 
 def smooth(points, width=10):

@@ -93,9 +93,9 @@ def test_the_pictures_of_the_losses_show_the_logs_numbers(tmp_path, monkeypatch)
         with open(tmp_path / "log.jsonl", "w") as f:
             for step in range(40):
                 names = ("vision 0", "vision 1", "vision 2", "connector 0")
-                print(json.dumps({"step": step, "lm": 3.0 - k, "vision/z": 2.0 + k, "apart": dict.fromkeys(names, step / 100),
+                print(json.dumps({"stage": 3, "step": step, "lm": 3.0 - k, "vision/z": 2.0 + k, "apart": dict.fromkeys(names, step / 100),
                                   "load": {"connector 0": [0.1, 0.2, 0.3, 0.4]}}), file=f)
-            print(json.dumps({"step": 39, "val_loss": 1.0}), file=f)
+            print(json.dumps({"stage": 3, "step": 39, "val_loss": 1.0}), file=f)
         logs[row] = why.read_log(tmp_path)
     charts = []
     monkeypatch.setattr(generate, "line_chart", lambda pen, box, lines, title, *_: charts.append(lines))
