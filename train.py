@@ -77,8 +77,9 @@ from tqdm import tqdm
 import data
 import generate
 from data import N_FACTS, TEMPLATES
-from model import (IGNORE, PAD, PRESETS, Config, Connector, CuMo, MoE, add_lora, choose_trainable,
-                   count_parameters, merge_state, part_parameters, plain_name, total_loss)
+from model import (IGNORE, PAD, PRESETS, Config, Connector, CuMo, MoE, SenseBlock, add_lora,
+                   choose_trainable, count_parameters, merge_state, part_parameters, plain_name,
+                   total_loss)
 from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json,
                      read_scales, save, upcycle, write_atomically, write_json)
 
@@ -180,7 +181,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
                 counts["skipped in a row"] = 0
             else:
                 skip_step(args, stage, step, losses["loss"], norm, counts)
-            optimizer.zero_grad(set_to_none=True)
+            clear_gradients(args, model, optimizer)
 
             # 5. Log; now and then also the loss on held-out data.
             log.write(step, losses, loads, apart, lr, norm, totals.images, begin, waited)
@@ -610,6 +611,9 @@ class Args:
     compile: bool | None = flag(
         None, "torch.compile the blocks; default: on CUDA, but not for the tiny presets "
         "(a short run ends before it pays)")
+    cuda_graphs: bool = flag(
+        False, "record the kernels of the tower's blocks once and replay them: faster where the "
+        "CPU cannot launch them in time; wants as many pictures in every micro-batch")
     checkpointing: bool = flag(
         False, "activation checkpointing: less memory, a third more arithmetic")
     fsdp: bool | None = flag(
@@ -637,8 +641,8 @@ class Args:
 # A resumed run may change how it computes, not what. All flags but these, and all values of the
 # stage but its micro-batch, must be as they were when the checkpoint was written.
 FREE = {"out", "resume", "stage", "images", "val", "val_every", "strict", "workers",
-        "eval_questions", "micro_batch", "device", "compile", "checkpointing", "fsdp",
-        "expert_parallel", "save_every", "plan", "gpus", "gpu_gb", "peak_tflops", "mfu"}
+        "eval_questions", "micro_batch", "device", "compile", "cuda_graphs", "checkpointing",
+        "fsdp", "expert_parallel", "save_every", "plan", "gpus", "gpu_gb", "peak_tflops", "mfu"}
 
 
 def parse(argv=None):
@@ -794,8 +798,23 @@ def set_up(args, stage, model, device, later):
     wrapped = distribute(args, model, device, later)
     groups = parameter_groups(args, stage, model)
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, fused=device.type == "cuda")
+    clear_gradients(args, model, optimizer)
     model.train()
     return experts, wrapped, optimizer
+
+
+def clear_gradients(args, model, optimizer):
+    """Forget all gradients. With --cuda-graphs, some begin as zeros instead of as nothing.
+
+    A replayed graph writes its gradients to the same place each time. A weight without a gradient
+    would take that place for its own, and the next micro-batch would write over it; to zeros the
+    gradient is added.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    if args.cuda_graphs:
+        for block in blocks_to_replay(model):
+            for p in block.parameters():
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
 
 
 def set_lr(optimizer, step, steps, warmup):
@@ -2071,7 +2090,7 @@ def distribute(args, model, device, later=()):
         model.checkpointing()
     blocks = blocks_of(model)
     if args.compile:
-        compile_blocks(model, blocks)
+        compile_blocks(args, model, blocks)
     if not LAUNCHED:
         return model
     if args.fsdp:
@@ -2085,7 +2104,13 @@ def blocks_of(model):
     return [block for m in model.modules() if type(m) is nn.ModuleList for block in m]
 
 
-def compile_blocks(model, blocks):
+def blocks_to_replay(model):
+    """What --cuda-graphs is for: the blocks of the senses, which get pictures or sounds of one size.
+    (Sentences have a new length each time.)"""
+    return [block for block in blocks_of(model) if isinstance(block, SenseBlock)]
+
+
+def compile_blocks(args, model, blocks):
     """torch.compile each block by itself.
 
     The second length (or number of images) that it meets makes torch write a graph for all of them,
@@ -2094,8 +2119,15 @@ def compile_blocks(model, blocks):
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    # A compiled block is some twenty kernels, which the CPU launches one by one. A CUDA graph is a
+    # recording of them, which is launched as one.
+    replayed = set(blocks_to_replay(model)) if args.cuda_graphs else set()
     for block in blocks:
-        block.compile()
+        block.compile(mode="reduce-overhead" if block in replayed else None)
+    if replayed:
+        # What the graphs wrote in the pass before may now be overwritten.
+        model.register_forward_pre_hook(
+            lambda *_: torch.compiler.cudagraph_mark_step_begin())
     for module in model.modules():
         if isinstance(module, Connector):
             # There is one: better one graph for all lengths at once.
@@ -2177,7 +2209,10 @@ def prepare_device(args):
         keep_pages()
     if args.compile is None:
         # On a CPU, or with tiny models, a whole run is shorter than the compilation of its stages.
-        args.compile = name == "cuda" and args.preset not in DRAWN
+        args.compile = name == "cuda" and (args.cuda_graphs or args.preset not in DRAWN)
+    if args.cuda_graphs and not (name == "cuda" and args.compile):
+        raise ValueError("--cuda-graphs replays what torch.compile wrote for a GPU: it goes with "
+                         "--device cuda and without --no-compile")
     return torch.device(name)
 
 
@@ -2706,6 +2741,9 @@ def check_expert_flags(args):
     if n > 1 and args.fsdp:
         raise ValueError("--expert-parallel and --fsdp are two ways to shard the same weights: "
                          "give one of them")
+    if args.cuda_graphs and (args.fsdp or args.checkpointing or n > 1):
+        raise ValueError("--cuda-graphs wants all weights and activations to stay in place: leave "
+                         "--fsdp, --checkpointing and --expert-parallel out")
     if world % n:
         raise ValueError(f"--expert-parallel {n}: {world} process(es) cannot form groups of {n}")
     if args.stage is None and not args.dense and any(number % n for number in numbers):

@@ -3,6 +3,7 @@
     python tests/bench.py layers                    a MoE layer, against a dense FFN of equal FLOPs
     python tests/bench.py step --preset tiny        a step of stage 3, against a dense model's and
                                                     the released code's way
+    python tests/bench.py profile --preset cumo-1b  what takes a step's time on a GPU
     python tests/bench.py pack                      samples of mixed lengths, packed and padded
     python tests/bench.py decode cumo-mistral-7b    decoding, against the memory's bandwidth
     python tests/bench.py images                    reading images, against Pillow's bare work
@@ -14,6 +15,7 @@ import functools
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -240,6 +242,9 @@ def bench_layer(name: str, layer: Layer, device: str, dtype: torch.dtype, speed:
         layer = layer._replace(n_images=20 * layer.n_images)
     act = "silu" if layer.gated else "gelu"
     x, logits, weights = random_layer(layer, 4, device, dtype)
+    # The layer before was of another size, and torch.compile would write kernels for any size now,
+    # which are slower.
+    torch._dynamo.reset()
     rows, leaves = layer_rows(x, logits, weights, act, args.compile, layer.gated)
 
     # the gradient that comes from behind, for the dense row twice as long
@@ -356,18 +361,19 @@ def step_runs(name: str, config: Config, stage: train.Stage, args, batch: dict, 
     params = [p for p in model.parameters() if p.requires_grad]
     on_cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(params, lr=1e-5, fused=on_cuda)
-    model = train.distribute(args, model, device)
+    call = train.distribute(args, model, device)
+    train.clear_gradients(args, model, optimizer)
 
     slots = CuMo.count_slots(batch["tokens"])
 
     def step():
         for _ in range(n_micro):
             with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
-                loss = model(**batch, slots=slots).loss
+                loss = call(**batch, slots=slots).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
+        train.clear_gradients(args, model, optimizer)
 
     def released():
         with mock.patch("kernels.moe_ffn", as_released), \
@@ -393,27 +399,35 @@ def time_steps(runs: dict, device, repeat: int) -> dict:
         try:
             seconds |= median_seconds({name: run}, "cuda", repeat, calls=1)
             peak = torch.cuda.max_memory_allocated() / 1e9
-            print(f"{name}: {seconds[name]:.3f} s, at the most {peak:.2f} GB of GPU memory",
-                  flush=True)
+            reserved = torch.cuda.max_memory_reserved() / 1e9
+            print(f"{name}: {seconds[name]:.3f} s, at the most {peak:.2f} GB of GPU memory in use, "
+                  f"{reserved:.2f} GB reserved", flush=True)
         except torch.OutOfMemoryError:
             print(f"{name}: more memory than this GPU has")
     return seconds
 
 
-def bench_step(args):
-    """Seconds of a step of stage 3, on data that lies in memory."""
+def prepare_step(args):
+    """train.py's flags -> the device, stage 3, its model with experts, and how many micro-batches
+    a step has."""
     if args.expert_parallel > 1:
         raise ValueError("step times experts that are all on one process: "
                          "leave --expert-parallel out")
-    n_steps = args.steps or 5
     if args.batch_size is None and args.micro_batch is not None:
         args.batch_size = args.micro_batch  # one micro-batch; with --batch-size, so many as it has
     device = train.prepare_device(args)
     stage = train.settings(args, 3)
     n_micro = stage.batch_size // stage.micro_batch
     config, _ = train.planned(args, stage)
-    dense, _ = train.planned(args, dataclasses.replace(stage, has_experts=False))
     torch.manual_seed(args.seed)
+    return device, stage, config, n_micro
+
+
+def bench_step(args):
+    """Seconds of a step of stage 3, on data that lies in memory."""
+    n_steps = args.steps or 5
+    device, stage, config, n_micro = prepare_step(args)
+    dense, _ = train.planned(args, dataclasses.replace(stage, has_experts=False))
     batch = a_batch(args, stage, config, device)
     n_tokens = batch["tokens"].shape[1]
 
@@ -442,6 +456,48 @@ def bench_step(args):
         reached = works[name] * n_micro / t
         print(f"{name:16} {t:8.3f} {rows / t:10.2f} {reached / 1e12:9.3f} {reached / speed:10.1%} "
               f"{t / seconds.get('dense', t):12.2f}x {t / seconds.get('experts', t):14.2f}x")
+
+
+# -------------------------------------------------------------------------------------------------
+# profile: what takes a step's time on a GPU
+
+# What a kernel is for, by a part of its name. The first that fits counts.
+KINDS = {
+    "the experts' matrix products": "GroupProblemShape|prepare_grouped",
+    "other matrix products": "gemm|nvjet|cutlass",
+    "attention": "sdpa|flash|fmha|cudnn",
+    "fused by torch.compile": "triton",
+    "adding gradients up, AdamW": "multi_tensor|CUDAFunctor_add",
+    "other kernels": "",
+}
+
+
+def bench_profile(args):
+    """What takes the time of a step with experts."""
+    device, stage, config, n_micro = prepare_step(args)
+    if device.type != "cuda":
+        raise ValueError("profile looks at a GPU's kernels; there is none here")
+    batch = a_batch(args, stage, config, device)
+    step = step_runs("experts", config, stage, args, batch, n_micro, device)["experts"]
+    seconds = median_seconds({"step": step}, "cuda", 3, calls=1)["step"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+
+    times = dict.fromkeys(KINDS, 0.0)
+    n_kernels = 0
+    for event in profile.events():
+        # "#" is in the name of a part of the program, which has kernels of its own.
+        if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name:
+            kind = next(kind for kind, names in KINDS.items()
+                        if re.search(names, event.name, re.IGNORECASE))
+            times[kind] += event.time_range.elapsed_us() / 1e6
+            n_kernels += 1
+    times["no kernel runs"] = max(0.0, seconds - sum(times.values()))
+    print(f"{name_of('cuda')}, {args.preset}, stage 3, {n_micro} x {stage.micro_batch} samples: "
+          f"{n_kernels} kernels, {seconds:.3f} s a step")
+    for kind, t in sorted(times.items(), key=lambda row: -row[1]):
+        print(f"    {kind:30} {t:8.3f} s {t / seconds:7.1%}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -720,6 +776,9 @@ def main(argv=None):
                         "experts, dense at equal FLOPs, and as released. It takes train.py's "
                         "flags; --steps are the timed ones (default: 5)")
 
+    commands.add_parser("profile", add_help=False, help="what takes the time of a step on a GPU; "
+                        "flags as for step")
+
     commands.add_parser("pack", help="samples/s of mixed lengths in rows that they share, against "
                         "a row for each")
 
@@ -740,13 +799,15 @@ def main(argv=None):
     commands.add_parser("images", help="images/s and core")
 
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "step":
+    if rest and args.command not in ("step", "profile"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if args.command == "layers":
         train.keep_pages()
         bench_layers(args)
     elif args.command == "step":
         bench_step(train.parse(rest))
+    elif args.command == "profile":
+        bench_profile(train.parse(rest))
     elif args.command == "pack":
         bench_pack()
     elif args.command == "decode":

@@ -123,6 +123,40 @@ def test_nothing_in_a_step_or_in_decoding_waits_for_the_device(preset):
             assert m.decode(text, m.sample(logits, 0.7, 0.9), last + 1, cache, 32).shape == (2, 40)
 
 
+def test_cuda_graphs_are_recorded_of_the_senses_blocks_alone_whose_gradients_begin_as_zeros(monkeypatch):
+    modes = {}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: modes.__setitem__(self, kw.get("mode")))
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+    model = small("tiny")
+    m.choose_trainable(model, ("connector", "vision"))
+    model.vision.layers[0].requires_grad_(False)
+    args = train.Args(compile=True, cuda_graphs=True)
+    train.distribute(args, model, torch.device("cpu"))
+    assert {block: mode for block, mode in modes.items() if mode} == dict.fromkeys(model.vision.layers, "reduce-overhead")
+    assert set(model.text.layers) < set(modes)
+
+    params = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(params.values(), lr=0.1)
+    for p in params.values():
+        p.grad = torch.ones_like(p)
+    train.clear_gradients(args, model, optimizer)
+    zeros = {name for name, p in params.items() if p.grad is not None}
+    assert zeros == {name for name, p in params.items() if name.startswith("vision.layers") and p.requires_grad} and zeros
+    assert not any(params[name].grad.any() for name in zeros)
+    train.clear_gradients(train.Args(), model, optimizer)
+    assert all(p.grad is None for p in params.values())
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--device", "cpu"], "--cuda-graphs replays what torch.compile wrote for a GPU"),
+    (["--checkpointing"], "leave --fsdp, --checkpointing and --expert-parallel out"),
+    (["--fsdp"], "leave --fsdp, --checkpointing and --expert-parallel out"),
+])
+def test_cuda_graphs_are_refused_where_they_cannot_be(argv, words):
+    with pytest.raises(ValueError, match=words):
+        train.prepare_device(train.parse(["--cuda-graphs", *argv]))
+
+
 def test_an_epoch_of_mixed_lengths_is_compiled_at_most_eight_times_and_the_log_says_so(base, tmp_path, monkeypatch, capsys):  # noqa: F811
     rng = random.Random(0)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -202,7 +202,7 @@ def test_nothing_in_a_training_step_waits_for_the_device(recipe, monkeypatch):
     model = model.cuda()
     batch = {k: v.cuda() for k, v in batch.items()}
     counts = model.count_slots(batch["tokens"])
-    monkeypatch.setattr(CuMo, "count_slots", lambda self, tokens: counts)
+    monkeypatch.setattr(CuMo, "count_slots", lambda self, tokens, sample_positions: counts)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
     for mode in ("default", "error"):                       # the first step fills caches and makes handles
@@ -265,6 +265,7 @@ def test_a_compiled_training_forward_is_one_graph_with_eager_modes_loss():
     for part in (model.vision, model.text):
         part.layers = part.layers[:2]
     model.config.vision.n_layers = 2                        # features: what enters the second layer
+    model.config.vision.n_experts = model.config.vision.n_experts[:2]
     model, batch = model.cuda(), {k: v.cuda() for k, v in batch.items()}
     losses = []
     torch._dynamo.utils.counters.clear()
@@ -275,6 +276,32 @@ def test_a_compiled_training_forward_is_one_graph_with_eager_modes_loss():
         losses.append(loss.item())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_replayed_graphs_give_the_gradients_of_several_micro_batches_of_other_sizes():
+    model, batch = recipe_model("cumo")
+    for part in (model.vision, model.text):
+        part.layers = part.layers[:2]
+    model.config.vision.n_layers = 2
+    model.config.vision.n_experts = model.config.vision.n_experts[:2]
+    batch = {k: v.cuda() for k, v in batch.items()}
+    half = {k: v[:6] for k, v in batch.items()}
+    m.choose_trainable(model, ("vision", "connector", "text"))
+    sums = []
+    for args in (train.Args(compile=False), train.Args(compile=True, cuda_graphs=True)):
+        copied = copy.deepcopy(model).cuda()
+        params = {name: p for name, p in copied.named_parameters() if p.requires_grad}
+        call = train.distribute(args, copied, torch.device("cuda"))
+        optimizer = torch.optim.SGD(params.values(), lr=0.0)
+        for _ in range(3):                                  # compiled, recorded, replayed
+            train.clear_gradients(args, copied, optimizer)
+            for micro in (batch, half, batch):
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = call(**micro).loss
+                loss.backward()
+        sums.append({name: p.grad.double().cpu() for name, p in params.items() if p.grad is not None})
+    error, name = worst(sums[1], sums[0])
+    assert error < 5e-2, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
