@@ -360,6 +360,7 @@ def recall(model, tokenizer, n_facts, n, seed=0, asked=None, batch=100):
     "unknown": the same}. Nobody can know the latter: what is right there is chance (1 in 1,406)."""
     scores = {}
     for name, first in (("known", 0), ("unknown", n_facts)):
+        # Who was taught all pictures that there are leaves no unknown ones.
         n_here = min(n_facts, data.N_FACTS - first)
         if n_here == 0:
             continue
@@ -445,6 +446,7 @@ def read_rows(file, needs, kind):
     if not rows:
         raise ValueError(f"{file}: holds no rows")
     for number, row in enumerate(rows, 1):
+        # JSON can hold half a character, which no tokenizer takes.
         data.check_text(row, f"{file}: row {number}")
         if (not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str))
                 or not isinstance(row.get(needs), kind)):
@@ -851,6 +853,8 @@ def score_pope(row, reply):
     said_yes = not says_no(reply)
     is_yes = row["label"].strip().lower() != "no"
     both = said_yes and is_yes
+
+    # (points, of how many) for each score: both are added up over all questions, then divided.
     return {
         "accuracy": (said_yes == is_yes, 1),
         "precision": (both, said_yes),
@@ -1034,6 +1038,7 @@ def read_annotations(kind, file):
         path = Path(name)
         picture = f"{path.parts[0]}/{path.stem}"
         for line in Path(file, path).read_text(encoding="utf-8-sig").splitlines():
+            # Lines without a tab, such as blank ones, are none.
             question, _, right = line.rpartition("\t")
             if question:
                 rows.append({"question_id": picture, "question": question, "answer": right})
@@ -1327,8 +1332,8 @@ def line_chart(draw, box, curves, title="", x_title="", y_title="", y_range=None
     label(draw, (box[0] + box[2]) / 2, box[1] + 12, title, font=FONT)
     draw.text((box[0] + 8, top - 16), y_title, "#555555", SMALL, anchor="lm")
     named = [curve for curve in curves if curve[0]]
-    legend(draw, left + draw.textlength(y_title, SMALL), top - 23, [color for _, color, *_ in named],
-           [name for name, *_ in named])
+    beside = left + draw.textlength(y_title, SMALL)
+    legend(draw, beside, top - 23, [color for _, color, *_ in named], [name for name, *_ in named])
 
     # 4. The curves.
     for _, color, width, points in curves:
@@ -1912,6 +1917,7 @@ def draw_curves(log_file, png):
         stages.setdefault(str(row["stage"]), []).append(row)
     with_experts = [stage for stage, rows in stages.items() if any("load" in row for row in rows)]
 
+    # Up to three stages stand side by side. Below, each stage with experts takes two rows.
     columns = max(1, min(3, len(stages)))
     n_rows = max(1, math.ceil(len(stages) / columns))
     page, draw = blank_page(WIDTH, CHART * (n_rows + 2 * len(with_experts)))
@@ -2275,7 +2281,10 @@ def answer_watched(model, tokenizer, sample, say, **options):
         the prompt, then of one token, the last but one that it wrote
     {"reply": the whole answer}"""
     with watch(model) as watched:
+        # 1. See and hear. The answer gets the features, so that no picture is encoded twice.
         conversations, slots, embeds = encode_senses(model, sample)
+
+        # 2. The prompt as tokens, and the pictures as the tower got them.
         tokens = tokens_of(model, tokenizer, [(conversations, slots)])[0]  # (T,)
         ids = tokens[tokens != data.PAD].tolist()
         if len(ids) > MAX_TOKENS:
@@ -2285,6 +2294,7 @@ def answer_watched(model, tokenizer, sample, say, **options):
         seen = [as_png(pixels_of(image, wanted)) for images in watched.images for image in images]
         say({"pieces": pieces_of(tokenizer, ids), "seen": seen})
 
+        # 3. Answer. After each token, tell which experts the decoder chose.
         def tell_layers():
             say({"layers": watched_layers(model, watched.choices, len(ids))})
             watched.choices.clear()
@@ -2522,6 +2532,7 @@ def conversation_to_draw(args, model, tokenizer, options):
     if not any(model.config.text.n_experts):
         return sample, None
 
+    # Without a prompt, ask for a description of what there is.
     prompt = args.prompt
     if not prompt:
         thing = "sound"
@@ -2534,6 +2545,7 @@ def conversation_to_draw(args, model, tokenizer, options):
         prompt = f"Describe the {thing}."
         print(f"> {prompt}")
 
+    # The last turn is the reply. The picture draws it apart.
     *turns, last = chat(model, tokenizer, args.image, prompt, args.audio, args.video, **options)
     return {**sample, "conversations": turns}, last["value"]
 

@@ -282,9 +282,11 @@ class VisionTransformer(nn.Module):
         if config.n_prefix_tokens:
             self.cls = nn.Parameter(torch.empty(dim))
         self.pos = nn.Parameter(torch.empty(config.n_prefix_tokens + config.side ** 2, dim))
+
         self.pre_norm = nn.Identity()
         if config.pre_norm:
             self.pre_norm = nn.LayerNorm(dim, eps=config.norm_eps)
+
         self.layers = nn.ModuleList(SenseBlock(config, n) for n in config.n_experts)
         self.post_norm = nn.Identity()
         if config.post_norm:
@@ -401,17 +403,20 @@ class DecoderBlock(nn.Module):
         dim_kv = config.n_kv_heads * config.head_dim
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
+
         self.norm1 = nn.RMSNorm(dim, eps=config.norm_eps)
         self.norm2 = nn.RMSNorm(dim, eps=config.norm_eps)
         self.q = nn.Linear(dim, dim_q, bias=config.qkv_bias)
         self.k = nn.Linear(dim, dim_kv, bias=config.qkv_bias)
         self.v = nn.Linear(dim, dim_kv, bias=config.qkv_bias)
         self.o = nn.Linear(dim_q, dim, bias=False)
+
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
         self.ffn = feed_forward(dim, config.ffn_dim, config.act, n_experts, config.top_k,
                                 gated=True, **config.expert_limits)
 
@@ -1584,6 +1589,7 @@ def validate(config):
     """Whether the numbers of a configuration fit together. ValueError names the field."""
     own = {name: value for name, value in vars(config).items() if name not in PARTS}
     check_fields("", Config, own)
+
     scaling = config.text.rope_scaling
     if scaling is not None:
         missing = ROPE_SCALING - scaling.keys()
@@ -1593,12 +1599,14 @@ def validate(config):
             raise ValueError(f"text.rope_scaling = {scaling}: low_freq_factor must be below "
                              "high_freq_factor")
     check_even("text", config.text, "head_dim")  # rotary embeddings turn pairs of numbers
+
     if config.vision is not None:
         validate_vision(config.vision)
         side = config.vision.side
         if side % config.connector.pixel_shuffle:
             raise ValueError(f"connector.pixel_shuffle = {config.connector.pixel_shuffle} does not "
                              f"divide the {side} x {side} patches of the tower")
+
     if config.audio is not None:
         # A convolution halves the frames; the positions are half sines and half cosines.
         check_even("audio", config.audio, "n_frames")
@@ -1609,15 +1617,19 @@ def validate_vision(vision):
     if vision.image_size < vision.patch_size:
         raise ValueError(f"vision.image_size = {vision.image_size} must be at least "
                          f"vision.patch_size = {vision.patch_size}")
+
     lowest = -vision.n_layers - 1
     if not lowest <= vision.select_layer <= -1:
         raise ValueError(f"vision.select_layer = {vision.select_layer} must lie between {lowest} "
                          "and -1")
+
     if vision.post_norm and vision.select_layer != -1:
         raise ValueError("vision.post_norm = true: this norm follows the last layer, so it goes "
                          f"with select_layer = -1, not {vision.select_layer}")
+
     if vision.scales[:1] != [1]:
         raise ValueError(f"vision.scales = {vision.scales} must begin with 1, for example [1, 3]")
+
     for name in ("image_mean", "image_std"):
         colors = getattr(vision, name)
         if len(colors) != 3 or (name == "image_std" and min(colors) <= 0):

@@ -409,6 +409,7 @@ def read_rates(text):
             raise ValueError(f"--lr {text}: {part!r} is no part; known are {', '.join(PARTS)}")
         if part in rates:
             raise ValueError(f"--lr {text}: gives {part} two learning rates")
+
         try:
             rates[part] = float(number)
         except ValueError:
@@ -430,16 +431,19 @@ def files_and_weights(texts):
             weight = float(number)
         except ValueError:
             weight = math.nan
+
         # A colon may belong to the name.
         is_name = math.isnan(weight) and not os.path.exists(file)
         if not colon or is_name or os.path.exists(text):
             files.append(text)
             continue
+
         if not 0 < weight < math.inf:
             raise ValueError(f"--data {text}: {number!r} is no weight; give one above 0, as in "
                              f"{file}:2")
         files.append(file)
         weights.append(weight)
+
     if weights and len(weights) < len(files):
         raise ValueError(f"--data {' '.join(texts)}: give each file a weight, or none")
 
@@ -1140,6 +1144,7 @@ def measure_held_out(args, stage, model, wrapped, held_out, log, step, counts):
     # The mean is over all labels: (sum of losses, their number).
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64)
+
     model.eval()
     for i, batch in enumerate(batches):
         for message in batch["broken"]:
@@ -1150,8 +1155,10 @@ def measure_held_out(args, stage, model, wrapped, held_out, log, step, counts):
         if i < len(cuts):
             total += torch.tensor([n_labels * loss.item(), n_labels])
     model.train()
+
     loss_sum, n_labels = sum_over_processes(total, device).tolist()
     loss = loss_sum / max(1, n_labels)
+
     is_best = args.keep_best and loss < counts.get("best loss", math.inf)
     if is_best:
         counts["best loss"] = loss
@@ -1196,6 +1203,7 @@ def load_model(args, stage, source, later):
         model, tokenizer = assemble(args.vision, args.llm, None, scales, None, args.seed,
                                     torch.float32, later=later, audio=args.audio,
                                     pixel_shuffle=shuffle)
+
         # The template that the decoder's folder tells. Over it that of a preset, unless the
         # tokenizer does not know its marks.
         has_tokenizer = tokenizer is not None and "preset" in args.given
@@ -1205,6 +1213,7 @@ def load_model(args, stage, source, later):
         model, tokenizer = load_backbones(source, args.pixel_shuffle or 1)
     else:
         model, tokenizer = load(source, dtype=torch.float32, later=later)
+
     check_model(args, stage, model, tokenizer, source)
     return model.float(), tokenizer  # backbones may be stored in fewer bits
 
@@ -1255,6 +1264,7 @@ def make_experts(args, model):
     config = model.config
     # With FSDP the model is on meta, where tensors have no memory. Its new routers are not.
     how = {"top_k": args.top_k, "seed": args.seed, "real_routers": args.fsdp}
+
     # 1. Turn FFNs into experts, and say what their routers' losses count.
     if any(any(numbers_of(getattr(config, name))) for name in expert_parts(args)):
         check_experts(args, config)
@@ -1332,6 +1342,7 @@ def apply_flags(args, stage, model):
     if args.z_coef is not None:
         config.z_coef = args.z_coef
     config.frames_apart = config.frames_apart or args.frames_apart
+
     # Longer than what the decoder learnt to read at once: by mistake, or because it is the default.
     limit = config.text.max_positions
     if limit is not None and stage.max_length > limit:
@@ -1339,6 +1350,7 @@ def apply_flags(args, stage, model):
             raise ValueError(f"--max-length {args.max_length}: this decoder learnt to read {limit} "
                              "tokens at once (text.max_positions in its config.json)")
         stage.max_length = limit
+
     if stage.template is None:
         stage.template = config.template
     # The model will be asked in the layout that it learns; but nobody asks in "plain".
@@ -1360,6 +1372,7 @@ def load_samples(args, stage, config, tokenizer):
         if stage.steps is None:
             raise ValueError(f"stage {stage.name}: drawn scenes have no end, and a model of this "
                              "size no default: give --steps; or samples of your own with --data")
+
         # Every drawn scene is seen once.
         seed = args.seed + stage_number(stage.name)
         n = stage.steps * stage.batch_size
@@ -1630,6 +1643,7 @@ def stages_done(args, stages):
     """The stages that a resumed run has behind it: those whose model is there, and those of them
     that are measured too. A new run never writes over what is in --out."""
     finished = finished_stages(args.out, stages)
+
     trained = []
     measured = []
     if args.resume:
@@ -1648,6 +1662,7 @@ def stages_done(args, stages):
                              "--out")
     elif RANK == 0 and os.path.exists(args.out):
         move_aside(args.out)
+
     wait_for_all()
     return trained, measured
 
@@ -1731,10 +1746,12 @@ def flags_of_run(out, given):
                              "the run began with?")
         return given
     flags = read_run(out)["flags"]
+
     # How processes share the model is their business, not the run's.
     sharing = {"fsdp", "expert_parallel"}
     if not LAUNCHED or sharing & set(given):
         flags = {name: value for name, value in flags.items() if name not in sharing}
+
     both = flags | given | {"out": out}
     before = vars(fill_in(flags))
     now = vars(fill_in(both))
@@ -1775,11 +1792,13 @@ def source_of(args, name, stages):
             raise ValueError(f"{args.preset} starts from pre-trained weights: give --vision "
                              "CLIP_DIR and --llm LLM_DIR, or --init")
         return HEARING if args.recipe == "uni-moe" else BACKBONES
+
     if args.recipe != "uni-moe":
         return result_path(args, name - 1)
     if stage_number(name) == 2:
         # The expert of each sense begins where stage 1 ended.
         return result_path(args, 1)
+
     # The mixture begins at the first of its experts, a dense model at the last that was trained.
     folders = expert_folders(args)
     return folders[-1] if args.dense else folders[0]
@@ -1812,10 +1831,12 @@ def resume(args, stage, model, optimizer, experts):
     new = (0, Counter())
     if not args.resume:
         return new
+
     damage = None
     for path, saved in complete_checkpoints(args.out):
         if saved["identity"]["stage"] != stage.name:
             return new
+
         refuse_changes(path, as_today(saved["identity"]), as_today(identity(args, stage)))
         try:
             read_checkpoint(model, optimizer, experts, path)
@@ -1905,6 +1926,7 @@ def checkpoint_path(args, step):
 def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
     path = checkpoint_path(args, step)
     tensors = tensors_of(get_state_dict(model, optimizer, options=TRAINED), experts)
+
     # A damaged one may lie there. It must not count as complete before it is.
     Path(path, "run.json").unlink(missing_ok=True)
     try:
@@ -1915,6 +1937,7 @@ def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
         if RANK == 0:
             shutil.rmtree(path, ignore_errors=True)
         raise OSError(f"{path}: cannot be written: {first_failure(e)}") from None
+
     # All have written. Now it becomes a checkpoint, and then the old one may go, but for the best.
     if RANK == 0:
         about = {"identity": identity(args, stage), "step": step, "counts": counts}
@@ -2105,8 +2128,8 @@ def blocks_of(model):
 
 
 def blocks_to_replay(model):
-    """What --cuda-graphs is for: the blocks of the senses, which get pictures or sounds of one size.
-    (Sentences have a new length each time.)"""
+    """The blocks that --cuda-graphs is for: those of the senses. Pictures and sounds have one size,
+    where sentences have a new length each time."""
     return [block for block in blocks_of(model) if isinstance(block, SenseBlock)]
 
 
@@ -2119,15 +2142,18 @@ def compile_blocks(args, model, blocks):
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
     # A compiled block is some twenty kernels, which the CPU launches one by one. A CUDA graph is a
     # recording of them, which is launched as one.
     replayed = set(blocks_to_replay(model)) if args.cuda_graphs else set()
     for block in blocks:
         block.compile(mode="reduce-overhead" if block in replayed else None)
+
     if replayed:
         # What the graphs wrote in the pass before may now be overwritten.
         model.register_forward_pre_hook(
             lambda *_: torch.compiler.cudagraph_mark_step_begin())
+
     for module in model.modules():
         if isinstance(module, Connector):
             # There is one: better one graph for all lengths at once.
@@ -2701,9 +2727,11 @@ def check_given(args):
         if partners and not any(getattr(args, partner) for partner in partners):
             names = " or ".join(flag_name(partner) for partner in partners)
             raise ValueError(f"{name} does nothing without {names}: give both, or leave it out")
+
         rival = f.metadata.get("not_with")
         if rival in args.given:
             raise ValueError(f"{name} does nothing with {flag_name(rival)}: give one of them")
+
         recipes = f.metadata.get("recipes", (args.recipe,))
         if args.recipe not in recipes and getattr(args, f.name):
             raise ValueError(f"{name} belongs to --recipe {' and '.join(recipes)}")
@@ -2759,19 +2787,23 @@ def check_model(args, stage, model, tokenizer, source):
     if getattr(model, "vision", None) is None:
         raise ValueError(f"{source}: a language model alone, without the vision tower and "
                          "connector that training needs")
+
     config = model.config
     if args.stage is None:
         data.check_end_mark(tokenizer, args.template or config.template)  # not first in stage 2
     check_decoder_rates(args, config)
+
     if args.pixel_shuffle not in (None, config.connector.pixel_shuffle):
         raise ValueError(f"--pixel-shuffle {args.pixel_shuffle}: the connector of {source} was "
                          f"trained with {config.connector.pixel_shuffle}; only stage 1 makes a new "
                          "one")
+
     wants_ear = args.recipe == "uni-moe" or {"audio", "resampler"} & set(stage.trains)
     if wants_ear and config.audio is None:
         raise ValueError(f"{source}: hears nothing; --trains {','.join(stage.trains)} of "
                          f"{args.recipe} wants a model that began with --vision, --llm and --audio "
                          "WHISPER_DIR")
+
     if args.recipe != "cumo" and not args.dense and not any(config.text.n_experts):
         decoder_experts(args, config.text.n_layers)  # a wrong placement stops stage 1 already
 
@@ -2792,6 +2824,7 @@ def check_experts(args, config):
         part = getattr(config, name)
         numbers = set(numbers_of(part)) - {0}
         layers = [n > 0 for n in numbers_of(part)]
+
         # A flag that was not given asks for nothing.
         differs = "experts" in args.given
         if "n_experts" in args.given:
