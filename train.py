@@ -2643,6 +2643,7 @@ def validate(args):
     if args.plan and "preset" not in args.given and (args.vision or args.init):
         raise ValueError("--plan counts a preset, not a folder: give --preset")
     check_rates(args)
+    check_val(args)
 
 
 def check_rates(args):
@@ -2675,6 +2676,17 @@ def has_rate(part, rates):
     if part in decoder:
         return bool(rates.keys() & set(decoder[:decoder.index(part) + 1]))
     return part in rates
+
+
+def check_val(args):
+    """The samples of --val are not those of --data, however the file is spelled or linked."""
+    if not args.val or not os.path.exists(args.val):
+        return
+    files, _ = files_and_weights(args.data)
+    for file in files:
+        if os.path.exists(file) and os.path.samefile(file, args.val):
+            raise ValueError(f"--val {args.val} is a file of --data ({file}): its samples would be "
+                             "learnt; give another file, or --val-fraction (0.02) instead")
 
 
 def check_limits(f, value):

@@ -326,6 +326,8 @@ WRONG = {                                            # flags -> words that the o
     "--data FOLDER/a.json:2 FOLDER/b.json": "give each file a weight, or none",
     "--data FOLDER/a.json FOLDER/a.json": "names a file twice; give it once",
     "--data FOLDER/a.json:1 FOLDER/./a.json:2 --val-fraction 0.2": "names a file twice; give it once",
+    "--data FOLDER/a.json --val FOLDER/a.json": "a.json is a file of --data",
+    "--data FOLDER/b.json:1 FOLDER/a.json:2 --val FOLDER/./a.json": "is a file of --data",
     "--keep-best": "--keep-best does nothing without --val or --val-fraction",
     "--scales 1,3": "--scales does nothing without --vision",
     "--vision A --llm B --scales 1,x": "--scales 1,x: whole numbers from 1 to 16",
@@ -340,6 +342,18 @@ def test_wrong_values_of_flags_are_one_line(folder, argv):
     with pytest.raises(ValueError) as e:
         train.parse(argv.replace("FOLDER", str(folder)).split())
     assert WRONG[argv] in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_what_is_learnt_is_not_held_out_under_another_name(folder, tmp_path, link):
+    link(folder / "a.json", tmp_path / "val.json")
+    shutil.copy(folder / "a.json", tmp_path / "copy.json")
+    argv = ["--data", str(folder / "b.json"), str(folder / "a.json"), "--val"]
+    with pytest.raises(ValueError, match="^--val .*val.json is a file of --data .*--val-fraction") as e:
+        train.parse([*argv, str(tmp_path / "val.json")])
+    assert "\n" not in str(e.value)
+    for other in ("copy.json", "missing.json"):                                    # what is missing is said when it is read
+        assert train.parse([*argv, str(tmp_path / other)]).val.endswith(other)
 
 
 @pytest.mark.parametrize("argv", [
