@@ -2669,19 +2669,50 @@ def validate(args):
     if args.plan and "preset" not in args.given and (args.vision or args.init):
         raise ValueError("--plan counts a preset, not a folder: give --preset")
     check_rates(args)
+    check_val(args)
 
 
 def check_rates(args):
-    """Each part that --lr names trains in some stage. (Adapters are the decoder's.)"""
+    """Each part that --lr names trains in some stage, and so does one that it does not name, where
+    it has a rate for the others. (Adapters are the decoder's.)"""
     training = set()
     for name in stages_of(args):
         stage = settings(args, name)
-        training |= {part.split(".")[0] for part in stage.trains}
-        training |= {"text"} if stage.lora else set()
-    for part in read_rates(args.lr):
-        if part != "others" and part.split(".")[0] not in training:
-            raise ValueError(f"--lr {args.lr}: {part} does not train; what trains is "
-                             f"{', '.join(sorted(training))}, see --trains")
+        training |= set(stage.trains)
+        if stage.lora:
+            training.add("text.ffn" if stage.lora[-1] == "ffn" else "text")
+    modules = {part.split(".")[0] for part in training}
+    trains = f"what trains is {', '.join(sorted(modules))}"
+    rates = read_rates(args.lr)
+    for part in rates:
+        if part != "others" and part.split(".")[0] not in modules:
+            raise ValueError(f"--lr {args.lr}: {part} does not train; {trains}, see --trains")
+
+    # A rate alone is that of all; beside others, it is for what trains without one of its own.
+    if len(rates) > 1 and "others" in rates and all(has_rate(part, rates) for part in training):
+        rate = rates["others"]
+        raise ValueError(f"--lr {args.lr}: {rate:g} does nothing: {trains}, all with rates of "
+                         f"their own; leave {rate:g} out, or see --trains")
+
+
+def has_rate(part, rates):
+    """Is a rate for this part there, or for one that it lies in (text.moe in text)?"""
+    # Each of the decoder's parts lies in those before it.
+    decoder = [name for name in PARTS if name.startswith("text")]
+    if part in decoder:
+        return bool(rates.keys() & set(decoder[:decoder.index(part) + 1]))
+    return part in rates
+
+
+def check_val(args):
+    """The samples of --val are not those of --data, however the file is spelled or linked."""
+    if not args.val or not os.path.exists(args.val):
+        return
+    files, _ = files_and_weights(args.data)
+    for file in files:
+        if os.path.exists(file) and os.path.samefile(file, args.val):
+            raise ValueError(f"--val {args.val} is a file of --data ({file}): its samples would be "
+                             "learnt; give another file, or --val-fraction (0.02) instead")
 
 
 def check_limits(f, value):

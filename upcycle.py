@@ -1883,8 +1883,11 @@ def save_backbones(model, file, tokenizer):
                   tokenizer=tokenizer.to_str(), config=json.dumps(model.config.to_dict()))
 
 
-def load_backbones(file, pixel_shuffle=1):
-    """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer)."""
+def load_backbones(file, pixel_shuffle=1, dtype=None, listing=None):
+    """-> (CuMo with pre-trained tower, ear and decoder and new bridges, tokenizer).
+
+    dtype, listing: as for `load`.
+    """
     try:
         with safe_open(file, "pt") as f:
             header = f.metadata() or {}
@@ -1892,14 +1895,15 @@ def load_backbones(file, pixel_shuffle=1):
         tokenizer = header["tokenizer"]
     except (FileNotFoundError, SafetensorError, KeyError) as e:
         raise ValueError(f"{file}: cannot be read, or has no config and tokenizer in its header "
-                         f"({e}); make it again with `python assets/backbones.py`") from None
+                         f"({e}); make it again with `python assets/backbones.py`, or of another "
+                         "model give the folder") from None
 
     # A CuMo is born with new weights; the bridges keep theirs.
     config = json.loads(config)
     config["connector"]["pixel_shuffle"] = pixel_shuffle
     model = CuMo(Config.from_dict(config))
     wanted = starting_with(BACKBONES, state_of(model))
-    fill_from(match_tensors([file], wanted, file), model)
+    fill_from(match_tensors([file], wanted, file, listing=listing), model, dtype)
     return model, Tokenizer.from_str(tokenizer)
 
 
@@ -2051,6 +2055,7 @@ ABOUT = """Weights in and out: python upcycle.py ... --out DIR, where ... is one
   --vision SIGLIP_DIR --llm LLM_DIR --pixel-shuffle 2     the same, with a quarter of the tokens
   --vision CLIP_DIR --llm LLM_DIR --audio WHISPER_DIR     + ear + new resampler: for Uni-MoE's
   --experts DIR_A,DIR_B,DIR_C,DIR_D     decoders trained apart -> the experts of one
+  --from FILE.safetensors     backbones in one file (those in assets/) + new connector: for stage 1
   --from CUMO_DIR             any layout that is understood -> this project's
   --from DIR --to cumo        -> the published CuMo layout
   --from DIR --to hf-llava    a dense model, for transformers and what reads its folders
@@ -2076,7 +2081,8 @@ def parse(argv=None):
         add(flag, metavar=metavar, help=what)
     add("--template", choices=data.TEMPLATES, help="how a conversation is written; default: by the "
         "marks that the tokenizer knows and by the decoder's architecture")
-    add("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED)
+    add("--from", dest="source", metavar="DIR", help="model to convert: " + SUPPORTED
+        + "; or a file of backbones, as assets/ has them")
     add("--average", action="store_true", help="with --experts: all else is the mean over them")
     add("--every-other", action="store_true",
         help="with --experts: in layers 0, 2, 4... only; the others stay dense")
@@ -2119,7 +2125,10 @@ def read_scales(text):
 def main(argv=None):
     args = parse(argv)
     listing = []
-    if args.source:
+    if args.source and os.path.isfile(args.source):
+        torch.manual_seed(args.seed)  # of the new connector
+        model, tokenizer = load_backbones(args.source, dtype=args.dtype, listing=listing)
+    elif args.source:
         model, tokenizer = load(args.source, dtype=args.dtype, listing=listing)
     elif args.experts:
         model, tokenizer = put_together(args, listing)

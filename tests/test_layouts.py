@@ -955,6 +955,20 @@ def test_converting_there_and_back_on_the_command_line(tiny_model, layout, tmp_p
     assert layout == "hf-llm" or (same(again, model) and again.config == model.config)
 
 
+def test_a_file_of_backbones_is_converted_like_a_folder(tiny_model, tmp_path, capsys):
+    model, file = tiny_model(template="mistral", text=KNOWN), str(tmp_path / "backbones.safetensors")
+    U.save_backbones(model, file, words())
+    main(["--from", file, "--to", "hf-llm", "--out", str(tmp_path / "llm")])
+    assert "text.norm.weight " in capsys.readouterr().out and same(load(tmp_path / "llm")[0].text, model.text)
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):                               # of the new connector
+        torch.rand(seed + 1)
+        main(["--from", file, "--seed", str(seed), "--dtype", "bfloat16", "--out", str(tmp_path / out)])
+    (a, tokenizer), (b, _), (c, _) = (load(tmp_path / out) for out in "abc")
+    assert same(a, b) and same(a.vision, model.bfloat16().vision) and a.config == model.config and tokenizer.to_str() == words().to_str()
+    assert a.connector.ffn.w_in.dtype == torch.bfloat16 and not torch.equal(a.connector.ffn.w_in, c.connector.ffn.w_in)
+    fails(["--from", tmp_path / "a/model.safetensors", "--out", tmp_path / "o"], "model.safetensors: cannot be read", "the folder")
+
+
 def test_a_missing_tokenizer_is_said_and_can_be_given(parts, tmp_path, capsys):
     (tmp_path / "llm" / "tokenizer.json").rename(tmp_path / "t.json")
     main(["--from", str(tmp_path / "llm"), "--out", str(tmp_path / "without")])

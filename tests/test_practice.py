@@ -315,6 +315,10 @@ WRONG = {                                            # flags -> words that the o
     "--lr text=1,text=2": "gives text two learning rates",
     "--stage 1 --lr text=1e-3": "text does not train; what trains is connector",
     "--lr audio=1e-3": "audio does not train",
+    "--stage 1 --lr 1e-3,connector=2e-3": "0.001 does nothing: what trains is connector, all with rates of their own; leave 0.001 out",
+    "--lr others=1e-3,vision=1e-4,connector=2e-3,text=1e-5": "what trains is connector, text, vision, all with rates",
+    "--stage 3 --recipe moe-llava --lr 1e-3,connector=2e-3,text=1e-5": "what trains is connector, text, all with rates",
+    "--stage 2 --recipe uni-moe --lr 1e-3,text.ffn=1e-5": "what trains is text, all with rates",
     "--data FOLDER/a.json:0": "'0' is no weight",
     "--data FOLDER/a.json:x": "'x' is no weight",
     "--data missing.json:inf": "'inf' is no weight",
@@ -322,6 +326,8 @@ WRONG = {                                            # flags -> words that the o
     "--data FOLDER/a.json:2 FOLDER/b.json": "give each file a weight, or none",
     "--data FOLDER/a.json FOLDER/a.json": "names a file twice; give it once",
     "--data FOLDER/a.json:1 FOLDER/./a.json:2 --val-fraction 0.2": "names a file twice; give it once",
+    "--data FOLDER/a.json --val FOLDER/a.json": "a.json is a file of --data",
+    "--data FOLDER/b.json:1 FOLDER/a.json:2 --val FOLDER/./a.json": "is a file of --data",
     "--keep-best": "--keep-best does nothing without --val or --val-fraction",
     "--scales 1,3": "--scales does nothing without --vision",
     "--vision A --llm B --scales 1,x": "--scales 1,x: whole numbers from 1 to 16",
@@ -336,6 +342,27 @@ def test_wrong_values_of_flags_are_one_line(folder, argv):
     with pytest.raises(ValueError) as e:
         train.parse(argv.replace("FOLDER", str(folder)).split())
     assert WRONG[argv] in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_what_is_learnt_is_not_held_out_under_another_name(folder, tmp_path, link):
+    link(folder / "a.json", tmp_path / "val.json")
+    shutil.copy(folder / "a.json", tmp_path / "copy.json")
+    argv = ["--data", str(folder / "b.json"), str(folder / "a.json"), "--val"]
+    with pytest.raises(ValueError, match="^--val .*val.json is a file of --data .*--val-fraction") as e:
+        train.parse([*argv, str(tmp_path / "val.json")])
+    assert "\n" not in str(e.value)
+    for other in ("copy.json", "missing.json"):                                    # what is missing is said when it is read
+        assert train.parse([*argv, str(tmp_path / other)]).val.endswith(other)
+
+
+@pytest.mark.parametrize("argv", [
+    "--stage 1 --lr 1e-3", "--stage 1 --trains vision,connector --lr 1e-3,connector=2e-3", "--lr 1e-3,connector=2e-3",
+    "--stage 3 --lr 1e-3,text=5e-4,connector=2e-3", "--recipe moe-llava --lr 1e-3,connector=2e-3,text.ffn=1e-5",
+    "--stage 3 --recipe moe-llava --lr 1e-3,connector=2e-3,text.moe=1e-5",
+    "--stage 3 --recipe uni-moe --lr 1e-3,connector=2e-3,resampler=2e-3,text.router=1e-5"])
+def test_a_rate_for_the_others_is_taken_where_one_stage_trains_others(argv):
+    assert train.read_rates(train.parse(argv.split()).lr)["others"] == 1e-3
 
 
 def test_what_only_the_model_or_the_data_can_tell_is_one_line_too(base, folder):  # noqa: F811
