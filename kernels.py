@@ -54,7 +54,7 @@ class Routing(NamedTuple):
     weights: Tensor  # (..., N, K) float32; 0 where a choice was dropped or the token is padding
     experts: Tensor  # (..., N, K) int64, the best choice first
     balance: Tensor  # () float32, the load-balancing loss: 1 when the load is perfectly even
-    z: Tensor        # () float32, the z-loss: how large the logits are
+    z: Tensor        # () float32, the z-loss: how far logits are from logarithms of p
     # (E,) float32: each expert's share of the first choices. None in a routing made by hand.
     load: Tensor | None = None
 
@@ -99,8 +99,9 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     balance = n_experts * (share * probability).sum(-1)  # (...)
     load = share.reshape(-1, n_experts).mean(0)  # (E,)
 
-    # 4. The z-loss keeps logits small. Where they are large, rounding flips choices, and a softmax
-    #    that is nearly one-hot has no gradient left.
+    # 4. The z-loss. A softmax does not change if all logits grow by the same amount, so they could
+    #    drift to where rounding flips choices. It holds them near logarithms of probabilities,
+    #    whose logsumexp is 0.
     z = logits.logsumexp(-1, keepdim=True).square()  # (..., N, 1)
     z = mean_over_tokens(z, mask).squeeze(-1)  # (...)
 

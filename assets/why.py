@@ -252,7 +252,7 @@ def draw_losses(logs, png):
     for k, (row, name) in enumerate({"no z loss": "without z", "4 experts": "with z"}.items()):
         points = [(log["step"] + 1, log["vision/z"]) for log in logs[row]]
         curves.append((name, generate.EXPERT_COLORS[k], 2, smooth(points)))
-    generate.line_chart(pen, panel(2), curves, "the tower's z: how large logits are", "step", "z",
+    generate.line_chart(pen, panel(2), curves, "the tower's z", "step", "z",
                         (0, max(y for *_, points in curves for _, y in points)))
     generate.save_png(page, png)
     print(f"wrote {png}")
