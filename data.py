@@ -440,13 +440,17 @@ class Batches:
             begin, end = end, end + share
             count = math.floor(self.n * end + 0.5) - math.floor(self.n * begin + 0.5)
             members = (sources == source).nonzero().flatten()
+            n = len(members)
 
-            # The epochs before have taken number * count from the row of shuffles.
-            n_before = number * count
-            rounds = range(n_before // len(members), (n_before + count) // len(members) + 1)
-            shuffles = [members[self.shuffle(source, i, len(members))] for i in rounds]
-            first = n_before % len(members)
-            chosen.append(torch.cat(shuffles)[first:first + count])
+            # A source is an endless row of shuffles, and each epoch takes the next `count` of it.
+            # Of 7 samples and a count of 5, epoch 1 takes the places 5 to 9: two of shuffle 0 and
+            # three of shuffle 1.
+            begins = number * count
+            first_round = begins // n
+            last_round = (begins + count) // n  # perhaps one too many, which is cut off below
+            row = [members[self.shuffle(source, i, n)] for i in range(first_round, last_round + 1)]
+            offset = begins - first_round * n
+            chosen.append(torch.cat(row)[offset:offset + count])
         return torch.cat(chosen)
 
     def shuffle(self, source, i, n):
@@ -649,11 +653,13 @@ def tokenize(pieces, tokenizer):
             check_span(token, text, tokenizer)
             last = first + 1
 
-        # A "</s>" that somebody typed is a word, and does not end anything.
+        # A "</s>" that somebody typed is a word, and does not end anything. (Its span may begin
+        # with a blank. So look where the mark itself begins.)
         ids = [token]
         if token in specials:
             span = text[first:last]
-            if typed[first + max(0, span.find(specials[token]))]:
+            begin = first + max(0, span.find(specials[token]))
+            if typed[begin]:
                 ids = spell_out(span, tokenizer)
         spans += [(token, first, last) for token in ids]
     return spans

@@ -105,7 +105,8 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     z = logits.logsumexp(-1, keepdim=True).square()  # (..., N, 1)
     z = mean_over_tokens(z, mask).squeeze(-1)  # (...)
 
-    # 5. Drop what must not count: padding, and choices that came too late for a slot.
+    # 5. Drop what must not count: padding, and choices that came too late for a slot (section 4;
+    #    CuMo has no capacity).
     if mask is not None:
         weights = weights * mask.unsqueeze(-1)
     if capacity_factor is not None:
@@ -204,7 +205,9 @@ class FFN(nn.Module):
         add_weights(self, [], dim, ffn_dim, dim_out, gated, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
-        """x (..., D) -> (..., D_out), and None where a MoE gives its Routing."""
+        """x (..., D) -> (..., D_out), and None where a MoE gives its Routing.
+
+        Called as a MoE is, so that a block need not know which of them it has."""
         y = ffn(x, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out, self.act)
         return y, None
 
@@ -245,7 +248,9 @@ class MoE(nn.Module):
         """
         logits = self.logits(x)  # (..., N, E)
 
-        # DeepSpeed draws the noise in evaluation too; here an answer can be repeated.
+        # Gumbel noise is minus the logarithm of an exponential draw: the largest of logits + noise
+        # is then a draw by their softmax. DeepSpeed draws it in evaluation too; here an answer can
+        # be repeated.
         noise = None
         if self.noisy and self.training:
             noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
@@ -267,7 +272,8 @@ class MoE(nn.Module):
         """
         if not self.float32_router:
             return F.linear(x.to(self.router.dtype), self.router)
-        # Autocast knows no tensors on meta, which --plan has; there is nothing to switch off.
+        # Tensors on meta have shapes and no values, so that costs can be counted on them. Autocast
+        # does not know them; there is nothing to switch off.
         device = "cpu" if x.is_meta else x.device.type
         with torch.autocast(device, enabled=False):
             return F.linear(x.float(), self.router.float())
@@ -506,9 +512,12 @@ def within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int,
     if mask is not None:
         wants = wants * mask[..., None, :, None]
 
-    # A cumulative sum down the queue counts those who stand before, and oneself.
-    place = wants.flatten(-3, -2).cumsum(-2).view_as(wants)  # (..., K, N, E)
-    place = (place * wants).sum(-1).transpose(-1, -2)  # (..., N, K)
+    # Each expert counts, down the queue, those who want it. (Padding wants nobody: its place is 0,
+    # which is free, and its weight is 0 already.)
+    queue = wants.flatten(-3, -2)  # (..., K * N, E): all first choices, then all second ones
+    place = queue.cumsum(-2).view_as(wants)  # (..., K, N, E) in every expert's queue
+    place = (place * wants).sum(-1)  # (..., K, N) in the queue of the expert that is wanted
+    place = place.transpose(-1, -2)  # (..., N, K)
     return (place <= capacity.unsqueeze(-1)).float()
 
 
@@ -586,7 +595,7 @@ class PickRows(torch.autograd.Function):
 BACKENDS = {"loop": moe_loop, "sorted": moe_sorted, "grouped": moe_grouped}
 
 # Lets torch.compile take the sizes of moe_sorted's slices into its graph. This is a setting of the
-# whole process; who does not compile moe_sorted can do without it.
+# whole process: who copies this file and does not compile moe_sorted can leave it out.
 torch._dynamo.config.capture_scalar_outputs = True
 
 
@@ -660,13 +669,14 @@ def moe_parallel(x, weights, experts, layer, act, backend, group):
     # 1. Each rank tells each other one how many choices it brings for which of its experts.
     asked = torch.empty_like(counts)  # (E,) from rank 0 for my experts, from rank 1, ...
     dist.all_to_all_single(asked, counts, group=group)
-    # (2, ranks): rows that go to each rank, rows that come from it.
-    sizes = torch.stack([counts, asked]).view(2, n_ranks, n_here).sum(2)
-    send, receive = sizes.tolist()  # the one wait for the device
+    # Rows travel to a rank for all of its experts together.
+    to_ranks = counts.view(n_ranks, n_here).sum(1)
+    from_ranks = asked.view(n_ranks, n_here).sum(1)
+    send, receive = torch.stack([to_ranks, from_ranks]).tolist()  # the one wait for the device
 
-    # 2. The rows travel, and each says which of this rank's experts it wants.
+    # 2. The rows travel. They come rank by rank, and those of a rank by expert: 0 0 1 | 0 1 1 1.
     rows = AllToAll.apply(rows, send, receive, group)  # (R, D)
-    expert = torch.arange(n_here, device=x.device).repeat(n_ranks)
+    expert = torch.arange(n_here, device=x.device).repeat(n_ranks)  # 0 1 | 0 1
     expert = expert.repeat_interleave(asked, output_size=sum(receive))  # (R,)
 
     # 3. Every row is now a token with one choice, of weight 1.

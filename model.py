@@ -312,8 +312,8 @@ class VisionTransformer(nn.Module):
     def encode(self, images, routings=None, both=False):
         """images (n, 3, S, S) -> the patches' hidden states at the select layer (n, N, D).
 
-        both=True gives (the last hidden states, with CLS in front; those features), for contrastive
-        training.
+        both=True gives (the last hidden states, with CLS in front; those features), for the
+        contrastive training of assets/backbones.py.
         """
         # A convolution whose stride is its width cuts the image into patches and projects each.
         x = self.patch(images).flatten(2).transpose(1, 2)  # (n, N, D)
@@ -323,7 +323,8 @@ class VisionTransformer(nn.Module):
             x = torch.cat([cls, x], 1)  # (n, 1 + N, D)
         x = self.pre_norm(x + self.pos.to(x.dtype))
 
-        # A layer runs if the features or the losses need it.
+        # A layer runs if the features or the losses need it. With select_layer -2, nobody reads
+        # what the last layer makes; but if it has experts, its router counts in the losses.
         n_run = self.config.n_layers if both else n_needed_layers(self.config, routings is not None)
         selected = x
         for i in range(n_run):
@@ -605,7 +606,8 @@ class CuMo(nn.Module):
         if slots is None:
             slots = self.count_slots(tokens, sample_positions)
 
-        # 2. In training, blank images and sounds stand in where there are none.
+        # 2. In training, blank images and sounds stand in where there are none: the released code
+        #    counts them in the losses, and every process must run every module (add_blank_images).
         n_images = count_images(images, frames)  # those that were given
         if labels is not None and slots is not None:
             if image_embeds is None:

@@ -155,7 +155,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
         for step in range(first, stage.steps):
             begin = time.perf_counter()
             lr = set_lr(optimizer, step, stage.steps, args.warmup)
-            # A step draws the same noise in a resumed run.
+            # A step draws the same noise in a resumed run, and each step and process another one.
             torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
 
             # 1. Data. What does not fit into memory at once comes as several micro-batches.
@@ -210,8 +210,8 @@ def compute_gradients(model, wrapped, micro_batches, totals, coefs, device):
             share = {term: loss_weight(term, batch, totals, len(micro_batches))
                      for term in out.parts}
             loss = total_loss(out.parts, *coefs, share)
-            # Gradients add up over the micro-batches. Processes take the mean of theirs; what the
-            # shares want is the sum.
+            # Gradients add up over the micro-batches. The loss of a process is its part of a sum.
+            # But processes take the mean of their gradients, so it is multiplied by their number.
             (loss * WORLD).backward()
         for term, value in out.parts.items():
             losses[term] += share[term] * value.detach()
@@ -1755,7 +1755,9 @@ def flags_of_run(out, given):
     both = flags | given | {"out": out}
     before = vars(fill_in(flags))
     now = vars(fill_in(both))
-    fixed = set(given) - FREE | ({"stage"} & set(given))
+    # "stage" is in FREE since `identity` keeps a stage's name by this key. A run's own --stage must
+    # not change.
+    fixed = {name for name in given if name not in FREE or name == "stage"}
     refuse_changes(file, before, {name: now[name] for name in fixed})
     return both
 
@@ -2526,6 +2528,8 @@ def memory(args, name, gpus, fsdp, checkpointing):
     grads = 4 * n_trained / shards
     update = 0 if in_bf16 else 8 * max(p.numel() for p in trained)
     rehearsal = rehearse_stage(args, stage, config, gpus, fsdp, checkpointing)
+    # The rehearsal counts gradients as the backward pass makes them. Only where they add up to what
+    # is there already, it leaves them out.
     in_backward = rehearsal.peak
     if gradients_add_up(stage, gpus, fsdp):
         in_backward += grads

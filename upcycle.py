@@ -344,9 +344,11 @@ MOE_LLAVA_WORDS = [(".block_sparse_moe.gate.", ".mlp.deepspeed_moe.gate.wg."),
                     ".mlp.deepspeed_moe.experts.deepspeed_experts.")]
 
 RENAMES = [  # applied one after the other
-    # The tower in LLaVA and MoE-LLaVA; in CLIP's and SigLIP's folders, old and new, and in CuMo's
-    # clip.bin.
+    # The tower in LLaVA (vision_tower.vision_model.X) and MoE-LLaVA
+    # (model.image_tower.image_tower.vision_model.X).
     (r"^(model\.)?(vision|image)_tower\.((vision|image)_tower\.)?(vision_model\.)?", TOWER),
+    # In CLIP's and SigLIP's folders, old and new (vision_model.encoder.X), and in CuMo's clip.bin
+    # (encoder.X). What (?=...) looks at stays.
     (r"^(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)", TOWER),
     # The connector in LLaVA and MoE-LLaVA.
     (r"^(model\.)?(mm_projector|multi_modal_projector)\.(image_spatial_proj\.)?", PROJECTOR),
@@ -1132,15 +1134,21 @@ def chat_template(tokenizer, template):
     """CHAT_TEMPLATE for one of our templates."""
     form = data.TEMPLATES[template]
     start = [tokenizer.id_to_token(token) for token in data.start_tokens(tokenizer, template)]
-    filled = CHAT_TEMPLATE.replace("START", json.dumps("".join(start)))
-
-    # "USER: {text} ASSISTANT:" -> "USER: " ~ text ~ " ASSISTANT:"
     text = " ~ text | trim ~ " if form.strips else " ~ text ~ "
-    layouts = {"FIRST": form.first, "LATER": form.later, "ANSWER": form.answer + form.end}
-    for name, layout in layouts.items():
+
+    # "USER: {text} ASSISTANT:" -> ("USER: " ~ text ~ " ASSISTANT:")
+    def expression(layout):
         parts = [json.dumps(part) for part in layout.split("{text}")]
-        filled = filled.replace(name, f"({text.join(parts)})")
-    return filled
+        return f"({text.join(parts)})"
+
+    words = {
+        "START": json.dumps("".join(start)),
+        "FIRST": expression(form.first),
+        "LATER": expression(form.later),
+        "ANSWER": expression(form.answer + form.end),
+    }
+    # All at once: a layout may have such a word itself ("QUESTION: {text} ANSWER:").
+    return re.sub("|".join(words), lambda found: words[found[0]], CHAT_TEMPLATE)
 
 
 def with_image_mark(tokenizer, config):

@@ -558,6 +558,15 @@ def test_transformers_processor_makes_our_prompts_and_pictures(hf, tiny_model, t
         processor.apply_chat_template([{"role": "system", "content": "Be brief."}])
 
 
+def test_a_chat_template_keeps_words_of_a_layout_that_it_has_itself(monkeypatch):
+    jinja2 = pytest.importorskip("jinja2")
+    form = data.Template("FIRST: {text} ANSWER:", "LATER: {text} ANSWER:", " {text}", "</s>")
+    monkeypatch.setitem(data.TEMPLATES, "words", form)
+    filled = jinja2.Template(U.chat_template(chat_tokenizer(["<s>", "</s>"]), "words"))
+    chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}, {"role": "user", "content": "and?"}]
+    assert filled.render(messages=chat).endswith("FIRST: why? ANSWER: so.</s>LATER: and? ANSWER:")
+
+
 @torch.no_grad()
 def test_llava_becomes_the_published_cumo_layout(hf, tmp_path, capsys):
     reference = hf("llava")
