@@ -2381,11 +2381,13 @@ def parse(argv=None):
              "and about both")
     add_file_flags(parser)
 
-    # Which flags are given: those whose value is not this None (argparse puts no default over it).
+    # Which flags were typed? argparse does not tell. So the line is read once more, into a
+    # namespace where all are there already, as None: defaults go where a name is missing, so what
+    # is not None then was typed.
     args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
-    given = vars(parser.parse_args(argv, unset)).items()
-    args.given = {name for name, value in given if value is not None}
+    untouched = argparse.Namespace(**dict.fromkeys(vars(args)))
+    values = vars(parser.parse_args(argv, untouched))
+    args.given = {name for name, value in values.items() if value is not None}
 
     # From now on, a video is the list of its frames.
     videos = []

@@ -1574,22 +1574,22 @@ def copy_into_shard(param, expert, tensor):
     expert: copy into that slice of stacked experts; None: into the whole parameter. Without it, a
     dense FFN's tensor that meets stacked experts goes into all of them, which is upcycling.
     """
+    # 1. Which part of the parameter is here: from which row on, of which dimension?
     source = tensor.expand(param.shape)  # a view: nothing is copied yet
     here = param
     first_expert = 0
-
-    # FSDP cuts as torch.chunk does. Of 10 rows on 4 processes, chunks of 3, 3, 3 and 1.
     if isinstance(param, DTensor):
         here = param.to_local()
         dim = param.placements[0].dim
         n_rows = param.shape[dim]
+        # FSDP cuts as torch.chunk does. Of 10 rows on 4 processes, chunks of 3, 3, 3 and 1.
         chunk = math.ceil(n_rows / param.device_mesh.size())
         start = min(n_rows, chunk * param.device_mesh.get_local_rank())
         source = source.narrow(dim, start, here.shape[dim])
         if dim == 0:
             first_expert = start
 
-    # A process whose shard has no part of this expert copies nothing.
+    # 2. Copy all of it, or one expert. If the cut lies between experts, it may be elsewhere.
     if expert is None:
         here.copy_(source)
         return
