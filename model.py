@@ -152,7 +152,7 @@ class TextConfig:
     min_capacity: Annotated[int, 0, 10**9] = 0
     noisy: bool = False  # in training, choose the second expert with DeepSpeed's Gumbel noise
     # The auxiliary losses of the decoder's layers: their "mean" (CuMo-Mixtral), or their "sum"
-    # (MoE-LLaVA).
+    # (MoE-LLaVA, whose routers also compute in float32, see expert_limits).
     aux: Literal["mean", "sum"] = "mean"
     # What the files of a decoder say beside its shape. None, or no end: they do not say.
     max_positions: Size | None = None  # tokens that it learnt to read at once

@@ -48,6 +48,14 @@ ROWS = {
     "decoder: 16 experts": "--n-experts 16 --experts-in text",
 }
 MAIN = ("dense", "2 experts", "4 experts", "8 experts")
+# Where the experts are, by the word in front, and the color in the picture.
+PLACES = {
+    "dense": ("dense", "#bbbbbb"),
+    "": ("in tower and connector", "#f7b267"),
+    "connector": ("in the connector", "#c9ddf2"),
+    "tower": ("in the tower", "#d8cdec"),
+    "decoder": ("in the decoder", "#86b6e0"),
+}
 
 # The same four experts with something missing. SCRATCH and BARE begin with a model of their own.
 SCRATCH = "experts from scratch"
@@ -202,13 +210,16 @@ def print_table(world, results):
 
 def draw_why(everything, png):
     """A panel for each world: a bar for each row's mean loss, and a dot for each seed."""
-    height = 230
+    height = 256
     page, pen = generate.blank_page(generate.WIDTH, height * len(everything))
     for k, (world, results) in enumerate(everything.items()):
-        top = height * k + 44
+        top = height * k + 70
         bottom = top + 130
-        generate.label(pen, generate.WIDTH / 2, top - 24, f"{TITLES[world]}: loss on new pictures",
+        generate.label(pen, generate.WIDTH / 2, top - 50, f"{TITLES[world]}: loss on new pictures",
                        font=generate.FONT)
+        shown = dict.fromkeys(place_of(row) for row in results)
+        names, colors = zip(*(PLACES[name] for name in shown))
+        generate.legend(pen, 60, top - 32, colors, names)
 
         # The axis.
         ticks = generate.round_ticks(0, max(run["loss"] for runs in results.values()
@@ -225,16 +236,21 @@ def draw_why(everything, png):
         for i, (row, runs) in enumerate(results.items()):
             x = 60 + wide * (i + 0.5)
             losses = [run["loss"] for run in runs]
-            color = "#bbbbbb" if row == "dense" else "#f7b267"
-            pen.rectangle((x - 30, place(statistics.mean(losses)), x + 30, bottom), color)
+            color = PLACES[place_of(row)][1]
+            pen.rectangle((x - 28, place(statistics.mean(losses)), x + 28, bottom), color)
             for j, loss in enumerate(losses):
                 dot = x + 14 * (j - (len(losses) - 1) / 2)
                 pen.ellipse((dot - 4, place(loss) - 4, dot + 4, place(loss) + 4), "black")
-            generate.label(pen, x, bottom + 14, row.replace(": ", " "))
+            generate.label(pen, x, bottom + 14, row.rpartition(": ")[2])
             share = statistics.mean(100 * run["right"] for run in runs)
             generate.label(pen, x, bottom + 31, f"{share:.0f}% right", "#555555")
     generate.save_png(page, png)
     print(f"wrote {png}")
+
+
+def place_of(row):
+    """"decoder: 4 experts" -> "decoder", "4 experts" -> "" and "dense" -> "dense"."""
+    return row if row == "dense" else row.rpartition(": ")[0]
 
 
 def draw_losses(logs, png):
