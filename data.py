@@ -14,8 +14,9 @@ sample's next image. A sample may also have "audio": [path or (wave, sample rate
 [[path of each frame, ...], ...], whose places are marked by "<audio>" and "<video>". Instead of the
 path to an image there may be a PIL image.
 
-There are two data sets. `LlavaJson` reads files in LLaVA's format. `Drawn` makes up a little world
-of coloured shapes and beeps as it goes; the default run trains on it.
+There are three data sets. `LlavaJson` reads files in LLaVA's format. `Drawn` makes up a little
+world of coloured shapes and beeps as it goes; the default run trains on it. `Facts` gives pictures
+names that nobody can guess.
 
 This file imports no other file of the project.
 """
@@ -581,7 +582,7 @@ def typed_pieces(turn, form, marks):
     A turn may itself have a list "marks", which `load_senses` gives it: what is not in that list is
     a mere word, as "<image>" is where there are no images.
     """
-    marks = [mark for mark in marks if mark in turn.get("marks", marks)]
+    marks = own_marks(turn, marks)
     learnt = turn["from"] == "gpt"
     text = turn["value"]
 
@@ -671,17 +672,22 @@ def special_tokens(tokenizer):
     return {i: token.content for i, token in added if token.special}
 
 
+@functools.lru_cache(4)
+def without_marks(tokenizer):
+    """A copy to which "</s>" is letters. (To switch the tokenizer itself would also switch it for
+    another thread, which may be writing a prompt.)"""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
 def spell_out(text, tokenizer):
     """The ids of a text in which "</s>" is no mark but letters.
 
     So nobody can end a turn or speak for the model by typing its marks. (LLaVA's code and
     transformers' tokenizers take them for marks, unless told split_special_tokens.)
     """
-    tokenizer.encode_special_tokens = True
-    try:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-    finally:
-        tokenizer.encode_special_tokens = False
+    ids = without_marks(tokenizer).encode(text, add_special_tokens=False).ids
     if special_tokens(tokenizer).keys() & set(ids):
         raise ValueError(f"{text!r} is a mark, which this tokenizer cannot write as text; leave it "
                          "out")
@@ -910,6 +916,8 @@ def pcm_to_float(data, width):
 # ------------------------------------------------------------------------------------------------
 # 9. All that a sample shows: images, sounds, videos
 
+# Where a file belongs in a text.
+FILE_MARKS = ("<image>", "<video>", "<audio>")
 # What counts as an image in a video's folder.
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -996,9 +1004,25 @@ def add_frames(batch, samples):
 
 
 def text_of(sample):
-    """The texts of all turns. (`check_turns` complains about what is no turn.)"""
-    turns = [turn for turn in sample["conversations"] if isinstance(turn, dict)]
-    return "\n".join(str(turn.get("value", "")) for turn in turns)
+    """The texts of all turns, without what looks like a mark and is a word there. (`check_turns`
+    complains about what is no turn.)"""
+    texts = []
+    for turn in sample["conversations"]:
+        if isinstance(turn, dict):
+            text = str(turn.get("value", ""))
+            for mark in FILE_MARKS:
+                if mark not in own_marks(turn, FILE_MARKS):
+                    text = text.replace(mark, "")
+            texts.append(text)
+    return "\n".join(texts)
+
+
+def own_marks(turn, usual):
+    """Of the usual marks, those that are marks in this turn: all, unless it has a list "marks"."""
+    named = turn.get("marks")
+    if not isinstance(named, list):
+        return list(usual)
+    return [mark for mark in usual if mark in named]
 
 
 def pick_frames(video, max_frames):
@@ -1029,9 +1053,10 @@ def with_marks(conversations, files, average):
         # `check_turns` complains about what is no turn.
         if isinstance(turn, dict) and isinstance(turn.get("value"), str):
             text = turn["value"]
-            if files["<video>"]:
+            own = own_marks(turn, marks)
+            if "<video>" in own:
                 text = re.sub("<video>", images, text)
-            turn = {**turn, "value": text, "marks": marks}
+            turn = {**turn, "value": text, "marks": own}
         turns.append(turn)
     return turns
 

@@ -209,7 +209,8 @@ def sense(model, samples):
     now as many "<image>" as it fills, and slots says how many tokens each sound takes.
     senses: arguments of CuMo.forward and CuMo.generate, each only if there is any, on the model's
     device: "images" (n, 3, S, S), "audio" (chunks, n_mels, n_frames), "frames" (n_marks,) int64."""
-    # A model without eyes or ears needs no sizes; load_senses complains if there are files for it.
+    # A model without eyes or ears needs no sizes. If there are files for it, load_senses complains
+    # about sounds, and the model itself about images.
     config = model.config
     wanted = data.picture_format(config.vision)
     ears = data.sound_format(config)
@@ -297,7 +298,7 @@ def drawn_questions(n, seed=0, world="image"):
             continue
 
         # Not every scene allows every type of question; then the next scene is tried.
-        pair = ask(what, world, kind, random.Random(i))
+        pair = data.ask_any(what, what.get("sound"), kind, random.Random(i))
         if pair:
             questions.append((what, kind, *pair))
     return questions
@@ -313,15 +314,6 @@ def draw_world(number, world):
     if world == "both":
         what["sound"] = data.make_sound(number, held_out=True, kinds=("beeps", "glide"))
     return what
-
-
-def ask(what, world, kind, rng):
-    """-> (question, answer), or None where this cannot be asked."""
-    if world == "image":
-        return data.ask(what, kind, rng)
-    if world == "sound":
-        return data.ask_sound(what["sound"], kind, rng)
-    return data.ask_both(what, what["sound"], kind, rng)
 
 
 def drawn_sample(what, question, in_words=False):
@@ -1221,10 +1213,7 @@ def blank_page(width, height):
 
 
 def save_png(page, png):
-    def write(name):
-        page.save(name, "PNG")
-
-    write_atomically(png, write)
+    write_atomically(png, partial(page.save, format="PNG"))
 
 
 def label(draw, x, y, text, color="black", font=SMALL):
@@ -1358,22 +1347,17 @@ def shares(counts, dim):
 # 7. What the experts see: patches of images (CuMo)
 
 
-def seeing_layers(model):
-    """The vision layers with experts on the way to the features.
+def sees_by_experts(model):
+    """Are there experts on the way to the features?
 
-    The last layer is left out: with select_layer -2 the features are its input. Its router is
-    trained by the auxiliary losses (as in the released CuMo), but its experts' output goes nowhere.
+    The last vision layer is left out: with select_layer -2 the features are its input. Its router
+    is trained by the auxiliary losses (as in the released CuMo), but its experts' output goes
+    nowhere.
     """
     vision = model.config.vision
     if vision is None:
-        return []
-    return [i for i, n in enumerate(vision.n_experts[:vision.n_used_layers]) if n]
-
-
-def sees_by_experts(model):
-    if seeing_layers(model):
-        return True
-    return model.connector is not None and model.config.connector.n_experts > 0
+        return False
+    return any(vision.n_experts[:vision.n_used_layers]) or model.config.connector.n_experts > 0
 
 
 def load_images(model, images):
@@ -1462,7 +1446,7 @@ def see_patches(model, images):
     """{"layer 0": ((n, N, K) experts of each patch, best first, (n, N, E) their probabilities),
     ..., "connector": the same}, at the base scale.
 
-    Dense layers are left out, layers whose output is not used (see seeing_layers), and CLS."""
+    Dense layers are left out, layers whose output is not used (see sees_by_experts), and CLS."""
     with watch(model) as watched:
         model.eval().encode_images(load_images(model, images))
     seen = {}
@@ -1699,7 +1683,7 @@ def decoder_routing(model, tokenizer, samples, replies):
     # The whole conversations, as if the replies were given.
     whole = []
     for sample, reply in zip(samples, replies, strict=True):
-        turns = [*sample["conversations"], {"from": "gpt", "value": reply}]
+        turns = [*sample["conversations"], {"from": "gpt", "value": reply, "marks": []}]
         whole.append({**sample, "conversations": turns})
     texts, senses = sense(model, whole)
     tokens = tokens_of(model, tokenizer, texts)  # (B, T)
@@ -2022,6 +2006,7 @@ PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow reads more, some with
 # What a visitor may send.
 MAX_BYTES = 20_000_000  # with all pictures and sounds
 MAX_PIXELS = 50_000_000  # in a picture
+MAX_SIDE = 10_000  # of a picture: padded to a square, that is 400 MB
 MAX_FILES = 8  # pictures and sounds in a conversation
 MAX_LETTERS = 4_000  # in a turn
 MAX_TOKENS = 8_192  # in a conversation
@@ -2090,11 +2075,9 @@ class Visit(BaseHTTPRequestHandler):
             rooms[room]()
         except (ConnectionError, TimeoutError):
             raise
-        except Refused as e:
-            status, why = e.args
-            self.say({"error": why}, status)
         except ValueError as e:
-            self.say({"error": str(e)}, 400)
+            status, why = e.args if isinstance(e, Refused) else (400, str(e))
+            self.say({"error": why}, status)
         except Exception:
             # A fault of ours, or no memory left. Other visitors must not suffer from it.
             traceback.print_exc()
@@ -2114,7 +2097,10 @@ class Visit(BaseHTTPRequestHandler):
             raise ConnectionAbortedError
         if not self.begun:
             self.begin("application/x-ndjson", status)
-        self.wfile.write(json.dumps(line).encode() + b"\n")
+        text = json.dumps(line).encode() + b"\n"
+        # In pieces, since `timeout` is for each: a large model's routing takes long on a slow line.
+        for start in range(0, len(text), 65_536):
+            self.wfile.write(text[start:start + 65_536])
 
     def send_page(self):
         """The page may run its own script and no other, and talk to this server and no other."""
@@ -2237,8 +2223,10 @@ def read_question(asked):
     try:
         if sum(len(turn["images"] + turn["sounds"]) for turn in asked["turns"]) > MAX_FILES:
             raise ValueError(f"over {MAX_FILES} pictures and sounds; clear the conversation")
+        if sum(len(turn["text"]) for turn in asked["turns"]) > 20 * MAX_TOKENS:
+            raise ValueError(f"over {20 * MAX_TOKENS:,} letters; clear the conversation")
         for turn in asked["turns"]:
-            if len(turn["text"]) > MAX_LETTERS:
+            if turn["from"] == "human" and len(turn["text"]) > MAX_LETTERS:
                 raise ValueError(f"a text of over {MAX_LETTERS:,} letters; make it shorter")
 
             # Each turn brings its own files along, as the first one does in `chat`.
@@ -2248,9 +2236,12 @@ def read_question(asked):
             part = sample_of(turn["text"], images, audio=sounds)
             sample["images"] += images
             sample["audio"] += sounds
-            sample["conversations"].append(part["conversations"][0] | {"from": turn["from"]})
+            # What else looks like a mark in it is a word.
+            marks = ["<image>"] * bool(images) + ["<audio>"] * bool(sounds)
+            about = {"from": turn["from"], "marks": marks}
+            sample["conversations"].append(part["conversations"][0] | about)
         temperature = float(asked["temperature"])
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, OverflowError) as e:
         raise ValueError(f"this is not what the page would send: {e!r}") from None
     if not 0 <= temperature <= 2:
         raise ValueError(f"a temperature of {temperature}; it may be 0 to 2")
@@ -2265,9 +2256,9 @@ def read_picture(content):
         raise ValueError(f"a picture cannot be read as {', '.join(PICTURES)}") from None
 
     # Until here only the header was read, which says how much memory the pixels will take.
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise ValueError(f"a picture of {image.width} x {image.height} pixels, over the limit of "
-                         f"{MAX_PIXELS:,}; make it smaller")
+                         f"{MAX_PIXELS:,}, or of {MAX_SIDE:,} a side; make it smaller")
     return data.open_image(image)
 
 
@@ -2662,6 +2653,8 @@ def check_model(args, model, tokenizer):
     given = {"images": args.image, "audio": args.audio, "video": args.video}
     check_senses(model, args.model, given)
 
+    if args.eval_drawn and not worlds_of(model):
+        raise ValueError(f"{args.model} neither sees nor hears: there is no drawn world for it")
     if args.routing:
         decides = any(model.config.text.n_experts)
         if not decides and not sees_by_experts(model):

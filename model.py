@@ -636,7 +636,7 @@ class CuMo(nn.Module):
             parts["lm"] = self.lm_loss(logits, labels)
             loss = total_loss(parts, self.config.balance_coef, self.config.z_coef)
 
-        # Hand out the features of real images only.
+        # Hand out the features of the images that were given, without those of blanks added here.
         if images is not None:
             image_embeds = image_embeds[:n_images] if n_images else None
         return Output(logits, loss, parts, image_embeds, routings)
@@ -684,7 +684,7 @@ class CuMo(nn.Module):
         """tokens (B, T), image_embeds (n, N, D), audio_embeds (m, Q, D) -> (B, T, D).
 
         Text gets the embeddings of its words, slots get features. Features that are left over must
-        be blanks: one image for each row without any, or one chunk where nothing sounds at all.
+        be blanks: one image for each sample without any, or one chunk where nothing sounds at all.
         """
         if slots is None:
             slots = self.count_slots(tokens)
@@ -763,6 +763,9 @@ class CuMo(nn.Module):
             if may_ask(tokens.device, step) and (done | ~finite).all():
                 break
 
+        if not finite.all():
+            # Its keys are not numbers, and would spoil the next answer: 0 * NaN is NaN.
+            self.cache = None
         check_finite(finite)
         return drop_idle_steps(torch.stack(said, 1), ends)  # (B, steps)
 
@@ -1191,9 +1194,7 @@ def rung(n):
 
     So there are few lengths, and from 64 on at most a third of one is padding.
     """
-    power = 64
-    while power < n:
-        power *= 2
+    power = max(64, 2 ** (n - 1).bit_length())
     between = power * 3 // 4
     if power > 64 and n <= between:
         return between

@@ -46,6 +46,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +82,7 @@ from model import (IGNORE, PAD, PRESETS, Config, Connector, CuMo, MoE, SenseBloc
                    choose_trainable, count_parameters, merge_state, part_parameters, plain_name,
                    total_loss)
 from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json,
-                     read_scales, save, upcycle, write_atomically, write_json)
+                     read_scales, save, upcycle, write_json)
 
 # Names mean the same everywhere: args is an Args (section 5), stage a Stage (section 1), name the
 # stage's name (1, 2 or 3; of Uni-MoE's also "2 sound" and so on), device a torch.device.
@@ -144,6 +145,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
     """
     experts, wrapped, optimizer = set_up(args, stage, model, device, later)
     first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
+    clear_gradients(args, model, optimizer)
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
     coefs = routing_coefs(stage, model)
 
@@ -802,7 +804,6 @@ def set_up(args, stage, model, device, later):
     wrapped = distribute(args, model, device, later)
     groups = parameter_groups(args, stage, model)
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, fused=device.type == "cuda")
-    clear_gradients(args, model, optimizer)
     model.train()
     return experts, wrapped, optimizer
 
@@ -812,7 +813,8 @@ def clear_gradients(args, model, optimizer):
 
     A replayed graph writes its gradients to the same place each time. A weight without a gradient
     would take that place for its own, and the next micro-batch would write over it; to zeros the
-    gradient is added.
+    gradient is added. (Not before a checkpoint is read: torch gives AdamW no moments to read into
+    where there are gradients already.)
     """
     optimizer.zero_grad(set_to_none=True)
     if args.cuda_graphs:
@@ -968,7 +970,7 @@ def experts_apart(model):
 
     That is the mean distance between their weights and the mean expert's, over the mean expert's
     size: 0 after upcycling, sqrt(E - 1) where they have nothing in common. One matrix of the FFN
-    stands for all, without adapters on it. Experts that are shared out over processes are left out.
+    stands for all, with its adapters added. Experts that are shared out over processes are left out.
     """
     apart = {}
     for part, module in model.named_children():
@@ -1110,15 +1112,9 @@ def drop_lines(path, name, first):
     """Keep the lines of other stages, and of this one those before step `first`."""
     if not os.path.exists(path):
         return
-    keep = []
-    for row in generate.log_rows(path):
-        if row["stage"] != name or row.get("step", 0) < first:
-            keep.append(json.dumps(row) + "\n")
-
-    # The file is whole at every moment, the old one or the new one.
-    def write(file):
-        Path(file).write_text("".join(keep))
-    write_atomically(path, write)
+    rows = generate.log_rows(path)
+    keep = [row for row in rows if row["stage"] != name or row.get("step", 0) < first]
+    generate.write_lines(path, keep)
 
 
 def measure_held_out(args, stage, model, wrapped, held_out, log, step, counts):
@@ -1139,7 +1135,7 @@ def measure_held_out(args, stage, model, wrapped, held_out, log, step, counts):
     cuts = [mine[i:i + size] for i in range(0, len(mine), size)]
     fillers = math.ceil(len(held_out) / (WORLD * size)) - len(cuts)
     batches = DataLoader(held_out, batch_sampler=cuts + [[0]] * fillers, collate_fn=data.collate,
-                         num_workers=args.workers)
+                         num_workers=args.workers, worker_init_fn=leave_signals)
 
     # The mean is over all labels: (sum of losses, their number).
     device = next(model.parameters()).device
@@ -1218,6 +1214,13 @@ def load_model(args, stage, source, later):
     return model.float(), tokenizer  # backbones may be stored in fewer bits
 
 
+def leave_signals(_):
+    """A process that loads data goes on at Ctrl-C: the run decides when to end, and until then it
+    needs data."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(samples, stage, args, collate, order=None):
     """-> a function: the first step -> micro-batches without end, as `train` wants it.
 
@@ -1228,6 +1231,7 @@ def loader(samples, stage, args, collate, order=None):
                                RANK, WORLD, **(order or {}))
         return DataLoader(samples, batch_sampler=batches, collate_fn=collate,
                           num_workers=args.workers, persistent_workers=args.workers > 0,
+                          worker_init_fn=leave_signals,
                           pin_memory=torch.cuda.is_available())
     return start_from
 
@@ -1283,7 +1287,8 @@ def make_experts(args, model):
     else:
         join_experts(args, model, how)
 
-    # 2. MoE-LLaVA's experts take a limited number of tokens.
+    # 2. MoE-LLaVA's experts take a limited number of tokens: the flags', or their defaults, also
+    #    where the model had experts with other limits.
     if args.recipe == "moe-llava":
         config.text.capacity_factor = args.capacity_factor or None
         config.text.eval_capacity_factor = args.eval_capacity_factor or None
@@ -1553,7 +1558,7 @@ def measure(args, stage, device, began):
     with open(file, "a") as f:
         f.write(json.dumps(row) + "\n")
 
-    # A picture of where 250 of these samples were sent.
+    # A picture of where 250 to 500 of these samples were sent.
     if is_last and stage.has_experts:
         samples, replies = zip(*asked[::max(1, len(asked) // 250)])
         png = os.path.join(args.out, "routing.png")
@@ -1643,6 +1648,11 @@ def stages_done(args, stages):
     """The stages that a resumed run has behind it: those whose model is there, and those of them
     that are measured too. A new run never writes over what is in --out."""
     finished = finished_stages(args.out, stages)
+
+    # Did torchrun start this run again? If that was before it had begun, another one lies here.
+    if args.resume and "resume" not in args.given:
+        has_begun = os.path.exists(run_file(args.out))
+        args.resume = has_begun and read_run(args.out)["flags"] == args.given
 
     trained = []
     measured = []
@@ -1785,7 +1795,7 @@ def move_aside(out):
 
 def source_of(args, name, stages):
     """The folder or file that a stage starts from (or both folders of a real model's stage 1)."""
-    if args.init and name == stages[0]:
+    if args.init and stage_number(name) == stage_number(stages[0]):
         return args.init
     if name == 1:
         if args.vision:
@@ -1877,7 +1887,7 @@ def newest_checkpoint(out):
 def complete_checkpoints(out):
     """All (path, {"identity", "step", "counts"}), the newest first. ValueError if none can be used.
 
-    Mostly there is one, and a second one after a kill at the wrong moment.
+    Mostly there is one; a second one with --keep-best, or after a kill at the wrong moment.
     """
     usable = []
     damage = None
@@ -2268,7 +2278,10 @@ def join_processes(args, device):
     if restarts and os.environ["GROUP_WORLD_SIZE"] == "1":
         old_store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {restarts}", old_store)
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+    # Process 0 saves and measures while the others wait, which may be for longer than the usual ten
+    # minutes.
+    dist.init_process_group(backend, timeout=timedelta(days=1), store=store, rank=RANK,
+                            world_size=WORLD)
 
     # Each node counts its own restarts.
     died = torch.tensor(restarts, device=device)
@@ -2495,6 +2508,8 @@ def memory(args, name, gpus, fsdp, checkpointing):
     each; "peak": the most at once."""
     stage = settings(args, name, gpus)
     config, model = planned(args, stage)
+    # What FSDP shards is not dealt out, too.
+    n_parts = 1 if fsdp else args.expert_parallel
     fsdp = fsdp and gpus > 1
     in_bf16 = args.device != "cpu"
 
@@ -2504,7 +2519,7 @@ def memory(args, name, gpus, fsdp, checkpointing):
         if isinstance(module, MoE):
             for weight, p in module.named_parameters():
                 if weight != "router":
-                    sizes[p] /= args.expert_parallel
+                    sizes[p] /= n_parts
     everything = sum(sizes.values())
     trained = [p for p in sizes if p.requires_grad]
     n_trained = sum(sizes[p] for p in trained)
@@ -2674,6 +2689,8 @@ def validate(args):
         raise ValueError("--plan counts a preset, not a folder: give --preset")
     check_rates(args)
     check_val(args)
+    if args.init and args.stage is None and not args.resume:
+        check_init(args)
 
 
 def check_rates(args):
@@ -2706,6 +2723,13 @@ def has_rate(part, rates):
     if part in decoder:
         return bool(rates.keys() & set(decoder[:decoder.index(part) + 1]))
     return part in rates
+
+
+def check_init(args):
+    """A new run moves an old --out aside. What it begins with must not lie in there."""
+    if Path(args.init).resolve().is_relative_to(Path(args.out).resolve()):
+        raise ValueError(f"--init {args.init} lies in --out {args.out}, which a new run moves "
+                         "aside: give another --out")
 
 
 def check_val(args):
@@ -2784,6 +2808,15 @@ def check_given(args):
         raise ValueError("--trains is about the stages with experts in a run of all stages, and "
                          "--dense makes none: give --stage")
 
+    # What only the last of Uni-MoE's stages would notice.
+    of_all_stages = args.recipe == "uni-moe" and args.stage is None and not args.plan
+    if of_all_stages and args.data and not args.experts:
+        raise ValueError("--recipe uni-moe with --data trains one stage 2, not one for each sense: "
+                         "give --stage, and in stage 3 --experts")
+    if of_all_stages and args.fsdp and not args.dense:
+        raise ValueError("--fsdp cannot put Uni-MoE's experts together: give --stage, and see "
+                         "`python upcycle.py --experts`")
+
 
 def check_expert_flags(args):
     try:
@@ -2861,7 +2894,7 @@ def check_experts(args, config):
         layers = [n > 0 for n in numbers_of(part)]
 
         # A flag that was not given asks for nothing.
-        differs = "experts" in args.given
+        differs = "experts" in args.given or ("experts_in" in args.given and not numbers)
         if "n_experts" in args.given:
             differs |= {int(n) for n in args.n_experts.split(",")} != numbers
         if "top_k" in args.given:

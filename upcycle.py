@@ -1360,8 +1360,7 @@ def write_atomically(path, write):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
-        if exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def remove_leftovers(folder):
@@ -1387,9 +1386,7 @@ def is_alive(pid):
 
 def write_bytes(path, content):
     """Write a file, atomically."""
-    def write(temporary):
-        Path(temporary).write_bytes(content)
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
 def write_json(path, value):
@@ -1645,8 +1642,10 @@ def weight_files(path, theirs):
         if exists(tower):
             files.append(tower)
         else:
+            # Of a name on the hub, this is where it was downloaded to; its config.json is there, too.
             named = tower_folder(theirs, path) or "(no mm_vision_tower in the config)"
-            files += weight_files(local_folder(named), {})
+            theirs["mm_vision_tower"] = local_folder(named)
+            files += weight_files(theirs["mm_vision_tower"], {})
     connector = join(path, "mm_projector.bin")
     if not starting_with(PROJECTOR, names) and exists(connector):
         files.append(connector)
@@ -2104,11 +2103,14 @@ def parse(argv=None):
     args = parser.parse_args(argv)
 
     # Which flags go together.
-    ways = [args.source, args.vision and args.llm, args.experts]
-    if len([way for way in ways if way]) != 1:
+    ways = [args.source, args.vision or args.llm, args.experts]
+    if sum(map(bool, ways)) != 1 or bool(args.vision) != bool(args.llm):
         raise ValueError("give either --from DIR, or --vision DIR and --llm DIR, or --experts DIRS")
     if args.pixel_shuffle != 1 and not args.vision:
         raise ValueError("--pixel-shuffle goes with --vision and --llm: it is a new connector's")
+    if (args.connector or args.scales != "1") and not args.vision:
+        raise ValueError("--connector and --scales go with --vision and --llm: they are a new "
+                         "model's")
     if (args.audio and not args.vision) or (
             (args.average or args.every_other) and not args.experts):
         raise ValueError("--audio goes with --vision and --llm; --average and --every-other go "

@@ -7,8 +7,9 @@
 
 A row is one run of train.py from the shipped backbones, in which everything trains. A world of 200
 facts has 200 pictures, each with a name that nobody can guess (data.Facts). All rows of a seed see
-the same data in the same order, and all but "dense" do the same arithmetic: two experts for each
-token. Prints the table (Markdown), and draws into --out: why.png, losses.png and apart.png.
+the same data in the same order. Rows with experts in the same place do the same arithmetic: two
+experts for each token. Prints the table (Markdown), and draws into --out: why.png if all of the
+main rows are asked for; losses.png and apart.png with --rows losses.
 
 Each run's numbers are kept in assets/why.jsonl, and are not measured twice: for numbers of your own
 machine, name another file (--results).
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -83,6 +85,8 @@ TITLES = {
     "skills": "skills (drawn scenes)",
 }
 
+DRAWING = Lock()
+
 # Small steps in small batches: what is memorised best in a given time, of what was tried.
 RECIPE = "--stage 3 --lr 5e-4 --batch-size 16 --steps 1000 --eval-questions 600"
 
@@ -96,11 +100,15 @@ def run(args, world, row, seed):
     out = folder(args, world, row, seed)
     source = train.BACKBONES
     if row in (SCRATCH, BARE):
-        source = begin_otherwise(row, seed, os.path.join(args.out, f"{row} {seed}"))
+        # Torch's random numbers are the same for all threads: one at a time.
+        with DRAWING:
+            source = begin_otherwise(row, seed, os.path.join(args.out, f"{row} {seed}"))
     command = [sys.executable, os.path.join(ROOT, "train.py"), "--init", source,
                "--seed", str(seed), "--out", out]
     command += shlex.split(f"{RECIPE} {WORLDS[world]} {FLAGS[row]}")
-    # What was interrupted goes on.
+    # What is trained already, but was not noted, is only measured. What was interrupted goes on.
+    if os.path.exists(train.run_file(out)) and train.read_run(out)["done"]:
+        return {"world": world, "row": row, "seed": seed, **numbers_of(out, world, seed)}
     if os.path.exists(out):
         command = [*command[:2], "--resume", "--out", out]
 
@@ -353,10 +361,13 @@ def main():
               for row in args.rows]
     missing = [one for one in wanted if one not in known]
 
-    # Results are written as they come.
+    # Each result is written as soon as it is there.
     with ThreadPoolExecutor(args.jobs) as pool, open(args.results, "a") as f:
-        for numbers in pool.map(lambda one: run(args, *one), missing):
-            print(json.dumps(numbers), file=f, flush=True)
+        def measure(one):
+            f.write(json.dumps(run(args, *one)) + "\n")
+            f.flush()
+
+        list(pool.map(measure, missing))
     known = read_results(args.results)
 
     everything = {}
@@ -368,10 +379,14 @@ def main():
     if set(MAIN) <= set(args.rows):
         draw_why(everything, os.path.join(args.out, "why.png"))
     if set(LOSSES) <= set(args.rows):
-        logs = {row: read_log(folder(args, args.worlds[-1], row, args.seeds[0]))
-                for row in args.rows}
-        draw_losses(logs, os.path.join(args.out, "losses.png"))
-        draw_apart(logs, os.path.join(args.out, "apart.png"))
+        folders = {row: folder(args, args.worlds[-1], row, args.seeds[0]) for row in args.rows}
+        if all(os.path.exists(os.path.join(out, "log.jsonl")) for out in folders.values()):
+            logs = {row: read_log(out) for row, out in folders.items()}
+            draw_losses(logs, os.path.join(args.out, "losses.png"))
+            draw_apart(logs, os.path.join(args.out, "apart.png"))
+        else:
+            print("losses.png and apart.png are drawn from the runs' logs, which are not in "
+                  f"{args.out}; to train anew, name another file by --results")
 
 
 if __name__ == "__main__":

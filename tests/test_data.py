@@ -8,6 +8,7 @@ import re
 import struct
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -495,6 +496,19 @@ def test_marks_that_somebody_types_are_text(template, kind, tokenizer):
         said = t.decode([i for i in ids if i >= 0 and i not in marks])
         assert TYPED.replace(" ", "") in said.replace(" ", "")
     assert not t.encode_special_tokens
+
+
+def test_a_mark_is_a_mark_while_another_thread_spells_it_out(tokenizer):
+    stop = []
+
+    def spell_out():
+        while not stop:
+            d.spell_out(MARKS[0], tokenizer)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(spell_out)
+        lengths = {len(tokenizer.encode(MARKS[0], add_special_tokens=False).ids) for _ in range(5000)}
+        stop.append(True)
+    assert lengths == {1}
 
 
 def test_a_mark_that_can_be_no_text_is_refused_by_name():

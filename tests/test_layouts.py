@@ -819,14 +819,19 @@ def test_a_tower_may_come_from_the_hub(hf, clip_folder, tmp_path, monkeypatch):
     assert set(asked) == {"openai/clip-vit-large-patch14-336"}
 
 
-def test_a_narrow_headed_towers_sizes_come_from_mm_vision_tower(hf, tmp_path):
+@pytest.mark.parametrize("from_the_hub", [False, True])
+def test_a_narrow_headed_towers_sizes_come_from_mm_vision_tower(hf, tmp_path, monkeypatch, from_the_hub):
     t = sys.modules["transformers"] if hf("llava") else None
     eye = t.CLIPVisionConfig(**EYE)                                                # heads 8 wide
     cfg = t.LlavaConfig(vision_config=eye, text_config=t.LlamaConfig(**SMALL), image_token_index=HF_IMAGE)
     model = loud(t.LlavaForConditionalGeneration(cfg))
-    tower, connector, decoder, config = first_llava(model, tmp_path / "clip")
+    tower, connector, decoder, config = first_llava(model, "somebody/clip" if from_the_hub else tmp_path / "clip")
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text(json.dumps(eye.to_dict()))
+    if from_the_hub:                                                               # the weights are there alone, too
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: str(tmp_path / "clip"))
+        write(tmp_path / "clip", {f"vision_model.{name}": w for name, w in model.model.vision_tower.state_dict().items()}, "safetensors")
+        tower = {}
     ours, reference = load(write(tmp_path / "llava", tower | connector | decoder, "safetensors", config))[0], hf("llava")
     theirs = reference.ask(model, n_new=0)[0]
     assert (ours(reference.tokens, reference.images).logits[0][:len(theirs[0])] - theirs[0]).abs().max() < 1e-4
@@ -1149,6 +1154,9 @@ def test_a_folder_that_holds_a_model_is_never_written_over(parts, tmp_path):
     (["--from", "llm", "--tokenizer", "clip/config.json"], "cannot be read as a tokenizer"),
     (["--from", "llm", "--tokenizer", "no.json"], "no.json: cannot be read"),
     (["--from", "llm", "--pixel-shuffle", "2"], "--pixel-shuffle goes with --vision"),
+    (["--from", "llm", "--scales", "1,3"], "--connector and --scales go with --vision"),
+    (["--from", "llm", "--connector", "c.bin"], "--connector and --scales go with --vision"),
+    (["--from", "llm", "--vision", "clip"], "give either --from"), (["--experts", "a,b", "--llm", "llm"], "give either --from"),
     (["--vision", "clip", "--llm", "llm", "--pixel-shuffle", "3"], "pixel_shuffle = 3 does not divide the 2 x 2 patches"),
     (["--from", "llm", "--to", "cumo"], "--to hf-llm"), (["--from", "clip", "--to", "hf-llm"], "hf-clip only")])
 def test_arguments_that_do_not_go_together_are_named_and_nothing_is_written(parts, args, words, tmp_path, monkeypatch):

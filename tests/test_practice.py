@@ -328,6 +328,10 @@ WRONG = {                                            # flags -> words that the o
     "--data FOLDER/a.json:1 FOLDER/./a.json:2 --val-fraction 0.2": "names a file twice; give it once",
     "--data FOLDER/a.json --val FOLDER/a.json": "a.json is a file of --data",
     "--data FOLDER/b.json:1 FOLDER/a.json:2 --val FOLDER/./a.json": "is a file of --data",
+    "--recipe uni-moe --data FOLDER/a.json": "trains one stage 2, not one for each sense: give --stage",
+    "--recipe uni-moe --fsdp": "--fsdp cannot put Uni-MoE's experts together",
+    "--init FOLDER/o/stage2 --out FOLDER/o": "lies in --out",
+    "--init FOLDER --out FOLDER/./": "lies in --out",
     "--keep-best": "--keep-best does nothing without --val or --val-fraction",
     "--scales 1,3": "--scales does nothing without --vision",
     "--vision A --llm B --scales 1,x": "--scales 1,x: whole numbers from 1 to 16",
@@ -365,6 +369,30 @@ def test_a_rate_for_the_others_is_taken_where_one_stage_trains_others(argv):
     assert train.read_rates(train.parse(argv.split()).lr)["others"] == 1e-3
 
 
+def test_all_of_uni_moes_second_stages_begin_with_init():
+    args = train.parse("--recipe uni-moe --stage 2 --init x".split())
+    assert {train.source_of(args, name, train.stages_of(args)) for name in train.stages_of(args)} == {"x"}
+
+
+def test_fsdp_shards_what_it_does_not_deal_out():
+    argv = "--plan --preset cumo-mixtral-8x7b --stage 3 --gpus 8".split()
+    plain, dealt = train.parse(argv), train.parse([*argv, "--expert-parallel", "4"])
+    assert train.memory(plain, 3, 16, True, True) == train.memory(dealt, 3, 16, True, True)
+    assert train.memory(plain, 3, 8, False, True)["weights"] > train.memory(dealt, 3, 8, False, True)["weights"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_torchrun_starts_again_is_resumed_only_if_it_had_begun(tmp_path, same):
+    """Before its first line is written, the folder may hold another run, which must be moved aside."""
+    args = train.parse(["--recipe", "uni-moe", "--out", str(tmp_path / "o")])
+    (tmp_path / "o" / "stage1").mkdir(parents=True)
+    (tmp_path / "o" / "stage1" / "config.json").write_text("{}")
+    train.begin_run(train.parse(["--out", str(tmp_path / "o"), *(["--recipe", "uni-moe"] if same else [])]), [1])
+    args.resume = True                                                             # as join_processes says
+    assert train.stages_done(args, train.stages_of(args)) == (([1], [1]) if same else ([], []))
+    assert args.resume == same and (tmp_path / "o").exists() == same and (tmp_path / "o.1").exists() != same
+
+
 def test_what_only_the_model_or_the_data_can_tell_is_one_line_too(base, folder):  # noqa: F811
     model, tokenizer = load(base)
     args = train.parse("--stage 3 --trains text --lr text.moe=1e-3".split())
@@ -385,7 +413,8 @@ def test_a_rate_for_experts_that_the_decoder_never_gets_stops_the_first_stage(ar
     args = train.parse(argv.split())
     stage = train.settings(args, 1)
     if not refused:
-        return train.load_model(args, stage, train.BACKBONES, None)
+        train.load_model(args, stage, train.BACKBONES, None)
+        return
     with pytest.raises(ValueError, match="the decoder has no experts, and gets none"):
         train.load_model(args, stage, train.BACKBONES, None)
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -437,6 +438,44 @@ def test_sigterm_leaves_a_checkpoint_too(base, whole, tmp_path, monkeypatch):
         interrupt_at(patch, 6 + 5, sig=signal.SIGTERM)
         run(base, tmp_path / "o", *THREE)
     assert_resumes_exactly(base, str(tmp_path / "o"), whole)
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_nothing_is_lost(base, tmp_path):
+    """It goes to all processes of the group. Those that load data must go on until the run has its checkpoint."""
+    data_flags = write_llava(tmp_path, [{**mixture()[i % 4], "id": str(i)} for i in range(64)])
+    for color, rgb in COLORS.items():                                              # large ones: the run waits for them, so a dead worker shows
+        Image.new("RGB", (1600, 1600), rgb).save(tmp_path / f"{color}.png")
+    argv = flags(base, tmp_path / "o", "--stage", 3, "--steps", 500, "--workers", 1, *data_flags)
+    with subprocess.Popen([sys.executable, train.__file__, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as p:
+        log = tmp_path / "o" / "log.jsonl"
+        while p.poll() is None and not (log.exists() and log.read_text().count("\n") > 0):
+            time.sleep(0.02)
+        os.killpg(p.pid, signal.SIGINT)
+        text, err = p.communicate(timeout=100)
+    assert p.returncode == 130 and "Traceback" not in err and "stopped after step" in text, f"{text}\n{err}"
+    assert train.newest_checkpoint(str(tmp_path / "o"))[1]["step"] == len(rows(tmp_path / "o"))
+
+
+def test_gradients_that_begin_as_zeros_do_not_hide_adamws_moments_from_a_resumed_run(base, tmp_path, monkeypatch):
+    """--cuda-graphs, whose graphs alone need a GPU."""
+    real = train.prepare_device
+
+    def without_graphs(args):
+        args.cuda_graphs = False
+        device = real(args)
+        args.cuda_graphs = True
+        return device
+    monkeypatch.setattr(train, "prepare_device", without_graphs)
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    run(base, whole, "--stage", 3, "--cuda-graphs")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 3)
+        run(base, cut, "--stage", 3, "--cuda-graphs")
+    run(base, cut, "--stage", 3, "--cuda-graphs", "--resume")
+    assert rows(cut) == rows(whole)
+    assert all(torch.equal(weights(cut)[name], w) for name, w in weights(whole).items())
 
 
 def test_ctrl_c_in_the_last_step_of_a_stage_is_not_lost(base, whole, tmp_path, monkeypatch):

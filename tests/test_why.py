@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+import types
 
 import pytest
 import torch
@@ -85,6 +86,21 @@ def test_what_was_measured_is_not_measured_again_and_is_drawn(tmp_path, monkeypa
     assert sorted(bars.values()) == ["#bbbbbb"] + ["#f7b267"] * 3 and {color for _, color in drawn} == set(bars.values())
     assert {(bottom - top) / 130 for _, top, _, bottom in bars} == {0.75 / 1.5}       # the axis ends at 1.5
     assert os.path.exists(tmp_path / "o" / "why.png")
+
+
+def test_what_is_trained_but_not_noted_is_only_measured(tmp_path, monkeypatch):
+    args = types.SimpleNamespace(out=str(tmp_path))
+    out = why.folder(args, "100", "dense", 0)
+    why.train.begin_run(why.train.parse(["--out", out]), [3])
+    monkeypatch.setattr(why.subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(why, "numbers_of", lambda *where: {"loss": where[1:]})
+    assert why.run(args, "100", "dense", 0) == {"world": "100", "row": "dense", "seed": 0, "loss": ("100", 0)}
+
+
+def test_pictures_whose_logs_are_elsewhere_are_not_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["why.py", "--worlds", "200", "--rows", "losses", "--out", str(tmp_path)])
+    why.main()
+    assert "which are not in" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_the_pictures_of_the_losses_show_the_logs_numbers(tmp_path, monkeypatch):

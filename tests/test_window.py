@@ -319,6 +319,14 @@ def test_what_is_no_conversation_gets_one_line(asked, windows):
     error(windows("tiny"), asked)
 
 
+def test_a_mark_in_a_later_turn_is_a_word(windows):
+    """Also one that the model itself wrote: it is sent back with every further question."""
+    picture = {**question(png(Image.new("RGB", (40, 30))), text="What is there?"), "temperature": 0}
+    turns = [*picture["turns"], {"from": "gpt", "text": "An <image>.", "images": [], "sounds": []},
+             {"from": "human", "text": "Which <image> and <audio>?", "images": [], "sounds": []}]
+    assert isinstance(only(ask(windows("tiny"), {"temperature": 0, "turns": turns}), "reply"), str)
+
+
 def test_a_mark_without_a_file_is_a_word(windows):
     for mark in ("<image>", "<audio>", "<video>"):
         assert d.IMAGE not in only(ask(windows("tiny"), question(text=mark)), "pieces")
@@ -328,6 +336,11 @@ def test_limits(windows, monkeypatch):
     port = windows("tiny")
     assert "4,000 letters" in error(port, question(text="x" * 4001))
     assert "8 pictures" in error(port, question(*[png(picture(0))] * 9))
+    said = {"from": "gpt", "text": "x" * 5000, "images": [], "sounds": []}         # it may have written more than a visitor may
+    assert "letters" not in error(port, {"temperature": 0, "turns": [*question()["turns"], said] * 2})
+    assert "letters; clear" in error(port, {"temperature": 0, "turns": [*question()["turns"], said] * 40 + question()["turns"]})
+    assert "10,000 a side" in error(port, question(base64.b64encode(big_png(30_000, 1600)).decode()))
+    assert "would send" in error(port, json.loads('{"turns": [], "temperature": 1' + "0" * 400 + "}"))
     monkeypatch.setattr(generate, "MAX_TOKENS", 30)
     assert "limit of 30" in error(port, question(png(picture(0))))
     monkeypatch.setattr(generate, "MAX_WAITING", -1)
