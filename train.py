@@ -970,7 +970,8 @@ def experts_apart(model):
 
     That is the mean distance between their weights and the mean expert's, over the mean expert's
     size: 0 after upcycling, sqrt(E - 1) where they have nothing in common. One matrix of the FFN
-    stands for all, with its adapters added. Experts that are shared out over processes are left out.
+    stands for all, with its adapters added. Experts that are shared out over processes are left
+    out.
     """
     apart = {}
     for part, module in model.named_children():

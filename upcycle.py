@@ -1642,7 +1642,7 @@ def weight_files(path, theirs):
         if exists(tower):
             files.append(tower)
         else:
-            # Of a name on the hub, this is where it was downloaded to; its config.json is there, too.
+            # Of a name on the hub, this is where it was downloaded to; its config.json is there.
             named = tower_folder(theirs, path) or "(no mm_vision_tower in the config)"
             theirs["mm_vision_tower"] = local_folder(named)
             files += weight_files(theirs["mm_vision_tower"], {})
