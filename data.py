@@ -1173,21 +1173,18 @@ class LlavaJson:
         if not has_turns(sample):
             raise ValueError(f"{where}: must be an object with a list 'conversations'")
         check_text(sample, where)
+
+        # As in LLaVA, what the model says before anybody has asked is left out.
+        turns = sample["conversations"]
+        if turns and isinstance(turns[0], dict) and turns[0].get("from") == "gpt":
+            turns = turns[1:]
         return {
             "id": f"{where} (id {sample.get('id', '-')})",
-            "images": self.paths(sample, "image", where),
-            "audio": self.paths(sample, "audio", where),
-            "video": video_files(sample.get("video"), self.image_dir, where),
-            "conversations": sample["conversations"],
+            "images": files_of(sample, "image", self.image_dir, where),
+            "audio": files_of(sample, "audio", self.image_dir, where),
+            "video": files_of(sample, "video", self.image_dir, where),
+            "conversations": turns,
         }
-
-    def paths(self, sample, key, where):
-        files = sample.get(key) or []
-        if isinstance(files, str):
-            files = [files]
-        if not are_texts(files):
-            raise ValueError(f"{where}: '{key}' must be a path or a list of paths")
-        return [os.path.join(self.image_dir, file) for file in files]
 
     def lengths(self, n_image_tokens: int = 0, n_audio_tokens: int = 0) -> list[int]:
         """Words and slots of each sample, which is near enough to put like lengths together.
@@ -1201,6 +1198,19 @@ class LlavaJson:
             n_slots = sum(n * text.count(mark) for mark, n in slots.items())
             lengths.append(len(text.split()) + n_slots)
         return lengths
+
+
+def files_of(row, kind, folder, where):
+    """What a row has under "image" or "audio", a path, several or none -> the paths; under "video"
+    -> for each the files of its frames. LLaMA-Factory's "images", "audios", "videos" do, too."""
+    files = row.get(kind) or row.get(kind + "s") or []
+    if kind == "video":
+        return video_files(files, folder, where)
+    if isinstance(files, str):
+        files = [files]
+    if not are_texts(files):
+        raise ValueError(f"{where}: '{kind}' must be a path or a list of paths, not {files!r}")
+    return [os.path.join(folder, name) for name in files]
 
 
 def has_turns(sample):

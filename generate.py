@@ -515,16 +515,7 @@ def read_questions(file, folder="", suffix=""):
 
 def question_files(row, kind, folder, where):
     """A question's "image" or "audio" -> its files; "video" -> for each the files of its frames."""
-    # A question may have one file, several, or none.
-    files = row.get(kind) or []
-    if kind == "video":
-        files = data.video_files(files, folder, where)
-    else:
-        if isinstance(files, str):
-            files = [files]
-        if not data.are_texts(files):
-            raise ValueError(f"{where}: '{kind}' must be a file or a list of files, not {files!r}")
-        files = [os.path.join(folder, name) for name in files]
+    files = data.files_of(row, kind, folder, where)
 
     # Find out now, and not after an hour of answers, that a file is missing or a mark too many.
     # (Without sounds "<audio>" may be an HTML tag: check_questions knows the model.)
@@ -670,8 +661,9 @@ def row_of(sample, reply, model_id):
     question = sample["row"]
     row = {"question_id": question["question_id"], "prompt": question["text"], "text": reply,
            "model_id": model_id}
-    if question.get("image"):
-        row["image"] = question["image"]
+    image = question.get("image") or question.get("images")
+    if image:
+        row["image"] = image
     return row
 
 

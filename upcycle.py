@@ -690,7 +690,9 @@ def read_transformers_llava(theirs, shapes, path):
     # The whole model decides whether the head is tied, whatever the decoder's own config says.
     text = text | read_keys(theirs, START_AND_END)
     text["tie_word_embeddings"] = "lm_head.weight" not in shapes
-    return Config(vision, connector, text_config(text, shapes, kind), template=TEMPLATE_OF[kind])
+    # BakLLaVA is a LLaVA-1.5 around a Mistral, and is asked as LLaVA-1.5 is.
+    template = "vicuna" if kind == "mistral" else TEMPLATE_OF[kind]
+    return Config(vision, connector, text_config(text, shapes, kind), template=template)
 
 
 def read_llava(theirs, shapes, path):
@@ -714,6 +716,11 @@ def read_llava(theirs, shapes, path):
     # The tower's config and what it wants of pictures: in the folder that is named, or beside ours.
     tower = tower_folder(theirs, path)
     described = read_first([(tower, "config.json"), (path, "clip_config.json")], "vision_config")
+    # A tower that nothing describes is taken for OpenAI's. The other ones that LLaVA's code knows by
+    # name have other heads, activations and means: ask the hub.
+    if not described and tower.startswith("laion/"):
+        tower = local_folder(tower, with_weights=False)
+        described = read_first([(tower, "config.json")], "vision_config")
     pictures = picture_fields(read_preprocessor(path, tower), theirs.get("image_aspect_ratio"),
                               is_siglip(shapes))
     vision = vision_config(
@@ -765,10 +772,17 @@ def read_first(places, part):
 
 
 def read_preprocessor(*folders):
-    """What the first of these folders that says so wants done to pictures. Where transformers 5
-    saves a whole processor, that is a part of processor_config.json."""
-    places = itertools.product(folders, ("preprocessor_config.json", "processor_config.json"))
-    return read_first(places, "image_processor")
+    """What the first of these folders that says so wants done to pictures.
+
+    transformers 5 saves that as a part of processor_config.json, and reads that first, too: what
+    stands in a preprocessor_config.json beside it may be old."""
+    for folder in folders:
+        whole = read_first([(folder, "processor_config.json")], None)
+        found = read_object(whole, "image_processor")
+        found = found or read_first([(folder, "preprocessor_config.json")], None)
+        if found:
+            return found
+    return {}
 
 
 # LLaVA's image_aspect_ratio -> ours. Without one, its code has pictures cropped.
@@ -787,7 +801,10 @@ def picture_fields(preprocessor, aspect_ratio, siglip):
         raise ValueError(f"image_aspect_ratio {aspect_ratio!r} is not supported; known: pad, "
                          "square")
     aspect = ASPECTS[aspect_ratio]
-    if siglip and aspect == "crop":
+    # With a "height" and a "width", other preprocessors stretch, too. ("shortest_edge" does not.)
+    size = preprocessor.get("size")
+    stretches = siglip or (isinstance(size, dict) and "height" in size)
+    if stretches and aspect == "crop":
         aspect = "stretch"
     for key, values in PREPROCESSED.items():
         # A square that was made by padding or stretching has nothing to crop.
@@ -1097,6 +1114,7 @@ def write_moe_llava(config, state, tokenizer):
     files = published_files(decoder, config, tokenizer, "mm_image_tower", {
         "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"],
         "model_type": f"moe_llava_{kind}", "image_projector_type": "mlp2x_gelu",
+        "mm_video_tower": None,  # its loader asks for this key
         "moe": {
             "moe_enable": True, "moe_mode": "custom",
             "moe_layers_idx": list(counts), "num_experts": list(counts.values()),
@@ -1518,10 +1536,14 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
     # Where each of their tensors goes.
     places = published_places(wanted) if rename else {name: (name, None) for name in wanted}
     missing = dict(places)
+    tied = {}  # a head without a place, and the embedding that shall stand for it
 
     for theirs, tensor in tqdm(tensors_in(files), desc=f"loading {os.path.basename(where)}",
                                unit=" tensors", delay=2, leave=False, mininterval=0.5):
         name = rename(theirs) if rename else theirs
+        if "lm_head.weight" not in places and name in HEAD_AND_EMBEDDING:
+            tied[name] = tensor
+            check_tied(where, tied)
         if name not in places:
             if re.search(IGNORED, name):
                 continue
@@ -1549,6 +1571,19 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
     # Naming the first one is enough.
     for name in missing:
         raise ValueError(f"{where}: tensor {name} is missing")
+
+
+HEAD_AND_EMBEDDING = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+def check_tied(where, tensors):
+    """tensors: the head, the embedding, or both. A head that is left out must be the embedding."""
+    if len(tensors) < 2:
+        return
+    head, embedding = [tensors[name].float() for name in HEAD_AND_EMBEDDING]
+    if not torch.equal(head, embedding):
+        raise ValueError(f"{where}: config.json ties the head to the embedding, but lm_head.weight "
+                         "is another tensor; write \"tie_word_embeddings\": false")
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -1595,7 +1630,7 @@ def copy_into_shard(param, expert, tensor):
         here[i].copy_(source[i])
 
 
-def local_folder(path):
+def local_folder(path, with_weights=True):
     """The folder itself, or where huggingface_hub keeps a model that it has downloaded for a name
     on the hub ("shi-labs/CuMo-mistral-7b")."""
     if os.path.isfile(join(path, "config.json")):
@@ -1608,6 +1643,8 @@ def local_folder(path):
     # It comes with tokenizers, and is needed here only.
     from huggingface_hub import snapshot_download
     try:
+        if not with_weights:
+            return snapshot_download(path, allow_patterns=["*.json"])
         folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
         if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
             folder = snapshot_download(path, allow_patterns=["*.json", "*.bin", "*.jinja"])
@@ -1630,9 +1667,12 @@ def weight_files(path, theirs):
     mm_projector.bin), and LLaVA leaves the tower where its config says.
     """
     files = main_files(path)
+    if not files:
+        hint = ""
+        if is_multimodal(theirs):
+            hint = "; adapters, or a connector alone, must first be merged with their decoder"
+        raise ValueError(f"{join(path, 'model.safetensors')}: missing{hint}")
     if not is_multimodal(theirs):
-        if not files:
-            raise ValueError(f"{join(path, 'model.safetensors')}: missing")
         return files
 
     # Of a LLaVA, what the folder's main files lack.
@@ -2132,6 +2172,13 @@ def read_scales(text):
     return [int(scale) for scale in scales]
 
 
+# The two codes build the tower from what their config.json names, CuMo's as a shape, MoE-LLaVA's
+# with its weights.
+TOWER_KEYS = {"cumo": "mm_vision_tower", "moe-llava": "mm_image_tower"}
+TOWER_ELSEWHERE = ("For the released code, {key} in config.json must name the tower. If it is not "
+                   "OpenAI's, or was trained, write it with --to hf-clip and put its path there.")
+
+
 def main(argv=None):
     args = parse(argv)
     listing = []
@@ -2161,6 +2208,8 @@ def main(argv=None):
                          "not talked to; leave it out")
     n_params = save(model, args.out, tokenizer, layout=args.to)
     print(f"wrote {args.out} ({args.to}, {n_params / 1e6:,.1f}M parameters)")
+    if args.to in TOWER_KEYS:
+        print(TOWER_ELSEWHERE.format(key=TOWER_KEYS[args.to]))
     if tokenizer is None and args.to != "hf-clip":
         print("No tokenizer.json was found: give one with --tokenizer, or nothing can be trained "
               "or asked")

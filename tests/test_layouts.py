@@ -528,6 +528,45 @@ def test_transformers_reads_the_llava_that_is_written(hf, tiny_model, kind, n_wo
     assert same(load(tmp_path / "twice")[0], again)
 
 
+@pytest.mark.parametrize("saved, aspect", [
+    (dict(preprocessor_config=dict(do_pad=False), processor_config=dict(image_processor=dict(do_pad=True))), "pad"),
+    (dict(processor_config=dict(patch_size=14)), "pad"), (dict(preprocessor_config=dict(do_pad=False), processor_config=dict(patch_size=14)), "crop"),
+    (dict(preprocessor_config=dict(size=dict(height=16, width=16), do_center_crop=False)), "stretch"),
+    (dict(preprocessor_config=dict(size=dict(shortest_edge=16))), "crop")])
+def test_the_newer_of_two_preprocessors_counts_and_height_and_width_stretch(hf, tmp_path, saved, aspect):
+    folder = store(hf("llava").model, tmp_path / "m", STORES[0]) or tmp_path / "m"
+    for name, content in saved.items():
+        (tmp_path / "m" / f"{name}.json").write_text(json.dumps(content))
+    assert load(folder)[0].config.vision.image_aspect == aspect
+
+
+def test_a_tied_head_may_be_stored_again_but_not_another_one(hf, tmp_path):
+    t = sys.modules["transformers"] if hf("llava") else None
+    model = loud(t.LlamaForCausalLM(t.LlamaConfig(**SMALL, tie_word_embeddings=True)))
+    for extra, fits in ((0.0, True), (1.0, False)):
+        folder = tmp_path / str(fits)
+        model.save_pretrained(folder)
+        tensors = read(folder)
+        head = tensors["model.embed_tokens.weight"] + extra
+        write(folder, tensors | {"lm_head.weight": head}, "safetensors")
+        if fits:
+            assert load(folder)[0].text.head is None
+            continue
+        with pytest.raises(ValueError, match="config.json ties the head to the embedding, but lm_head.weight is another tensor"):
+            load(folder)
+        edit_json(folder / "config.json", lambda cfg: cfg.update(tie_word_embeddings=False))
+        assert torch.equal(load(folder)[0].text.head.weight, head)
+
+
+def test_adapters_alone_are_refused_before_anything_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
+    config = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336", "architectures": ["LlavaLlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="model.safetensors: missing; adapters, or a connector alone, must first be merged"):
+        load(tmp_path)
+
+
 def test_a_template_without_questions_is_no_chat_template(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="template plain leaves questions out.*--template"):
         save(tiny_model(template="plain"), tmp_path / "o", words(), layout="hf-llava")
@@ -819,17 +858,25 @@ def test_a_tower_may_come_from_the_hub(hf, clip_folder, tmp_path, monkeypatch):
     assert set(asked) == {"openai/clip-vit-large-patch14-336"}
 
 
-@pytest.mark.parametrize("from_the_hub", [False, True])
+def test_transformers_llava_around_a_mistral_is_asked_as_llava_is(hf, tmp_path):
+    t = sys.modules["transformers"] if hf("llava") else None
+    cfg = t.LlavaConfig(vision_config=t.CLIPVisionConfig(**EYE), text_config=t.MistralConfig(**SMALL), image_token_index=HF_IMAGE)
+    store(loud(t.LlavaForConditionalGeneration(cfg)), tmp_path / "m", STORES[0])
+    assert load(tmp_path / "m")[0].config.template == "vicuna"
+
+
+@pytest.mark.parametrize("from_the_hub", ["", "somebody/clip", "laion/clip"])
 def test_a_narrow_headed_towers_sizes_come_from_mm_vision_tower(hf, tmp_path, monkeypatch, from_the_hub):
     t = sys.modules["transformers"] if hf("llava") else None
     eye = t.CLIPVisionConfig(**EYE)                                                # heads 8 wide
     cfg = t.LlavaConfig(vision_config=eye, text_config=t.LlamaConfig(**SMALL), image_token_index=HF_IMAGE)
     model = loud(t.LlavaForConditionalGeneration(cfg))
-    tower, connector, decoder, config = first_llava(model, "somebody/clip" if from_the_hub else tmp_path / "clip")
+    tower, connector, decoder, config = first_llava(model, from_the_hub or tmp_path / "clip")
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text(json.dumps(eye.to_dict()))
-    if from_the_hub:                                                               # the weights are there alone, too
+    if from_the_hub:
         monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: str(tmp_path / "clip"))
+    if from_the_hub == "somebody/clip":                                            # the weights are there alone, too
         write(tmp_path / "clip", {f"vision_model.{name}": w for name, w in model.model.vision_tower.state_dict().items()}, "safetensors")
         tower = {}
     ours, reference = load(write(tmp_path / "llava", tower | connector | decoder, "safetensors", config))[0], hf("llava")
