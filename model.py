@@ -750,7 +750,8 @@ class CuMo(nn.Module):
         for step in range(max_new_tokens):
             if step > 0:
                 n_keys = n_cache if compile else n_prompt + step
-                logits = run_token(self.text, token, length + step - 1, cache, n_keys)  # (B, V)
+                logits = run_token(self.text, token, length + step - 1, cache, n_keys,
+                                   real=~done)  # (B, V)
             token = sample(logits, temperature, top_p, generator)  # (B,)
             finite = finite & logits.amax(-1).isfinite()  # (B,)
             token = torch.where(done, ends[0], token)
@@ -1130,13 +1131,16 @@ def prefill(text, x, real, last, cache, run=None):
     return logits[torch.arange(len(x), device=x.device), last]
 
 
-def decode(text, token, position, cache, n_keys, run=None):
+def decode(text, token, position, cache, n_keys, run=None, real=None):
     """One step: token (B,) at position (B,) -> logits of the next one (B, V).
 
-    Attention looks at the first n_keys of the cache. Nothing in here waits for the device.
+    Attention looks at the first n_keys of the cache. real (B,) is False in rows that have ended:
+    they take no expert's slots. Nothing in here waits for the device.
     """
     x = text.embed(token.unsqueeze(1))  # (B, 1, D)
-    real = torch.ones_like(token, dtype=torch.bool).unsqueeze(1)  # (B, 1)
+    if real is None:
+        real = torch.ones_like(token, dtype=torch.bool)
+    real = real.unsqueeze(1)  # (B, 1)
     logits = text(x, real, cache=cache, positions=position.unsqueeze(1), n_keys=n_keys, run=run)
     return logits[:, 0]
 

@@ -26,12 +26,14 @@ the model itself, and log.jsonl, scores.jsonl, loss.png and routing.png. `torchr
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import dataclasses
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -532,8 +534,8 @@ class Args:
     frames_apart: bool = flag(
         False, "take the frames of a video for images of their own, instead of one image "
         "with their mean features")
-    strict: bool = flag(
-        False, "stop at the first broken sample instead of replacing it (over 1%% broken "
+    strict: bool | None = flag(
+        None, "stop at the first broken sample instead of replacing it (over 1%% broken "
         "stops in any case)")
     workers: int = flag(0, "processes that load data; 0 loads in a thread", at_least=0)
     eval_questions: int = flag(
@@ -617,11 +619,11 @@ class Args:
     compile: bool | None = flag(
         None, "torch.compile the blocks; default: on CUDA, but not for the tiny presets "
         "(a short run ends before it pays)")
-    cuda_graphs: bool = flag(
-        False, "record the kernels of the tower's blocks once and replay them: faster where the "
+    cuda_graphs: bool | None = flag(
+        None, "record the kernels of the tower's blocks once and replay them: faster where the "
         "CPU cannot launch them in time; wants as many pictures in every micro-batch")
-    checkpointing: bool = flag(
-        False, "activation checkpointing: less memory, a third more arithmetic")
+    checkpointing: bool | None = flag(
+        None, "activation checkpointing: less memory, a third more arithmetic")
     fsdp: bool | None = flag(
         None, "with torchrun: shard weights, gradients and optimizer over the "
         "processes (FSDP2) instead of DDP")
@@ -977,10 +979,11 @@ def experts_apart(model):
     for part, module in model.named_children():
         layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
         for i, layer in enumerate(layers):
-            if layer.group is not None or isinstance(layer.w_in, DTensor):
+            if layer.group is not None or isinstance(layer.router, DTensor):
                 continue
-            mean = layer.w_in.mean(dim=0)  # (F, D)
-            distances = (layer.w_in - mean).flatten(1).norm(dim=1)  # (E,)
+            w_in = layer.w_in  # (E, F, D); with adapters, each look would compute it anew
+            mean = w_in.mean(dim=0)  # (F, D)
+            distances = (w_in - mean).flatten(1).norm(dim=1)  # (E,)
             apart[f"{part} {i}"] = distances.mean() / mean.norm()
     return apart
 
@@ -1135,8 +1138,9 @@ def measure_held_out(args, stage, model, wrapped, held_out, log, step, counts):
     size = stage.micro_batch
     cuts = [mine[i:i + size] for i in range(0, len(mine), size)]
     fillers = math.ceil(len(held_out) / (WORLD * size)) - len(cuts)
-    batches = DataLoader(held_out, batch_sampler=cuts + [[0]] * fillers, collate_fn=data.collate,
-                         num_workers=args.workers, worker_init_fn=leave_signals)
+    batches = DataLoader(held_out, batch_sampler=cuts + [[0]] * fillers,
+                         collate_fn=choose_collate(args, stage), num_workers=args.workers,
+                         worker_init_fn=leave_signals)
 
     # The mean is over all labels: (sum of losses, their number).
     device = next(model.parameters()).device
@@ -1220,6 +1224,17 @@ def leave_signals(_):
     needs data."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """At the end, Python sends SIGTERM to the processes that load data, which they do not heed, and
+    waits for them. After an error, nobody else has told them to end."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at the first
+    for worker in workers:
+        worker.kill()
 
 
 def loader(samples, stage, args, collate, order=None):
@@ -2237,13 +2252,12 @@ def prepare_device(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device here; leave the flag out for the CPU")
     torch.set_float32_matmul_precision(args.matmul)
-    if args.matmul == "medium":
-        # The CPU's flash kernel multiplies small blocks, for which AMX is slow. (This switch is the
-        # CPU's too.)
-        torch.backends.cuda.enable_flash_sdp(False)
-
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     name = args.device or usual
+    # The CPU's flash kernel multiplies small blocks, for which AMX is slow. (The switch is the GPU's
+    # as well, and holds for the whole process.)
+    uses_amx = args.matmul == "medium" and name == "cpu"
+    torch.backends.cuda.enable_flash_sdp(not uses_amx)
     if name == "cpu":
         keep_pages()
     if args.compile is None:
@@ -2261,6 +2275,9 @@ def join_processes(args, device):
     Where torchrun has started all of them again because one died, args.resume becomes true.
     """
     if not LAUNCHED:
+        if WORLD > 1:
+            raise ValueError(f"WORLD_SIZE is {WORLD}, but torchrun did not start this process: "
+                             "start it with torchrun, or unset RANK and WORLD_SIZE")
         if args.fsdp:
             raise ValueError("--fsdp shards the model over the processes of torchrun: start it "
                              "with that, or leave the flag out")

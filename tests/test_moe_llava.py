@@ -567,3 +567,15 @@ def test_the_recipe_on_top_of_cumo(base, tmp_path):
     c = load(str(tmp_path / "out"))[0].config
     assert c.vision.n_experts == [2] * 3 and c.connector.n_experts == 2 and c.text.n_experts == [4, 0, 4, 0]
     assert {"vision/balance", "connector/balance", "text/balance"} <= rows(tmp_path / "out")[0].keys()
+
+
+@torch.no_grad()
+def test_a_row_that_has_ended_takes_no_slot_from_those_that_go_on(tiny_model):
+    model = tiny_model(vision=None, text=dict(n_experts=4, top_k=2, capacity_factor=0.5, eval_capacity_factor=0.5, aux="sum"))
+    token, position = torch.tensor([7, 7, 7]), torch.zeros(3, dtype=torch.long)
+    def step(rows, real):
+        cache = m.Cache(model.config.text, rows, 8, "cpu", torch.float32)
+        return m.decode(model.text, token[:rows], position[:rows], cache, 1, real=real)[-1]
+    alone = step(1, None)
+    assert torch.allclose(step(3, torch.tensor([False, False, True])), alone, atol=1e-5)
+    assert not torch.allclose(step(3, None), alone, atol=1e-5)                     # three at once do not find a slot each

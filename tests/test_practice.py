@@ -281,12 +281,17 @@ def test_the_folder_that_we_are_in_can_be_out_and_keeps_its_checkpoint(base, tmp
 # 5. Packed rows
 
 
-def test_a_run_with_packed_rows_is_the_run_without(base, folder, tmp_path, capsys):  # noqa: F811
-    """With samples of one, two and no images; all of them are one batch, so that its order is all that differs."""
-    argv = ["--stage", 3, "--steps", 3, "--batch-size", 20, "--data", folder / "a.json", folder / "c.json", "--images", folder]
+def test_a_run_with_packed_rows_is_the_run_without(base, folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """With samples of one, two and no images; all of them are one batch, so that its order is all that differs. What is held out is packed, too."""
+    argv = ["--stage", 3, "--steps", 3, "--batch-size", 20, "--data", folder / "a.json", folder / "c.json", "--images", folder,
+            "--val", folder / "b.json", "--val-every", 1]
     apart = run(base, tmp_path / "apart", *argv)
+    real, held_out = train.inputs, []
+    monkeypatch.setattr(train, "inputs", lambda model, batch, device: held_out.append((model.training, batch)) or real(model, batch, device))
     packed = run(base, tmp_path / "packed", *argv, "--pack")
     assert_same_run(packed, apart)
+    held_out = [batch for is_training, batch in held_out if not is_training]
+    assert len(held_out) == 3 and all("sample_positions" in batch for batch in held_out)
     assert "--pack: 20 samples in" in capsys.readouterr().out
 
 

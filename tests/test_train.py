@@ -458,6 +458,42 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_nothing_is_lost(base, 
     assert train.newest_checkpoint(str(tmp_path / "o"))[1]["step"] == len(rows(tmp_path / "o"))
 
 
+@pytest.mark.parametrize("fault", ["strict", "error"])
+def test_a_failed_run_ends_though_its_workers_heed_no_signal(base, tmp_path, fault):
+    samples = [{**mixture()[i % 4], "id": str(i)} for i in range(16)]
+    argv = flags(base, tmp_path / "o", "--stage", 3, "--workers", 1, *write_llava(tmp_path, samples + [one("purple")] * 4 * (fault == "strict")), "--strict")
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport train\n"
+                      + ("train.clip_gradients = lambda *_: 1 / 0\n" if fault == "error" else "")
+                      + "try:\n    train.main(sys.argv[1:])\nexcept ValueError as e:\n    sys.exit(str(e))\n")
+    done = subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and ("purple.png" if fault == "strict" else "ZeroDivisionError") in done.stderr
+
+
+def test_ranks_that_torchrun_did_not_give_are_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but torchrun did not start this process"):
+        run(base, tmp_path / "o", "--stage", 3)
+
+
+def test_bfloat16_on_the_cpu_leaves_a_gpus_attention_and_the_next_run_alone(monkeypatch):
+    def flash(*argv):
+        train.prepare_device(train.parse(list(argv)))
+        return torch.backends.cuda.flash_sdp_enabled()
+    assert not flash("--matmul", "medium", "--device", "cpu") and flash("--device", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert flash("--matmul", "medium", "--device", "cuda")
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_what_only_makes_a_run_faster_can_be_taken_back_when_it_is_resumed(tmp_path):
+    out = str(tmp_path / "o")
+    train.begin_run(train.parse(["--out", out, "--strict", "--checkpointing"]), [])
+    args = train.parse(["--resume", "--out", out, "--no-strict", "--no-checkpointing"])
+    assert not args.strict and not args.checkpointing
+    assert train.parse(["--resume", "--out", out]).checkpointing
+
+
 def test_gradients_that_begin_as_zeros_do_not_hide_adamws_moments_from_a_resumed_run(base, tmp_path, monkeypatch):
     """--cuda-graphs, whose graphs alone need a GPU."""
     real = train.prepare_device
