@@ -1010,9 +1010,10 @@ def text_of(sample):
     for turn in sample["conversations"]:
         if isinstance(turn, dict):
             text = str(turn.get("value", ""))
+            own = own_marks(turn, FILE_MARKS)
             for mark in FILE_MARKS:
-                if mark not in own_marks(turn, FILE_MARKS):
-                    text = text.replace(mark, "")
+                if mark not in own:
+                    text = text.replace(mark, " ")
             texts.append(text)
     return "\n".join(texts)
 
@@ -1178,6 +1179,9 @@ class LlavaJson:
         turns = sample["conversations"]
         if turns and isinstance(turns[0], dict) and turns[0].get("from") == "gpt":
             turns = turns[1:]
+        # "marks" is a word of our own (`own_marks`), not the file's.
+        turns = [{key: turn[key] for key in turn if key != "marks"} if isinstance(turn, dict)
+                 else turn for turn in turns]
         return {
             "id": f"{where} (id {sample.get('id', '-')})",
             "images": files_of(sample, "image", self.image_dir, where),
@@ -1202,14 +1206,15 @@ class LlavaJson:
 
 def files_of(row, kind, folder, where):
     """What a row has under "image" or "audio", a path, several or none -> the paths; under "video"
-    -> for each the files of its frames. LLaMA-Factory's "images", "audios", "videos" do, too."""
-    files = row.get(kind) or row.get(kind + "s") or []
+    -> for each the files of its frames. LLaMA-Factory's "images" and "audios" are read, too."""
+    key = kind if row.get(kind) else kind + "s"
+    files = row.get(key) or []
     if kind == "video":
         return video_files(files, folder, where)
     if isinstance(files, str):
         files = [files]
     if not are_texts(files):
-        raise ValueError(f"{where}: '{kind}' must be a path or a list of paths, not {files!r}")
+        raise ValueError(f"{where}: '{key}' must be a path or a list of paths, not {files!r:.200}")
     return [os.path.join(folder, name) for name in files]
 
 

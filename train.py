@@ -621,7 +621,7 @@ class Args:
         "(a short run ends before it pays)")
     cuda_graphs: bool | None = flag(
         None, "record the kernels of the tower's blocks once and replay them: faster where the "
-        "CPU cannot launch them in time; wants as many pictures in every micro-batch")
+        "CPU cannot launch them in time; wants the same number of pictures in each micro-batch")
     checkpointing: bool | None = flag(
         None, "activation checkpointing: less memory, a third more arithmetic")
     fsdp: bool | None = flag(
@@ -1230,8 +1230,8 @@ def leave_signals(_):
 def end_workers():
     """At the end, Python sends SIGTERM to the processes that load data, which they do not heed, and
     waits for them. After an error, nobody else has told them to end."""
-    workers = multiprocessing.active_children()
-    if workers:
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):  # Windows has none
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at the first
     for worker in workers:
         worker.kill()
@@ -1667,8 +1667,11 @@ def stages_done(args, stages):
 
     # Did torchrun start this run again? If that was before it had begun, another one lies here.
     if args.resume and "resume" not in args.given:
-        has_begun = os.path.exists(run_file(args.out))
-        args.resume = has_begun and read_run(args.out)["flags"] == args.given
+        run = {"flags": None, "done": []}
+        if os.path.exists(run_file(args.out)):
+            run = read_run(args.out)
+        args.resume = run["flags"] == args.given and len(run["done"]) < len(stages)
+        wait_for_all()  # all have looked before process 0 moves anything
 
     trained = []
     measured = []
@@ -1953,7 +1956,11 @@ def checkpoint_path(args, step):
 
 def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
     path = checkpoint_path(args, step)
+    # Before the first step, torch makes AdamW's moments only where there are no gradients.
+    if not optimizer.state:
+        optimizer.zero_grad(set_to_none=True)
     tensors = tensors_of(get_state_dict(model, optimizer, options=TRAINED), experts)
+    clear_gradients(args, model, optimizer)
 
     # A damaged one may lie there. It must not count as complete before it is.
     Path(path, "run.json").unlink(missing_ok=True)
@@ -2254,8 +2261,8 @@ def prepare_device(args):
     torch.set_float32_matmul_precision(args.matmul)
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     name = args.device or usual
-    # The CPU's flash kernel multiplies small blocks, for which AMX is slow. (The switch is the GPU's
-    # as well, and holds for the whole process.)
+    # The CPU's flash kernel multiplies small blocks, for which AMX is slow. (The switch is the
+    # GPU's as well, and holds for the whole process.)
     uses_amx = args.matmul == "medium" and name == "cpu"
     torch.backends.cuda.enable_flash_sdp(not uses_amx)
     if name == "cpu":
@@ -2497,7 +2504,7 @@ def rehearse_stage(args, stage, config, gpus, fsdp, checkpointing):
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     grads = gradients_add_up(stage, gpus, fsdp)
     return rehearse(json.dumps(config.to_dict()), tuple(stage.trains), tuple(stage.lora or ()),
-                    stage.micro_batch, stage.max_length, checkpointing, grads, dtype)
+                    stage.micro_batch, stage.max_length, bool(checkpointing), grads, dtype)
 
 
 def planned(args, stage):
@@ -2707,8 +2714,8 @@ def validate(args):
         raise ValueError("--plan counts a preset, not a folder: give --preset")
     check_rates(args)
     check_val(args)
-    if args.init and args.stage is None and not args.resume:
-        check_init(args)
+    if args.stage is None and not args.resume:
+        check_sources(args)
 
 
 def check_rates(args):
@@ -2743,11 +2750,15 @@ def has_rate(part, rates):
     return part in rates
 
 
-def check_init(args):
+def check_sources(args):
     """A new run moves an old --out aside. What it begins with must not lie in there."""
-    if Path(args.init).resolve().is_relative_to(Path(args.out).resolve()):
-        raise ValueError(f"--init {args.init} lies in --out {args.out}, which a new run moves "
-                         "aside: give another --out")
+    out = Path(args.out).resolve()
+    given = [(name, getattr(args, name)) for name in ("init", "vision", "llm", "audio")]
+    given += [("experts", folder) for folder in (args.experts or "").split(",")]
+    for name, path in given:
+        if path and Path(path).resolve().is_relative_to(out):
+            raise ValueError(f"{flag_name(name)} {path} lies in --out {args.out}, which a new run "
+                             "moves aside: give another --out")
 
 
 def check_val(args):
@@ -2906,7 +2917,14 @@ def check_decoder_rates(args, config):
 
 def check_experts(args, config):
     """The model has experts. Flags that ask for others cannot be met."""
-    for name in expert_parts(args):
+    parts = expert_parts(args)
+    others = [name for name in ("vision", "connector")
+              if name not in parts and any(numbers_of(getattr(config, name)))]
+    if "experts_in" in args.given and others:
+        raise ValueError(f"the model has experts already in {' and '.join(others)}: --experts-in "
+                         "cannot change that")
+
+    for name in parts:
         part = getattr(config, name)
         numbers = set(numbers_of(part)) - {0}
         layers = [n > 0 for n in numbers_of(part)]

@@ -716,8 +716,8 @@ def read_llava(theirs, shapes, path):
     # The tower's config and what it wants of pictures: in the folder that is named, or beside ours.
     tower = tower_folder(theirs, path)
     described = read_first([(tower, "config.json"), (path, "clip_config.json")], "vision_config")
-    # A tower that nothing describes is taken for OpenAI's. The other ones that LLaVA's code knows by
-    # name have other heads, activations and means: ask the hub.
+    # A tower that nothing describes is taken for OpenAI's. The other ones that LLaVA's code knows
+    # by name have other heads, activations and means: ask the hub.
     if not described and tower.startswith("laion/"):
         tower = local_folder(tower, with_weights=False)
         described = read_first([(tower, "config.json")], "vision_config")
@@ -1536,12 +1536,15 @@ def match_tensors(files, wanted, where, rename=None, listing=None):
     # Where each of their tensors goes.
     places = published_places(wanted) if rename else {name: (name, None) for name in wanted}
     missing = dict(places)
-    tied = {}  # a head without a place, and the embedding that shall stand for it
+    # A head without a place, and the embedding that shall stand for it.
+    tied = {}
+    is_tied = (rename is not None and "lm_head.weight" not in places
+               and "lm_head.weight" in shapes_in(files))
 
     for theirs, tensor in tqdm(tensors_in(files), desc=f"loading {os.path.basename(where)}",
                                unit=" tensors", delay=2, leave=False, mininterval=0.5):
         name = rename(theirs) if rename else theirs
-        if "lm_head.weight" not in places and name in HEAD_AND_EMBEDDING:
+        if is_tied and name in HEAD_AND_EMBEDDING:
             tied[name] = tensor
             check_tied(where, tied)
         if name not in places:

@@ -362,7 +362,7 @@ def main():
     missing = [one for one in wanted if one not in known]
 
     # Each result is written as soon as it is there.
-    with ThreadPoolExecutor(args.jobs) as pool, open(args.results, "a") as f:
+    with open(args.results, "a") as f, ThreadPoolExecutor(args.jobs) as pool:
         def measure(one):
             f.write(json.dumps(run(args, *one)) + "\n")
             f.flush()

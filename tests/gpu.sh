@@ -4,8 +4,8 @@
 #     bash tests/gpu.sh            ($OUT: where the logs go, default out/gpu)
 #
 # First everything at once: the tests, the default run, and each timing's compilation, which is kept on
-# disk. Then the timings, one after the other and alone, what was never measured first. Each part has
-# its own time limit, and one that fails stops nothing.
+# disk. Then the timings, one after the other and alone. Each part has its own time limit, and one that
+# fails stops nothing.
 OUT=${OUT:-out/gpu}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=2

@@ -123,6 +123,18 @@ def test_nothing_in_a_step_or_in_decoding_waits_for_the_device(preset):
             assert m.decode(text, m.sample(logits, 0.7, 0.9), last + 1, cache, 32).shape == (2, 40)
 
 
+def test_what_is_not_finite_does_not_stay_in_the_cache_of_the_next_answer(tiny_model):
+    model = tiny_model(vision=None)
+    tokens, value = torch.randint(0, 40, (1, 8)), model.text.layers[0].v.weight
+    kept = value.detach().clone()
+    want = model.generate(tokens, max_new_tokens=4, compile="eager")
+    value.data.fill_(torch.nan)
+    with pytest.raises(ValueError):
+        model.generate(tokens, max_new_tokens=4, compile="eager")
+    value.data.copy_(kept)
+    assert model.cache is None and torch.equal(model.generate(tokens, max_new_tokens=4, compile="eager"), want)
+
+
 def test_cuda_graphs_are_recorded_of_the_senses_blocks_alone_whose_gradients_begin_as_zeros(monkeypatch):
     modes = {}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: modes.__setitem__(self, kw.get("mode")))

@@ -505,9 +505,12 @@ def test_a_mark_is_a_mark_while_another_thread_spells_it_out(tokenizer):
         while not stop:
             d.spell_out(MARKS[0], tokenizer)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(spell_out)
-        lengths = {len(tokenizer.encode(MARKS[0], add_special_tokens=False).ids) for _ in range(5000)}
-        stop.append(True)
+        spelling = pool.submit(spell_out)
+        try:
+            lengths = {len(tokenizer.encode(MARKS[0], add_special_tokens=False).ids) for _ in range(5000)}
+        finally:
+            stop.append(True)
+        spelling.result()
     assert lengths == {1}
 
 

@@ -449,11 +449,15 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_nothing_is_lost(base, 
     with subprocess.Popen([sys.executable, train.__file__, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as p:
-        log = tmp_path / "o" / "log.jsonl"
-        while p.poll() is None and not (log.exists() and log.read_text().count("\n") > 0):
-            time.sleep(0.02)
-        os.killpg(p.pid, signal.SIGINT)
-        text, err = p.communicate(timeout=100)
+        log, patience = tmp_path / "o" / "log.jsonl", time.monotonic() + 100
+        try:
+            while p.poll() is None and time.monotonic() < patience and not (log.exists() and log.read_text().count("\n") > 0):
+                time.sleep(0.02)
+            os.killpg(p.pid, signal.SIGINT)
+            text, err = p.communicate(timeout=100)
+        except BaseException:
+            os.killpg(p.pid, signal.SIGKILL)                                       # or this test would wait for it for ever
+            raise
     assert p.returncode == 130 and "Traceback" not in err and "stopped after step" in text, f"{text}\n{err}"
     assert train.newest_checkpoint(str(tmp_path / "o"))[1]["step"] == len(rows(tmp_path / "o"))
 
