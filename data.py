@@ -1175,9 +1175,10 @@ class LlavaJson:
             raise ValueError(f"{where}: must be an object with a list 'conversations'")
         check_text(sample, where)
 
-        # As in LLaVA, what the model says before anybody has asked is left out.
+        # As in LLaVA, what the model says before anybody has asked is left out, if more follows than
+        # the question.
         turns = sample["conversations"]
-        if turns and isinstance(turns[0], dict) and turns[0].get("from") == "gpt":
+        if len(turns) > 2 and isinstance(turns[0], dict) and turns[0].get("from") == "gpt":
             turns = turns[1:]
         # "marks" is a word of our own (`own_marks`), not the file's.
         turns = [{key: turn[key] for key in turn if key != "marks"} if isinstance(turn, dict)

@@ -554,11 +554,11 @@ BAD_CHATS = {"starts with gpt": ([SAY, ASK], "turn 1.*gpt"), "two human turns": 
 def test_llava_json_skips_what_is_said_before_a_question_and_reads_llama_factorys_images(tmp_path):
     Image.new("RGB", (9, 7), "red").save(tmp_path / "x.png")
     said = {"from": "gpt", "value": "Hello."}
-    samples = [{"conversations": [said, ASK, SAY]}, {"conversations": [said]},
+    samples = [{"conversations": [said, ASK, SAY]}, {"conversations": [said, ASK]},
                {"conversations": [{"from": "human", "value": "<image>What?"}, SAY], "images": ["x.png"]}]
     (tmp_path / "d.json").write_text(json.dumps(samples))
     read = d.LlavaJson(str(tmp_path / "d.json"), str(tmp_path))
-    assert read[0]["conversations"] == [ASK, SAY] and read[1]["conversations"] == []
+    assert read[0]["conversations"] == [ASK, SAY] and read[1]["conversations"] == [said, ASK]      # nothing would be learnt: broken
     assert read[2]["images"] == [str(tmp_path / "x.png")]
     assert d.load_senses(read[2], 8)[1].shape == (1, 3, 8, 8)
 
