@@ -1175,8 +1175,8 @@ class LlavaJson:
             raise ValueError(f"{where}: must be an object with a list 'conversations'")
         check_text(sample, where)
 
-        # As in LLaVA, what the model says before anybody has asked is left out, if more follows than
-        # the question.
+        # As in LLaVA, what the model says before anybody has asked is left out, if more follows
+        # than the question.
         turns = sample["conversations"]
         if len(turns) > 2 and isinstance(turns[0], dict) and turns[0].get("from") == "gpt":
             turns = turns[1:]
@@ -1207,8 +1207,8 @@ class LlavaJson:
 
 def files_of(row, kind, folder, where):
     """What a row has under "image" or "audio", a path, several or none -> the paths; under "video"
-    -> for each the files of its frames. LLaMA-Factory's "images" and "audios" are read, too."""
-    key = kind if row.get(kind) else kind + "s"
+    -> for each the files of its frames."""
+    key = key_of_files(row, kind)
     files = row.get(key) or []
     if kind == "video":
         return video_files(files, folder, where)
@@ -1217,6 +1217,11 @@ def files_of(row, kind, folder, where):
     if not are_texts(files):
         raise ValueError(f"{where}: '{key}' must be a path or a list of paths, not {files!r:.200}")
     return [os.path.join(folder, name) for name in files]
+
+
+def key_of_files(row, kind):
+    """"image" where a row has that, otherwise "images", as LLaMA-Factory writes it."""
+    return kind if row.get(kind) else kind + "s"
 
 
 def has_turns(sample):

@@ -661,7 +661,7 @@ def row_of(sample, reply, model_id):
     question = sample["row"]
     row = {"question_id": question["question_id"], "prompt": question["text"], "text": reply,
            "model_id": model_id}
-    image = question.get("image") or question.get("images")
+    image = question.get(data.key_of_files(question, "image"))
     if image:
         row["image"] = image
     return row

@@ -767,7 +767,7 @@ class CuMo(nn.Module):
         if not finite.all():
             # Its keys are not numbers, and would spoil the next answer: 0 * NaN is NaN.
             self.cache = None
-        check_finite(finite)
+            check_finite(finite)
         return drop_idle_steps(torch.stack(said, 1), ends)  # (B, steps)
 
     def checkpointing(self, on=True):

@@ -147,7 +147,6 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
     """
     experts, wrapped, optimizer = set_up(args, stage, model, device, later)
     first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
-    clear_gradients(args, model, optimizer)
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
     coefs = routing_coefs(stage, model)
 
@@ -171,6 +170,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
                 ahead = reader.submit(list, islice(batches, n_micro))
 
             # 2. Forward and backward.
+            begin_gradients(args, model)
             losses, loads = compute_gradients(model, wrapped, micro_batches, totals, coefs, device)
 
             # 3. Clip the gradients; then look at the numbers, which is to wait for the device.
@@ -185,7 +185,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
                 counts["skipped in a row"] = 0
             else:
                 skip_step(args, stage, step, losses["loss"], norm, counts)
-            clear_gradients(args, model, optimizer)
+            optimizer.zero_grad(set_to_none=True)
 
             # 5. Log; now and then also the loss on held-out data.
             log.write(step, losses, loads, apart, lr, norm, totals.images, begin, waited)
@@ -810,15 +810,13 @@ def set_up(args, stage, model, device, later):
     return experts, wrapped, optimizer
 
 
-def clear_gradients(args, model, optimizer):
-    """Forget all gradients. With --cuda-graphs, some begin as zeros instead of as nothing.
+def begin_gradients(args, model):
+    """With --cuda-graphs, some gradients begin as zeros instead of as nothing.
 
     A replayed graph writes its gradients to the same place each time. A weight without a gradient
     would take that place for its own, and the next micro-batch would write over it; to zeros the
-    gradient is added. (Not before a checkpoint is read: torch gives AdamW no moments to read into
-    where there are gradients already.)
+    gradient is added.
     """
-    optimizer.zero_grad(set_to_none=True)
     if args.cuda_graphs:
         for block in blocks_to_replay(model):
             for p in block.parameters():
@@ -1956,11 +1954,7 @@ def checkpoint_path(args, step):
 
 def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
     path = checkpoint_path(args, step)
-    # Before the first step, torch makes AdamW's moments only where there are no gradients.
-    if not optimizer.state:
-        optimizer.zero_grad(set_to_none=True)
     tensors = tensors_of(get_state_dict(model, optimizer, options=TRAINED), experts)
-    clear_gradients(args, model, optimizer)
 
     # A damaged one may lie there. It must not count as complete before it is.
     Path(path, "run.json").unlink(missing_ok=True)

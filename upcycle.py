@@ -1024,6 +1024,10 @@ def write_own(config, state, tokenizer):
     return {"config.json": config.to_dict()}, state
 
 
+# Where the config.json of the two published layouts names the tower.
+TOWER_KEYS = {"cumo": "mm_vision_tower", "moe-llava": "mm_image_tower"}
+
+
 def published_files(decoder, config, tokenizer, tower_key, more):
     """The JSON files of the two published layouts: the decoder's keys, those of tower and
     connector, and more. Their codes load the tower from the hub by its name, so its sizes are kept
@@ -1076,7 +1080,7 @@ def write_cumo(config, state, tokenizer):
     if kind == "llama" and not config.text.rope_scaling:
         kind = "mistral"
 
-    return published_files(decoder, config, tokenizer, "mm_vision_tower", {
+    return published_files(decoder, config, tokenizer, TOWER_KEYS["cumo"], {
         "architectures": [f"Llava{kind.capitalize()}ForCausalLM"], "model_type": f"llava_{kind}",
         "mm_projector_type": "smoe_mlp" if connector.n_experts else "mlp2x_gelu",
         "scales": vision.scales,
@@ -1111,7 +1115,7 @@ def write_moe_llava(config, state, tokenizer):
     decoder = decoder_json(dense, config.template)
     kind = decoder["model_type"]
     counts = {layer: n for layer, n in enumerate(text.n_experts) if n}
-    files = published_files(decoder, config, tokenizer, "mm_image_tower", {
+    files = published_files(decoder, config, tokenizer, TOWER_KEYS["moe-llava"], {
         "architectures": [f"MoELLaVA{kind.capitalize()}ForCausalLM"],
         "model_type": f"moe_llava_{kind}", "image_projector_type": "mlp2x_gelu",
         "mm_video_tower": None,  # its loader asks for this key
@@ -2177,7 +2181,6 @@ def read_scales(text):
 
 # The two codes build the tower from what their config.json names, CuMo's as a shape, MoE-LLaVA's
 # with its weights.
-TOWER_KEYS = {"cumo": "mm_vision_tower", "moe-llava": "mm_image_tower"}
 TOWER_ELSEWHERE = ("For the released code, {key} in config.json must name the tower. If it is not "
                    "OpenAI's, or was trained, write it with --to hf-clip and put its path there.")
 

@@ -85,6 +85,7 @@ TITLES = {
     "skills": "skills (drawn scenes)",
 }
 
+# Torch draws the random numbers of all threads from one row, so they draw one at a time.
 DRAWING = Lock()
 
 # Small steps in small batches: what is memorised best in a given time, of what was tried.
@@ -98,17 +99,18 @@ RECIPE = "--stage 3 --lr 5e-4 --batch-size 16 --steps 1000 --eval-questions 600"
 def run(args, world, row, seed):
     """Train one row and measure it -> its numbers, as one line of the file of results."""
     out = folder(args, world, row, seed)
+    # What is trained already, but was not noted, is only measured.
+    if os.path.exists(train.run_file(out)) and train.read_run(out)["done"]:
+        return {"world": world, "row": row, "seed": seed, **numbers_of(out, world, seed)}
+
     source = train.BACKBONES
     if row in (SCRATCH, BARE):
-        # Torch's random numbers are the same for all threads: one at a time.
         with DRAWING:
             source = begin_otherwise(row, seed, os.path.join(args.out, f"{row} {seed}"))
     command = [sys.executable, os.path.join(ROOT, "train.py"), "--init", source,
                "--seed", str(seed), "--out", out]
     command += shlex.split(f"{RECIPE} {WORLDS[world]} {FLAGS[row]}")
-    # What is trained already, but was not noted, is only measured. What was interrupted goes on.
-    if os.path.exists(train.run_file(out)) and train.read_run(out)["done"]:
-        return {"world": world, "row": row, "seed": seed, **numbers_of(out, world, seed)}
+    # What was interrupted goes on.
     if os.path.exists(out):
         command = [*command[:2], "--resume", "--out", out]
 

@@ -362,18 +362,18 @@ def step_runs(name: str, config: Config, stage: train.Stage, args, batch: dict, 
     on_cuda = device.type == "cuda"
     optimizer = torch.optim.AdamW(params, lr=1e-5, fused=on_cuda)
     call = train.distribute(args, model, device)
-    train.clear_gradients(args, model, optimizer)
 
     slots = CuMo.count_slots(batch["tokens"])
 
     def step():
+        train.begin_gradients(args, model)
         for _ in range(n_micro):
             with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
                 loss = call(**batch, slots=slots).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
         optimizer.step()
-        train.clear_gradients(args, model, optimizer)
+        optimizer.zero_grad()
 
     def released():
         with mock.patch("kernels.moe_ffn", as_released), \

@@ -294,7 +294,8 @@ def test_replayed_graphs_give_the_gradients_of_several_micro_batches_of_other_si
         call = train.distribute(args, copied, torch.device("cuda"))
         optimizer = torch.optim.SGD(params.values(), lr=0.0)
         for _ in range(3):                                  # compiled, recorded, replayed
-            train.clear_gradients(args, copied, optimizer)
+            optimizer.zero_grad()
+            train.begin_gradients(args, copied)
             for micro in (batch, half, batch):
                 with torch.autocast("cuda", torch.bfloat16):
                     loss = call(**micro).loss
