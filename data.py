@@ -21,11 +21,9 @@ names that nobody can guess.
 This file imports no other file of the project.
 """
 import functools
-import itertools
 import json
 import math
 import mmap
-import operator
 import os
 import random
 import re
@@ -86,7 +84,8 @@ def load_image(image, size: int | PictureFormat) -> torch.Tensor:
         square = crop_to_square(square, wanted)
     square = square.resize((wanted.size, wanted.size), FILTERS[wanted.filter])
 
-    # One colour at a time, because the model wants (3, H, W) and Pillow keeps (H, W, 3).
+    # (value / 255 - mean) / std, in place. One colour at a time, because the model wants (3, H, W)
+    # and Pillow keeps (H, W, 3).
     pixels = np.empty((3, wanted.size, wanted.size), np.float32)
     for plane, color, mean, std in zip(pixels, square.split(), wanted.mean, wanted.std):
         plane[:] = color
@@ -109,14 +108,16 @@ def pad_to_square(image, mean=CLIP_MEAN):
 # Every chat model has its own way of writing down who says what. It must be followed to the letter:
 # a model that was trained on "USER: Why? ASSISTANT:" answers worse when anything else stands there.
 # TEMPLATES, in section 7, has the ways of all models that we know. The default run writes
-# "<q>What is it?<a> A ring.</s><q>Is it red?<a> Yes.</s>".
+# "<q>What is it?<a> A ring.</s><q>Is it red?<a> Yes.</s>". As a template that is
+#
+#     Template(first="<q>{text}<a>", later="<q>{text}<a>", answer=" {text}", end="</s>")
 
 
 class Piece(NamedTuple):
     """A stretch of a conversation as it is written down."""
     text: str
     learnt: bool  # does the model learn to write it?
-    typed: bool = False  # by whoever talks; all else is the template's
+    typed: bool = False  # by whoever talks: a "</s>" in it is four letters, and ends nothing
     is_slot: bool = False  # "<image>" or "<audio>", in whose place the features go
 
 
@@ -187,12 +188,15 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
 
     # As in LLaVA, each stretch of text between the slots is tokenized alone.
     encoded = [(token, IGNORE) for token in start_tokens(tokenizer, template)]
-    for is_slot, group in itertools.groupby(pieces, operator.attrgetter("is_slot")):
-        if not is_slot:
-            encoded += encode_text(list(group), tokenizer)
+    text = []  # the pieces since the last slot
+    for piece in pieces:
+        if not piece.is_slot:
+            text.append(piece)
             continue
-        for _ in group:
-            encoded += [(slot, IGNORE) for slot in next(slots)]
+        encoded += encode_text(text, tokenizer)
+        encoded += [(slot, IGNORE) for slot in next(slots)]  # of an image, 576 times IMAGE
+        text = []
+    encoded += encode_text(text, tokenizer)
 
     ids = [token for token, _ in encoded]
     labels = [label for _, label in encoded]
@@ -249,6 +253,8 @@ class Encoded(torch.utils.data.Dataset):
 
     def encode(self, sample: dict) -> dict:
         """A sample -> an item, without "broken". Raises ValueError if it cannot be used."""
+        # In these conversations a "<video>" is now one "<image>" or several. frames: how many
+        # images belong to each "<image>"; slots: how many tokens each sound takes.
         conversations, images, audio, frames, slots = load_senses(
             sample, self.pictures, self.n_audio_tokens, self.seconds, average=self.average,
             n_mels=self.n_mels)
@@ -282,8 +288,9 @@ def collate(samples):
     """
     images = [sample["images"] for sample in samples]
 
-    # As in the released code, a sample without an image brings a blank one. It stands after the
-    # others, where it fills no slot.
+    # As in the released code, a sample without an image brings a blank one, so that every process
+    # runs the tower in every step: otherwise they would wait for each other's gradients for ever.
+    # It stands after the others, where it fills no slot.
     blanks = [torch.zeros(1, *image.shape[1:]) for image in images if len(image) == 0]
 
     batch = {

@@ -1,8 +1,8 @@
 """kernels.py: one mixture-of-experts layer, whole. It needs torch and no other file: copy it.
 
-A feed-forward network (FFN) is two thirds of a transformer's weights, and every token passes
-through all of it. A mixture of experts (MoE) has E such networks and a router, which picks K of
-them for each token. The weights grow E-fold, the arithmetic only K-fold. For one token x:
+A feed-forward network (FFN) is two thirds or more of a transformer's weights, and every token
+passes through all of it. A mixture of experts (MoE) has E such networks and a router, which picks K
+of them for each token. The weights grow E-fold, the arithmetic only K-fold. For one token x:
 
     p = softmax(router(x))                     how much does x want each expert?
     pick the K largest p, rescale them to sum to 1 (K = 1 keeps its p)
@@ -54,7 +54,7 @@ class Routing(NamedTuple):
     weights: Tensor  # (..., N, K) float32; 0 where a choice was dropped or the token is padding
     experts: Tensor  # (..., N, K) int64, the best choice first
     balance: Tensor  # () float32, the load-balancing loss: 1 when the load is perfectly even
-    z: Tensor        # () float32, the z-loss: how far logits are from logarithms of p
+    z: Tensor        # () float32, the z-loss: 0 if the exponentials of a token's logits sum to 1
     # (E,) float32: each expert's share of the first choices. None in a routing made by hand.
     load: Tensor | None = None
 
@@ -92,7 +92,9 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
 
     # 3. The load-balancing loss: for each expert, the share of tokens whose first choice it is,
     #    times its mean probability. Only the probability has a gradient. So an expert that is
-    #    chosen too often has its probability pushed down, and the others catch up.
+    #    chosen too often has its probability pushed down, and the others catch up. (Second choices
+    #    are not balanced, as in the released CuMo.) Times E, so that an even load gives 1: that is
+    #    E times a sum of E terms of 1/E * 1/E.
     first_choice = one_hot(experts[..., 0], n_experts).to(p.dtype)  # (..., N, E)
     share = mean_over_tokens(first_choice, mask)  # (..., E)
     probability = mean_over_tokens(p, mask)
@@ -100,12 +102,12 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     load = share.reshape(-1, n_experts).mean(0)  # (E,)
 
     # 4. The z-loss. A softmax does not change if all logits grow by the same amount, so they could
-    #    drift to where rounding flips choices. It holds them near logarithms of probabilities,
-    #    whose logsumexp is 0.
+    #    drift to where they are so large that rounding flips choices. This loss is 0 where their
+    #    exponentials sum to 1, and grows when they all drift up or down.
     z = logits.logsumexp(-1, keepdim=True).square()  # (..., N, 1)
     z = mean_over_tokens(z, mask).squeeze(-1)  # (...)
 
-    # 5. Drop what must not count: padding, and choices that came too late for a slot (section 4;
+    # 5. Drop what must not count: padding, and choices that came too late for a slot (section 5;
     #    CuMo has no capacity).
     if mask is not None:
         weights = weights * mask.unsqueeze(-1)
@@ -120,7 +122,8 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     if renormalise or (renormalise is None and top_k > 1):
         weights = sum_to_1(weights)
 
-    return Routing(weights, experts, mean_over_rows(balance, mask), mean_over_rows(z, mask), load)
+    return Routing(weights, experts, mean_over_images(balance, mask), mean_over_images(z, mask),
+                   load)
 
 
 def sum_to_1(weights: Tensor) -> Tensor:
@@ -139,8 +142,10 @@ def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x * real).sum(-2) / real.sum(-2).clamp(min=1)
 
 
-def mean_over_rows(loss: Tensor, mask: Tensor | None) -> Tensor:
-    """loss (...), one for each leading index -> (): the mean over those that have a real token."""
+def mean_over_images(loss: Tensor, mask: Tensor | None) -> Tensor:
+    """loss (...), one for each leading index -> (): the mean over those that have a real token.
+
+    A leading index is an image, in a tower or a connector. A decoder has none, and one loss."""
     if mask is None:
         return loss.mean()
     has_tokens = mask.any(-1).to(loss.dtype)  # (...)
@@ -305,77 +310,51 @@ def feed_forward(dim, ffn_dim, act, n_experts=0, top_k=2, dim_out=None, gated=Fa
 # 3. Dispatch: take the tokens to their experts, and the answers back
 
 
-def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None,
-            b_in: Tensor | None = None, b_out: Tensor | None = None, act: str = "gelu",
-            backend: str | None = None, group=None) -> Tensor:
-    """y = sum over k of  weights[:, k] * FFN_{experts[:, k]}(x).
-
-    x (..., N, D); r is what `route` gave for these tokens; w_in and w_gate (E, F, D), w_out (E,
-    D_out, F), b_in (E, F), b_out (E, D_out). Returns (..., N, D_out) in x's type (inside
-    autocast: in autocast's). backend is "loop", "sorted", "grouped", or None to choose: grouped
-    for bfloat16 on CUDA, otherwise sorted. group: the processes that share the experts
-    (`moe_parallel`).
-
-    ValueError for an unknown backend or activation, a routing of other tokens or over another
-    number of experts, and for "grouped" with another type than bfloat16.
-    """
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if backend is None:
-        backend = "sorted"
-        # Tensors on meta have no values; train.py --plan counts on them what a GPU would do.
-        if x.dtype == torch.bfloat16 and (x.is_cuda or x.is_meta):
-            backend = "grouped"
-    layer = (w_in, w_out, w_gate, b_in, b_out)
-    check_moe_ffn(x, r, act, backend)
-    check_experts(r, layer, group)
-
-    # One long list of tokens, whatever the leading dimensions are.
-    top_k = r.experts.shape[-1]
-    tokens = x.reshape(-1, x.shape[-1])  # (N, D)
-    weights = r.weights.reshape(-1, top_k).to(x.dtype)  # (N, K)
-    experts = r.experts.reshape(-1, top_k)  # (N, K)
-
-    if group is None:
-        y = BACKENDS[backend](tokens, weights, experts, layer, act)
-    else:
-        y = moe_parallel(tokens, weights, experts, layer, act, backend, group)
-    return y.view(*x.shape[:-1], w_out.shape[1])  # (..., N, D_out)
+class Stack(NamedTuple):
+    """The weights of a layer's E FFNs. MoE hands them over by way of `moe_ffn` (section 4)."""
+    w_in: Tensor  # (E, F, D)
+    w_out: Tensor  # (E, D_out, F)
+    w_gate: Tensor | None = None  # (E, F, D)
+    b_in: Tensor | None = None  # (E, F)
+    b_out: Tensor | None = None  # (E, D_out)
 
 
-def moe_loop(x, weights, experts, layer, act):
-    """The definition. x (N, D), weights and experts (N, K), layer (w_in, w_out, ...) -> (N,
-    D_out)."""
-    w_out = layer[1]
-    y = x.new_zeros(len(x), w_out.shape[1])
-    for e, expert in enumerate(split_experts(layer)):
-        # Which tokens chose expert e, and as which of their choices?
+# Three tokens a, b, c choose two of the experts 0 and 1 each. That is M = N * K = 6 choices:
+#
+#     choice             0    1    2    3    4    5      in token order, two each
+#     of token           a    a    b    b    c    c
+#     for expert         1    0    0    1    1    0      experts = [[1, 0], [0, 1], [1, 0]]
+
+
+def moe_loop(x, weights, experts, stack, act):
+    """The definition. x (N, D), weights and experts (N, K), stack a Stack -> (N, D_out)."""
+    y = x.new_zeros(len(x), stack.w_out.shape[1])
+    for e, expert in enumerate(split_experts(stack)):
+        # Which tokens chose expert e, and as which of their choices? In the example, expert 0:
+        # token = (0, 1, 2) and choice = (1, 0, 1). Tokens a and c want it second, token b first.
         token, choice = torch.where(experts == e)  # (n_e,) twice
         weight = weights[token, choice].unsqueeze(-1)  # (n_e, 1)
         y = y.index_add(0, token, weight * ffn(x[token], *expert, act))
     return y
 
 
-def split_experts(layer) -> list[tuple]:
-    """Stacked weights -> one tuple (w_in, w_out, w_gate, b_in, b_out) for each expert; None
-    stays None.
+def split_experts(stack: Stack) -> list[tuple]:
+    """-> one tuple (w_in, w_out, w_gate, b_in, b_out) for each expert; None stays None.
 
     By unbind: on the way back it stacks the experts' gradients once. With w[e], every expert would
     fill a whole (E, ...) tensor with zeros for its part.
     """
-    n_experts = len(layer[0])
-    columns = [[None] * n_experts if w is None else w.unbind(0) for w in layer]
+    n_experts = len(stack.w_in)
+    columns = [[None] * n_experts if w is None else w.unbind(0) for w in stack]
     return list(zip(*columns))
 
 
-# Sorting. Three tokens a, b, c choose two of the experts 0 and 1 each; that is M = 6 choices:
+# Sorting. The choices of the example, those for expert 0 first:
 #
-#     choice             0    1    2    3    4    5      in token order, two each
-#     of token           a    a    b    b    c    c
-#     for expert         1    0    0    1    1    0
-#
-#     order              1    2    5    0    3    4      which choice stands here, sorted by expert
+#     order              1    2    5  | 0    3    4      which choice stands here
+#     token              0    1    2  | 0    1    2      whose it is: order // 2
 #     rows               a    b    c  | a    b    c      the copies that expert 0 | expert 1 gets
+#     counts             3            | 3
 #     inverse            3    0    1    4    5    2      where choice 0, 1, 2, ... stands in `rows`
 #
 # Expert 0 now multiplies rows 0 to 2 in one piece and expert 1 rows 3 to 5. For the way back,
@@ -389,6 +368,7 @@ def sort_by_expert(experts: Tensor, n_experts: int):
     flat = experts.flatten()  # (M,) in token order
     order = flat.argsort(stable=True)  # (M,) stable: an expert keeps its tokens in their order
     position = torch.arange(len(order), device=order.device)
+    # inverse[order[i]] = i
     inverse = torch.empty_like(order).scatter_(0, order, position)  # (M,)
     counts = one_hot(flat, n_experts).sum(0)  # (E,)
     token = order // experts.shape[1]  # (M,)
@@ -408,8 +388,9 @@ def sum_per_token(rows, inverse, top_k):
     return rows.view(-1, top_k, rows.shape[-1]).sum(1)
 
 
-# The gradient of a copy is the sum over its copies, and the gradient of a sum is a copy for
-# each summand. So each of these two is the other's backward pass. Autograd, left alone, would
+# Forward, a token is copied to its K experts; so backward, its gradient is the sum of its K copies'
+# gradients. Forward, K answers are summed; so backward, each gets a copy of the sum's gradient.
+# Each of the two functions is therefore the other's backward pass. Autograd, left alone, would
 # scatter and add, which is slow on a CPU, and on a GPU adds in another order each time.
 
 
@@ -418,6 +399,7 @@ class ToExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, token, inverse, top_k):
+        # inverse and top_k are for the way back alone.
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
         return copy_to_experts(x, token)
@@ -442,15 +424,15 @@ class FromExperts(torch.autograd.Function):
         return copy_to_experts(grad, token), None, None, None
 
 
-def moe_sorted(x, weights, experts, layer, act):
+def moe_sorted(x, weights, experts, stack, act):
     """As moe_loop, but each expert's rows are one slice, read and written once."""
-    token, order, inverse, counts = sort_by_expert(experts, len(layer[0]))
+    token, order, inverse, counts = sort_by_expert(experts, len(stack.w_in))
     rows = ToExperts.apply(x, token, inverse, experts.shape[1])  # (M, D)
 
     # Each expert takes its slice through the whole FFN before the next begins: its rows are still
     # in the cache. Python must know the slices' sizes, so this waits for the device.
     slices = rows.split(sizes_of_slices(counts, len(rows)))
-    outputs = [ffn(part, *expert, act) for part, expert in zip(slices, split_experts(layer))]
+    outputs = [ffn(part, *expert, act) for part, expert in zip(slices, split_experts(stack))]
     rows = torch.cat(outputs)  # (M, D_out)
 
     return weighted_sum(rows, weights, order, token, inverse)  # (N, D_out)
@@ -463,11 +445,53 @@ def weighted_sum(rows, weights, order, token, inverse):
 
 
 # ------------------------------------------------------------------------------------------------
-# You can stop here on a first reading. Below this line: experts with a limited number of
-# slots, the backend for GPUs, experts that live on several GPUs, and the checks of what is
-# passed in.
+# You can stop here on a first reading. Below this line: `moe_ffn`, which MoE calls and which
+# passes its tokens on to one of the backends; experts with a limited number of slots; the backend
+# for GPUs; experts that live on several GPUs; and the checks of what is passed in.
 # ------------------------------------------------------------------------------------------------
-# 4. Choices with noise, and capacity
+# 4. Which backend
+
+
+def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None = None,
+            b_in: Tensor | None = None, b_out: Tensor | None = None, act: str = "gelu",
+            backend: str | None = None, group=None) -> Tensor:
+    """y = sum over k of  weights[:, k] * FFN_{experts[:, k]}(x).
+
+    x (..., N, D); r is what `route` gave for these tokens; w_in and w_gate (E, F, D), w_out (E,
+    D_out, F), b_in (E, F), b_out (E, D_out). Returns (..., N, D_out) in x's type (inside
+    autocast: in autocast's). backend is "loop", "sorted", "grouped", or None to choose: grouped
+    for bfloat16 on CUDA, otherwise sorted. group: the processes that share the experts
+    (`moe_parallel`).
+
+    ValueError for an unknown backend or activation, a routing of other tokens or over another
+    number of experts, and for "grouped" with another type than bfloat16.
+    """
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if backend is None:
+        backend = "sorted"
+        # Tensors on meta have no values; train.py --plan counts on them what a GPU would do.
+        if x.dtype == torch.bfloat16 and (x.is_cuda or x.is_meta):
+            backend = "grouped"
+    stack = Stack(w_in, w_out, w_gate, b_in, b_out)
+    check_moe_ffn(x, r, act, backend)
+    check_experts(r, stack, group)
+
+    # One long list of tokens, whatever the leading dimensions are.
+    top_k = r.experts.shape[-1]
+    tokens = x.reshape(-1, x.shape[-1])  # (N, D)
+    weights = r.weights.reshape(-1, top_k).to(x.dtype)  # (N, K)
+    experts = r.experts.reshape(-1, top_k)  # (N, K)
+
+    if group is None:
+        y = BACKENDS[backend](tokens, weights, experts, stack, act)
+    else:
+        y = moe_parallel(tokens, weights, experts, stack, act, backend, group)
+    return y.view(*x.shape[:-1], w_out.shape[1])  # (..., N, D_out)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Choices with noise, and capacity
 
 
 def choose_with_noise(logits: Tensor, p: Tensor, top_k: int, noise: Tensor) -> Tensor:
@@ -522,12 +546,12 @@ def within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int,
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. The backend for GPUs: one kernel for all experts
+# 6. The backend for GPUs: one kernel for all experts
 
 
-def moe_grouped(x, weights, experts, layer, act):
+def moe_grouped(x, weights, experts, stack, act):
     """As moe_sorted, but the slices' sizes stay on the device: the host does not wait for them."""
-    w_in, w_out, w_gate, b_in, b_out = layer
+    w_in, w_out, w_gate, b_in, b_out = stack
     top_k = experts.shape[1]
     token, order, inverse, counts = sort_by_expert(experts, len(w_in))
     expert = experts.flatten().index_select(0, order)  # (M,) the expert of each row
@@ -616,7 +640,7 @@ def sizes_of_slices(counts: Tensor, n_rows: int) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Expert parallelism: experts too many for one device are dealt out, and tokens travel to them
+# 7. Expert parallelism: experts too many for one device are dealt out, and tokens travel to them
 #
 # This is GShard's way (arXiv 2006.16668); Uni-MoE calls it "expert-level model parallelism".
 # Every process ("rank") routes its own tokens. Sorted by expert, the choices are sorted by rank
@@ -653,16 +677,16 @@ class AllToAll(torch.autograd.Function):
 
 
 @torch.compiler.disable  # its sizes are known only when it runs
-def moe_parallel(x, weights, experts, layer, act, backend, group):
+def moe_parallel(x, weights, experts, stack, act, backend, group):
     """As moe_loop, on each rank of the group for its own tokens, whose number N may differ or
     be 0.
 
-    `layer` holds this rank's experts alone, (E / ranks, ...): rank r has the r-th part. Every rank
+    `stack` holds this rank's experts alone, (E / ranks, ...): rank r has the r-th part. Every rank
     must call this equally often, or the others wait for ever. Dropped choices travel too, and come
     back with weight 0.
     """
     n_ranks = dist.get_world_size(group)
-    n_here = len(layer[0])
+    n_here = len(stack.w_in)
     token, order, inverse, counts = sort_by_expert(experts, n_ranks * n_here)
     rows = ToExperts.apply(x, token, inverse, experts.shape[1])  # (M, D)
 
@@ -681,7 +705,7 @@ def moe_parallel(x, weights, experts, layer, act, backend, group):
 
     # 3. Every row is now a token with one choice, of weight 1.
     ones = rows.new_ones(len(rows), 1)
-    rows = BACKENDS[backend](rows, ones, expert.unsqueeze(1), layer, act)  # (R, D_out)
+    rows = BACKENDS[backend](rows, ones, expert.unsqueeze(1), stack, act)  # (R, D_out)
 
     # 4. The answers travel back, and each token adds up its own.
     rows = AllToAll.apply(rows, receive, send, group)  # (M, D_out)
@@ -689,7 +713,7 @@ def moe_parallel(x, weights, experts, layer, act, backend, group):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Checks
+# 8. Checks
 
 
 def check_route(n_experts: int, top_k: int, capacity_factor: float | None):
@@ -717,20 +741,20 @@ def check_moe_ffn(x: Tensor, r: Routing, act: str, backend: str):
                          "'sorted' or cast x")
 
 
-def check_experts(r: Routing, layer, group):
+def check_experts(r: Routing, stack: Stack, group):
     """Does the layer have the experts that the routing chooses from?
 
     Otherwise some choices would find no expert: moe_loop would drop them without a word, and the
     other backends would return memory that nobody has written to.
     """
-    counts = {len(w) for w in layer if w is not None}
+    counts = {len(w) for w in stack if w is not None}
     if len(counts) > 1:
-        shapes = [tuple(w.shape) for w in layer if w is not None]
+        shapes = [tuple(w.shape) for w in stack if w is not None]
         raise ValueError(f"the experts' weights {shapes} differ in the number of experts, which is "
                          "their first dimension")
 
     # With expert parallelism the layer has this process's part of them.
-    n_experts = len(layer[0])
+    n_experts = len(stack.w_in)
     if group is not None:
         n_experts = n_experts * dist.get_world_size(group)
     if r.load is not None and len(r.load) != n_experts:

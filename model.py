@@ -4,12 +4,13 @@
     mel    ──► AudioTransformer ───► Resampler ──┼──► token embeddings ──► Decoder ──► logits
     text   ──► embedding ────────────────────────┘
 
-All boxes are stacks of one block, attention and then a feed-forward; only the connector is a
-feed-forward alone. CuMo (arXiv 2405.05949) is LLaVA with the feed-forwards of the vision tower and
-of the connector turned into mixtures of experts. MoE-LLaVA (arXiv 2401.15947) has its experts in
-the decoder, and so has Uni-MoE (arXiv 2405.11273), which also hears. So there is one switch: the
-number of experts in the configuration, layer by layer. 0 makes an `FFN`, any other number a `MoE`
-(kernels.py).
+The two Transformers and the Decoder are stacks of blocks: attention, then a feed-forward. The
+Connector is a feed-forward alone, the Resampler blocks whose few queries look at many states.
+
+CuMo (arXiv 2405.05949) is LLaVA with the feed-forwards of the vision tower and of the connector
+turned into mixtures of experts. MoE-LLaVA (arXiv 2401.15947) has its experts in the decoder, and so
+has Uni-MoE (arXiv 2405.11273), which also hears. So there is one switch: the number of experts in
+the configuration, layer by layer. 0 makes an `FFN`, any other number a `MoE` (kernels.py).
 
 A batch of conversations is one tensor, tokens (B, T). Ids from 0 on are text. The marks IMAGE and
 AUDIO keep slots free for the features of images and sounds, and PAD fills the right-hand end. Two
@@ -55,8 +56,10 @@ IGNORE = -100  # the label of a token that is not learnt
 
 # ------------------------------------------------------------------------------------------------
 # 1. Configuration. The defaults are CuMo's around Mistral-7B, without experts and S2 scales; the
-#    presets stand in section 13. Section 12 checks each value against the type of its field, to
-#    which Annotated adds the lowest and the highest number.
+#    presets stand in section 13. On a first reading, the sizes, n_experts, top_k, select_layer and
+#    scales will do; most other fields are there for the checkpoints of other models. Section 12
+#    checks each value against the type of its field, to which Annotated adds the lowest and the
+#    highest number.
 
 Size = Annotated[int, 1, 10**9]
 Layers = Annotated[int, 1, 1000]  # a billion layers, a typing error, would take days to build
@@ -83,8 +86,8 @@ class VisionConfig:
     pre_norm: bool = True
     patch_bias: bool = False
     post_norm: bool = False
-    # Which hidden state are the features? -1 is the output of the last layer; -2, LLaVA's choice
-    # with CLIP, its input.
+    # Which hidden state are the features? -1: what the last layer gives. -2: what the layer before
+    # it gives (LLaVA's choice with CLIP). The last layer is then of no use.
     select_layer: int = -2
     # S2 (arXiv 2403.13043): [1, 3] reads the image also three times enlarged, in 9 crops.
     scales: list[Size] = field(default_factory=lambda: [1])
@@ -256,10 +259,10 @@ class SenseBlock(nn.Module):
                                 renormalise=config.renormalise)
 
     def attention(self, x, seen):
-        """Each of x (n, N, D) looks at all of seen (n, M, D) -> (n, N, D)."""
+        """Each of x (n, N, D) looks at all of seen (n, N_seen, D) -> (n, N, D)."""
         q = split_heads(self.q(x), self.n_heads)  # (n, H, N, d)
-        k = split_heads(self.k(seen), self.n_heads)  # (n, H, M, d)
-        v = split_heads(self.v(seen), self.n_heads)  # (n, H, M, d)
+        k = split_heads(self.k(seen), self.n_heads)  # (n, H, N_seen, d)
+        v = split_heads(self.v(seen), self.n_heads)  # (n, H, N_seen, d)
         return self.o(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
     def forward(self, x):
@@ -316,7 +319,8 @@ class VisionTransformer(nn.Module):
         contrastive training of assets/backbones.py.
         """
         # A convolution whose stride is its width cuts the image into patches and projects each.
-        x = self.patch(images).flatten(2).transpose(1, 2)  # (n, N, D)
+        # (n, D, side, side), then (n, D, N), then (n, N, D):
+        x = self.patch(images).flatten(2).transpose(1, 2)
         n_prefix = self.config.n_prefix_tokens
         if n_prefix:
             cls = self.cls.to(x.dtype).expand(len(x), 1, -1)  # (n, 1, D)
@@ -328,6 +332,7 @@ class VisionTransformer(nn.Module):
         n_run = self.config.n_layers if both else n_needed_layers(self.config, routings is not None)
         selected = x
         for i in range(n_run):
+            # This is layer(x). With checkpointing it keeps no activations (section 9).
             x, routing = run_block(self, self.layers[i], x)
             collect(routing, routings)
             if i + 1 == self.config.n_used_layers:
@@ -440,14 +445,16 @@ class DecoderBlock(nn.Module):
             n_keys = x.shape[1] if attend is None else attend.shape[-1]
             k, v = write_keys(cache, positions, k, v, n_keys)  # (B, H_kv, keys, d)
         elif attend is not None:
-            # On a GPU, the kernel that takes a mask wants as many heads of keys as of queries.
+            # Several heads of queries share one of keys: enable_gqa below sees to that. But on a
+            # GPU, the kernel that takes a mask wants as many heads of keys as of queries.
             k, v = [t.repeat_interleave(self.n_heads // self.n_kv_heads, 1) for t in (k, v)]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None,
                                            enable_gqa=True)  # (B, H, T, d)
         x = x + self.o(merge_heads(h))  # (B, T, D)
 
         # 2. Feed-forward. It gets the batch as one row, so that its routing statistics are means
-        #    over all tokens of the batch, as in Mixtral's code.
+        #    over all tokens of the batch, as in Mixtral's code. (In the tower x keeps its shape
+        #    (n, N, D), and the means are taken image by image.)
         h = self.norm2(x).flatten(0, 1)  # (B * T, D)
         h, routing = self.ffn(h, real.flatten())
         return x + h.view_as(x), routing
@@ -501,7 +508,8 @@ class Decoder(nn.Module):
             x, routing = run(self, layer, x, rope, real, attend, kept, positions)
             collect(routing, routings)
 
-        # Small models save the head: a word's logit is the product with the word's embedding.
+        # Many small models have no head of their own: a word's logit is then the product with the
+        # word's embedding.
         head = self.embed if self.head is None else self.head
         return F.linear(self.norm(x), head.weight)  # (B, T, V)
 
@@ -519,34 +527,36 @@ class Decoder(nn.Module):
 
 def lm_loss(logits, labels):
     """logits (B, T, V), labels (B, T) -> the mean loss of the labels that are learnt, float32."""
-    # The logits at t speak of the token at t + 1. The labels are shifted and not the logits: to
-    # slice these would copy the largest tensor of all.
+    # The logits at place t predict the token at t + 1, so the labels move one place to the left.
+    # (To cut the last place off the logits instead would copy the largest tensor of all.)
     target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # (B * T,)
     total = F.cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE,
                             reduction="sum")
     return total / (target != IGNORE).sum().clamp(min=1)
 
 
-def total_loss(parts, balance_coef, z_coef, share=None):
+def total_loss(parts, balance_coef, z_coef, portions=None):
     """What is minimised: parts["lm"] + balance_coef * balance losses + z_coef * z losses.
 
-    parts: name -> scalar. A part that is no ".../balance" or ".../z" has the weight 1. share: name
-    -> what a part counts for train.py, which adds up micro-batches: "lm" by its share of the
-    batch's labels, vision and connector by theirs of the images. So the cut changes neither the
-    loss nor its gradient; but for the decoder's balance, a product of two means over a micro-batch.
+    parts: {"lm": scalar, "vision/balance": scalar, "vision/z": ...}. What is no ".../balance" or
+    ".../z" has the weight 1.
+    portions: the same names. train.py gives the model a batch in several micro-batches, and says
+    here how much of the batch this one is: with 10 of its 40 labels, portions["lm"] is 1/4; vision
+    and connector go by images. The losses of the micro-batches then add up to the batch's, however
+    it is cut. (Not the decoder's balance: it is a product of two means over a micro-batch.)
     """
     # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
-    routing = 0.0
+    auxiliary = 0.0
     for name, value in parts.items():
-        weight = 1.0 if share is None else share[name]
+        portion = 1.0 if portions is None else portions[name]
         if name.endswith("/balance"):
-            routing = routing + balance_coef * weight * value
+            auxiliary = auxiliary + balance_coef * portion * value
         elif name.endswith("/z"):
-            routing = routing + z_coef * weight * value
+            auxiliary = auxiliary + z_coef * portion * value
         else:
-            task = task + weight * value
-    return task + routing
+            task = task + portion * value
+    return task + auxiliary
 
 
 # ------------------------------------------------------------------------------------------------
@@ -690,6 +700,8 @@ class CuMo(nn.Module):
             slots = self.count_slots(tokens)
         if slots is not None:
             check_slots(self.config, slots, image_embeds, audio_embeds)
+        # Marks are negative numbers. Here they look up word 0: slots are written over, and nobody
+        # reads PAD.
         x = self.text.embed(tokens.clamp(min=0))  # (B, T, D)
         x = fill_slots(x, tokens == IMAGE, image_embeds)
         return fill_slots(x, tokens == AUDIO, audio_embeds)
@@ -748,12 +760,18 @@ class CuMo(nn.Module):
         ends = as_ends(eos, tokens.device)
         said = []
         for step in range(max_new_tokens):
+            # A row's new token takes the place behind the row's last one. Two prompts, of 3 and 4
+            # tokens; the new ones are 1 and 2:
+            #
+            #     prompts      a b c PAD    after two steps    a b c 1 2        (over its PAD)
+            #                  d e f g                         d e f g 1 2
             if step > 0:
                 n_keys = n_cache if compile else n_prompt + step
                 logits = run_token(self.text, token, length + step - 1, cache, n_keys,
                                    real=~done)  # (B, V)
             token = sample(logits, temperature, top_p, generator)  # (B,)
             finite = finite & logits.amax(-1).isfinite()  # (B,)
+            # A row that is done says its end once more, and so stays done.
             token = torch.where(done, ends[0], token)
             done = torch.isin(token, ends)
             said.append(token)

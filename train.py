@@ -124,6 +124,8 @@ CUMO = {
     2: Stage(EVERYTHING, "caption", None, 2e-6, 128, 4096, routing_losses=False),
     3: Stage(EVERYTHING, "chat", None, 4e-6, 256, 4096),
 }
+# Stage 3 begins by making the experts: 4 in each layer of tower and connector, of which a token
+# goes to 2 (--upcycle-at, --experts-in, --n-experts, --top-k).
 
 
 def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -145,29 +147,38 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
     model(**batch).parts is {name of a loss: its value}. loader(first) gives micro-batches without
     end, from step `first` on. later: weights that FSDP fills in. held_out: data to measure only.
     """
+    # wrapped: the model inside DDP or FSDP, or the model itself. experts: those that are dealt out
+    # over several processes, if any (section 10).
     experts, wrapped, optimizer = set_up(args, stage, model, device, later)
     first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
     coefs = routing_coefs(stage, model)
 
     batches = iter(loader(first))
-    # A thread reads the next batches while the device computes.
+
+    def next_step():
+        return list(islice(batches, n_micro))
+
+    # A thread reads the next step's batches while the device computes.
     with (closing(Log(args.out, stage, first)) as log, catch_signals() as signals,
           ThreadPoolExecutor(1) as reader):
-        ahead = reader.submit(list, islice(batches, n_micro))
+        ahead = reader.submit(next_step)
         for step in range(first, stage.steps):
             begin = time.perf_counter()
             lr = set_lr(optimizer, step, stage.steps, args.warmup)
-            # A step draws the same noise in a resumed run, and each step and process another one.
+            # Random numbers depend on seed, step and process alone, so a resumed run draws what the
+            # whole one would have drawn. (Of CuMo's parts none draws any; --noisy-gate does.)
             torch.manual_seed((args.seed * 1_000_003 + step) * WORLD + RANK)
 
-            # 1. Data. What does not fit into memory at once comes as several micro-batches.
+            # 1. Data. What does not fit into memory at once comes as several micro-batches. The
+            #    losses will be means over the labels and images of all of them, in all processes,
+            #    so these are counted first.
             micro_batches = ahead.result()
             waited = time.perf_counter() - begin
             totals = count(micro_batches, len(signals), device)
             add_to_counts(counts, totals, stage.batch_size)
             if step < stage.steps - 1:
-                ahead = reader.submit(list, islice(batches, n_micro))
+                ahead = reader.submit(next_step)
 
             # 2. Forward and backward.
             begin_gradients(args, model)
@@ -204,22 +215,27 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
 
 
 def compute_gradients(model, wrapped, micro_batches, totals, coefs, device):
-    """Forward and backward -> the step's losses, and each expert's share of the tokens."""
+    """Forward and backward -> the step's losses, and each expert's share of the first choices.
+
+    wrapped: the model inside DDP or FSDP, or the model itself.
+    """
     losses = Counter()
     loads = {}
     for i, batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
         with exchange_gradients(wrapped, is_last), autocast(device):
             out = wrapped(**inputs(model, batch, device))
-            share = {term: loss_weight(term, batch, totals, len(micro_batches))
-                     for term in out.parts}
-            loss = total_loss(out.parts, *coefs, share)
-            # Gradients add up over the micro-batches. The loss of a process is its part of a sum.
-            # But processes take the mean of their gradients, so it is multiplied by their number.
+            # How much of the step's batch, over all processes, is this micro-batch?
+            portions = {term: portion_of(term, batch, totals, len(micro_batches))
+                        for term in out.parts}
+            loss = total_loss(out.parts, *coefs, portions)
+            # backward() adds to the gradients of the micro-batches before. The losses of all
+            # processes are portions of one sum, too. But DDP and FSDP take the mean of their
+            # gradients, so multiply by the number of processes.
             (loss * WORLD).backward()
         for term, value in out.parts.items():
-            losses[term] += share[term] * value.detach()
-        add_loads(loads, out, share)
+            losses[term] += portions[term] * value.detach()
+        add_loads(loads, out, portions)
     return losses, loads
 
 
@@ -911,12 +927,12 @@ def add_to_counts(counts, totals, batch_size):
                          "mend the data (listed above)")
 
 
-def loss_weight(name, batch, totals, n_micro):
-    """How much a micro-batch's loss counts in the mean over the whole batch.
+def portion_of(name, batch, totals, n_micro):
+    """How much of the step's batch a micro-batch is, for the loss of this name.
 
     The language loss is a mean over labels, and a vision loss a mean over images. Say one
     micro-batch has 10 labels and another has 30. The mean of both means would count a label of the
-    first three times as much; weights of 1/4 and 3/4 count all labels alike, however the batch is
+    first three times as much; portions of 1/4 and 3/4 count all labels alike, however the batch is
     cut.
     """
     if name == "lm":
@@ -955,13 +971,13 @@ def exchange_gradients(wrapped, is_last):
     return nullcontext()
 
 
-def add_loads(loads, out, share):
+def add_loads(loads, out, portions):
     """Add a micro-batch's part to {"vision 0": each expert's share of the first choices (E,),
     "vision 1": ..., "connector 0": ...}. With several scales, all layers come once for each."""
     for part, routings in getattr(out, "routing", {}).items():
         for i, routing in enumerate(routings):
             name = f"{part} {i}"
-            loads[name] = loads.get(name, 0.0) + share[f"{part}/balance"] * routing.load
+            loads[name] = loads.get(name, 0.0) + portions[f"{part}/balance"] * routing.load
 
 
 @torch.no_grad()

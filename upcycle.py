@@ -52,6 +52,9 @@ from model import (ROPE_SCALING, SIGLIP, AudioConfig, AudioTransformer, Config, 
 def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **limits) -> MoE:
     """A MoE whose experts are all copies of one dense FFN, on its device, in its dtype and mode.
 
+    In short: for each weight w of the FFN, the MoE's is torch.stack([w] * n_experts), and its
+    router is 0.02 * torch.randn(n_experts, dim). All else here is care.
+
     real_router: draw the router now, on the CPU, even if the dense FFN is on meta and gets its
     weights later (FSDP). limits: what else kernels.MoE takes. Asserts that the output is unchanged,
     or at top-1 the dense one times the router's probability.
@@ -74,7 +77,8 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
     moe.load_state_dict(state, assign=True)
     moe.train(dense.training)
 
-    # Drawn even where nothing can be compared, as the next layer's router depends on the generator.
+    # x is drawn even on meta, where nothing can be compared: otherwise the generator would give the
+    # next layer another router than without meta.
     assert_same_output(dense, moe, torch.randn(16, dim, generator=generator))
     return moe
 
@@ -129,6 +133,7 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
         limits = {"renormalise": config.renormalise}
         if part == "text":
             limits = config.expert_limits
+        # owner: the block, or the connector, whose .ffn it is.
         for layer, (owner, n_experts) in enumerate(zip(ffn_owners(model, part), numbers)):
             if n_experts == 0:
                 continue
@@ -140,7 +145,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
                 config.n_experts = n_experts
             else:
                 config.n_experts[layer] = n_experts
-    mix_experts(model, sources, average)
+    if sources:
+        mix_experts(model, sources, average)
     return model
 
 

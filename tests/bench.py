@@ -110,7 +110,7 @@ def samples_and_experts(x, r, w_in, w_out, w_gate, b_in, b_out, act):
     slice of one tensor, so that autograd, going back, copies the whole tensor's gradient each time.
     """
     y = x.new_zeros(*x.shape[:2], w_out.shape[1])
-    experts = kernels.split_experts((w_in, w_out, w_gate, b_in, b_out))
+    experts = kernels.split_experts(kernels.Stack(w_in, w_out, w_gate, b_in, b_out))
     for b in range(len(x)):
         for e, expert in enumerate(experts):
             token, choice = torch.where(r.experts[b] == e)

@@ -389,10 +389,11 @@ def test_moe_ffn_refuses_a_routing_over_another_number_of_experts(backend):
 
 def test_with_expert_parallelism_a_layer_has_its_part_of_the_experts(monkeypatch):
     monkeypatch.setattr(kernels.dist, "get_world_size", lambda group: 2)
-    (_, _, *layer), _ = problem()
-    kernels.check_experts(route(torch.randn(9, 8), 2), layer, "two ranks")
+    (_, _, *weights), _ = problem()
+    stack = kernels.Stack(*weights)
+    kernels.check_experts(route(torch.randn(9, 8), 2), stack, "two ranks")
     with pytest.raises(ValueError, match="over 4 experts, the layer has 8"):
-        kernels.check_experts(route(torch.randn(9, 4), 2), layer, "two ranks")
+        kernels.check_experts(route(torch.randn(9, 4), 2), stack, "two ranks")
 
 
 def moe(**more):

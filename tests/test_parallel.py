@@ -51,7 +51,7 @@ def exchange(case: str, backend: str, act: str, gated: bool, bias: bool, dtype=t
                rand(n_experts, 5) if bias else None, rand(n_experts, 6) if bias else None]
     mine, held = slice(0, n[0]) if rank == 0 else slice(n[0], None), slice(rank * n_experts // 2, (rank + 1) * n_experts // 2)
     results = []
-    for rows_of, part, forward in ((slice(None), slice(None), lambda x, w, e, *p: k.moe_loop(x, w, e, p, act)),
+    for rows_of, part, forward in ((slice(None), slice(None), lambda x, w, e, *p: k.moe_loop(x, w, e, k.Stack(*p), act)),
                                    (mine, held, lambda x, w, e, *p: k.moe_ffn(x, k.Routing(w, e, None, None), *p, act=act, backend=backend,
                                                                               group=dist.group.WORLD))):
         kind_of = torch.float64 if not results else dtype

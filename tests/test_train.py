@@ -323,7 +323,7 @@ def test_two_processes_killed_in_stage_2_resume_exactly(ways):
         assert torch.equal(weights(f"{ways[0]}/three killed")[name], w), name
 
 
-def test_loss_weight_makes_the_loss_independent_of_the_cut(base):
+def test_portions_make_the_loss_independent_of_the_cut(base):
     model, tokenizer = load(base)
     upcycle(model, vision=4, connector=4)
     samples = [d.Drawn("chat", 5, 3)[i] for i in range(5)]
@@ -338,7 +338,7 @@ def test_loss_weight_makes_the_loss_independent_of_the_cut(base):
         total, out = train.count(batches, 0, "cpu"), {}
         for b in batches:
             for name, v in model.train()(b["tokens"], b["images"], labels=b["labels"]).parts.items():
-                out[name] = out.get(name, 0) + train.loss_weight(name, b, total, len(batches)) * v.item()
+                out[name] = out.get(name, 0) + train.portion_of(name, b, total, len(batches)) * v.item()
         return out
     whole = parts([range(6)])
     assert whole["lm"] > 1 and whole["vision/balance"] > 0.9 and whole["connector/z"] > 0.1
@@ -346,12 +346,12 @@ def test_loss_weight_makes_the_loss_independent_of_the_cut(base):
         assert parts(cut) == pytest.approx(whole, rel=1e-5)
 
 
-def test_loss_weight_by_hand():
+def test_portions_by_hand():
     batch, total = {"n_labels": 3, "n_images": 1}, train.Totals(12, 4, 0, 0, 0)
-    assert train.loss_weight("lm", batch, total, 2) == 0.25
-    assert train.loss_weight("vision/z", batch, total, 2) == train.loss_weight("connector/balance", batch, total, 2) == 0.25
-    assert train.loss_weight("text/balance", batch, total, 2) == 0.5
-    assert train.loss_weight("vision/z", {"n_labels": 3, "n_images": 0}, total._replace(images=0), 2) == 0       # a batch of text alone
+    assert train.portion_of("lm", batch, total, 2) == 0.25
+    assert train.portion_of("vision/z", batch, total, 2) == train.portion_of("connector/balance", batch, total, 2) == 0.25
+    assert train.portion_of("text/balance", batch, total, 2) == 0.5
+    assert train.portion_of("vision/z", {"n_labels": 3, "n_images": 0}, total._replace(images=0), 2) == 0       # a batch of text alone
 
 
 def test_activation_checkpointing_changes_nothing(ways, base, tmp_path, monkeypatch):
