@@ -1033,7 +1033,7 @@ def own_marks(turn, usual):
     return [mark for mark in usual if mark in named]
 
 
-def pick_frames(video, max_frames):
+def pick_frames(video, max_frames=8):
     """At most max_frames of a video's frames: cut it into as many parts, and take their middles."""
     n = min(len(video), max_frames)
     if n == 0:

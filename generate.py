@@ -161,19 +161,27 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
     too_long = "warn" if prompt is None else "error"
     conversation = []
     for question in questions:
-        # The first question brings the files along. `opening` is that turn, with "<video>" replaced
-        # by "<image>"s. In later turns such a mark is a word ("marks": none).
-        if conversation:
-            conversation.append({"from": "human", "value": question, "marks": []})
-        else:
-            sample = sample_of(question, images, video, audio)
-            opening, slots, embeds = encode_senses(model, sample)
-            conversation += sample["conversations"]
+        try:
+            # The first question brings the files along. `opening` is that turn, with "<video>"
+            # replaced by "<image>"s. In later turns such a mark is a word ("marks": none).
+            if conversation:
+                conversation.append({"from": "human", "value": question, "marks": []})
+            else:
+                sample = sample_of(question, images, video, audio)
+                opening, slots, embeds = encode_senses(model, sample)
+                conversation += sample["conversations"]
 
-        # The model reads the whole conversation again, but it does not look at the pictures again.
-        asked = {"conversations": opening + conversation[1:], "slots": slots}
-        reply = answer(model, tokenizer, [asked], stream=show, too_long=too_long, **embeds,
-                       **options)[0]
+            # The model reads the whole conversation again, but does not look at the pictures again.
+            asked = {"conversations": opening + conversation[1:], "slots": slots}
+            reply = answer(model, tokenizer, [asked], stream=show, too_long=too_long, **embeds,
+                           **options)[0]
+        except ValueError as e:
+            # In a talk, a line that cannot be answered is taken back, and the talk goes on.
+            if prompt is not None:
+                raise
+            print(e)
+            conversation = conversation[:-1]
+            continue
         print()
         conversation.append({"from": "gpt", "value": reply, "marks": []})
     return conversation
@@ -567,7 +575,8 @@ def parse_lines(file):
 
 def parts_of(out):
     """The files into which the processes of this and of earlier runs wrote their answers."""
-    return sorted(glob.glob(glob.escape(out) + ".part-*-of-*"))
+    files = glob.glob(glob.escape(out) + ".part-*-of-*")
+    return sorted(file for file in files if re.search(r"\.part-\d+-of-\d+$", file))
 
 
 def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
@@ -858,12 +867,15 @@ def choice_of(reply, choices):
 
     LLaVA's script for ScienceQA knows "B", "B. a cat" and "The answer is B." alone, and the latter
     also finds "The answer is Apples"."""
-    # What comes behind "Answer:", without asterisks, which make it bold.
-    reply = re.split(r"\b[Aa]nswer:\s*", reply.replace("*", ""))[-1].strip()
+    # Asterisks make it bold. What counts is the start, or what comes behind "Answer:".
+    reply = reply.replace("*", "").strip()
+    whole = reply
+    reply = re.split(r"\b[Aa]nswer:\s*", reply)[-1].strip()
 
     # A letter at the start, or else in "The answer is ...".
     letters = (re.findall(r"^\(([A-Z])\)(?:[.:\s]|$)", reply)
                or re.findall(r"^([A-Z])(?:[.:)]\s|[.:)]?(?:\n|$))", reply)
+               or re.findall(r"^([A-Z])\. ", whole)
                or re.findall(r"\b[Aa]nswer is:? \(?([A-Z])\b", reply))
     if len(letters) == 1:
         index = ord(letters[0]) - ord("A")
@@ -1047,28 +1059,50 @@ def pair(kind, rows, replies, file):
         if all("image" in row for row in rows + replies) and all(map(question_of, rows)):
             field = "image"
 
-    # Where several questions share a place, one of them may just have no answer.
-    shared = field == "image" or kind in ("textvqa", "mme")
+    # 1. The answers that stand at the place of each annotation.
     places = {}
     for reply in replies:
         places.setdefault(place(kind, reply[field]), []).append(reply)
-    pairs = []
+    found = []
     for row in rows:
-        found = places.get(place(kind, row[field]), [])
-        if kind == "textvqa" and not found:
+        here = places.get(place(kind, row[field]), [])
+        if kind == "textvqa" and not here:
             # LLaVA's questions have the picture's id in the place of their own.
-            found = places.get(place(kind, row.get("image_id")), [])
-        fits = those_that_ask(row, found)
-        if found and not fits and not shared:
+            here = places.get(place(kind, row.get("image_id")), [])
+        found.append(here)
+
+    # 2. Among these, the one to its question: word by word, or else within more words. Then the
+    #    longest questions choose first, so that "Say: what is the brand name" is no answer to "what
+    #    is the brand".
+    chosen = {}
+    taken = {}  # number of a reply -> the question that it answers
+    longest_first = sorted(range(len(rows)), key=lambda i: -len(question_of(rows[i])))
+    for exactly in (True, False):
+        for i in longest_first:
+            if i in chosen:
+                continue
+            question = question_of(rows[i])
+            fits = [reply for reply in found[i] if asks(reply, question, exactly)]
+            if not exactly:
+                fits = [reply for reply in fits if taken.get(id(reply), question) == question]
+            if len({str(reply.get("prompt")) for reply in fits}) > 1:
+                raise ValueError(
+                    f"{file}: question_id {fits[0]['question_id']!r} comes twice; give the "
+                    "annotations a 'question' that says which one they mean")
+            if fits:
+                chosen[i] = fits[0]
+                taken[id(fits[0])] = question
+
+    # 3. Where several questions share a place, one of them may just have no answer. Elsewhere these
+    #    are other questions.
+    shared = field == "image" or kind in ("textvqa", "mme")
+    for i, row in enumerate(rows):
+        if found[i] and i not in chosen and not shared:
             raise ValueError(
-                f"{file}: question {str(row['question_id'])!r} was {found[0]['prompt']!r}, but its "
-                f"annotation is about {question_of(row)!r}: these are annotations of other "
+                f"{file}: question {str(row['question_id'])!r} was {found[i][0]['prompt']!r}, but "
+                f"its annotation is about {question_of(row)!r}: these are annotations of other "
                 "questions")
-        if len({str(reply.get("prompt")) for reply in fits}) > 1:
-            raise ValueError(f"{file}: question_id {fits[0]['question_id']!r} comes twice; give "
-                             "the annotations a 'question' that says which one they mean")
-        pairs.append((row, fits[0] if fits else None))
-    return pairs
+    return [(row, chosen.get(i)) for i, row in enumerate(rows)]
 
 
 def place(kind, name):
@@ -1101,14 +1135,13 @@ def is_about(label, reply):
     return question != "" and question in prompt_of(reply)
 
 
-def those_that_ask(row, replies):
-    """The answers to what the annotation asks, if it says it; the word-by-word ones first.
-
-    An answer without a prompt is one to any question."""
-    question = question_of(row)
-    asked = [prompt_of(reply) or question for reply in replies]
-    same = [reply for reply, text in zip(replies, asked) if question in ("", text)]
-    return same or [reply for reply, text in zip(replies, asked) if question in text]
+def asks(reply, question, exactly):
+    """Is it a reply to this question, word by word or at least among other words? One without a
+    prompt is a reply to any question, and an annotation without a question is about any reply."""
+    prompt = prompt_of(reply) or question
+    if exactly:
+        return question in ("", prompt)
+    return question in prompt
 
 
 def question_of(row):
@@ -1387,14 +1420,14 @@ def watch(model):
             hook.remove()
 
 
-def watched_layers(model, choices, n_tokens=None):
+def watched_layers(model, choices, n_tokens=None, base_only=False):
     """What `watch` kept -> plain lists, a layer after the other, as they ran: [{
     "part": "vision", "connector" or "text", "name": "layer 0" or "connector", "scale": 1,
     "places": [(experts [K], best first, their weights [K], probabilities [E]), ...]}, ...]
 
     In vision and connector the places are the patches of one image after the other, row by row,
-    without CLS (at scale 3 nine times as many); in the decoder they are the tokens, of which
-    n_tokens are no padding."""
+    without CLS (at scale 3 nine times as many; behind a pixel shuffle fewer); in the decoder they
+    are the tokens, of which n_tokens are no padding. base_only: not those of larger scales."""
     layers = []
     n_runs = Counter()
     for module, routing, probabilities in choices:
@@ -1408,6 +1441,8 @@ def watched_layers(model, choices, n_tokens=None):
             scales = model.config.vision.scales
             layer["scale"] = scales[n_runs[module] % len(scales)]
             n_runs[module] += 1
+            if base_only and layer["scale"] > 1:
+                continue
 
         decided = []
         for tensor in (routing.experts, routing.weights, probabilities):
@@ -1442,11 +1477,10 @@ def see_patches(model, images):
     with watch(model) as watched:
         model.eval().encode_images(load_images(model, images))
     seen = {}
-    for layer in watched_layers(model, watched.choices):
-        if layer["scale"] == 1:
-            experts, _, probabilities = (torch.tensor(column) for column in zip(*layer["places"]))
-            seen[layer["name"]] = (experts.view(len(images), -1, experts.shape[-1]),
-                                   probabilities.view(len(images), -1, probabilities.shape[-1]))
+    for layer in watched_layers(model, watched.choices, base_only=True):
+        experts, _, probabilities = (torch.tensor(column) for column in zip(*layer["places"]))
+        seen[layer["name"]] = (experts.view(len(images), -1, experts.shape[-1]),
+                               probabilities.view(len(images), -1, probabilities.shape[-1]))
     return seen
 
 
@@ -1532,6 +1566,7 @@ def draw_routing(model, images, png, population=None, n_layers=3):
     for column, name in enumerate(names, 1):
         left = panel_left(column)
         load, sure, patches = surveyed[name]
+        side = math.isqrt(routing[name].shape[1])  # the connector may have fewer than the tower
         box = (left, bars_bottom - LOAD, left + PANEL, bars_bottom)
         bars(draw, box, [load.tolist()], colors, [even_shares(len(load))])
         for y in (TOP - 14, bars_bottom + 14):
@@ -1539,7 +1574,7 @@ def draw_routing(model, images, png, population=None, n_layers=3):
         for e in range(len(load)):
             top = patches_top + e * pitch
             for k, i in enumerate(surest(sure[:, e], 6 * n_lines)):
-                patch = cut_patch(model.config.vision, population[i], int(patches[i, e]))
+                patch = cut_patch(model.config.vision, population[i], side, int(patches[i, e]))
                 page.paste(patch, (left + k % 6 * PATCH, top + k // 6 * PATCH))
     save_png(page, png)
 
@@ -1550,14 +1585,16 @@ def surest(sure, n):
     return [i for i in order[:n].tolist() if sure[i] > 0]
 
 
-def cut_patch(vision, image, number):
-    """The patch of this number, as the tower gets it."""
+def cut_patch(vision, image, side, number):
+    """What lies at place `number` of side x side, as the tower gets it: a patch, or behind a pixel
+    shuffle a square of several."""
     wanted = data.picture_format(vision)
     pixels = pixels_of(data.load_image(image, wanted), wanted)
-    row, column = divmod(number, vision.image_size // vision.patch_size)
-    x = column * vision.patch_size
-    y = row * vision.patch_size
-    box = (x, y, x + vision.patch_size, y + vision.patch_size)
+    size = vision.patch_size * vision.side // side  # in pixels
+    row, column = divmod(number, side)
+    x = column * size
+    y = row * size
+    box = (x, y, x + size, y + size)
     return pixels.resize((PATCH - 2, PATCH - 2), Image.Resampling.NEAREST, box)
 
 
@@ -1831,7 +1868,8 @@ def draw_experts(model, tokenizer, samples, replies, png, shown=(), batch=16, al
     images = []
     for sample in samples:
         images += sample["images"]
-        images += sum(sample.get("video") or [], [])
+        for video in sample.get("video") or []:
+            images += data.pick_frames(video)  # those that the model saw
     stats = DecoderRouting(model.config.text)
     if stats.layers:
         pairs = list(zip(samples, replies, strict=True))
@@ -1851,7 +1889,7 @@ def draw_experts(model, tokenizer, samples, replies, png, shown=(), batch=16, al
 
     # 3. Draw.
     files = []
-    if sees_by_experts(model):
+    if sees_by_experts(model) and (images or not stats.layers):
         if not images:
             raise ValueError("--routing needs at least one --image (or an evaluation with images): "
                              "this model's experts are where it sees")
@@ -2030,7 +2068,8 @@ def open_window(model, tokenizer, name, port, host="127.0.0.1", **options):
     try:
         server = ThreadingHTTPServer((host, port), Visit)
     except (OSError, OverflowError) as e:
-        raise ValueError(f"--serve {port} on {host}: {e}; try another port") from None
+        raise ValueError(f"--serve {port} on {host}: {e}; try another port, or another "
+                         "--host") from None
     server.talker = (model.eval(), tokenizer, name, options)
     server.names = {"localhost", host.lower(), socket.gethostname().lower()}
     server.queue = []
@@ -2141,8 +2180,8 @@ class Visit(BaseHTTPRequestHandler):
         """The object that the visitor sent."""
         try:
             length = int(self.headers["Content-Length"])
-            if 0 <= length <= MAX_BYTES:
-                return dict(json.loads(self.rfile.read(length)))
+            if length <= MAX_BYTES:
+                return dict(json.loads(self.rfile.read(max(0, length))))
         except (ValueError, TypeError, RecursionError):
             raise ValueError("this is not a JSON object") from None
         raise Refused(413, f"{length:,} bytes, over the limit of {MAX_BYTES:,} for a conversation "
@@ -2157,7 +2196,7 @@ def check_visitor(headers, names):
 
     Such a page's requests carry its Origin. If its domain was made to point to this machine (DNS
     rebinding), they carry the domain as Host; an address as Host cannot be forged like that."""
-    host = headers.get("Host", "")
+    host = headers.get("Host", "").lower()
     name = re.sub(r":\d+$", "", host).strip("[]")
     if name not in names:
         try:
@@ -2375,6 +2414,9 @@ def parse(argv=None):
     # From now on, a video is the list of its frames.
     videos = []
     for files in args.video:
+        # One name is a folder, and a frame only if it looks like one.
+        if len(files) == 1 and not files[0].lower().endswith(data.FRAMES):
+            files = files[0]
         videos += data.video_files(files, "", "--video")
     args.video = videos
     return args
@@ -2442,7 +2484,8 @@ def main(argv=None):
     if args.eval:
         questions = read_questions(args.eval, args.images, args.suffix)
         n_done = len(answered(args.out, questions, model_id))
-        if n_done == len(questions) and not parts_of(args.out) and not args.routing:
+        other = args.routing or args.given & {"prompt", "eval_drawn"}
+        if n_done == len(questions) and not parts_of(args.out) and not other:
             if RANK == 0:
                 print(f"{args.out} already holds all {n_done} answers")
             return
@@ -2538,14 +2581,15 @@ def conversation_to_draw(args, model, tokenizer, options):
 def evaluate_and_print(args, model, tokenizer, options):
     """--eval-drawn: print a table for each world that the model has the senses for.
 
-    -> [(sample, reply), ...]"""
+    -> [(sample, reply), ...] for --routing, or None without it."""
     about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
     # Drawn questions have short answers about small pictures: other numbers, if none are given.
     batch = args.batch if "batch" in args.given else 100
     if "max_new_tokens" not in args.given:
         options = {**options, "max_new_tokens": 16}
 
-    asked = []
+    # Pictures that nobody draws from are not kept.
+    asked = [] if args.routing else None
     for world in worlds_of(model):
         scores = evaluate(
             model, tokenizer, args.eval_drawn, batch, world=world, asked=asked, **options)
@@ -2585,6 +2629,9 @@ def check_flags(args):
     if args.eval and args.routing and args.eval_drawn:
         raise ValueError("--routing averages over --eval or over --eval-drawn; "
                          "ask for one of them at a time")
+    for name in sorted(args.given):
+        if getattr(args, name) == "" and name not in ("prompt", "images"):
+            raise ValueError(f"{flag(name)} is empty; leave it out, or give a name")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty; leave it out for a chat")
 
@@ -2606,6 +2653,11 @@ def check_flags(args):
         acts_with = " or ".join(flag(deed) for deed in USES if name in USES[deed])
         hint = "; a --prompt is about an --image" if name == "images" else ""
         raise ValueError(f"{flag(name)} acts with {acts_with} only{hint}")
+    if args.serve is not None and args.temperature > 2:
+        raise ValueError(f"--temperature {args.temperature}: the window's goes up to 2")
+    if WORLD > 1 and not args.eval and not args.score:
+        raise ValueError("torchrun shares out the questions of --eval, and nothing else: start "
+                         "this with python")
     if args.temperature == 0 and args.serve is None and args.given & {"top_p", "seed"}:
         raise ValueError("--top-p and --seed are for sampling: give a --temperature above 0, too")
 

@@ -55,7 +55,8 @@ class Routing(NamedTuple):
     experts: Tensor  # (..., N, K) int64, the best choice first
     balance: Tensor  # () float32, the load-balancing loss: 1 when the load is perfectly even
     z: Tensor        # () float32, the z-loss: 0 if the exponentials of a token's logits sum to 1
-    # (E,) float32: each expert's share of the first choices. None in a routing made by hand.
+    # (E,) float32: each expert's share of the first choices, the mean over images. None in a
+    # routing made by hand.
     load: Tensor | None = None
 
 
@@ -74,10 +75,11 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     The losses are means over the N tokens of each leading index, then over the leading indices.
     With (images, tokens, E) the load is balanced inside every image, as in the released CuMo.
 
-    ValueError for a top_k outside 1..E, and for a capacity factor that is not positive.
+    ValueError for a top_k outside 1..E, a capacity factor that is not positive, and a mask of
+    another shape.
     """
     n_experts = logits.shape[-1]
-    check_route(n_experts, top_k, capacity_factor)
+    check_route(logits, top_k, mask, capacity_factor)
 
     # 1. How much does each token want each expert? In float32: bfloat16 has too few digits.
     logits = logits.float()
@@ -98,14 +100,13 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     first_choice = one_hot(experts[..., 0], n_experts).to(p.dtype)  # (..., N, E)
     share = mean_over_tokens(first_choice, mask)  # (..., E)
     probability = mean_over_tokens(p, mask)
-    balance = n_experts * (share * probability).sum(-1)  # (...)
-    load = share.reshape(-1, n_experts).mean(0)  # (E,)
+    balance = n_experts * (share * probability).sum(-1, keepdim=True)  # (..., 1)
 
     # 4. The z-loss. A softmax does not change if all logits grow by the same amount, so they could
     #    drift to where they are so large that rounding flips choices. This loss is 0 where their
     #    exponentials sum to 1, and grows when they all drift up or down.
     z = logits.logsumexp(-1, keepdim=True).square()  # (..., N, 1)
-    z = mean_over_tokens(z, mask).squeeze(-1)  # (...)
+    z = mean_over_tokens(z, mask)  # (..., 1)
 
     # 5. Drop what must not count: padding, and choices that came too late for a slot (section 5;
     #    CuMo has no capacity).
@@ -122,15 +123,18 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
     if renormalise or (renormalise is None and top_k > 1):
         weights = sum_to_1(weights)
 
-    return Routing(weights, experts, mean_over_images(balance, mask), mean_over_images(z, mask),
-                   load)
+    # 7. All means so far are one for each image (in a decoder, one for all tokens).
+    balance = mean_over_images(balance, mask).squeeze(0)  # ()
+    z = mean_over_images(z, mask).squeeze(0)  # ()
+    load = mean_over_images(share, mask)  # (E,)
+    return Routing(weights, experts, balance, z, load)
 
 
 def sum_to_1(weights: Tensor) -> Tensor:
     """weights (..., N, K) rescaled; where nothing is left of a token's weights they stay 0."""
-    # A clamp of the sum to a tiny number would do that too, but its gradient overflows.
+    # What is left may be tiny, and the gradient is one over it. So do DeepSpeed's gates.
     total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total > 0, total, 1)
+    return weights / total.clamp(min=torch.finfo(weights.dtype).eps)
 
 
 def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -142,14 +146,10 @@ def mean_over_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x * real).sum(-2) / real.sum(-2).clamp(min=1)
 
 
-def mean_over_images(loss: Tensor, mask: Tensor | None) -> Tensor:
-    """loss (...), one for each leading index -> (): the mean over those that have a real token.
-
-    A leading index is an image, in a tower or a connector. A decoder has none, and one loss."""
-    if mask is None:
-        return loss.mean()
-    has_tokens = mask.any(-1).to(loss.dtype)  # (...)
-    return (loss * has_tokens).sum() / has_tokens.sum().clamp(min=1)
+def mean_over_images(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (..., C), one row for each leading index -> (C,): the mean over those with a real token."""
+    has_tokens = None if mask is None else mask.any(-1).flatten()
+    return mean_over_tokens(x.reshape(-1, x.shape[-1]), has_tokens)
 
 
 def one_hot(index: Tensor, n: int) -> Tensor:
@@ -273,7 +273,8 @@ class MoE(nn.Module):
         In the released CuMo and in Mixtral the router is a linear layer like any other: it computes
         in its own type, which is bfloat16 there, and inside autocast in autocast's. DeepSpeed's
         gate, which MoE-LLaVA has, computes in float32 wherever it is (float32_router). It matters:
-        rounding to bfloat16 gives one token in some hundreds another pair of experts.
+        rounding to bfloat16 gives one token in some hundreds another pair of experts. (What it is
+        given may be rounded already: on GPUs, FSDP hands out weights and inputs in bfloat16.)
         """
         if not self.float32_router:
             return F.linear(x.to(self.router.dtype), self.router)
@@ -507,14 +508,15 @@ def slots_per_expert(experts: Tensor, mask: Tensor | None, n_experts: int, facto
     """How many choices each expert takes, (..., 1) float64: its even share, times the factor.
 
     DeepSpeed counts padding among the tokens. Here padding takes no slot. The result is rounded
-    up, so it is computed in float64: a share of 3 must not come out as 3.0000002, and then as
-    4.
+    up, and a share of 55 must not become 56 because 1.1 has no end in binary digits: so it is
+    computed in float64, and what is above a whole number by rounding alone counts as that number.
     """
     top_k = experts.shape[-1]
     if mask is None:
         mask = torch.ones_like(experts[..., 0], dtype=torch.bool)  # (..., N)
     n_tokens = mask.sum(-1, keepdim=True).double()  # (..., 1)
-    return (n_tokens * top_k * factor / n_experts).ceil().clamp(min=min_capacity)
+    share = n_tokens * top_k * factor / n_experts
+    return (share - 1e-9).ceil().clamp(min=min_capacity)
 
 
 def within_capacity(experts: Tensor, mask: Tensor | None, n_experts: int,
@@ -575,7 +577,7 @@ def moe_grouped(x, weights, experts, stack, act):
 
     if b_out is not None:
         # Each token gets its experts' biases, weighted: that is one small product.
-        gates = weights.new_zeros(len(x), len(w_in)).scatter(1, experts, weights)  # (N, E)
+        gates = weights.new_zeros(len(x), len(w_in)).scatter_add(1, experts, weights)  # (N, E)
         y = y + gates @ b_out.to(y.dtype)
     return y
 
@@ -716,7 +718,11 @@ def moe_parallel(x, weights, experts, stack, act, backend, group):
 # 8. Checks
 
 
-def check_route(n_experts: int, top_k: int, capacity_factor: float | None):
+def check_route(logits: Tensor, top_k: int, mask: Tensor | None, capacity_factor: float | None):
+    n_experts = logits.shape[-1]
+    if mask is not None and mask.shape != logits.shape[:-1]:
+        raise ValueError(f"mask is for tokens {tuple(mask.shape)}, the logits are of tokens "
+                         f"{tuple(logits.shape[:-1])}")
     if not 1 <= top_k <= n_experts:
         raise ValueError(f"top_k = {top_k} must lie between 1 and the number of experts, "
                          f"{n_experts}")

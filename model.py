@@ -542,8 +542,9 @@ def total_loss(parts, balance_coef, z_coef, portions=None):
     ".../z" has the weight 1.
     portions: the same names. train.py gives the model a batch in several micro-batches, and says
     here how much of the batch this one is: with 10 of its 40 labels, portions["lm"] is 1/4; vision
-    and connector go by images. The losses of the micro-batches then add up to the batch's, however
-    it is cut. (Not the decoder's balance: it is a product of two means over a micro-batch.)
+    and connector go by images, the decoder's routers by tokens. The losses of the micro-batches
+    then add up to the batch's, however it is cut. (Not the decoder's balance: it is a product of
+    two means over a micro-batch.)
     """
     # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0
@@ -608,7 +609,8 @@ class CuMo(nn.Module):
         audio_embeds (m, Q, D): what was encoded before. frames: see average_frames. slots: what
         count_slots gives; with it, nothing here waits for the device. sample_positions (B, T)
         int64: each token's place in its sample, where several samples share a row
-        (data.collate_packed); each begins at 0, and none sees another.
+        (data.collate_packed); each begins at 0, and none sees another. Its first label must be
+        IGNORE, since the token in front of it belongs to the sample before.
         ValueError where the slots and the features do not match.
         """
         # 1. How many slots are there? To count on a GPU is to wait for it, so do it first.
@@ -785,7 +787,7 @@ class CuMo(nn.Module):
         if not finite.all():
             # Its keys are not numbers, and would spoil the next answer: 0 * NaN is NaN.
             self.cache = None
-            check_finite(finite)
+            raise ValueError(NOT_FINITE)
         return drop_idle_steps(torch.stack(said, 1), ends)  # (B, steps)
 
     def checkpointing(self, on=True):
@@ -995,7 +997,7 @@ def collect(routing, routings):
 
 
 def init_weight(p, name, part):
-    """A matrix from Normal(0, 0.64 / sqrt(inputs)), a norm 1, a bias 0.
+    """A matrix from Normal(0, 0.64 / sqrt(inputs)), a bias 0. (A norm stays 1, as it is built.)
 
     At a width of 1024 that is GPT-2's 0.02, and at every other width it gives outputs of the same
     size. (With 0.02, a width of 128 begins with attention that is nearly uniform, and learns late.)
@@ -1065,8 +1067,7 @@ def average_frames(embeds, frames, may_wait):
     if may_wait or frames.is_cpu:
         check_frames(frames, len(embeds))
     # Frames [3, 1, 2] -> video [0, 0, 0, 1, 2, 2]
-    index = torch.arange(len(frames), device=embeds.device)
-    video = index.repeat_interleave(frames, output_size=len(embeds))  # (n,)
+    video = torch.repeat_interleave(frames, output_size=len(embeds))  # (n,)
     share = embeds / frames[video].to(embeds.dtype)[:, None, None]  # (n, N, D)
     return embeds.new_zeros(len(frames), *embeds.shape[1:]).index_add(0, video, share)
 
@@ -1196,7 +1197,9 @@ def sample(logits, temperature, top_p, generator=None):
 
 def as_ends(eos, device):
     """One end of answers or a list of them -> (n,). Without any nothing ends: no token is -1."""
-    return torch.tensor(-1 if eos in (None, []) else eos, device=device).view(-1)
+    if eos is None or eos == [] or eos == ():
+        eos = -1
+    return torch.tensor(eos, device=device).view(-1)
 
 
 def may_ask(device, step):
@@ -1226,8 +1229,8 @@ def rung(n):
 def pad_to_rungs(tokens, n_cache):
     """tokens (B, T) and the length of their cache -> both on a rung; the prompt fits the cache."""
     n_cache = rung(n_cache)
-    n_prompt = min(rung(tokens.shape[1]), n_cache)
-    return F.pad(tokens, (0, n_prompt - tokens.shape[1]), value=PAD), n_cache
+    n_prompt = tokens.shape[1]
+    return F.pad(tokens, (0, rung(n_prompt) - n_prompt), value=PAD), n_cache
 
 
 def prepare_steps(model, x, n_cache, backend):
@@ -1243,7 +1246,9 @@ def prepare_steps(model, x, n_cache, backend):
     # The cache of the last call is used again if it fits. Nobody looks at what it still holds.
     cache = model.cache
     if cache is None or cache.key != key:
-        cache = Cache(model.config.text, *key)
+        # Later calls write to it, too, also where this one runs in torch.inference_mode.
+        with torch.inference_mode(False):
+            cache = Cache(model.config.text, *key)
         for tensor in itertools.chain(*cache.layers):
             # So that a CUDA graph may write to it in place.
             torch._dynamo.mark_static_address(tensor, guard=False)
@@ -1445,7 +1450,12 @@ def part_parameters(model, part):
     "text"), or of "text.ffn" (all FFNs of the decoder), "text.moe" (those with experts) or
     "text.router"."""
     if not part.startswith("text."):
-        return list(getattr(model, part).parameters())
+        module = getattr(model, part, None)
+        if module is None:
+            raise ValueError(f"this model has no part {part!r}")
+        return list(module.parameters())
+    if part not in ("text.ffn", "text.moe", "text.router"):
+        raise ValueError(f"the decoder has no part {part!r}: text.ffn, text.moe or text.router")
     ffns = [layer.ffn for layer in model.text.layers]
     if part != "text.ffn":
         ffns = [ffn for ffn in ffns if isinstance(ffn, MoE)]
@@ -1617,9 +1627,10 @@ def validate(config):
 
     scaling = config.text.rope_scaling
     if scaling is not None:
-        missing = ROPE_SCALING - scaling.keys()
-        if missing:
-            raise ValueError(f"text.rope_scaling lacks {', '.join(sorted(missing))}")
+        for wrong, word in ((ROPE_SCALING - scaling.keys(), "lacks"),
+                            (scaling.keys() - ROPE_SCALING, "must not have")):
+            if wrong:
+                raise ValueError(f"text.rope_scaling {word} {', '.join(sorted(wrong))}")
         if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
             raise ValueError(f"text.rope_scaling = {scaling}: low_freq_factor must be below "
                              "high_freq_factor")
@@ -1710,13 +1721,10 @@ def check_sampling(max_new_tokens, temperature, top_p):
                          f"{max_new_tokens}, {temperature}, {top_p}")
 
 
-def check_finite(finite):
-    """finite (B,): whether all logits of a row were numbers."""
-    if not finite.all():
-        raise ValueError(
-            "the model's logits are NaN or infinite, so no token is the best. Most likely so are "
-            "its weights: a run that diverged (see its log.jsonl) or a damaged file. Or the "
-            "numbers outgrew a narrow type: take bfloat16 or float32 instead of float16")
+NOT_FINITE = (
+    "the model's logits are NaN or infinite, so no token is the best. Most likely so are its "
+    "weights: a run that diverged (see its log.jsonl) or a damaged file. Or the numbers outgrew a "
+    "narrow type: take bfloat16 or float32 instead of float16")
 
 
 def check_prompt(tokens, max_new_tokens, limit, too_long):
@@ -1727,6 +1735,12 @@ def check_prompt(tokens, max_new_tokens, limit, too_long):
     if not real.any(1).all() or not torch.equal(real, real_first):
         raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be "
                          "empty")
+    marks = (tokens == IMAGE) | (tokens == AUDIO) | (tokens == PAD)
+    if ((tokens < 0) & ~marks).any():
+        raise ValueError(f"tokens below 0 are IMAGE = {IMAGE}, AUDIO = {AUDIO} or PAD = {PAD}; "
+                         "there are others (are these labels?)")
+    if too_long not in ("error", "warn"):
+        raise ValueError(f"too_long = {too_long!r} must be 'error' or 'warn'")
     if limit is None:
         return
 

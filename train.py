@@ -54,6 +54,11 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows has none
+
 # On a busy machine, OpenMP's threads spin for ages while they wait for each other. Let them give up
 # sooner. libgomp reads this when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -276,9 +281,17 @@ def run_stage(args, name, source, device):
 
 def main(argv=None):
     args = parse(argv)
-    if args.plan:
-        plan(args)
-        return
+    try:
+        if args.plan:
+            plan(args)
+        else:
+            run_stages(args)
+    finally:
+        unlock_folder()  # --out is free for another run
+
+
+def run_stages(args):
+    """Train and measure the stages, one after the other."""
     start = time.time()
     device = join_processes(args, prepare_device(args))
 
@@ -593,7 +606,7 @@ class Args:
                            choices=(1, 2, 3), recipes=("cumo", "moe-llava"),
                            of_experts=True)
     n_experts: str = flag(
-        "4", "experts in each FFN that is upcycled; in the decoder also one number for "
+        "4", "experts in each FFN that is upcycled; of moe-llava's decoder also one number for "
         "each of --moe-layers: 4,2,4", of_experts=True)
     experts_in: str | None = flag(
         None, "parts whose FFNs become experts: vision, connector, text, with commas; default: "
@@ -630,8 +643,8 @@ class Args:
     device: str | None = flag(
         None, "cuda or cpu; default: cuda where there is one", choices=("cuda", "cpu"))
     matmul: str = flag(
-        "highest", "float32 matrix products: highest, or medium: in bfloat16 where the "
-        "CPU can (AMX), a third faster", choices=("highest", "high", "medium"))
+        "highest", "float32 matrix products: highest; high: a GPU's in TF32; medium: a CPU's in "
+        "bfloat16 where it can (AMX), a third faster", choices=("highest", "high", "medium"))
     compile: bool | None = flag(
         None, "torch.compile the blocks; default: on CUDA, but not for the tiny presets "
         "(a short run ends before it pays)")
@@ -663,8 +676,9 @@ class Args:
 
 
 # A resumed run may change how it computes, not what. All flags but these, and all values of the
-# stage but its micro-batch, must be as they were when the checkpoint was written.
-FREE = {"out", "resume", "stage", "images", "val", "val_every", "strict", "workers",
+# stage but its micro-batch, must be as they were when the checkpoint was written. (Where a decoder
+# has experts, its balance loss and its capacity go by micro-batches, so these change it a little.)
+FREE = {"out", "resume", "images", "val", "val_every", "strict", "workers",
         "eval_questions", "micro_batch", "device", "compile", "cuda_graphs", "checkpointing",
         "fsdp", "expert_parallel", "save_every", "plan", "gpus", "gpu_gb", "peak_tflops", "mfu"}
 
@@ -773,6 +787,9 @@ def settings(args, name, world=None, preset=None):
     if args.trains and is_meant:
         stage.trains = tuple(part for part in args.trains.split(",") if part != "none")
     stage.lora = choose_lora(args, stage.lora, is_meant)
+    # Uni-MoE's stage 2 trains adapters on the decoder's FFNs; without them, the FFNs themselves.
+    if not stage.trains and not stage.lora and args.trains is None:
+        stage.trains = ("text.ffn",)
 
     # Tiny models take their whole share of a batch at once, 7B ones four samples.
     share = max(1, stage.batch_size // (world or WORLD))  # samples of one process in a step
@@ -893,21 +910,24 @@ class Totals(NamedTuple):
     """Numbers of a step, over its micro-batches and all processes."""
     labels: float
     images: float  # blank ones included
+    tokens: float
     broken: float
     truncated: float
     signals: float
 
 
 def count(micro_batches, n_signals, device):
-    """Count what the losses are means over. Each micro-batch gets its "n_labels" and "n_images"."""
-    total = torch.tensor([0, 0, 0, 0, n_signals], dtype=torch.float64)
+    """Count what the losses are means over. Each micro-batch gets its "n_labels", "n_images" and
+    "n_tokens"."""
+    total = torch.tensor([0, 0, 0, 0, 0, n_signals], dtype=torch.float64)
     for batch in micro_batches:
         batch["n_labels"] = count_labels(batch)
         batch["n_images"] = len(batch["images"])
+        batch["n_tokens"] = int((batch["tokens"] != PAD).sum())
         for message in batch["broken"]:
             tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
-        total += torch.tensor([batch["n_labels"], batch["n_images"], len(batch["broken"]),
-                               batch["truncated"], 0])
+        total += torch.tensor([batch["n_labels"], batch["n_images"], batch["n_tokens"],
+                               len(batch["broken"]), batch["truncated"], 0])
     # The same numbers in all processes; so they also agree on when to stop.
     return Totals(*sum_over_processes(total, device).tolist())
 
@@ -930,25 +950,26 @@ def add_to_counts(counts, totals, batch_size):
 def portion_of(name, batch, totals, n_micro):
     """How much of the step's batch a micro-batch is, for the loss of this name.
 
-    The language loss is a mean over labels, and a vision loss a mean over images. Say one
-    micro-batch has 10 labels and another has 30. The mean of both means would count a label of the
-    first three times as much; portions of 1/4 and 3/4 count all labels alike, however the batch is
-    cut.
+    The language loss is a mean over labels, a router's loss in tower and connector a mean over
+    images, and in the decoder one over tokens. Say one micro-batch has 10 labels and another has
+    30. The mean of both means would count a label of the first three times as much; portions of
+    1/4 and 3/4 count all labels alike, however the batch is cut.
     """
     if name == "lm":
         return batch["n_labels"] / max(1, totals.labels)
     if name.startswith(("vision/", "connector/")):
         return batch["n_images"] / max(1, totals.images)
-    return 1 / (n_micro * WORLD)
+    if name.startswith("text/"):
+        return batch["n_tokens"] / max(1, totals.tokens)
+    return 1 / (n_micro * WORLD)  # the losses of assets/backbones.py
 
 
 def inputs(model, batch, device):
     """What the model takes of a micro-batch, on its device."""
-    # What is no tensor (messages, counts) is for the loop alone. Without images there are none to
-    # hand over, not zero of them.
+    # What is no tensor (messages, counts) is for the loop alone.
     given = {}
     for name, value in batch.items():
-        if torch.is_tensor(value) and (name != "images" or len(value)):
+        if torch.is_tensor(value):
             given[name] = value.to(device, non_blocking=True)
     if isinstance(model, CuMo):
         # Counted here, where the tokens still are. To count on the device is to wait for it.
@@ -1328,9 +1349,7 @@ def make_experts(args, model):
 
 def join_experts(args, model, how):
     """Uni-MoE's mixture: each folder's FFNs become one expert."""
-    folders = expert_folders(args)
-    if len(folders) == 1:
-        folders = folders * int(args.n_experts)  # "pure copies", the paper's Table 8
+    folders = mixture(args)
     counts = decoder_experts(args, model.config.text.n_layers, str(len(folders)))
     if args.fsdp:
         raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py "
@@ -1339,6 +1358,18 @@ def join_experts(args, model, how):
     # The paper has no routing losses. --balance-coef has.
     model.config.balance_coef = 0.0
     model.config.z_coef = 0.0
+
+
+def mixture(args):
+    """The folder of each expert. A single folder is there --n-experts times: these are the "pure
+    copies" of the paper's Table 8."""
+    folders = expert_folders(args)
+    if len(folders) == 1:
+        return folders * int(args.n_experts)
+    if "n_experts" in args.given and args.n_experts != str(len(folders)):
+        raise ValueError(f"--n-experts {args.n_experts}: the mixture has {len(folders)} experts, "
+                         "one for each of its folders; leave the flag out")
+    return folders
 
 
 def expert_folders(args):
@@ -1536,13 +1567,11 @@ def print_stage(args, stage, model, source):
     """What a stage trains, and the values that it runs with."""
     total, activated = [sum(column) for column in zip(*count_parameters(model).values())]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trained:
-        raise ValueError(f"stage {stage.name}: --trains {args.trains}: nothing to train here; "
-                         "text.moe needs experts, see --upcycle-at")
+    check_trains(args, stage, model)
     say(f"stage {stage.name}: {stage.steps} steps of {stage.batch_size} from {source}; training "
         f"{trained / 1e6:.2f}M of {total / 1e6:.2f}M parameters ({activated / 1e6:.2f}M activated)")
 
-    # All that is neither a path nor a matter of speed.
+    # The values that it learns by.
     balance, z = routing_coefs(stage, model)
     values = vars(args) | vars(stage) | {"trains": ", ".join(stage.trains) or "adapters",
                                          "balance_coef": balance, "z_coef": z}
@@ -1632,7 +1661,11 @@ def next_command(args, last):
         command += f" --image {shlex.quote(file)}"
     for file in sample["audio"]:
         command += f" --audio {shlex.quote(file)}"
-    question = question.replace("<image>", "").replace("<audio>", "").strip()
+    for frames in sample["video"]:
+        command += f" --video {shlex.quote(os.path.dirname(frames[0]))}"
+    for mark in ("<image>", "<audio>", "<video>"):
+        question = question.replace(mark, "")
+    question = question.strip()
     return f"{command} --prompt {shlex.quote(question)}"
 
 
@@ -1678,6 +1711,8 @@ def stages_done(args, stages):
     """The stages that a resumed run has behind it: those whose model is there, and those of them
     that are measured too. A new run never writes over what is in --out."""
     finished = finished_stages(args.out, stages)
+    if RANK == 0 and os.path.isdir(args.out):
+        lock_folder(args.out)
 
     # Did torchrun start this run again? If that was before it had begun, another one lies here.
     if args.resume and "resume" not in args.given:
@@ -1697,13 +1732,13 @@ def stages_done(args, stages):
         if len(measured) == len(stages):
             raise ValueError(f"nothing to resume: {args.out} holds a finished run")
     elif args.stage is not None:
-        if finished:
+        if len(finished) == len(stages):
             raise ValueError(f"{args.out} holds this stage already, and it is finished; to train "
                              "it again, give another --out")
-        if checkpoints(args.out):
+        if finished or checkpoints(args.out):
             raise ValueError(f"{args.out} holds an unfinished run already: --resume, or another "
                              "--out")
-    elif RANK == 0 and os.path.exists(args.out):
+    elif RANK == 0 and os.path.exists(args.out) and os.listdir(args.out):
         move_aside(args.out)
 
     wait_for_all()
@@ -1776,7 +1811,33 @@ def begin_run(args, done):
     if RANK > 0:
         return
     os.makedirs(args.out, exist_ok=True)
+    lock_folder(args.out)
     write_json(run_file(args.out), {"flags": args.given, "done": done})
+
+
+LOCKS = []  # the folder that this process trains in, opened
+
+
+def lock_folder(out):
+    """Keep other runs out of this folder. The lock goes when this process ends, however it does."""
+    unlock_folder()
+    if fcntl is None:
+        return
+    LOCKS.append(os.open(out, os.O_RDONLY))
+    try:
+        fcntl.flock(LOCKS[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another run is training there; wait for it, or give another "
+                         "--out") from None
+    except OSError:
+        pass  # a file system that knows no locks
+
+
+def unlock_folder():
+    while LOCKS:
+        # To close it alone would not do: a process that loads data may have it open, too.
+        fcntl.flock(LOCKS[0], fcntl.LOCK_UN)
+        os.close(LOCKS.pop())
 
 
 def flags_of_run(out, given):
@@ -1798,23 +1859,26 @@ def flags_of_run(out, given):
     both = flags | given | {"out": out}
     before = vars(fill_in(flags))
     now = vars(fill_in(both))
-    # "stage" is in FREE since `identity` keeps a stage's name by this key. A run's own --stage must
-    # not change.
-    fixed = {name for name in given if name not in FREE or name == "stage"}
+    fixed = {name for name in given if name not in FREE}
     refuse_changes(file, before, {name: now[name] for name in fixed})
     return both
 
 
 def refuse_changes(file, before, now):
     """Two different runs must not become one. (Earlier versions wrote down fewer values.)."""
+    def differ(name):
+        if name == "lr" and isinstance(now[name], str):
+            return read_rates(before[name]) != read_rates(now[name])  # 1e-3 is 0.001
+        return before[name] != now[name]
+
     differs = [f"{name} {before[name]} (now {value})" for name, value in now.items()
-               if name in before and before[name] != value]
-    if differs and differs[0].startswith("checksum"):
+               if name in before and differ(name)]
+    if any(text.startswith("checksum") for text in differs):
         raise ValueError(f"{file}: what --data (or --val) names has other contents now; put the "
                          "old ones back, or begin another run with another --out")
     if differs:
         raise ValueError(f"{file} was written with {', '.join(differs)}: give the same flags, or "
-                         "none")
+                         "none (and where the data do not fill a batch, as many processes)")
 
 
 def move_aside(out):
@@ -1822,7 +1886,11 @@ def move_aside(out):
     n = 1
     while os.path.exists(f"{out}.{n}"):
         n += 1
-    os.rename(out, f"{out}.{n}")
+    try:
+        os.rename(out, f"{out}.{n}")
+    except OSError as e:
+        raise ValueError(f"--out {out} holds files, and cannot be moved aside for a new run "
+                         f"({e.strerror}): give another --out") from None
     say(f"{out} holds an earlier run: it is now {out}.{n}")
 
 
@@ -1970,7 +2038,13 @@ def checkpoint_path(args, step):
 
 def write_checkpoint(args, stage, model, optimizer, experts, step, counts):
     path = checkpoint_path(args, step)
+    is_new = not optimizer.state
     tensors = tensors_of(get_state_dict(model, optimizer, options=TRAINED), experts)
+    if is_new:
+        # No step was good so far. torch has just made AdamW's state by a step of size 0, which must
+        # not count.
+        for state in optimizer.state.values():
+            state["step"].zero_()
 
     # A damaged one may lie there. It must not count as complete before it is.
     Path(path, "run.json").unlink(missing_ok=True)
@@ -2267,7 +2341,8 @@ def keep_pages():
 def prepare_device(args):
     """The device that the flags choose, set up for a run."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; leave the flag out for the CPU")
+        raise ValueError("--device cuda: no CUDA device here; leave the flag out, or give "
+                         "--device cpu")
     torch.set_float32_matmul_precision(args.matmul)
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     name = args.device or usual
@@ -2520,6 +2595,8 @@ def rehearse_stage(args, stage, config, gpus, fsdp, checkpointing):
 def planned(args, stage):
     """The preset as a stage trains it, and its model without memory."""
     config = Config.from_preset(args.preset)
+    if args.scales is not None:
+        config.vision.scales = read_scales(args.scales)
     if args.pixel_shuffle is not None:
         shuffled = dataclasses.replace(config.connector, pixel_shuffle=args.pixel_shuffle)
         config = dataclasses.replace(config, connector=shuffled)
@@ -2531,11 +2608,16 @@ def planned(args, stage):
             part.n_experts = n if name == "connector" else [n] * part.n_layers
             part.top_k = args.top_k
     else:
+        config.vision.n_experts = [0] * config.vision.n_layers
+        config.connector.n_experts = 0
         config.text.top_k = args.top_k
         config.text.n_experts = [0] * config.text.n_layers
         if stage.has_experts:
-            config.text.n_experts = decoder_experts(args, config.text.n_layers)
-    return config, meta_model(config, stage.trains, stage.lora)
+            n_experts = str(len(mixture(args))) if args.experts else args.n_experts
+            config.text.n_experts = decoder_experts(args, config.text.n_layers, n_experts)
+    model = meta_model(config, stage.trains, stage.lora)
+    check_trains(args, stage, model)
+    return config, model
 
 
 def memory(args, name, gpus, fsdp, checkpointing):
@@ -2550,11 +2632,12 @@ def memory(args, name, gpus, fsdp, checkpointing):
 
     # The sizes of weights; of experts, what one GPU holds.
     sizes = {p: p.numel() for p in model.parameters()}
+    dealt_out = set()
     for module in model.modules():
-        if isinstance(module, MoE):
-            for weight, p in module.named_parameters():
-                if weight != "router":
-                    sizes[p] /= n_parts
+        if isinstance(module, MoE) and n_parts > 1:
+            dealt_out |= {p for weight, p in module.named_parameters() if weight != "router"}
+    for p in dealt_out:
+        sizes[p] /= n_parts
     everything = sum(sizes.values())
     trained = [p for p in sizes if p.requires_grad]
     n_trained = sum(sizes[p] for p in trained)
@@ -2570,7 +2653,8 @@ def memory(args, name, gpus, fsdp, checkpointing):
         gathered = everything - sum(blocks) + 2 * max(blocks)
         fixed["gathered"] = short * gathered + (short + 4) * max(blocks)
     elif gpus > 1:
-        fixed["DDP buckets"] = 4 * n_trained
+        # (Experts that are dealt out exchange their gradients without DDP.)
+        fixed["DDP buckets"] = 4 * sum(sizes[p] for p in trained if p not in dealt_out)
     if in_bf16 and not fsdp:
         fixed["bf16 copies"] = 2 * everything  # autocast's, of every weight
 
@@ -2619,7 +2703,7 @@ def planned_steps(args, stage):
         return stage.steps
     else:
         n_samples = N_SAMPLES[args.recipe][stage.name]
-    return max(1, args.epochs * (n_samples // stage.batch_size))
+    return args.epochs * max(1, n_samples // stage.batch_size)
 
 
 def print_head(args, stage):
@@ -2693,12 +2777,13 @@ def smallest_fit(args, stage):
         gpus = 2**exponent
         if stage.batch_size % gpus:
             continue
+        way = "1 GPU" if gpus == 1 else f"{gpus} GPUs with --fsdp"
         if not args.checkpointing and fits(args, stage, gpus, True, False):
-            return f"{gpus} GPUs with --fsdp"
+            return way
         if fits(args, stage, gpus, True, True):
             if gpus == 1:
-                return "1 GPU with --checkpointing"
-            return f"{gpus} GPUs with --fsdp --checkpointing"
+                return f"{way} with --checkpointing"
+            return f"{way} --checkpointing"
     return "none. Try a smaller --micro-batch"
 
 
@@ -2763,8 +2848,11 @@ def has_rate(part, rates):
 def check_sources(args):
     """A new run moves an old --out aside. What it begins with must not lie in there."""
     out = Path(args.out).resolve()
-    given = [(name, getattr(args, name)) for name in ("init", "vision", "llm", "audio")]
-    given += [("experts", folder) for folder in (args.experts or "").split(",")]
+    given = [(name, getattr(args, name)) for name in ("init", "vision", "llm", "audio",
+                                                   "images", "val")]
+    if args.data:
+        files, _ = files_and_weights(args.data)
+        given += [("data", file) for file in files]
     for name, path in given:
         if path and Path(path).resolve().is_relative_to(out):
             raise ValueError(f"{flag_name(name)} {path} lies in --out {args.out}, which a new run "
@@ -2843,9 +2931,20 @@ def check_given(args):
     from_scratch = args.stage is None and args.init is None
     if hearing and from_scratch and args.recipe != "uni-moe":
         raise ValueError(f"--trains {args.trains}: a model of --recipe {args.recipe} hears nothing")
-    if args.trains and args.stage is None and not makes_experts:
-        raise ValueError("--trains is about the stages with experts in a run of all stages, and "
-                         "--dense makes none: give --stage")
+    if args.stage is None and not makes_experts:
+        # Only Uni-MoE has adapters in a stage before that, which --lora-rank changes.
+        ignored = args.trains and "--trains"
+        if args.lora_rank and args.recipe != "uni-moe":
+            ignored = "--lora-rank"
+        if ignored:
+            raise ValueError(f"{ignored} is about the stages with experts in a run of all stages, "
+                             "and this one makes none: give --stage")
+    if args.experts and args.stage != 3:
+        raise ValueError("--experts are put together in stage 3: give --stage 3, too")
+    for stage in (settings(args, name) for name in stages_of(args)):
+        if not stage.trains and not stage.lora:
+            raise ValueError(f"--trains {args.trains}: nothing would train in stage "
+                             f"{stage.name}; give --lora-rank, too, for adapters")
 
     # What only the last of Uni-MoE's stages would notice.
     of_all_stages = args.recipe == "uni-moe" and args.stage is None and not args.plan
@@ -2863,11 +2962,13 @@ def check_expert_flags(args):
     except ValueError:
         raise ValueError(f"--n-experts {args.n_experts}: a number, or several with "
                          "commas") from None
-    if args.recipe == "cumo" and len(numbers) > 1:
-        raise ValueError(f"--n-experts {args.n_experts}: the tower's layers and the connector have "
-                         "one number")
+    if args.recipe != "moe-llava" and len(numbers) > 1:
+        raise ValueError(f"--n-experts {args.n_experts}: with --recipe {args.recipe}, all layers "
+                         "have one number")
+    if args.recipe == "uni-moe" and (args.experts or args.stage is None) and not args.dense:
+        numbers = [len(mixture(args))]
     if not 1 <= args.top_k <= min(numbers):
-        raise ValueError(f"top_k = {args.top_k} of {args.n_experts} experts; need 1 <= --top-k <= "
+        raise ValueError(f"top_k = {args.top_k} of {min(numbers)} experts; need 1 <= --top-k <= "
                          "--n-experts")
 
     # The number of experts of a single stage's model is known only when that is loaded.
@@ -2898,7 +2999,7 @@ def check_model(args, stage, model, tokenizer, source):
     config = model.config
     if args.stage is None:
         data.check_end_mark(tokenizer, args.template or config.template)  # not first in stage 2
-    check_decoder_rates(args, config)
+    check_decoder_experts(args, config)
 
     if args.pixel_shuffle not in (None, config.connector.pixel_shuffle):
         raise ValueError(f"--pixel-shuffle {args.pixel_shuffle}: the connector of {source} was "
@@ -2915,14 +3016,26 @@ def check_model(args, stage, model, tokenizer, source):
         decoder_experts(args, config.text.n_layers)  # a wrong placement stops stage 1 already
 
 
-def check_decoder_rates(args, config):
-    """Does the decoder have the experts that --lr names, or get them in a later stage?"""
-    named = {"text.moe", "text.router"} & read_rates(args.lr).keys()
+def check_decoder_experts(args, config):
+    """Does the decoder have the experts that --lr and --trains name, or get them in a later stage?
+    """
     makes_experts = any(settings(args, name).has_experts for name in stages_of(args))
     gets_some = makes_experts and "text" in expert_parts(args)
-    if named and not gets_some and not any(config.text.n_experts):
-        raise ValueError(f"--lr {args.lr}: the decoder has no experts, and gets none: leave "
-                         f"{' and '.join(sorted(named))} out, or see --experts-in")
+    if gets_some or any(config.text.n_experts):
+        return
+    given = {"--lr": (args.lr, read_rates(args.lr)),
+             "--trains": (args.trains, (args.trains or "").split(","))}
+    for flag_given, (text, parts) in given.items():
+        named = {"text.moe", "text.router"} & set(parts)
+        if named:
+            raise ValueError(f"{flag_given} {text}: the decoder has no experts, and gets none: "
+                             f"leave {' and '.join(sorted(named))} out, or see --experts-in")
+
+
+def check_trains(args, stage, model):
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"stage {stage.name}: --trains {args.trains}: nothing to train here; "
+                         "text.moe and text.router need experts in the decoder, see --experts-in")
 
 
 def check_experts(args, config):

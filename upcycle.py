@@ -1372,7 +1372,10 @@ def save_tensors(folder, tensors):
 def write_tensors(file, tensors, **header):
     """Write a .safetensors file, atomically."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomically(file, partial(save_file, tensors, metadata={"format": "pt", **header}))
+    try:
+        write_atomically(file, partial(save_file, tensors, metadata={"format": "pt", **header}))
+    except SafetensorError as e:
+        raise OSError(f"{file}: cannot be written: {e}") from None  # the disk is full, for example
 
 
 def write_atomically(path, write):

@@ -380,7 +380,7 @@ def main():
     os.makedirs(args.out, exist_ok=True)
     if set(MAIN) <= set(args.rows):
         draw_why(everything, os.path.join(args.out, "why.png"))
-    if set(LOSSES) <= set(args.rows):
+    if {"4 experts", *LOSSES} <= set(args.rows):
         folders = {row: folder(args, args.worlds[-1], row, args.seeds[0]) for row in args.rows}
         if all(os.path.exists(os.path.join(out, "log.jsonl")) for out in folders.values()):
             logs = {row: read_log(out) for row, out in folders.items()}

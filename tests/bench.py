@@ -337,9 +337,10 @@ def step_work(config: Config, stage: train.Stage, n_tokens: int) -> float:
     return sum(counted.forward.values()) + sum(counted.backward.values())
 
 
-def widen(dense: Config, recipe: str, stage: train.Stage, n_tokens: int, work: float):
-    """Widen the FFNs in the place of experts until a step of `dense` costs `work` FLOPs."""
-    part = dense.vision if recipe == "cumo" else dense.text
+def widen(dense: Config, config: Config, stage: train.Stage, n_tokens: int, work: float):
+    """Widen the FFNs in the place of `config`'s experts until a step of `dense` costs `work` FLOPs.
+    (The connector has no width of its own.)"""
+    part = dense.text if any(config.text.n_experts) else dense.vision
     # the work is a linear function of the width: two points give the line
     part.ffn_dim = 1024
     low = step_work(dense, stage, n_tokens)
@@ -433,7 +434,7 @@ def bench_step(args):
 
     # a dense model of equal FLOPs
     work = step_work(config, stage, n_tokens)
-    widen(dense, args.recipe, stage, n_tokens, work)
+    widen(dense, config, stage, n_tokens, work)
     works = {"experts": work, "as released": work, "dense": step_work(dense, stage, n_tokens)}
 
     runs = step_runs("experts", config, stage, args, batch, n_micro, device)
@@ -802,6 +803,11 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)
     if rest and args.command not in ("step", "profile"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    for name, least in (("repeat", 1), ("tokens", 2), ("prompt", 1)):
+        if getattr(args, name, least) < least:
+            raise ValueError(f"--{name} must be at least {least}")
+    if getattr(args, "device", None) == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device here")
     if args.command == "layers":
         train.keep_pages()
         bench_layers(args)

@@ -144,6 +144,21 @@ def test_a_stopped_run_goes_on_and_asks_only_what_is_missing(cut, world, alone, 
     assert set(asked) == {7, "b"} and out.read_bytes() == alone
 
 
+def test_a_finished_file_stops_nothing_else_that_was_asked(world, alone, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(alone)
+    generate.main(flags(world, tmp_path / "a.jsonl"))
+    assert "already holds all 8 answers" in capsys.readouterr().out
+    generate.main(flags(world, tmp_path / "a.jsonl", "--prompt", "Why?"))
+    assert "already holds" not in capsys.readouterr().out and (tmp_path / "a.jsonl").read_bytes() == alone
+
+
+def test_what_only_looks_like_a_part_is_left_alone(world, alone, tmp_path):
+    other = tmp_path / "a.jsonl.part-0-of-1.bak"
+    other.write_text("mine\n")
+    generate.main(flags(world, tmp_path / "a.jsonl"))
+    assert (tmp_path / "a.jsonl").read_bytes() == alone and other.read_text() == "mine\n"
+
+
 def test_ctrl_c_ends_the_program_with_130(world, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -401,7 +416,7 @@ def test_pope_reads_yes_and_no_as_llava_and_counts_them():
     ("Dogs bark. The answer is (C).", 2), ("so the answer is A", 0), ("A. The answer is B.", 0), ("dog", 1), ("Dog.", 1),
     ("E", None), ("(F)", None), ("b", None), ("A dog", None), ("dogs", None), ("", None), ("cat or dog", None),
     ("B)", 1), ("B) dog", 1), ("B:", 1), ("(B): dog", 1), ("**B**", 1), ("**B.** dog", 1), ("Answer: B", 1), ("**Answer:** (B)", 1),
-    ("The correct answer is B.", 1), ("B\n\nIt barks.", 1), ("It barks.\nAnswer: dog", 1), ("Answer: A dog", None), ("B-side", None),
+    ("The correct answer is B.", 1), ("B. The dog's answer: woof", 1), ("B\n\nIt barks.", 1), ("It barks.\nAnswer: dog", 1), ("Answer: A dog", None), ("B-side", None),
     ("The answer is Apples.", None), ("The answer is A. The answer is B.", None), ("twin", None), ("The answer is E.", None)])
 def test_a_choice_is_a_letter_or_the_text_of_exactly_one_option(reply, index):
     assert generate.choice_of(reply, ["cat", "dog", "bird", "fish."]) == index
@@ -543,6 +558,23 @@ def test_textvqa_is_scored_by_picture_and_question(tmp_path):
             generate.score("textvqa", str(tmp_path / "val.json"), one)
     by_their_own_ids = [{"question_id": 34602 + i, "text": text, "reply": "red"} for i, (_, text, _) in enumerate(asked)]
     assert generate.score("textvqa", str(tmp_path / "val.json"), answers_to(by_their_own_ids, tmp_path / "c.jsonl"))[0] == {"accuracy": [1, 3]}
+
+
+def test_an_answer_to_a_longer_question_is_none_to_a_shorter_one(tmp_path):
+    """"What is the brand name?" holds "what is the brand"."""
+    rows = [{"image_id": "p", "question_id": i, "question": text, "answers": [human] * 10}
+            for i, (text, human) in enumerate((("what is the brand", "nike"), ("what is the brand name", "nike air")))]
+    (tmp_path / "val.json").write_text(json.dumps({"data": rows}))
+    replies = [{"question_id": "p", "text": "Say: what is the brand", "reply": "nike"},
+               {"question_id": "p", "text": "Say: what is the brand name", "reply": "nike air"}]
+    score = lambda rows, *allow: generate.score("textvqa", str(tmp_path / "val.json"), answers_to(rows, tmp_path / "a.jsonl"), *allow)
+    for order in (1, -1):
+        assert score(replies[::order]) == ({"accuracy": [2, 2]}, 0)
+    for frame in ("{}", "Say: {}"):
+        longer = {**replies[1], "text": frame.format("what is the brand name")}
+        with pytest.raises(ValueError, match="1 of 2.*'0'"):
+            score([longer])
+        assert score([longer], True) == ({"accuracy": [1, 1]}, 0)
 
 
 def official_mme(categories, answers):

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import data as d
 import generate
 from model import SIGLIP, Config, CuMo, VisionConfig
-from upcycle import load, save
+from upcycle import load, save, upcycle
 from test_data import truth
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,6 +178,17 @@ def test_more_than_the_decoder_learnt_to_read_is_an_error_and_in_a_chat_a_warnin
     monkeypatch.setattr(generate, "typed_lines", lambda: iter(["Why is it so?"]))
     with pytest.warns(UserWarning, match=f"more than the {n + 8}"):
         assert len(generate.chat(model, tokenizer, [], None, max_new_tokens=9)) == 2
+
+
+def test_a_line_that_cannot_be_answered_is_taken_back_and_the_talk_goes_on(model, tokenizer, monkeypatch, capsys):
+    lines = ["Are <image> and <image> alike?", "What is it?", "half \ud83d", "Why?"]
+    monkeypatch.setattr(generate, "typed_lines", lambda: iter(lines))
+    talk = generate.chat(model, tokenizer, [picture(0)], None, max_new_tokens=3)
+    assert [turn["value"].removeprefix("<image>\n") for turn in talk[::2]] == ["What is it?", "Why?"] and len(talk) == 4
+    printed = capsys.readouterr().out
+    assert "the text has 2 <image>" in printed and "half a character" in printed
+    with pytest.raises(ValueError, match="half a character"):
+        generate.chat(model, tokenizer, [], "half \ud83d", max_new_tokens=3)
 
 
 def test_chat_keeps_the_turns_and_encodes_the_images_once(model, tokenizer, monkeypatch, capsys):
@@ -432,7 +443,7 @@ def test_the_patches_that_an_expert_is_surest_of(seer, tmp_path, monkeypatch):
         wanted.append([(i, k) for _, k, i in sorted(best, reverse=True)])
         assert generate.surest(sure[:, e], 3) == [i for i, _ in wanted[e][:3]]
     cut = []
-    monkeypatch.setattr(generate, "cut_patch", lambda vision, image, k: cut.append((images.index(image), k)) or Image.new("RGB", (22, 22)))
+    monkeypatch.setattr(generate, "cut_patch", lambda vision, image, side, k: cut.append((images.index(image), k)) or Image.new("RGB", (22, 22)))
     generate.draw_routing(seer, images[:1], str(tmp_path / "r.png"), images)
     counts = [sum(int((s > 0).sum()) for s in sure.T) for _, sure, _ in surveyed.values()]
     assert cut[counts[0]:counts[0] + counts[1]] == sum(wanted, []) and len(cut) == sum(counts)
@@ -442,8 +453,34 @@ def test_a_patch_is_cut_where_it_lies():
     image = Image.new("RGB", (48, 48))
     image.paste((255, 0, 0), (16, 8, 24, 16))                                      # column 2, row 1 of 6 x 6
     vision = build(300).config.vision
-    reds = [k for k in range(36) if np.asarray(generate.cut_patch(vision, image, k))[..., 0].min() > 250]
-    assert reds == [1 * 6 + 2] and generate.cut_patch(vision, image, 8).size == (22, 22)
+    reds = [k for k in range(36) if np.asarray(generate.cut_patch(vision, image, 6, k))[..., 0].min() > 250]
+    assert reds == [1 * 6 + 2] and generate.cut_patch(vision, image, 6, 8).size == (22, 22)
+    image.paste((255, 0, 0), (16, 16, 32, 32))                                     # behind a pixel shuffle there are 3 x 3 places
+    reds = [k for k in range(9) if np.asarray(generate.cut_patch(vision, image, 3, k))[..., 0].min() > 250]
+    assert reds == [4]
+
+
+def test_behind_a_pixel_shuffle_the_connectors_places_are_squares_of_patches(tmp_path, monkeypatch):
+    sides = []
+    real = generate.cut_patch
+    monkeypatch.setattr(generate, "cut_patch", lambda vision, image, side, k: sides.append((side, k)) or real(vision, image, side, k))
+    generate.draw_routing(build(300, pixel_shuffle=2), [picture(0)], str(tmp_path / "r.png"))
+    assert {side for side, _ in sides} == {6, 3} and max(k for side, k in sides if side == 3) <= 8
+
+
+def test_without_pictures_the_decoders_routing_is_drawn_alone(tokenizer, tmp_path):
+    both = build(tokenizer.get_vocab_size())
+    upcycle(both, text=4)
+    file = str(tmp_path / "r.png")
+    assert generate.draw_experts(both, tokenizer, [prompt("Why?")], ["So."], file) == [file]
+
+
+def test_the_load_counts_the_frames_that_the_model_saw(seer, tokenizer, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(generate, "draw_routing", lambda model, shown, png, images: counted.extend(images))
+    sample = {"images": [], "video": [[picture(i) for i in range(20)]], "conversations": []}
+    generate.draw_experts(seer, tokenizer, [sample], [""], str(tmp_path / "r.png"))
+    assert len(counted) == 8
 
 
 @pytest.mark.parametrize("n_experts", [8, 16])
@@ -655,7 +692,9 @@ def test_a_config_may_begin_with_a_byte_order_mark(folder, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--images", "pic.png", "--prompt", "hi"], "--images acts with --eval only.*--image"),
     (["--out", "a", "--prompt", "hi"], "--out acts with --eval"),
-    (["--serve", "--prompt", "hi"], "--prompt does not go with --serve"),
+    (["--serve", "--prompt", "hi"], "--prompt does not go with --serve"), (["--serve", "--temperature", "3"], "the window's goes up to 2"),
+    (["--eval", "", "--out", "a"], "--eval is empty"), (["--routing", "", "--image", "a.png"], "--routing is empty"),
+    (["--video", "clip.mp4", "--prompt", "hi"], "clip.mp4: no folder of frames; `ffmpeg"),
     (["--answers", "a"], "--answers acts with --score"), (["--allow-missing", "--prompt", "hi"], "--allow-missing"), (["--batch", "3"], "--batch"),
     (["--suffix", "x"], "--suffix"), (["--eval", "q", "--out", "a", "--image", "x.png"], "--image acts"),
     (["--eval", "q", "--out", "a", "--audio", "x.wav", "--routing", "r.png"], "--audio acts"), (["--eval-drawn", "3", "--images", "x"], "--images"),
@@ -684,6 +723,19 @@ def test_flags_of_a_wrong_kind_are_value_errors_in_words(flags, message, folder,
         pytest.skip("there is one")
     with pytest.raises(ValueError, match=message):
         generate.main(["--model", folder, *([] if "--prompt" in flags or "--eval" in flags else ["--prompt", "x"]), *flags])
+
+
+def test_torchrun_is_for_files_of_questions(monkeypatch):
+    monkeypatch.setattr(generate, "WORLD", 2)
+    with pytest.raises(ValueError, match="torchrun shares out the questions of --eval"):
+        generate.main(["--eval-drawn", "2"])
+
+
+def test_drawn_pictures_are_kept_only_to_be_drawn_from(folder, monkeypatch, capsys):
+    kept = []
+    monkeypatch.setattr(generate, "evaluate", lambda *_, asked, **__: kept.append(asked) or {"color": [1, 1]})
+    generate.main(["--model", folder, "--device", "cpu", "--eval-drawn", "1"])
+    assert kept == [None]
 
 
 def test_a_template_that_is_given_holds_over_the_folders(folder, monkeypatch):

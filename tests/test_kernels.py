@@ -396,6 +396,49 @@ def test_with_expert_parallelism_a_layer_has_its_part_of_the_experts(monkeypatch
         kernels.check_experts(route(torch.randn(9, 4), 2), stack, "two ranks")
 
 
+def test_a_tiny_weight_that_is_left_gives_no_gradient_that_is_nan():
+    """Where the first choice is dropped, the second's p may be next to nothing, and one over it infinite."""
+    logits = torch.full((9, 4), -5.0)
+    logits[:, 0] = 100.0
+    logits[torch.arange(9), 1 + torch.arange(9) % 3] = 0.0
+    logits.requires_grad_()
+    r = route(logits, 2, capacity_factor=0.5)
+    assert (r.weights[-1] < 1e-30).all() and r.weights[0].sum().item() == pytest.approx(1)
+    (r.weights * torch.randn(9, 2)).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["loop", "sorted", "grouped"])
+def test_a_token_may_name_one_expert_twice(backend):
+    (x, _, *rest), _ = problem()
+    twice = Routing(torch.full((9, 2), 0.25), torch.tensor([[1, 1]] * 9), None, None)
+    once = Routing(torch.full((9, 1), 0.5), torch.tensor([[1]] * 9), None, None)
+    kind = torch.bfloat16 if backend == "grouped" else torch.float32
+    got, want = (moe_ffn(x.to(kind), r, *[t if t is None else t.to(kind) for t in rest], backend=backend) for r in (twice, once))
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+
+
+def test_a_mask_is_one_number_a_token():
+    with pytest.raises(ValueError, match=r"mask is for tokens \(5,\), the logits are of tokens \(2, 5\)"):
+        route(torch.randn(2, 5, 4), 2, torch.ones(5, dtype=torch.bool))
+
+
+def test_rows_without_tokens_count_nowhere():
+    logits, mask = torch.randn(3, 7, 4), torch.zeros(3, 7, dtype=torch.bool)
+    mask[1, :5] = True
+    got, want = route(logits, 2, mask), route(logits[1:2, :5], 2)
+    for name in ("balance", "z", "load"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name))
+    empty = route(torch.zeros(0, 5, 4), 2)
+    assert empty.balance == empty.z == 0 and empty.load.tolist() == [0] * 4
+
+
+def test_slots_are_rounded_up_but_not_because_of_rounding():
+    experts = torch.zeros(100, 2, dtype=torch.long)
+    slots = lambda factor, n=100: kernels.slots_per_expert(experts[:n], None, 4, factor, 0).item()
+    assert [slots(1.1), slots(1.0), slots(1.5), slots(1.3, 3), slots(2.2)] == [55, 50, 75, 2, 110]
+
+
 def moe(**more):
     layer = MoE(8, 16, "gelu", 4, 2, **more)
     for p in layer.parameters():

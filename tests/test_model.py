@@ -135,6 +135,7 @@ def test_presets_do_not_share_lists(monkeypatch):
     (dict(text=dict(sliding_window=[])), r"text.sliding_window = \[\] must be a whole number from 1 to 1e\+09 or null"),
     (dict(text=dict(rope_theta=None)), "text.rope_theta = None"),
     (dict(text=dict(rope_scaling=5)), "text.rope_scaling = 5 must be an object, each value a number"),
+    (dict(text=dict(rope_scaling=dict(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64, rope_typ=3))), "rope_typ"),
     (dict(text=dict(rope_scaling=dict(factor="a"))), "text.rope_scaling = {'factor': 'a'}"),
     (dict(text=dict(rope_scaling=dict(factor=8, low_freq_factor=4, high_freq_factor=4, original_max_position_embeddings=64))), "low_freq"),
     (dict(text=dict(head_dim=3)), "text.head_dim = 3 must be even"),
@@ -473,8 +474,9 @@ def test_sampling_repeats_with_its_generator(tiny_model):
     assert go(1) == go(1) != go(2)
 
 
-@pytest.mark.parametrize("rows, words", [([[PAD, 3]], "right only"), ([[3, PAD, 4]], "right only"), ([[3, 4], [PAD, PAD]], "empty")])
-def test_generate_refuses_padding_that_is_not_on_the_right(tiny_model, rows, words):
+@pytest.mark.parametrize("rows, words", [([[PAD, 3]], "right only"), ([[3, PAD, 4]], "right only"), ([[3, 4], [PAD, PAD]], "empty"),
+                                         ([[3, -100, 4]], "are these labels")])
+def test_generate_refuses_padding_that_is_not_on_the_right_and_marks_that_are_none(tiny_model, rows, words):
     with pytest.raises(ValueError, match=words):
         tiny_model().generate(torch.tensor(rows))
 
@@ -483,6 +485,20 @@ def test_generate_refuses_padding_that_is_not_on_the_right(tiny_model, rows, wor
 def test_generate_refuses_numbers_out_of_range(tiny_model, kw):
     with pytest.raises(ValueError, match="max_new_tokens >= 1"):
         tiny_model().generate(torch.tensor([[1]]), **kw)
+
+
+def test_what_inference_mode_leaves_in_the_compiled_cache_can_be_written_to(tiny_model):
+    model, tokens = tiny_model(), tokens_of([7, 8, 9])
+    with torch.inference_mode():
+        want = model.generate(tokens, max_new_tokens=3, compile="eager")
+    assert torch.equal(model.generate(tokens, max_new_tokens=3, compile="eager"), want)
+    assert torch.equal(model.generate(tokens, max_new_tokens=3, eos=()), want)
+
+
+@pytest.mark.parametrize("part, words", [("audio", "no part 'audio'"), ("text.foo", "the decoder has no part 'text.foo'")])
+def test_a_part_that_is_not_there_is_named(tiny_model, part, words):
+    with pytest.raises(ValueError, match=words):
+        M.part_parameters(tiny_model(), part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

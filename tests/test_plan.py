@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from model import AUDIO, IMAGE, SIGLIP, Config, CuMo, choose_trainable
+from model import AUDIO, IMAGE, SIGLIP, Config, CuMo, MoE, choose_trainable
 
 ALL = ("vision", "connector", "text")
 
@@ -232,11 +232,41 @@ def test_hours_are_arithmetic_over_speed(capsys):
     assert hours == pytest.approx(work / 0.5e9 / 3600, rel=0.004)
 
 
+def test_plan_counts_the_model_that_a_run_would_train():
+    def counted(argv):
+        args = train.parse(f"--plan --steps 1 {argv}".split())
+        return train.planned(args, train.settings(args, args.stage))[0]
+    assert counted("--preset cumo-mistral-7b --stage 1 --vision A --llm B --scales 1").vision.scales == [1]
+    dense = counted("--recipe moe-llava --preset cumo-smol --stage 1")
+    assert not any(dense.vision.n_experts) and dense.connector.n_experts == 0
+    with pytest.raises(ValueError, match="nothing to train here; text.moe and text.router need experts"):
+        counted("--preset cumo-smol --stage 1 --trains text.moe")
+
+
+def test_ddp_has_no_buckets_for_experts_that_are_dealt_out():
+    argv = ["--preset", "tiny", "--stage", "3", "--gpus", "4", "--experts-in", "text", "--batch-size", "8", "--micro-batch", "2", "--plan"]
+    (together, _), (apart, _) = config_of(*argv), config_of(*argv, "--expert-parallel", "4")
+    _, model = train.planned(apart, train.settings(apart, 3, 4))
+    experts = sum(p.numel() for m in model.modules() if isinstance(m, MoE) for name, p in m.named_parameters() if name != "router")
+    sizes = [train.memory(args, 3, 4, False, False)["DDP buckets"] for args in (together, apart)]
+    assert experts > 1e5 and sizes[0] - sizes[1] == 4 * experts
+
+
+def test_one_gpu_that_does_is_one_gpu(capsys):
+    train.main("--preset tiny --plan --stage 3 --device cpu --gpu-gb 4 --gpus 4 --steps 1 --micro-batch 16".split())
+    assert "FSDP" not in capsys.readouterr().out
+    args = train.parse("--preset tiny --plan --stage 3 --gpu-gb 60 --steps 1".split())
+    assert train.smallest_fit(args, train.settings(args, 3)) == "1 GPU"
+
+
 def test_plan_takes_its_steps_from_data(tmp_path, capsys):
     file = tmp_path / "data.json"
     file.write_text(json.dumps([{"conversations": []}] * 130))
     train.main(["--plan", "--stage", "2", "--data", str(file), "--micro-batch", "2"])
     assert "2 steps" in capsys.readouterr().out                                    # 130 samples, 64 a step
+    file.write_text(json.dumps([{"conversations": []}] * 21))
+    train.main(["--plan", "--stage", "2", "--data", str(file), "--micro-batch", "2", "--epochs", "5"])
+    assert "\n5 steps" in capsys.readouterr().out                                  # a file smaller than a batch is one step an epoch
 
 
 def test_fsdp_shares_out_and_the_rest_does_not():

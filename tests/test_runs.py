@@ -3,6 +3,7 @@ fill a batch, and data that is held out."""
 import json
 import math
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import train
 from test_routing import made
 from test_train import (ROOT, SCRIPT, assert_same_run, base, flags, interrupt_at, mixture, one, quiet_machine, rows, run, same,     # noqa: F401 (fixtures)
                         weights, write_llava)
-from upcycle import load, save, upcycle
+from upcycle import load, save, upcycle, write_tensors
 
 STAGE3 = ("--stage", 3, "--lr", 1e-3, "--steps", 5, "--batch-size", 4, "--eval-questions", 4)
 
@@ -135,6 +136,9 @@ def test_resume_with_a_wrong_folder_is_an_error(tmp_path):
 
 def test_a_flag_that_repeats_a_default_is_no_contradiction(stopped, tmp_path):
     assert train.parse(["--resume", "--out", str(stopped), "--seed", "0", "--recipe", "cumo"]).lr == "0.001"
+    assert train.parse(["--resume", "--out", str(stopped), "--lr", "1e-3"]).lr == "1e-3"  # the same rate
+    with pytest.raises(ValueError, match="lr 0.001"):
+        train.parse(["--resume", "--out", str(stopped), "--lr", "2e-3"])
 
 
 @pytest.mark.parametrize("changed", ["data.json", "val.json"])
@@ -292,6 +296,16 @@ REFUSED = {                                          # flags -> words that the m
     "--dense --n-experts 8": "--n-experts is about experts, and this run makes none",
     "--stage 1 --top-k 1": "--top-k is about experts, and this run makes none",
     "--dense --trains text": "give --stage",
+    "--dense --lora-rank 8": "--lora-rank is about the stages with experts",
+    "--trains none": "nothing would train in stage 3; give --lora-rank",
+    "--stage 2 --init x --trains none": "nothing would train in stage 2",
+    "--recipe uni-moe --experts a,b": "give --stage 3",
+    "--recipe uni-moe --stage 3 --init x --experts a,b --n-experts 4": "the mixture has 2 experts",
+    "--recipe uni-moe --n-experts 8": "the mixture has 4 experts",
+    "--recipe uni-moe --stage 3 --init x --experts a --n-experts 4,2": "all layers have one number",
+    "--recipe uni-moe --stage 3 --init x --experts a,b,c --top-k 4": "top_k = 4 of 3 experts",
+    "--out o --data o/data.json": "--data o/data.json lies in --out o, which a new run moves aside",
+    "--out o --data d.json --images o/pictures": "--images o/pictures lies in --out o",
 }
 
 
@@ -312,6 +326,65 @@ def test_limits_stand_in_the_fields_and_one_check_reads_them(value, words):
     train.check_limits(fields["z_coef"], 1)                                            # JSON has one kind of number
     with pytest.raises(ValueError, match="--seed = None"):
         train.check_limits(fields["seed"], None)
+
+
+def test_unimoes_experts_are_as_many_as_their_folders():
+    argv = "--recipe uni-moe --stage 3 --init x --experts"
+    assert train.mixture(train.parse(f"{argv} a,b,c,d,e --top-k 5".split())) == list("abcde")
+    assert train.mixture(train.parse(f"{argv} a --n-experts 3".split())) == ["a"] * 3
+    args = train.parse(f"{argv} a,b --plan --preset uni-moe-7b --steps 1".split())
+    assert set(train.planned(args, train.settings(args, 3))[0].text.n_experts) == {2}
+
+
+def test_without_adapters_unimoes_stage_2_trains_the_ffns_themselves():
+    stage = train.settings(train.parse("--recipe uni-moe --lora-rank 0".split()), "2 sound")
+    assert stage.trains == ("text.ffn",) and stage.lora is None
+    assert train.settings(train.parse("--recipe uni-moe".split()), "2 sound").trains == ()
+
+
+def test_experts_that_no_stage_makes_stop_the_first_one(base, tmp_path):
+    for argv, words in ((("--trains", "text.moe"), "--trains text.moe: the decoder has no experts"),
+                        (("--lr", "text.router=1e-3,1e-4"), "--lr text.router=1e-3,1e-4: the decoder has no experts")):
+        with pytest.raises(ValueError, match=words):
+            run(base, tmp_path / "o", *argv)
+        assert not (tmp_path / "o" / "stage1").exists()
+
+
+def test_two_runs_do_not_share_a_folder(base, whole, tmp_path):
+    """A second one would move the folder of the first aside, and the first would go on writing into the second's."""
+    out = shutil.copytree(whole, tmp_path / "o")
+    hold = f"import fcntl, os; fcntl.flock(os.open({str(out)!r}, os.O_RDONLY), fcntl.LOCK_EX); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for argv in ((), STAGE3):
+            with pytest.raises(ValueError, match="another run is training there"):
+                run(base, out, "--steps", 1, *argv)
+        other.kill()                                                               # the lock goes with it, however it ends
+    with pytest.raises(ValueError, match="it is finished"):
+        run(base, out, *STAGE3)
+    train.lock_folder(tmp_path)                                                    # this process holds one at a time
+    hold = hold.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB")
+    assert subprocess.run([sys.executable, "-c", hold], input=b"\n").returncode == 0
+
+
+def test_a_folder_that_cannot_be_moved_aside_is_named_and_an_empty_one_is_used(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = train.Args(out=".")
+    train.stages_done(args, [1, 2, 3])                                             # nothing to move
+    (tmp_path / "old").touch()
+    with pytest.raises(ValueError, match="--out . holds files, and cannot be moved aside"):
+        train.stages_done(args, [1, 2, 3])
+
+
+def test_a_full_disk_under_a_model_is_one_line_and_no_litter(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))                   # no file may become larger: as if the disk were full
+    try:
+        with pytest.raises(OSError, match="model.safetensors: cannot be written"):
+            write_tensors(str(tmp_path / "model.safetensors"), {"w": torch.zeros(10000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.listdir(tmp_path)
 
 
 def test_inf_clips_no_gradient():
@@ -495,5 +568,11 @@ def test_the_picture_shows_the_held_out_loss(measured):
 def test_the_closing_hint_asks_about_the_users_data(base, tmp_path):
     args = train.parse(["--out", "o", *write_llava(tmp_path, [one("red")])])
     assert train.next_command(args, 3) == f"python generate.py --model o --image {tmp_path}/red.png --prompt 'What color is this?'"
+    frames = tmp_path / "clip"
+    frames.mkdir()
+    shutil.copy(tmp_path / "red.png", frames)
+    args.data = write_llava(tmp_path, [{"id": 1, "video": "clip", "conversations": [{"from": "human", "value": "<video>\nWhat happens?"},
+                                                                                    {"from": "gpt", "value": "Red."}]}])[1:2]
+    assert train.next_command(args, 3) == f"python generate.py --model o --video {frames} --prompt 'What happens?'"
     args = train.parse(["--out", "o", *write_llava(tmp_path, [{"conversations": 5}])])
     assert train.next_command(args, 3).endswith('--prompt "What is this?"')

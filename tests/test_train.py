@@ -346,11 +346,35 @@ def test_portions_make_the_loss_independent_of_the_cut(base):
         assert parts(cut) == pytest.approx(whole, rel=1e-5)
 
 
+def test_portions_make_the_decoders_z_loss_and_load_independent_of_the_cut(base):
+    """They are means over tokens, so a micro-batch of short samples counts less."""
+    model, tokenizer = load(base)
+    upcycle(model, text=4)
+    samples = [{"id": i, "images": [], "conversations": say("Say red. " * n, "red")} for i, n in enumerate((1, 9, 30))]
+    encoded = d.Encoded(samples, tokenizer, "tiny", 48, 36, 400)
+
+    def measured(cut):
+        batches, z, loads = [d.collate([encoded[i] for i in part]) for part in cut], 0, {}
+        total = train.count(batches, 0, "cpu")
+        for b in batches:
+            out = model.train()(b["tokens"], b["images"], labels=b["labels"])
+            portions = {name: train.portion_of(name, b, total, len(batches)) for name in out.parts}
+            z += portions["text/z"] * out.parts["text/z"].item()
+            train.add_loads(loads, out, portions)
+        return [z, *loads["text 1"].tolist()]
+    torch.nn.init.normal_(model.text.layers[1].ffn.router)
+    whole = measured([range(3)])
+    assert whole[0] > 0.1 and max(whole[1:]) > 0.3
+    for cut in ([[0], [1], [2]], [[0, 1], [2]]):
+        assert measured(cut) == pytest.approx(whole, rel=1e-4)
+
+
 def test_portions_by_hand():
-    batch, total = {"n_labels": 3, "n_images": 1}, train.Totals(12, 4, 0, 0, 0)
+    batch, total = {"n_labels": 3, "n_images": 1, "n_tokens": 30}, train.Totals(labels=12, images=4, tokens=40, broken=0, truncated=0, signals=0)
     assert train.portion_of("lm", batch, total, 2) == 0.25
     assert train.portion_of("vision/z", batch, total, 2) == train.portion_of("connector/balance", batch, total, 2) == 0.25
-    assert train.portion_of("text/balance", batch, total, 2) == 0.5
+    assert train.portion_of("text/balance", batch, total, 2) == 0.75
+    assert train.portion_of("clip", batch, total, 2) == 0.5
     assert train.portion_of("vision/z", {"n_labels": 3, "n_images": 0}, total._replace(images=0), 2) == 0       # a batch of text alone
 
 
@@ -496,6 +520,19 @@ def test_what_only_makes_a_run_faster_can_be_taken_back_when_it_is_resumed(tmp_p
     args = train.parse(["--resume", "--out", out, "--no-strict", "--no-checkpointing"])
     assert not args.strict and not args.checkpointing
     assert train.parse(["--resume", "--out", out]).checkpointing
+
+
+def test_a_checkpoint_before_the_first_good_step_changes_nothing(base, tmp_path, monkeypatch):
+    """To read AdamW's state where there is none, torch makes one, by a step that must not count."""
+    logs = []
+    for save_every in (1, 99):
+        norms = iter([math.nan])
+        real = train.clip_gradients
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "clip_gradients", lambda *args: real(*args) * next(norms, 1.0))
+            logs.append(rows(run(base, tmp_path / str(save_every), "--stage", 3, "--lr", 1e-3, "--steps", 4, "--batch-size", 2,
+                                 "--eval-questions", 1, "--save-every", save_every)))
+    assert logs[0][1:] == logs[1][1:] and len(logs[0]) == 4 and logs[0][2]["lm"] < logs[0][1]["lm"]
 
 
 def test_gradients_that_begin_as_zeros_do_not_hide_adamws_moments_from_a_resumed_run(base, tmp_path, monkeypatch):
