@@ -199,7 +199,7 @@ def test_two_processes_with_different_senses_train_as_one(ways, way):
 @pytest.mark.parametrize("more, words", [
     (("--lora-rank", -1), "--lora-rank = -1 must be at least 0"), (("--lora-alpha", 0), "--lora-alpha = 0.0 must be above 0"),
     (("--experts", "nowhere,elsewhere"), "nowhere"), (("--moe-layers", "0,2"), "--moe-layers 0,2: the decoder has layers 0 to 1"),
-    (("--n-experts", "4,x"), "--n-experts 4,x"), (("--n-experts", "4,2,4"), "--n-experts 4,2,4 has 3 numbers, --moe-layers all are 2 layers")])
+    (("--n-experts", "4,x"), "--n-experts 4,x"), (("--n-experts", "4,2,4"), "--n-experts 4,2,4: with --recipe uni-moe, all layers have one number")])
 def test_bad_values(hearing, tmp_path, more, words):
     more = more if more[0] == "--experts" else (*more, "--experts", hearing)
     with pytest.raises(ValueError, match=words) as e:
