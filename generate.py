@@ -286,6 +286,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # A world is what a question is about: a scene, a sound, or both together.
 TYPES = {"image": data.TYPES, "sound": data.SOUND_TYPES, "both": data.BOTH_TYPES}
+TITLES = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
 
 
 def drawn_questions(n, seed=0, world="image"):
@@ -2582,7 +2583,6 @@ def evaluate_and_print(args, model, tokenizer, options):
     """--eval-drawn: print a table for each world that the model has the senses for.
 
     -> [(sample, reply), ...] for --routing, or None without it."""
-    about = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
     # Drawn questions have short answers about small pictures: other numbers, if none are given.
     batch = args.batch if "batch" in args.given else 100
     if "max_new_tokens" not in args.given:
@@ -2594,7 +2594,7 @@ def evaluate_and_print(args, model, tokenizer, options):
         scores = evaluate(
             model, tokenizer, args.eval_drawn, batch, world=world, asked=asked, **options)
         print_table(scores, f"{args.model}: {args.eval_drawn} questions about held-out "
-                            f"{about[world]}, exact match")
+                            f"{TITLES[world]}, exact match")
     return asked
 
 

@@ -1586,7 +1586,6 @@ def print_stage(args, stage, model, source):
 # What models are asked about after a stage: of Uni-MoE's, those that a stage has taught.
 WORLDS = {1: ("image", "sound"), 3: ("image", "sound", "both"), "2 image": ("image",),
           "2 sound": ("sound",), "2 both": ("both",)}
-TITLES = {"image": "scenes", "sound": "sounds", "both": "pairs of a scene and a sound"}
 
 
 def measure(args, stage, device, began):
@@ -1608,7 +1607,7 @@ def measure(args, stage, device, began):
         points = generate.evaluate(model, tokenizer, n, world=world, asked=asked)
         scores |= points
         generate.print_table(points, f"after stage {stage.name}: {n} questions about held-out "
-                                     f"{TITLES[world]}, exact match")
+                                     f"{generate.TITLES[world]}, exact match")
 
     row = {"stage": stage.name, "seed": args.seed, "dense": args.dense, "scores": scores,
            "seconds": time.time() - began}
