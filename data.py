@@ -264,6 +264,9 @@ class Encoded(torch.utils.data.Dataset):
         truncated = len(ids) > self.max_length
         if truncated:
             check_cut(ids, labels, self.max_length)
+        elif all(label == IGNORE for label in labels):
+            raise ValueError(f"nothing to learn: the model ('gpt') says nothing in it: "
+                             f"{str(conversations)[:300]}")
         item = {
             "tokens": torch.tensor(ids[:self.max_length]),
             "labels": torch.tensor(labels[:self.max_length]),
@@ -596,7 +599,9 @@ def typed_pieces(turn, form, marks):
     # As in LLaVA, a single image moves to the head of its turn; several stay where they are.
     if not learnt and "<image>" in marks and text.count("<image>") == 1:
         words = text.replace("<image>", "").strip()
-        text = f"<image>\n{words}".strip()
+        # (Cut out of "<im<image>age>", it leaves another one.)
+        if sum(map(words.count, marks)) == sum(map(text.count, marks)) - 1:
+            text = f"<image>\n{words}".strip()
     if form.strips:
         text = text.strip()
 
@@ -675,15 +680,20 @@ def tokenize(pieces, tokenizer):
 
 def special_tokens(tokenizer):
     """{id: text} of the tokens that are marks and no text, such as "</s>"."""
+    # Some tokenizers do not say so of their templates' marks.
+    marks = {mark for form in TEMPLATES.values() for mark in form.tokens}
     added = tokenizer.get_added_tokens_decoder().items()
-    return {i: token.content for i, token in added if token.special}
+    return {i: token.content for i, token in added if token.special or token.content in marks}
 
 
 @functools.lru_cache(4)
 def without_marks(tokenizer):
     """A copy to which "</s>" is letters. (To switch the tokenizer itself would also switch it for
     another thread, which may be writing a prompt.)"""
-    copy = Tokenizer.from_str(tokenizer.to_str())
+    described = json.loads(tokenizer.to_str())
+    for token in described["added_tokens"]:
+        token["special"] = token["id"] in special_tokens(tokenizer)
+    copy = Tokenizer.from_str(json.dumps(described))
     copy.encode_special_tokens = True
     return copy
 
@@ -763,9 +773,8 @@ def resample(wave, rate):
     to half of itself (Nyquist's); what lies above would come back as a wrong, low tone. The last
     twentieth below that limit fades out, because a sharp edge would ring for long.
     """
-    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise ValueError(f"a sample rate of {rate} Hz; it may be {LOWEST_RATE:,} to "
-                         f"{HIGHEST_RATE:,}")
+    check_rate(rate)
+    rate = int(rate)
     wave = np.asarray(wave, np.float32)
     if rate == RATE:
         return wave
@@ -887,7 +896,7 @@ def wav_header(content):
         if name == b"data":
             break
         if name == b"fmt ":
-            form, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content, start)
+            form, channels, rate, _, frame, bits = struct.unpack_from("<HHIIHH", content, start)
             if form == EXTENSIBLE:
                 form = struct.unpack_from("<H", content, start + 24)[0]
         start += size + size % 2
@@ -898,13 +907,19 @@ def wav_header(content):
         raise ValueError(f"format {form} ({name}) is neither PCM nor float")
 
     # What writes into a pipe does not know the size yet: ffmpeg says 0xFFFFFFFF, arecord and sox
-    # about 0x7FFFFFFF, others 0. Then the samples go on to the end of the file.
-    if size == 0 or size >= 0x7FFFF000:
+    # about 0x7FFFFFFF, others 0. Then the samples go on to the end of the file. (But they may be
+    # none, if the file as a whole knows its size.)
+    whole, = struct.unpack_from("<I", content, 4)
+    knows_size = len(content) - 8 <= whole < 0x7FFFF000
+    if size >= 0x7FFFF000 or (size == 0 and not knows_size):
         size = len(content) - start
     width = (bits + 7) // 8
     n = size // (channels * width) if channels and width else 0
     if n == 0 or width not in WIDTHS[form] or not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise ValueError(f"{n} samples of {bits} bits at {rate} Hz in format {form}")
+    if frame != channels * width:
+        raise ValueError(f"{channels} samples of {bits} bits in {frame} bytes; they must be packed "
+                         "without gaps")
     return WavHeader(form, channels, rate, width, start, n)
 
 
@@ -1098,8 +1113,8 @@ def are_texts(items):
 
 
 def is_frame(item, folder):
-    """Is this one frame of a video, and not a whole video?"""
-    return isinstance(item, str) and not os.path.isdir(os.path.join(folder, item))
+    """Is this one frame of a video, and not a whole video (a folder, a film, a wrong path)?"""
+    return isinstance(item, str) and item.lower().endswith(FRAMES)
 
 
 def frames_in(folder, where):
@@ -1181,6 +1196,11 @@ class LlavaJson:
         if not has_turns(sample):
             raise ValueError(f"{where}: must be an object with a list 'conversations'")
         check_text(sample, where)
+        for key in ("system", "tools"):
+            if sample.get(key):
+                raise ValueError(f"{where}: has {key!r} beside its conversations, and no template "
+                                 "here has a place for it; leave it out, or write it into the "
+                                 "question")
 
         # As in LLaVA, what the model says before anybody has asked is left out, if more follows
         # than the question.
@@ -2043,13 +2063,14 @@ def open_image(image):
         check_picture_size(*image.size)
         # Opening reads no more than the header. This decodes, and fails on a truncated file.
         image.load()
-        image = with_8_bits(turn_upright(image))
+        image = with_8_bits(turn_upright(image), image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:
+        # Of damaged files, Pillow has errors of many kinds.
         raise ValueError(f"{name}: cannot be read as an image: {e}") from None
 
 
@@ -2084,16 +2105,24 @@ def turn_upright(image):
         return image
 
 
-def with_8_bits(image):
-    """Of gray with 16 bits, the upper 8. (Convert("RGB") makes white of all that is above 255.)"""
+def with_8_bits(image, opened):
+    """Of gray with 9 to 16 bits, the upper 8. (Convert("RGB") makes white of all that is above
+    255.) opened: the image as Pillow opened it, which knows its file."""
     # Where Pillow has no mode for 16 bits, it takes "I".
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        upper = np.asarray(image) >> 8
-        return Image.fromarray(upper.astype(np.uint8))
+    if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
+        gray = np.asarray(image).astype(np.int64)
+        # A TIFF says how many bits are used, and whether 0 is white.
+        tags = getattr(opened, "tag_v2", {})
+        bits = tags.get(258, (16,))[0]
+        if tags.get(262) == 0:
+            gray = 2 ** bits - 1 - gray
+        # A PNG may say which gray is clear: that becomes white.
+        gray = np.where(gray == opened.info.get("transparency"), 2 ** bits - 1, gray)
+        return Image.fromarray((gray >> (bits - 8)).astype(np.uint8))
     # Nothing says which of these numbers is black and which is white.
     if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a pixel, which do not say what is white; save it with 8 "
-                         "or 16 bits")
+        raise ValueError("its pixels are signed or have 32 bits, which does not say what is white; "
+                         "save it with 8 or 16 bits")
     return image
 
 
@@ -2240,10 +2269,17 @@ def check_seconds(seconds, limit, name=""):
                          "it into parts")
 
 
+def check_rate(rate):
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE or rate != int(rate):
+        raise ValueError(f"a sample rate of {rate} Hz; it may be {LOWEST_RATE:,} to "
+                         f"{HIGHEST_RATE:,}, without a fraction")
+
+
 def check_wave(wave, sample_rate, seconds):
     """A sound is one wave, neither empty nor too long, and each sample is a number."""
     if wave.ndim != 1 or len(wave) == 0:
         raise ValueError(f"a sound must be one mono wave, (n,) with n > 0, not {wave.shape}")
+    check_rate(sample_rate)
     check_seconds(len(wave) / sample_rate, MAX_CHUNKS * seconds)
     # One NaN would silence its whole chunk.
     if not np.isfinite(wave).all():

@@ -84,15 +84,15 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
 
 
 def assert_same_output(dense, moe, x):
-    """Stop if the MoE does not give what the dense FFN gives for x (N, D), weighted at top-1."""
+    """Stop if the MoE does not give what the dense FFN gives for x (N, D), times the sum of a
+    token's weights."""
     # There is nothing to compare on meta, and experts with a capacity may drop tokens.
     if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
         return
     x = x.to(dense.w_in)
     before = dense(x)[0].float()
     after, routing = moe(x)
-    if moe.top_k == 1:
-        before = before * routing.weights  # (N, D) * (N, 1)
+    before = before * routing.weights.sum(-1, keepdim=True)  # 1, unless they are not rescaled
     difference = (before - after.float()).abs().max()
 
     # Rounding is allowed: weights sum to 1 only nearly, and long sums are added in another order.
@@ -626,6 +626,10 @@ def sliding_window(theirs, kind, n_layers):
 
     # Qwen switches it on by another key, and from some layer on.
     first = theirs.get("max_window_layers", 28)
+    layers = theirs.get("layer_types")
+    if layers:
+        # The newer way to say it, layer by layer, which counts.
+        first = layers.count("full_attention")
     if not theirs.get("use_sliding_window") or first >= n_layers:
         return None
     if window and first > 0:
@@ -645,8 +649,11 @@ def read_tower(theirs, shapes, path):
         theirs = {"model_type": theirs["model_type"] + "_vision_model",
                   **read_object(theirs, "vision_config")}
     aspect = "square" if is_siglip(shapes) else "pad"
-    pictures = picture_fields(read_preprocessor(path), aspect, is_siglip(shapes))
-    return vision_config(theirs, shapes, **pictures)
+    fields = picture_fields(read_preprocessor(path), aspect, is_siglip(shapes))
+    # A SigLIP whose last norm is missing was in a LLaVA, which does without.
+    if is_siglip(shapes) and TOWER + "post_layernorm.weight" not in shapes:
+        fields["post_norm"] = False
+    return vision_config(theirs, shapes, **fields)
 
 
 def read_whisper(theirs, shapes, path):
@@ -819,9 +826,22 @@ def picture_fields(preprocessor, aspect_ratio, siglip):
         if preprocessor.get(key) not in (None, *values):
             raise ValueError(f"preprocessor_config.json: {key} = {preprocessor[key]} is not "
                              f"supported, only {' or '.join(map(str, values))}")
+    # Cropped is what was made as large as the crop, so that nothing of the shorter side is lost.
+    if aspect == "crop" and size is not None and shorter_side(size) != shorter_side(
+            preprocessor.get("crop_size", size)):
+        raise ValueError(f"preprocessor_config.json: size = {size} with crop_size = "
+                         f"{preprocessor.get('crop_size')} is not supported, only one size for "
+                         "both")
     means = read_keys(preprocessor, dict(image_mean="image_mean", image_std="image_std"))
     image_filter = FILTERS[preprocessor.get("resample") or 3]
     return means | {"image_aspect": aspect, "image_filter": image_filter}
+
+
+def shorter_side(size):
+    """A preprocessor's 336, {"shortest_edge": 336} or {"height": 336, "width": 336} -> 336."""
+    if isinstance(size, dict):
+        return size.get("shortest_edge", size.get("height"))
+    return size
 
 
 def tower_folder(theirs, path):
@@ -1364,9 +1384,10 @@ def save_tensors(folder, tensors):
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    elif exists(index):
-        # It belongs to an older, larger model, and loading would follow it.
-        os.remove(index)
+    # What is there of the other kind belongs to an older model.
+    other = index if len(shards) == 1 else join(folder, "model.safetensors")
+    if exists(other):
+        os.remove(other)
 
 
 def write_tensors(file, tensors, **header):
@@ -1380,7 +1401,7 @@ def write_tensors(file, tensors, **header):
 
 def write_atomically(path, write):
     """Call write(temporary name), then rename: a kill in between leaves the old file whole."""
-    remove_leftovers(os.path.dirname(path) or ".")
+    remove_leftovers(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         write(temporary)
@@ -1394,10 +1415,11 @@ def write_atomically(path, write):
         Path(temporary).unlink(missing_ok=True)
 
 
-def remove_leftovers(folder):
-    """Remove the temporary files of processes that were killed while they wrote."""
-    for name in os.listdir(folder):
-        match = re.fullmatch(r".+\.(\d{1,9})\.tmp", name)
+def remove_leftovers(path):
+    """Remove the temporary files of processes that were killed while they wrote this file."""
+    folder, file = os.path.split(path)
+    for name in os.listdir(folder or "."):
+        match = re.fullmatch(re.escape(file) + r"\.(\d{1,9})\.tmp", name)
         if match and not is_alive(int(match[1])):
             # Another process may have been faster.
             with contextlib.suppress(OSError):
@@ -1713,10 +1735,11 @@ def main_files(path):
     for name in ("model.safetensors", "pytorch_model.bin"):
         file = join(path, name)
         index = file + ".index.json"
-        if exists(index):
-            return shards_of(path, index)
+        # Transformers, too, takes the single file first. An index beside it is an older model's.
         if exists(file):
             return [file]
+        if exists(index):
+            return shards_of(path, index)
     return []
 
 
@@ -1852,11 +1875,13 @@ def assemble(vision, llm, connector=None, scales=(1,), template=None, seed=0, dt
         tower, _, _ = open_part(vision, "vision", listing, streams)
     decoder, config, tokenizer = open_part(llm, "text", listing, streams)
     shapes = shapes_in([connector]) if connector else {}
-    model = build_on_meta(Config(
+    model = build_on_meta(replace(
+        config,
         vision=replace(tower.config, scales=list(scales)),
         connector=ConnectorConfig(n_experts=count(shapes, r"mm_projector\.experts\.(\d+)\."),
                                   pixel_shuffle=pixel_shuffle),
         text=decoder.config,
+        audio=None,
         template=template or config.template,
     ))
 
@@ -2079,6 +2104,9 @@ def check_mixtral(text):
     if factor:
         raise ValueError(f"text: capacity_factor = {factor}; no Hugging Face decoder's experts "
                          "drop tokens")
+    if text.aux == "sum" or text.noisy:
+        raise ValueError("text: MoE-LLaVA's gate (aux = sum, or noisy), which no Hugging Face "
+                         "decoder has")
     if not rescales(text):
         raise ValueError(f"text: top_k = {text.top_k} without rescaling; Mixtral's code rescales "
                          "the weights to sum to 1")
@@ -2099,6 +2127,9 @@ def check_senses(config, layout):
             or config.vision.image_aspect == "stretch" or config.connector.pixel_shuffle > 1):
         raise ValueError(f"the layout {layout} has CLIP's tower and a token for each patch, and "
                          "this model a SigLIP tower or a pixel shuffle; write it as own")
+    if is_whole and config.frames_apart:
+        warnings.warn(f"the layout {layout} does not say frames_apart: read again, a video fills "
+                      "the slots of one image")
     if layout != "hf-llava":
         return
     if any(config.vision.n_experts + [config.connector.n_experts] + config.text.n_experts):

@@ -111,11 +111,26 @@ def test_chunks_around_the_samples_are_passed_over(tmp_path):
     assert np.array_equal(d.read_wav(tmp_path / "x.wav")[0], want)
 
 
+def listed(content):
+    """With a chunk of words behind the samples."""
+    content += b"LIST\x0c\0\0\0INFOISFTLavf"
+    return content[:4] + struct.pack("<I", len(content) - 8) + content[8:]
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), 44_100.5])
+def test_a_wave_has_a_whole_rate(rate):
+    with pytest.raises(ValueError, match="sample rate of"):
+        d.log_mel(np.zeros(1000, np.float32), rate)
+    assert d.log_mel(sine(440, 0.2), 44_100.0).equal(d.log_mel(sine(440, 0.2), 44_100))
+
+
 BAD_WAVS = {"missing": (None, "no such file; check the path"), "empty": (b"", "empty.*ffmpeg"),
             "text": (b"no sound" * 50, "ffmpeg"), "mp3": (b"ID3\4" + bytes(300), "ffmpeg"),
             "truncated": (header(2, data=bytes(16_000)), "truncated, 8000 of 32000 samples.*again"),
             "header alone": (header(2), "truncated, 0 of 32000"), "half a header": (header(2)[:30], "ends too early"),
-            "0 samples": (header(0), "0 samples"), "pipe without samples": (piped(header(0), 0xFFFFFFFF), "0 samples"),
+            "0 samples": (header(0), "0 samples"), "0 samples before a list": (listed(header(0)), "0 samples"),
+            "24 bits in 4 bytes": (header(1, bits=24, data=bytes(48_000)).replace(struct.pack("<HH", 3, 24), struct.pack("<HH", 4, 24)),
+                                   "1 samples of 24 bits in 4 bytes; they must be packed"), "pipe without samples": (piped(header(0), 0xFFFFFFFF), "0 samples"),
             "half floats": (header(1, fmt=3, bits=16, data=bytes(32_000)), "16 bits.*format 3.*ffmpeg"),
             "mu-law": (header(1, fmt=7, bits=8, data=bytes(16_000)), "mu-law.*ffmpeg"), "MP3 inside": (header(1, fmt=85), "format 85.*ffmpeg"),
             "A-law": (header(1, fmt=6, bits=8, data=bytes(16_000)), "A-law.*ffmpeg"), "no channels": (header(1, channels=0), "0 samples"),

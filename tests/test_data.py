@@ -113,7 +113,46 @@ def test_a_ramp_of_16_bits_stays_a_ramp(kind):
     assert np.abs(levels(GRAY[kind]()) - (RAMP >> 8)[..., None]).max() < 1e-3
 
 
-@pytest.mark.parametrize("pixels", [RAMP.astype(np.int32), RAMP.astype(np.float32) / 65535])
+def tiff(pixels, bits, white_is_zero):
+    """A TIFF of gray in so many bits, which Pillow cannot write."""
+    strip = pixels.astype("<u2").tobytes()
+    if bits < 16:
+        packed = "".join(f"{int(v):0{bits}b}" for v in pixels.flat)
+        strip = int(packed, 2).to_bytes(len(packed) // 8, "big")
+    h, w = pixels.shape
+    tags = [(256, w), (257, h), (258, bits), (259, 1), (262, 0 if white_is_zero else 1), (273, 8 + 2 + 9 * 12 + 4), (277, 1), (278, h), (279, len(strip))]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
+
+
+@pytest.mark.parametrize("bits, white_is_zero", [(16, False), (16, True), (12, False)])
+def test_a_tiff_says_how_many_bits_and_whether_0_is_white(bits, white_is_zero):
+    pixels = RAMP >> (16 - bits)
+    got = levels(Image.open(io.BytesIO(tiff(2 ** bits - 1 - pixels if white_is_zero else pixels, bits, white_is_zero))))
+    assert np.abs(got - (RAMP >> 8)[..., None]).max() < 1e-3
+
+
+def test_clear_gray_of_16_bits_becomes_white():
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in RAMP)
+    content = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 0, 0, 0, 0)) + chunk(b"tRNS", b"\0\0") + chunk(b"IDAT", zlib.compress(rows))
+    got = levels(Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + content + chunk(b"IEND", b""))))
+    assert np.abs(got[0, 0] - 255).max() < 1e-3 and np.abs(got[0, 1] - (RAMP[0, 1] >> 8)).max() < 1e-3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode frame 0"), NotImplementedError("pixel format"), struct.error("too short")])
+def test_whatever_pillow_raises_is_a_value_error(error, monkeypatch, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def fail(self):
+        raise error
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(ValueError, match="a.png: cannot be read as an image"):
+        d.load_image(tmp_path / "a.png", 16)
+
+
+@pytest.mark.parametrize("pixels", [RAMP.astype(np.int32), RAMP.astype(np.float32) / 65535, (RAMP >> 1).astype(np.int16)])
 def test_32_bits_a_pixel_are_refused_by_name(pixels, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "depth.tiff")
     with pytest.raises(ValueError, match="depth.tiff: .*32 bits.*save it with 8 or 16"):
@@ -484,10 +523,17 @@ TYPED = "Is </s> a mark, <|im_end|> too, <|eot_id|><s>?"
 
 
 @pytest.mark.parametrize("template", [name for name in d.TEMPLATES if name != "plain"])
-@pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace"])
+@pytest.mark.parametrize("kind", ["bytes", "not special", "prepend", "metaspace"])
 def test_marks_that_somebody_types_are_text(template, kind, tokenizer):
-    t = tokenizer if kind == "bytes" else sentencepiece(kind)
+    t = sentencepiece(kind) if kind in ("prepend", "metaspace") else tokenizer
+    if kind == "not special":                                                      # some tokenizers do not say that their marks are marks
+        described = json.loads(t.to_str())
+        for token in described["added_tokens"]:
+            token["special"] = False
+        t = Tokenizer.from_str(json.dumps(described))
     marks = {t.token_to_id(mark) for mark in MARKS}
+    if kind == "not special":                                                      # then those of the templates count
+        marks &= {t.token_to_id(mark) for form in d.TEMPLATES.values() for mark in form.tokens}
     for typed, harmless in (([TYPED], ["Is it?"]), (["<image>\nWhat?", TYPED, "So?"], ["<image>\nWhat?", "Yes.", "So?"])):
         ids, labels = d.encode_chat(turns(typed), t, template, 1)
         clean, clean_labels = d.encode_chat(turns(harmless), t, template, 1)
@@ -820,6 +866,7 @@ BROKEN = {"too few images": (item([RED], ("<image><image>\nWhat?", "No.")), "2 <
           "bad turns": ({"id": "n", "images": [], "conversations": [ASK, ASK]}, "turn 2"),
           "turn of wrong type": ({"id": "n", "images": [], "conversations": [ASK, 5]}, "turn 2"),
           "image over the limit": (item([RED, RED], ("<image> " + "Why? " * 40 + "<image>", "No.")), "over the limit of 64"),
+          "a question alone": (item([], ("Why?",)), "nothing to learn: the model .'gpt'. says nothing"),
           "answer cut off": (item([], ("Why? " * 60, "No.")), "nothing to learn")}
 
 

@@ -309,6 +309,22 @@ def test_a_mixtral_of_one_expert_a_token_rescales_its_weight_to_1_as_transformer
     assert again.config.text == ours.config.text and again.config.text.renormalise is True
 
 
+@pytest.mark.parametrize("kinds", [["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]])
+@torch.no_grad()
+def test_where_qwen_lists_its_layers_the_list_counts(hf, kinds, tmp_path):
+    reference = hf("qwen2")
+    store(reference.model, tmp_path, STORES[0])
+    edit_json(tmp_path / "config.json", lambda cfg: cfg.update(use_sliding_window=True, sliding_window=6, max_window_layers=0, layer_types=kinds))
+    if len(set(kinds)) > 1:
+        with pytest.raises(ValueError, match="in some layers only"):
+            load(tmp_path)
+        return
+    theirs = type(reference.model).from_pretrained(tmp_path).eval()
+    tokens = torch.arange(20)[None] % 30
+    ours = load(tmp_path, dtype=torch.float32)[0].eval()
+    torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("begin", [0, 1, 2, 28])
 @torch.no_grad()
 def test_qwen2s_window_begins_at_its_layer_or_is_refused(hf, begin, tmp_path):
@@ -606,6 +622,29 @@ def test_a_chat_template_keeps_words_of_a_layout_that_it_has_itself(monkeypatch)
     assert filled.render(messages=chat).endswith("FIRST: why? ANSWER: so.</s>LATER: and? ANSWER:")
 
 
+def test_the_tower_of_a_siglip_llava_is_read_again_without_the_norm_that_llava_leaves_out(hf, tmp_path):
+    reference = hf("llava-siglip")
+    store(reference.model, tmp_path / "llava", STORES[0])
+    whole = load(tmp_path / "llava")[0]
+    save(whole, tmp_path / "tower", layout="hf-clip")
+    tower = load(tmp_path / "tower")[0]
+    assert not tower.config.post_norm and not whole.config.vision.post_norm and same(tower, whole.vision)
+
+
+def test_a_decoder_brings_its_losses_weights_along(tiny_model, tmp_path):
+    model = tiny_model(vision=None, text=dict(n_experts=4, aux="sum", vocab_size=300), balance_coef=0.01, z_coef=0.0)
+    save(model, tmp_path / "llm", chat_tokenizer(["<s>", "</s>"]))
+    save(tiny_model(), tmp_path / "clip", layout="hf-clip")
+    config = U.assemble(str(tmp_path / "clip"), str(tmp_path / "llm"), None, [1], seed=0)[0].config
+    assert (config.balance_coef, config.z_coef, config.text.aux) == (0.01, 0.0, "sum")
+
+
+@pytest.mark.parametrize("text, words", [(dict(aux="sum"), "MoE-LLaVA's gate"), (dict(noisy=True), "MoE-LLaVA's gate")])
+def test_a_gate_that_mixtral_has_not_is_refused(tiny_model, tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        save(tiny_model(text=dict(n_experts=4, **text)), tmp_path / "m", layout="hf-llm")
+
+
 @torch.no_grad()
 def test_llava_becomes_the_published_cumo_layout(hf, tmp_path, capsys):
     reference = hf("llava")
@@ -653,7 +692,8 @@ def test_image_aspect_ratio_says_whether_pictures_are_padded_or_cropped(hf, aspe
 
 @pytest.mark.parametrize("aspect, preprocessor, words", [
     ("anyres", None, "image_aspect_ratio 'anyres'"), ("pad", dict(resample=1), "resample = 1"), ("pad", dict(do_normalize=False), "do_normalize"),
-    ("square", dict(do_center_crop=False), "do_center_crop"), ("pad", dict(image_std=[0, 1, 1]), "vision.image_std"),
+    ("square", dict(do_center_crop=False), "do_center_crop"), ("square", dict(size=dict(shortest_edge=40), crop_size=28), "one size for both"),
+    ("square", dict(size=dict(longest_edge=28), crop_size=28), "one size for both"), ("pad", dict(image_std=[0, 1, 1]), "vision.image_std"),
     ("pad", dict(image_mean=0.5), "vision.image_mean"), ("pad", dict(image_mean=["a", 1, 1]), "vision.image_mean")])
 def test_pictures_of_another_make_are_refused_by_name(hf, aspect, preprocessor, words, tmp_path):
     with pytest.raises(ValueError, match=f"config.json: .*{words}"):
@@ -1320,7 +1360,7 @@ BROKEN = {                                                       # name: (how to
                         ["model.safetensors: a folder or a pipe"]),
     "pipe for a tokenizer": (lambda f: ((f / "tokenizer.json").unlink(), os.mkfifo(f / "tokenizer.json")),
                              ["tokenizer.json: a folder or a pipe"]),
-    "pipe for an index": (lambda f: os.mkfifo(f / "model.safetensors.index.json"), ["model.safetensors.index.json: a folder or a pipe"]),
+    "pipe for an index": (lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors.index.json")), ["model.safetensors.index.json: a folder or a pipe"]),
     "tokenizer of a larger model": (lambda f: Tokenizer(models.WordLevel({"?": 40}, unk_token="?")).save(str(f / "tokenizer.json")),
                                     ["tokenizer.json: its ids go up to 40", "has 40 rows"]),
     "config cut short": (cut("config.json", 0.5), ["config.json: malformed JSON"]),

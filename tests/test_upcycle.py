@@ -72,9 +72,23 @@ def test_terms_that_nearly_cancel_do_not_look_like_a_changed_output(seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_upcycling_that_changes_the_output_is_stopped(tiny_model, monkeypatch, dtype):
     real = MoE.forward
-    monkeypatch.setattr(MoE, "forward", lambda self, x, mask=None: (real(self, x, mask)[0] * 0.9, None))
+
+    def wrong(self, x, mask=None):
+        y, routing = real(self, x, mask)
+        return y * 0.9, routing
+    monkeypatch.setattr(MoE, "forward", wrong)
     with pytest.raises(AssertionError, match="upcycling changed the output"):
         upcycle(tiny_model().to(dtype), vision=4)
+
+
+@torch.no_grad()
+def test_weights_that_are_not_rescaled_are_no_changed_output(tiny_model):
+    model, x = tiny_model(text=dict(renormalise=False)), torch.randn(5, 16)
+    before = model.text.layers[0].ffn(x)[0]
+    upcycle(model, text=4)
+    after, routing = model.text.layers[0].ffn(x)
+    assert routing.weights.sum(-1).max() < 0.9
+    torch.testing.assert_close(after, before * routing.weights.sum(-1, keepdim=True))
 
 
 @torch.no_grad()
@@ -267,6 +281,17 @@ def test_large_models_are_sharded_with_an_index(tiny_model, tmp_path, monkeypatc
     assert same(load(tmp_path)[0], model)
 
 
+def test_an_index_beside_a_single_file_is_an_older_models(tiny_model, tmp_path, monkeypatch):
+    """As transformers leaves it, which then reads the single file."""
+    model = tiny_model()
+    save(model, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    assert same(load(tmp_path)[0], model)
+    monkeypatch.setattr(U, "SHARD_BYTES", 6000)                                    # nor do we leave a single file beside an index
+    save(upcycle(model, vision=4), tmp_path)
+    assert "model.safetensors" not in os.listdir(tmp_path) and same(load(tmp_path)[0], model)
+
+
 @pytest.mark.parametrize("first, then", [(6000, 10**9), (10**9, 6000), (6000, 12000)])
 def test_saving_over_a_folder_replaces_the_old_weights(tiny_model, tmp_path, monkeypatch, first, then):
     old, new = tiny_model(), tiny_model()
@@ -361,9 +386,10 @@ def test_what_a_kill_left_behind_is_removed_by_the_next_write(tmp_path):
     gone.wait()                                                              # its number is nobody's now
     for pid in (gone.pid, os.getpid(), 1, "now"):
         (tmp_path / f"model.safetensors.{pid}.tmp").touch()
-    write_atomically(str(tmp_path / "file"), lambda name: open(name, "w").write("new"))
-    left = [f"model.safetensors.{pid}.tmp" for pid in (1, os.getpid(), "now")]     # those of living processes, and what is not ours
-    assert sorted(os.listdir(tmp_path)) == sorted(["file", *left])
+    (tmp_path / f"notes.{gone.pid}.tmp").touch()                                    # somebody else's
+    write_atomically(str(tmp_path / "model.safetensors"), lambda name: open(name, "w").write("new"))
+    left = [f"model.safetensors.{pid}.tmp" for pid in (1, "now")]                  # those of living processes, and what is not ours
+    assert sorted(os.listdir(tmp_path)) == sorted(["model.safetensors", f"notes.{gone.pid}.tmp", *left])
 
 
 @torch.no_grad()
