@@ -393,9 +393,9 @@ class Batches:
 
     With shares, an epoch is a mixture of several sources. It still has n samples. Each source gives
     its share of them, one shuffle of its samples after the other, and goes on in the next epoch
-    where it stopped: so a small source with a large share is repeated, of a large one with a small
-    share a part is seen, and of one source no sample is ever two rounds ahead of another. Every
-    step draws from the whole mixture, so lengths then sort a step's samples only.
+    where it stopped: so a small source with a large share is repeated, and of a large one with a
+    small share a part is seen. Every step draws from the whole mixture, so lengths then sort a
+    step's samples only.
 
     Raises ValueError if batch_size is not a multiple of world * micro_batch.
     """
@@ -738,11 +738,12 @@ def load_audio(audio, seconds=30.0, n_mels=N_MELS):
 
 
 def log_mel(wave, sample_rate: int, seconds: float = 30.0, n_mels: int = N_MELS) -> torch.Tensor:
-    """wave (n,) -> (n_chunks, n_mels, 100 * seconds) float32, Whisper's features.
+    """wave (n,), from -1 to 1 -> (n_chunks, n_mels, 100 * seconds) float32, Whisper's features.
 
     The sound is cut into chunks of `seconds`, and the last is filled up with silence. Each chunk is
     normalised for itself: what is more than 80 dB below its loudest point counts as silence.
-    Raises ValueError if it is no mono wave, has no samples or too many, or holds NaN.
+    Raises ValueError if it is no mono wave, has no samples or too many, holds NaN, or has a rate
+    out of range.
     """
     wave = np.asarray(wave, np.float32)
     check_wave(wave, sample_rate, seconds)

@@ -1618,7 +1618,10 @@ def check_tied(where, tensors):
     """tensors: the head, the embedding, or both. A head that is left out must be the embedding."""
     if len(tensors) < 2:
         return
-    head, embedding = [tensors[name].float() for name in HEAD_AND_EMBEDDING]
+    head, embedding = [tensors.pop(name) for name in HEAD_AND_EMBEDDING]
+    if head.dtype != embedding.dtype:
+        head = head.float()
+        embedding = embedding.float()
     if not torch.equal(head, embedding):
         raise ValueError(f"{where}: config.json ties the head to the embedding, but lm_head.weight "
                          "is another tensor; write \"tie_word_embeddings\": false")
