@@ -152,8 +152,7 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
     model(**batch).parts is {name of a loss: its value}. loader(first) gives micro-batches without
     end, from step `first` on. later: weights that FSDP fills in. held_out: data to measure only.
     """
-    # wrapped: the model inside DDP or FSDP, or the model itself. experts: those that are dealt out
-    # over several processes, if any (section 10).
+    # wrapped: the model inside DDP or FSDP, or itself. experts: those that are dealt out, if any.
     experts, wrapped, optimizer = set_up(args, stage, model, device, later)
     first, counts = resume(args, stage, model, optimizer, experts)  # 0 and zeros in a new run
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
