@@ -943,6 +943,7 @@ def pcm_to_float(data, width):
 FILE_MARKS = ("<image>", "<video>", "<audio>")
 # What counts as an image in a video's folder.
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+FILMS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv")
 
 
 def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, average=True,
@@ -1114,8 +1115,13 @@ def are_texts(items):
 
 
 def is_frame(item, folder):
-    """Is this one frame of a video, and not a whole video (a folder, a film, a wrong path)?"""
-    return isinstance(item, str) and item.lower().endswith(FRAMES)
+    """Is this one frame of a video, and not a whole video: a folder, also one that is missing, or a
+    film?"""
+    if not isinstance(item, str) or item.lower().endswith(FILMS):
+        return False
+    path = os.path.join(folder, item)
+    looks_like_a_file = os.path.splitext(item)[1] != "" or os.path.isfile(path)
+    return looks_like_a_file and not os.path.isdir(path)
 
 
 def frames_in(folder, where):

@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 import data
 from kernels import MoE
-from model import CuMo, check_sampling, store_by_columns
+from model import NOT_FINITE, CuMo, check_sampling, store_by_columns
 from upcycle import load, write_atomically
 
 # -------------------------------------------------------------------------------------------------
@@ -160,6 +160,9 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
     # A talk that grows beyond what the decoder learnt to read goes on, and the user is told.
     too_long = "warn" if prompt is None else "error"
     conversation = []
+    if prompt is None:
+        # What cannot be opened ends the talk before it begins.
+        sense(model, [sample_of("", images, video, audio)])
     for question in questions:
         try:
             # The first question brings the files along. `opening` is that turn, with "<video>"
@@ -177,7 +180,7 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
                            **options)[0]
         except ValueError as e:
             # In a talk, a line that cannot be answered is taken back, and the talk goes on.
-            if prompt is not None:
+            if prompt is not None or str(e) == NOT_FINITE:
                 raise
             print(e)
             conversation = conversation[:-1]
@@ -2415,8 +2418,8 @@ def parse(argv=None):
     # From now on, a video is the list of its frames.
     videos = []
     for files in args.video:
-        # One name is a folder, and a frame only if it looks like one.
-        if len(files) == 1 and not files[0].lower().endswith(data.FRAMES):
+        # One name may be a folder, or else a frame.
+        if len(files) == 1 and not data.is_frame(files[0], ""):
             files = files[0]
         videos += data.video_files(files, "", "--video")
     args.video = videos

@@ -543,8 +543,8 @@ def total_loss(parts, balance_coef, z_coef, portions=None):
     portions: the same names. train.py gives the model a batch in several micro-batches, and says
     here how much of the batch this one is: with 10 of its 40 labels, portions["lm"] is 1/4; vision
     and connector go by images, the decoder's routers by tokens. The losses of the micro-batches
-    then add up to the batch's, however it is cut. (Not the decoder's balance: it is a product of
-    two means over a micro-batch.)
+    then add up to the batch's, however it is cut. (Not the decoder's balance, which is a product of
+    two means over a micro-batch; nor what a capacity drops, since tokens queue by micro-batches.)
     """
     # Two sums, added at the end. (In another order, the last digit would be another.)
     task = 0.0

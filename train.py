@@ -676,7 +676,8 @@ class Args:
 
 # A resumed run may change how it computes, not what. All flags but these, and all values of the
 # stage but its micro-batch, must be as they were when the checkpoint was written. (Where a decoder
-# has experts, its balance loss and its capacity go by micro-batches, so these change it a little.)
+# has experts, its balance loss and its capacity go by micro-batches: there, micro_batch and the
+# number of processes change the numbers a little.)
 FREE = {"out", "resume", "images", "val", "val_every", "strict", "workers",
         "eval_questions", "micro_batch", "device", "compile", "cuda_graphs", "checkpointing",
         "fsdp", "expert_parallel", "save_every", "plan", "gpus", "gpu_gb", "peak_tflops", "mfu"}
@@ -696,7 +697,14 @@ def parse(argv=None):
     args = fill_in(given)
     if args.resume:
         args = fill_in(flags_of_run(args.out, given))
-    validate(args)
+    try:
+        validate(args)
+    except ValueError as e:
+        # Of a run that an earlier version began, when it did not refuse that.
+        if args.resume and os.path.exists(run_file(args.out)):
+            raise ValueError(f"{e} (or out of {run_file(args.out)}, where the run's flags stand)"
+                             ) from None
+        raise
     return args
 
 
@@ -1258,6 +1266,9 @@ def leave_signals(_):
     needs data."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # The run's lock on --out is not this process's, which may outlive the run by some seconds.
+    while LOCKS:
+        os.close(LOCKS.pop())
 
 
 @atexit.register
@@ -1652,6 +1663,12 @@ def next_command(args, last):
         files, _ = files_and_weights(args.data)
         sample = data.LlavaJson(files[0], args.images)[0]
         question = str(sample["conversations"][0]["value"])
+        videos = []
+        for frames in sample["video"]:
+            folder = os.path.dirname(frames[0])
+            # A whole folder of frames has a shorter name.
+            is_whole = os.path.isdir(folder) and frames == data.frames_in(folder, "")
+            videos.append([folder] if is_whole else frames)
     except (ValueError, TypeError, LookupError):
         # The first sample is a broken one, or there is no data but facts.
         return f'{command} --image X.png --prompt "What is this?"'
@@ -1659,8 +1676,8 @@ def next_command(args, last):
         command += f" --image {shlex.quote(file)}"
     for file in sample["audio"]:
         command += f" --audio {shlex.quote(file)}"
-    for frames in sample["video"]:
-        command += f" --video {shlex.quote(os.path.dirname(frames[0]))}"
+    for files in videos:
+        command += f" --video {shlex.join(files)}"
     for mark in ("<image>", "<audio>", "<video>"):
         question = question.replace(mark, "")
     question = question.strip()
@@ -1828,12 +1845,12 @@ def lock_folder(out):
         raise ValueError(f"{out}: another run is training there; wait for it, or give another "
                          "--out") from None
     except OSError:
-        pass  # a file system that knows no locks
+        os.close(LOCKS.pop())  # a file system that knows no locks
 
 
 def unlock_folder():
     while LOCKS:
-        # To close it alone would not do: a process that loads data may have it open, too.
+        # To close it alone would not do: a process that is being started may have it open, too.
         fcntl.flock(LOCKS[0], fcntl.LOCK_UN)
         os.close(LOCKS.pop())
 
@@ -1875,8 +1892,11 @@ def refuse_changes(file, before, now):
         raise ValueError(f"{file}: what --data (or --val) names has other contents now; put the "
                          "old ones back, or begin another run with another --out")
     if differs:
+        hint = ""
+        if "batch_size" in now:  # a checkpoint's values, not flags
+            hint = "; where the data do not fill a batch, start as many processes, too"
         raise ValueError(f"{file} was written with {', '.join(differs)}: give the same flags, or "
-                         "none (and where the data do not fill a batch, as many processes)")
+                         f"none{hint}")
 
 
 def move_aside(out):
@@ -2946,7 +2966,7 @@ def check_given(args):
 
     # What only the last of Uni-MoE's stages would notice.
     of_all_stages = args.recipe == "uni-moe" and args.stage is None and not args.plan
-    if of_all_stages and args.data and not args.experts:
+    if of_all_stages and args.data:
         raise ValueError("--recipe uni-moe with --data trains one stage 2, not one for each sense: "
                          "give --stage, and in stage 3 --experts")
     if of_all_stages and args.fsdp and not args.dense:

@@ -56,8 +56,8 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
     router is 0.02 * torch.randn(n_experts, dim). All else here is care.
 
     real_router: draw the router now, on the CPU, even if the dense FFN is on meta and gets its
-    weights later (FSDP). limits: what else kernels.MoE takes. Asserts that the output is unchanged,
-    or at top-1 the dense one times the router's probability.
+    weights later (FSDP). limits: what else kernels.MoE takes. Asserts that the output is unchanged
+    (`assert_same_output`).
     """
     ffn_dim, dim = dense.w_in.shape
     # A module on meta takes no memory: its weights are made below.
@@ -84,15 +84,16 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
 
 
 def assert_same_output(dense, moe, x):
-    """Stop if the MoE does not give what the dense FFN gives for x (N, D), times the sum of a
-    token's weights."""
+    """Stop if the MoE does not give what the dense FFN gives for x (N, D); where a token's weights
+    are not rescaled to sum to 1, times their sum."""
     # There is nothing to compare on meta, and experts with a capacity may drop tokens.
     if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
         return
     x = x.to(dense.w_in)
     before = dense(x)[0].float()
     after, routing = moe(x)
-    before = before * routing.weights.sum(-1, keepdim=True)  # 1, unless they are not rescaled
+    if not rescales(moe):
+        before = before * routing.weights.sum(-1, keepdim=True)  # (N, D) * (N, 1)
     difference = (before - after.float()).abs().max()
 
     # Rounding is allowed: weights sum to 1 only nearly, and long sums are added in another order.
@@ -112,7 +113,7 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     experts: folders or CuMos of this architecture, fine-tuned apart, to be put together as the
     decoder's experts (`mix_experts`). Without `text`, in all layers. real_routers: a model on meta,
     whose other weights come later, gets its routers now.
-    With top_k=1 the output changes, see warn_of_top_1.
+    With top_k=1, or renormalise=False in the config, the output changes: see warn_of_weights.
     Raises ValueError for what cannot be done, before anything changes.
     """
     # Uni-MoE: as many experts as there are models to put together.
@@ -122,8 +123,7 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
         text = text or len(sources)
     wanted = {"vision": vision, "connector": connector, "text": text}
     counts = layer_counts(model, wanted, top_k, sources)
-    if top_k == 1:
-        warn_of_top_1(model.config, counts)
+    warn_of_weights(model.config, counts, top_k)
 
     # A generator of its own: the same routers in every process.
     generator = torch.Generator().manual_seed(seed)
@@ -626,15 +626,16 @@ def sliding_window(theirs, kind, n_layers):
 
     # Qwen switches it on by another key, and from some layer on.
     first = theirs.get("max_window_layers", 28)
+    said = f"max_window_layers = {first}"
     layers = theirs.get("layer_types")
     if layers:
         # The newer way to say it, layer by layer, which counts.
         first = layers.count("full_attention")
+        said = "layer_types of both kinds"
     if not theirs.get("use_sliding_window") or first >= n_layers:
         return None
     if window and first > 0:
-        raise ValueError(f"max_window_layers = {first}: a sliding window in some layers only is "
-                         "not supported")
+        raise ValueError(f"{said}: a sliding window in some layers only is not supported")
     return window
 
 
@@ -2042,19 +2043,26 @@ def layer_counts(model, wanted, top_k, sources):
     return counts
 
 
-def warn_of_top_1(config, counts):
-    """Say that upcycling changes the output, where each token gets one expert of several.
+def warn_of_weights(config, counts, top_k):
+    """Say that upcycling changes the output, where the weights of a token's experts do not sum to
+    1: where the config says so, or where it gets one expert of several.
 
-    Its weight is the router's probability, at first about 1 / E; if it were 1, the router would
+    That one's weight is the router's probability, at first about 1 / E; if it were 1, the router would
     learn from the auxiliary losses alone (kernels.route). The price is that training begins worse
     than the dense model ended. The released CuMo has the weight 1: to have that too, set
     `renormalise` in the part's config to True before.
     """
     for part, numbers in counts.items():
-        if max(numbers, default=0) > 1 and not getattr(config, part).renormalise:
-            warnings.warn(f"top_k = 1 changes the output of {part}: an expert counts as much as "
-                          f"its probability, at first about 1 / {max(numbers)} instead of 1",
-                          stacklevel=3)
+        most = max(numbers, default=0)
+        if most < 2 or rescales(replace(getattr(config, part), top_k=top_k)):
+            continue
+        cause = "renormalise = false"
+        usual = f"1 / {top_k}"
+        if top_k == 1:
+            cause = "top_k = 1"
+            usual = "1"
+        warnings.warn(f"{cause} changes the output of {part}: an expert counts as much as its "
+                      f"probability, at first about 1 / {most} instead of {usual}", stacklevel=3)
 
 
 # Fields in which a source's decoder may differ from the model that it goes into.

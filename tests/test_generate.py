@@ -189,6 +189,12 @@ def test_a_line_that_cannot_be_answered_is_taken_back_and_the_talk_goes_on(model
     assert "the text has 2 <image>" in printed and "half a character" in printed
     with pytest.raises(ValueError, match="half a character"):
         generate.chat(model, tokenizer, [], "half \ud83d", max_new_tokens=3)
+    monkeypatch.setattr(generate, "typed_lines", lambda: iter(lines))               # what no other line would mend ends it
+    with pytest.raises(ValueError, match="missing.png: no such file"):
+        generate.chat(model, tokenizer, ["missing.png"], None)
+    model.text.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        generate.chat(model, tokenizer, [picture(0)], None)
 
 
 def test_chat_keeps_the_turns_and_encodes_the_images_once(model, tokenizer, monkeypatch, capsys):

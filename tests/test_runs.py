@@ -362,9 +362,36 @@ def test_two_runs_do_not_share_a_folder(base, whole, tmp_path):
         other.kill()                                                               # the lock goes with it, however it ends
     with pytest.raises(ValueError, match="it is finished"):
         run(base, out, *STAGE3)
-    train.lock_folder(tmp_path)                                                    # this process holds one at a time
     hold = hold.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB")
-    assert subprocess.run([sys.executable, "-c", hold], input=b"\n").returncode == 0
+    is_free = lambda: subprocess.run([sys.executable, "-c", hold], input=b"\n", capture_output=True).returncode == 0
+    train.lock_folder(out)
+    assert not is_free()
+    train.lock_folder(tmp_path)                                                    # this process holds one at a time
+    assert is_free()
+    train.unlock_folder()
+
+
+def test_a_process_that_loads_data_does_not_keep_the_lock_of_a_run_that_was_killed(tmp_path):
+    """It may outlive the run by some seconds, and the run shall go on at once."""
+    script = f"""
+import os, sys
+sys.path.insert(0, {ROOT!r})
+import train
+train.lock_folder({str(tmp_path)!r})
+if os.fork() == 0:                                                                 # as DataLoader starts one
+    train.leave_signals(0)
+    print(1, flush=True)
+    os.read(0, 1)
+    os._exit(0)
+os.wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        run.stdout.readline()
+        run.kill()
+        os.waitpid(run.pid, 0)
+        train.lock_folder(tmp_path)                                                # no error
+        train.unlock_folder()
+        run.stdin.write(b"x")
 
 
 def test_a_folder_that_cannot_be_moved_aside_is_named_and_an_empty_one_is_used(base, tmp_path, monkeypatch):

@@ -85,7 +85,8 @@ def test_upcycling_that_changes_the_output_is_stopped(tiny_model, monkeypatch, d
 def test_weights_that_are_not_rescaled_are_no_changed_output(tiny_model):
     model, x = tiny_model(text=dict(renormalise=False)), torch.randn(5, 16)
     before = model.text.layers[0].ffn(x)[0]
-    upcycle(model, text=4)
+    with pytest.warns(UserWarning, match="renormalise = false changes the output of text: .* 1 / 4 instead of 1 / 2"):
+        upcycle(model, text=4)
     after, routing = model.text.layers[0].ffn(x)
     assert routing.weights.sum(-1).max() < 0.9
     torch.testing.assert_close(after, before * routing.weights.sum(-1, keepdim=True))
