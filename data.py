@@ -554,6 +554,8 @@ TEMPLATES = {
                        tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
                        spelled_out=True, strips=True),
 }
+# The marks of all templates.
+MARKS = {mark for form in TEMPLATES.values() for mark in form.tokens}
 # What ends an answer.
 EOS = {name: (form.tokens or (form.end,))[-1] for name, form in TEMPLATES.items()}
 
@@ -681,9 +683,8 @@ def tokenize(pieces, tokenizer):
 def special_tokens(tokenizer):
     """{id: text} of the tokens that are marks and no text, such as "</s>"."""
     # Some tokenizers do not say so of their templates' marks.
-    marks = {mark for form in TEMPLATES.values() for mark in form.tokens}
     added = tokenizer.get_added_tokens_decoder().items()
-    return {i: token.content for i, token in added if token.special or token.content in marks}
+    return {i: token.content for i, token in added if token.special or token.content in MARKS}
 
 
 @functools.lru_cache(4)
@@ -691,8 +692,9 @@ def without_marks(tokenizer):
     """A copy to which "</s>" is letters. (To switch the tokenizer itself would also switch it for
     another thread, which may be writing a prompt.)"""
     described = json.loads(tokenizer.to_str())
+    specials = special_tokens(tokenizer)
     for token in described["added_tokens"]:
-        token["special"] = token["id"] in special_tokens(tokenizer)
+        token["special"] = token["id"] in specials
     copy = Tokenizer.from_str(json.dumps(described))
     copy.encode_special_tokens = True
     return copy

@@ -99,13 +99,14 @@ GRAY = {"PNG": lambda: stored(Image.fromarray(RAMP), "PNG"), "TIFF": lambda: sto
         "in memory": lambda: Image.fromarray(RAMP), "16-bit RGB": lambda: Image.open(io.BytesIO(png(RAMP)))}
 
 
-def png(gray):
-    """A PNG of 16 bits a color, which Pillow cannot write."""
+def png(gray, clear=None):
+    """A PNG of 16 bits a color, which Pillow cannot write; or with a level that is clear, of 16 bits of gray."""
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in gray)
-    header = struct.pack(">IIBBBBB", *gray.shape, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    kind, repeats, marked = (2, 3, b"") if clear is None else (0, 1, chunk(b"tRNS", struct.pack(">H", clear)))
+    rows = b"".join(b"\0" + np.repeat(row, repeats).astype(">u2").tobytes() for row in gray)
+    header = struct.pack(">IIBBBBB", *gray.shape, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + marked + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", GRAY)
@@ -133,11 +134,7 @@ def test_a_tiff_says_how_many_bits_and_whether_0_is_white(bits, white_is_zero):
 
 
 def test_clear_gray_of_16_bits_becomes_white():
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in RAMP)
-    content = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 0, 0, 0, 0)) + chunk(b"tRNS", b"\0\0") + chunk(b"IDAT", zlib.compress(rows))
-    got = levels(Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + content + chunk(b"IEND", b""))))
+    got = levels(Image.open(io.BytesIO(png(RAMP, clear=0))))
     assert np.abs(got[0, 0] - 255).max() < 1e-3 and np.abs(got[0, 1] - (RAMP[0, 1] >> 8)).max() < 1e-3
 
 
