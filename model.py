@@ -1112,10 +1112,10 @@ def slow_down(freq, scaling):
 # 9. The two steps of generation and their cache, plain and compiled
 #
 # A decoding step is a few hundred tiny kernels, and to launch them from Python takes longer than
-# they do. torch.compile fuses them, and on a GPU records all of them once as a CUDA graph, which
-# is launched in one go. A graph wants the same shapes and the same memory every time. So prompt
-# and cache are padded to a few lengths ("rungs"), a step attends to the whole cache, and the cache
-# is kept for the next call.
+# they do. torch.compile fuses them, and on a GPU a step's kernels are recorded once, as a CUDA
+# graph, which is launched in one go. A graph wants the same shapes and the same memory every time.
+# So prompt and cache are padded to a few lengths ("rungs"), a step attends to the whole cache, and
+# the cache is kept for the next call, with the graph that writes to it.
 
 
 class Cache:
@@ -1127,6 +1127,8 @@ class Cache:
 
     def __init__(self, config, batch, length, device, dtype):
         self.key = (batch, length, device, dtype)  # compiled generation asks whether it fits again
+        self.replay = None  # a step that is recorded as a CUDA graph, see recorded_step
+        self.recorded_for = None  # and of which decoder
         shape = (batch, config.n_kv_heads, length, config.head_dim)
         new = functools.partial(torch.zeros, shape, device=device, dtype=dtype)
         self.layers = [(new(), new()) for _ in range(config.n_layers)]
@@ -1249,43 +1251,74 @@ def prepare_steps(model, x, n_cache, backend):
         # Later calls write to it, too, also where this one runs in torch.inference_mode.
         with torch.inference_mode(False):
             cache = Cache(model.config.text, *key)
-        for tensor in itertools.chain(*cache.layers):
-            # So that a CUDA graph may write to it in place.
-            torch._dynamo.mark_static_address(tensor, guard=False)
         model.cache = cache
 
-    # A CUDA graph cannot wait for the host. In another type than bfloat16, experts go through
-    # kernels.moe_sorted, which reads the sizes of its slices there; so such a decoder is compiled
-    # without a CUDA graph.
-    has_experts = any(model.config.text.n_experts)
-    graphs = x.is_cuda and (not has_experts or dtype == torch.bfloat16)
-    if backend is True:
-        backend = "inductor"
-    return *compiled(backend, x.is_cuda, graphs), cache
+    run_prompt = functools.partial(prefill, run=compiled(backend))
+    if not may_record(model.config.text, x.device, dtype):
+        return run_prompt, functools.partial(decode, run=compiled(backend)), cache
+    return run_prompt, recorded_step(model.text, cache, backend), cache
 
 
 @functools.cache
-def compiled(backend, on_cuda, cuda_graphs):
-    """-> (prefill, decode), compiled: on CUDA each as one graph, elsewhere block by block."""
+def compiled(backend, tuned=False):
+    """-> run_block, compiled. The blocks are alike, so one that is compiled serves them all.
+
+    (The 30 blocks of SmolLM2-135M took a CPU six minutes to compile as one graph, and so half a
+    minute.) tuned: try out how to cut each kernel's work into tiles. (The steps of a 7B decoder,
+    batch 1, were 1.16 times as fast for it on an H100.)
+    """
+    if backend is True:
+        backend = "inductor"
+    options = None
+    if tuned and backend == "inductor":
+        options = {"coordinate_descent_tuning": True}
+
     # One graph for each batch size and rung: more than the eight that are allowed.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend,
+                         options=options)
 
-    # The blocks are alike, so one that is compiled serves them all. (The 30 blocks of SmolLM2-135M
-    # took a CPU six minutes to compile as one graph, and so half a minute.)
-    if not on_cuda:
-        run = torch.compile(run_block, fullgraph=True, dynamic=False, backend=backend)
-        return functools.partial(prefill, run=run), functools.partial(decode, run=run)
 
-    # Prefill is big enough to go without a CUDA graph. (With "coordinate_descent_tuning" the steps
-    # of a 7B decoder were 1.16 times faster on an H100, batch 1. But the search for the tiles took
-    # over a minute and a half.)
-    options = None
-    if backend == "inductor":
-        options = {"triton.cudagraphs": cuda_graphs}
-    run_prompt = torch.compile(prefill, fullgraph=True, dynamic=False, backend=backend)
-    run_token = torch.compile(decode, fullgraph=True, dynamic=False, backend=backend,
-                              options=options)
-    return run_prompt, run_token
+def may_record(config, device, dtype):
+    """Can a decoder's steps be recorded as a CUDA graph?
+
+    What is recorded cannot wait for the host. In another type than bfloat16, experts go through
+    kernels.moe_sorted, which reads the sizes of its slices there. And autocast keeps copies of
+    weights, which a graph would look for where they no longer are.
+    """
+    waits = any(config.n_experts) and dtype != torch.bfloat16
+    return device.type == "cuda" and not waits and not torch.is_autocast_enabled("cuda")
+
+
+def recorded_step(text, cache, backend):
+    """-> `decode` into this cache, as a CUDA graph that is recorded once and then launched anew.
+
+    A graph holds kernels and addresses. When it is launched, the inputs are copied to where those
+    of the recording were; and the logits always come to the same place, so read them before the
+    next step.
+    """
+    # A graph of the call before serves again, unless the weights have moved or the config changed.
+    weights = itertools.chain(text.parameters(), text.buffers())
+    decoder = [*(w.data_ptr() for w in weights), str(text.config), text.training, backend]
+    if cache.recorded_for != decoder:
+        batch, n_keys, device, _ = cache.key
+        run = compiled(backend, tuned=True)
+
+        def step(token, position, real):
+            return decode(text, token, position, cache, n_keys, run, real)
+
+        # It runs the step a few times first, to compile it. Any tokens will do: what they write to
+        # the cache, the prompt writes over.
+        with torch.inference_mode(False):
+            token = torch.zeros(batch, dtype=torch.long, device=device)
+            inputs = token, token.clone(), torch.ones_like(token, dtype=torch.bool)
+        with torch.cuda.device(device):
+            cache.replay = torch.cuda.make_graphed_callables(step, inputs)
+        cache.recorded_for = decoder
+
+    def run_token(text, token, position, cache, n_keys, real):
+        return cache.replay(token, position, real)
+    return run_token
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """torch.compile: the training forward and generation are one graph each, give eager mode's numbers, and are compiled a bounded number of
 times. The backends used here trace and differentiate as the real one does, but write no code: that would take minutes."""
+import contextlib
 import copy
 import functools
 import random
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as m
@@ -239,25 +241,109 @@ def test_a_decode_step_costs_what_it_attends_to_and_nothing_for_the_unused_cache
     assert flops[1:] == [2 * 2 * matrices] * 19                                    # 2 rows, a multiplication and an addition a weight
 
 
+class Recorder(TorchDispatchMode):
+    """A CUDA graph on a CPU: the operators of one call with the tensors that they read and wrote, to be run again just so."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.calls.append((op, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for op, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """The CPU is taken for a GPU; -> a list of what is recorded."""
+    made = []
+
+    def make_graphed_callables(step, inputs):
+        for _ in range(3):
+            step(*inputs)
+        recorder = Recorder()
+        with recorder:
+            logits = step(*inputs)
+        made.append(recorder)
+
+        def replayed(*new):
+            for mine, theirs in zip(inputs, new, strict=True):
+                mine.copy_(theirs)
+            recorder.replay()
+            return logits.detach()
+        return replayed
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(m, "may_record", lambda config, device, dtype: True)
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+    m.compiled.cache_clear()
+    yield made
+    m.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("text", [{}, dict(n_experts=4, eval_capacity_factor=0.5, sliding_window=5)], ids=["dense", "experts, window"])
+@pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode])
+def test_a_recorded_step_says_what_a_plain_one_says_and_is_recorded_again_only_when_it_must(tiny_model, recordings, monkeypatch, text, how):
+    model = tiny_model(text=dict(n_layers=2, **text)).bfloat16()
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.backend = "grouped"                                             # `sorted` would wait for the host
+    tokens = torch.randint(0, 40, (3, 20))
+    tokens[0, 1:5], tokens[1, 7:], tokens[2, 15:] = IMAGE, PAD, PAD
+    images = torch.randn(1, 3, 16, 16, dtype=torch.bfloat16)
+
+    def check(batch, n, count, eos=None):
+        with how():
+            got = model.generate(batch, images, max_new_tokens=n, eos=eos, compile=True)
+        assert len(recordings) == count
+        with monkeypatch.context() as patch:                                       # over as many keys, or bfloat16 would round otherwise
+            patch.setattr(m, "may_record", lambda *_: False)
+            assert torch.equal(got, model.generate(batch, images, max_new_tokens=n, eos=eos, compile=True))
+        return got
+    said = check(tokens, 9, 1)
+    check(torch.where(tokens >= 0, (tokens + 7) % 40, tokens), 12, 1)              # the same shapes
+    check(tokens, 9, 1, eos=int(said[0, 1]))                                       # a row ends before the others
+    check(tokens, 50, 2)                                                           # a longer cache
+    check(tokens[:1], 9, 3)                                                        # another batch
+    model.text.layers[0].q.weight.data.mul_(-1.5)                                  # trained on: the same place
+    check(tokens[:1], 9, 3)
+    model.text.layers[0].q.weight.data = model.text.layers[0].q.weight.data * 1.5  # moved
+    check(tokens[:1], 9, 4)
+    model.config.text.norm_eps *= 2                                                # anything of the config
+    check(tokens[:1], 9, 5)
+    copied, model = model, copy.deepcopy(model)
+    check(tokens[:1], 9, 6)
+    model = copied
+    check(tokens[:1], 9, 6)
+
+
 @pytest.mark.parametrize("text, dtype, graphs", [({}, torch.float32, True), ({}, torch.bfloat16, True),
                                                  (dict(n_experts=4), torch.float32, False), (dict(n_experts=[4, 0]), torch.float16, False),
                                                  (dict(n_experts=4), torch.bfloat16, True)])
-def test_experts_that_wait_for_the_host_are_decoded_without_cuda_graphs(tiny_config, monkeypatch, text, dtype, graphs):
+def test_steps_that_wait_for_the_host_or_under_autocast_are_not_recorded(tiny_config, monkeypatch, text, dtype, graphs):
+    config = tiny_config(vision=None, text=text).text
+    assert m.may_record(config, torch.device("cuda", 0), dtype) == graphs
+    assert not m.may_record(config, torch.device("cpu"), dtype)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
+    assert not m.may_record(config, torch.device("cuda", 0), dtype)
+
+
+def test_only_a_gpus_step_is_tuned_and_other_backends_know_none_of_inductors_options(monkeypatch):
     asked = []
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: asked.append((f, kw)) or f)
-    monkeypatch.setattr(m, "Cache", lambda config, *key: type("Kept", (), dict(layers=[], key=key)))
-    model = CuMo(tiny_config(vision=None, text=text))
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: asked.append((f, kw["backend"], kw["options"])) or f)
     m.compiled.cache_clear()
-    x = type("OnCuda", (), dict(device=torch.device("cuda", 0), dtype=dtype, is_cuda=True, __len__=lambda self: 2))()
-    run_prompt, run_token, cache = m.prepare_steps(model, x, 64, True)
-    assert (run_prompt, run_token) == (m.prefill, m.decode) and model.cache is cache and cache.key == (2, 64, x.device, dtype)
-    (first, prompt), (second, token) = asked
-    assert (first, second) == (m.prefill, m.decode) and prompt.get("options") is None
-    assert token["options"] == {"triton.cudagraphs": graphs} and token["backend"] == "inductor"
-    assert m.prepare_steps(model, x, 64, True)[2] is cache and m.prepare_steps(model, x, 96, True)[2] is not cache
-    asked.clear()
-    m.prepare_steps(model, x, 64, "aot_eager")                                  # another backend knows none of inductor's options
-    assert [kw.get("options") for _, kw in asked] == [None, None]
+    for backend, tuned in ((True, False), (True, True), (True, True), ("aot_eager", False), ("aot_eager", True)):
+        m.compiled(backend, tuned=tuned)
+    tuning = {"coordinate_descent_tuning": True}
+    assert asked == [(m.run_block, "inductor", None), (m.run_block, "inductor", tuning), (m.run_block, "aot_eager", None),
+                     (m.run_block, "aot_eager", None)]
     m.compiled.cache_clear()
 
 

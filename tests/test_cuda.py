@@ -260,6 +260,34 @@ def test_decoding_with_cuda_graphs_gives_eager_modes_tokens(text):
         assert torch.equal(got, want), (batch, length)
 
 
+@pytest.mark.parametrize("text", [{}, dict(n_experts=4), dict(n_experts=[4, 0], eval_capacity_factor=0.5)], ids=["dense", "experts", "capacity"])
+@pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode])
+def test_a_step_recorded_in_bfloat16_says_what_the_same_kernels_say_one_by_one(text, how, monkeypatch):
+    model = loud(**text).bfloat16()
+
+    def check(tokens, n):
+        with how():
+            got = model.generate(tokens, max_new_tokens=n, eos=[7], compile="eager")
+        kept = model.cache
+        assert kept.replay is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(m, "may_record", lambda *_: False)
+            assert torch.equal(got, model.generate(tokens, max_new_tokens=n, eos=[7], compile="eager"))
+        return kept
+    tokens = torch.randint(8, 60, (3, 20), device="cuda")
+    tokens[1, 9:] = PAD
+    first = check(tokens, 30)
+    others = torch.where(tokens != PAD, (tokens - 3) % 52 + 8, PAD)
+    assert check(others, 25) is first                                               # the same graph
+    step = first.replay
+    model.text.layers[0].q.weight.data.mul_(-1.5)                                   # trained on, in place
+    assert check(tokens, 30).replay is step
+    held = [p.data for p in model.parameters()]                                     # so that their places are taken
+    model.cpu().cuda()
+    assert check(tokens, 30).replay is not step and held
+    assert check(tokens[:1], 60) is not first
+
+
 def test_a_compiled_training_forward_is_one_graph_with_eager_modes_loss():
     model, batch = recipe_model("cumo")
     for part in (model.vision, model.text):
