@@ -668,7 +668,11 @@ class CuMo(nn.Module):
             begins = (sample_positions == 0) & (tokens != PAD)  # (B, T): a sample's first token
             number = begins.flatten().cumsum(0)  # (B * T,): which sample a token belongs to
             without = begins.sum() - len(number[is_image.flatten()].unique())
-        return torch.stack([is_image.sum(), without, (tokens == AUDIO).sum()]).tolist()
+        # With the same wait for the device, see that padding is on the right only.
+        counts = [is_image.sum(), without, (tokens == AUDIO).sum(), *misplaced(tokens)]
+        *slots, n_behind, n_unknown = torch.stack(counts).tolist()
+        refuse_misplaced(n_behind, n_unknown)
+        return slots
 
     def encode_images(self, images, routings=None, frames=None, may_wait=True):
         """images (n, 3, S, S) -> embeddings for the IMAGE slots (n, N, D).
@@ -1744,6 +1748,22 @@ def check_slots(config, slots, image_embeds, audio_embeds):
                          f"features ({config.n_audio_tokens} a chunk)")
 
 
+def misplaced(tokens):
+    """tokens (B, T) -> how many stand behind padding, and how many are marks that nobody knows."""
+    is_pad = tokens == PAD
+    known = (tokens >= 0) | is_pad | (tokens == IMAGE) | (tokens == AUDIO)
+    return (is_pad[:, :-1] & ~is_pad[:, 1:]).sum(), (~known).sum()
+
+
+def refuse_misplaced(n_behind, n_unknown):
+    if n_behind:
+        raise ValueError(f"tokens must be padded with PAD = {PAD} on the right only; {n_behind} "
+                         "stand directly behind a PAD")
+    if n_unknown:
+        raise ValueError(f"tokens below 0 are IMAGE = {IMAGE}, AUDIO = {AUDIO} or PAD = {PAD}; "
+                         f"there are {n_unknown} others (are these labels?)")
+
+
 def count_features(embeds):
     return 0 if embeds is None else embeds.shape[:2].numel()
 
@@ -1761,17 +1781,13 @@ NOT_FINITE = (
 
 
 def check_prompt(tokens, max_new_tokens, limit, too_long):
-    """Padding is on the right; and the prompt and its answer fit into what the decoder learnt to
-    read, if that is known. (Transformers goes on with a warning, and the answers get worse.)"""
+    """No row is empty, padding is on the right; and the prompt and its answer fit into what the
+    decoder learnt to read, if that is known. (Transformers goes on with a warning, and the answers
+    get worse.)"""
     real = tokens != PAD  # (B, T)
-    real_first = real.sort(1, descending=True).values
-    if not real.any(1).all() or not torch.equal(real, real_first):
-        raise ValueError("tokens must be padded with PAD = -1 on the right only, and no row may be "
-                         "empty")
-    marks = (tokens == IMAGE) | (tokens == AUDIO) | (tokens == PAD)
-    if ((tokens < 0) & ~marks).any():
-        raise ValueError(f"tokens below 0 are IMAGE = {IMAGE}, AUDIO = {AUDIO} or PAD = {PAD}; "
-                         "there are others (are these labels?)")
+    if not real.any(1).all():
+        raise ValueError(f"a row of tokens is empty: it holds nothing but PAD = {PAD}")
+    refuse_misplaced(*misplaced(tokens))
     if too_long not in ("error", "warn"):
         raise ValueError(f"too_long = {too_long!r} must be 'error' or 'warn'")
     if limit is None:

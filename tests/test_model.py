@@ -476,9 +476,14 @@ def test_sampling_repeats_with_its_generator(tiny_model):
 
 @pytest.mark.parametrize("rows, words", [([[PAD, 3]], "right only"), ([[3, PAD, 4]], "right only"), ([[3, 4], [PAD, PAD]], "empty"),
                                          ([[3, -100, 4]], "are these labels")])
-def test_generate_refuses_padding_that_is_not_on_the_right_and_marks_that_are_none(tiny_model, rows, words):
+def test_padding_that_is_not_on_the_right_and_marks_that_are_none_are_refused(tiny_model, rows, words):
+    model, tokens = tiny_model(), torch.tensor(rows)
     with pytest.raises(ValueError, match=words):
-        tiny_model().generate(torch.tensor(rows))
+        model.generate(tokens)
+    if words != "empty":                                                     # which is no fault where nothing is to follow
+        for ask in (model, model.embed, model.count_slots):
+            with pytest.raises(ValueError, match=words):
+                ask(tokens)
 
 
 @pytest.mark.parametrize("kw", [dict(max_new_tokens=0), dict(temperature=-1.0), dict(temperature=math.nan), dict(top_p=0.0), dict(top_p=1.5)])
