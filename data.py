@@ -1,9 +1,10 @@
 """data.py: from pictures and conversations to the tensors that a model reads.
 
-Every sample takes the same four steps:
+Every sample takes the same four steps (S x S pixels; k images of a sample, n of a batch; T tokens;
+B samples of a batch; m chunks of sound):
 
     a data set    finds    {"images": [path, ...], "conversations": [turn, ...]}
-    load_senses   loads    images (k, 3, S, S), of S x S pixels
+    load_senses   loads    images (k, 3, S, S)
     encode_chat   encodes  tokens (T,) and labels (T,), which say what the model learns to write
     collate       joins    tokens (B, T), labels (B, T), images (n, 3, S, S)
 
@@ -82,6 +83,7 @@ def load_image(image, size: int | PictureFormat) -> torch.Tensor:
         square = pad_to_square(square, wanted.mean)
     elif wanted.aspect == "crop":
         square = crop_to_square(square, wanted)
+    # "stretch" is done by resizing alone.
     square = square.resize((wanted.size, wanted.size), FILTERS[wanted.filter])
 
     # (value / 255 - mean) / std, in place. One colour at a time, because the model wants (3, H, W)
@@ -95,7 +97,7 @@ def load_image(image, size: int | PictureFormat) -> torch.Tensor:
 
 
 def pad_to_square(image, mean=CLIP_MEAN):
-    """The RGB image in the middle of a square of the mean colour, which becomes nearly 0."""
+    """The RGB image in the middle of a square of the mean colour: its margins will be nearly 0."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -173,7 +175,7 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
         tokens    <q> What _is _it ? <a> _A _ring . </s>      ("_": a space that is in the token)
         labels    -100 (six times)       _A _ring . </s>
 
-    (Say that the tokenizer cuts it so. The shipped one cuts into smaller pieces.)
+    (If the tokenizer cuts it so. The shipped one cuts into smaller pieces.)
 
     LLaVA instead tokenizes the pieces once more and adds up their lengths. Where a tokenizer merges
     letters across a border the sum is wrong, and the sample is lost ("tokenization mismatch").
@@ -188,15 +190,15 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
 
     # As in LLaVA, each stretch of text between the slots is tokenized alone.
     encoded = [(token, IGNORE) for token in start_tokens(tokenizer, template)]
-    text = []  # the pieces since the last slot
+    stretch = []  # the pieces since the last slot
     for piece in pieces:
         if not piece.is_slot:
-            text.append(piece)
+            stretch.append(piece)
             continue
-        encoded += encode_text(text, tokenizer)
+        encoded += encode_text(stretch, tokenizer)
         encoded += [(slot, IGNORE) for slot in next(slots)]  # of an image, 576 times IMAGE
-        text = []
-    encoded += encode_text(text, tokenizer)
+        stretch = []
+    encoded += encode_text(stretch, tokenizer)
 
     ids = [token for token, _ in encoded]
     labels = [label for _, label in encoded]
@@ -208,8 +210,8 @@ def encode_text(pieces, tokenizer):
     """Pieces of text that follow each other, joined -> [(id, label), ...]."""
     learnt = [piece.learnt for piece in pieces for _ in piece.text]  # one a character
     encoded = []
-    for token, first, last in tokenize(pieces, tokenizer):
-        is_learnt = any(learnt[first:last])
+    for token, start, end in tokenize(pieces, tokenizer):
+        is_learnt = any(learnt[start:end])
         encoded.append((token, token if is_learnt else IGNORE))
     return encoded
 

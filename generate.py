@@ -127,7 +127,7 @@ def streamer(tokenizer, write, ends=()):
     """A function for CuMo.generate's on_token, which writes each new piece of the first row's text,
     without the tokens that end it.
 
-    All tokens so far are decoded anew each time: a token alone does not know whether a blank
+    All tokens so far are decoded anew each time: a token alone does not know whether a space
     belongs before it, and a character may take several tokens."""
     tokens = []
     written = ""
@@ -139,8 +139,8 @@ def streamer(tokenizer, write, ends=()):
         tokens.append(int(token[0]))
         text = tokenizer.decode(tokens).lstrip()
 
-        # This is how a character looks whose last token is still missing: wait for it. (But write
-        # something: who counts the pieces counts the tokens.)
+        # This is how a character looks whose last token is still missing: wait for it. (Still call
+        # `write`: whoever counts its calls counts the tokens.)
         if text.endswith("\ufffd"):
             write("")
             return
@@ -154,14 +154,15 @@ def chat(model: CuMo, tokenizer, images: list, prompt: str | None, audio=(), vid
          **options) -> list[dict]:
     """Answer `prompt`, or without one whatever the user types, and print it word by word.
 
-    The pictures and sounds are encoded once and kept. Returns the conversation."""
+    The pictures and sounds are encoded once, with the first question, and kept. Returns the
+    conversation."""
     show = partial(print, end="", flush=True)
     questions = typed_lines() if prompt is None else [prompt.strip()]
     # A talk that grows beyond what the decoder learnt to read goes on, and the user is told.
     too_long = "warn" if prompt is None else "error"
     conversation = []
     if prompt is None:
-        # What cannot be opened ends the talk before it begins.
+        # Files that cannot be opened end the talk before it begins.
         sense(model, [sample_of("", images, video, audio)])
     for question in questions:
         try:

@@ -35,7 +35,8 @@ How to use it:
     optimizer.step()
 
 Letters for shapes, in all of this file: N tokens, D width, F width inside the FFN, E experts,
-K experts a token (top-k), M = N * K choices; "..." any leading dimensions, such as images.
+K experts a token (top-k), M = N * K choices; "..." any leading dimensions, such as images. From
+section 3 on there are none: N then counts the tokens of all images.
 """
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ class Routing(NamedTuple):
     experts: Tensor  # (..., N, K) int64, the best choice first
     balance: Tensor  # () float32, the load-balancing loss: 1 when the load is perfectly even
     z: Tensor        # () float32, the z-loss: 0 if the exponentials of a token's logits sum to 1
-    # (E,) float32: each expert's share of the first choices, the mean over images. None in a
+    # load: (E,) float32, each expert's share of the first choices, the mean over images. None in a
     # routing made by hand.
     load: Tensor | None = None
 
@@ -118,8 +119,8 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
 
     # 6. What is left of a token's weights sums to 1 again. But with top_k = 1 the one weight stays
     #    the probability: rescaled it would be 1 whatever the router says, and the router would
-    #    learn nothing from the task. So do the Switch Transformer (arXiv 2101.03961, equation 2)
-    #    and DeepSpeed's top-1 gate.
+    #    learn nothing from the task. The Switch Transformer (arXiv 2101.03961, equation 2) and
+    #    DeepSpeed's top-1 gate keep it, too.
     if renormalise or (renormalise is None and top_k > 1):
         weights = sum_to_1(weights)
 
@@ -132,7 +133,8 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
 
 def sum_to_1(weights: Tensor) -> Tensor:
     """weights (..., N, K) rescaled; where nothing is left of a token's weights they stay 0."""
-    # What is left may be tiny, and the gradient is one over it. So do DeepSpeed's gates.
+    # What is left may be tiny, and the gradient grows as one over it; hence the clamp, which
+    # DeepSpeed's gates have, too.
     total = weights.sum(-1, keepdim=True)
     return weights / total.clamp(min=torch.finfo(weights.dtype).eps)
 
@@ -253,9 +255,9 @@ class MoE(nn.Module):
         """
         logits = self.logits(x)  # (..., N, E)
 
-        # Gumbel noise is minus the logarithm of an exponential draw: the largest of logits + noise
-        # is then a draw by their softmax. DeepSpeed draws it in evaluation too; here an answer can
-        # be repeated.
+        # The largest of logits + Gumbel noise is a draw from their softmax, and minus the logarithm
+        # of an exponential draw is such noise. DeepSpeed draws it in evaluation too; here an answer
+        # can be repeated.
         noise = None
         if self.noisy and self.training:
             noise = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
@@ -263,6 +265,7 @@ class MoE(nn.Module):
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         routing = route(logits, self.top_k, mask, factor, self.min_capacity, noise,
                         self.renormalise)
+        # It makes one list of all tokens, x (N, D), and calls moe_loop, moe_sorted or moe_grouped.
         y = moe_ffn(x, routing, self.w_in, self.w_out, self.w_gate, self.b_in, self.b_out,
                     self.act, self.backend, self.group)
         return y, routing
@@ -342,8 +345,8 @@ def moe_loop(x, weights, experts, stack, act):
 def split_experts(stack: Stack) -> list[tuple]:
     """-> one tuple (w_in, w_out, w_gate, b_in, b_out) for each expert; None stays None.
 
-    By unbind: on the way back it stacks the experts' gradients once. With w[e], every expert would
-    fill a whole (E, ...) tensor with zeros for its part.
+    By unbind: in the backward pass it stacks the experts' gradients once. With w[e], every expert
+    would fill a whole (E, ...) tensor with zeros for its part.
     """
     n_experts = len(stack.w_in)
     columns = [[None] * n_experts if w is None else w.unbind(0) for w in stack]
@@ -358,9 +361,9 @@ def split_experts(stack: Stack) -> list[tuple]:
 #     counts             3            | 3
 #     inverse            3    0    1    4    5    2      where choice 0, 1, 2, ... stands in `rows`
 #
-# Expert 0 now multiplies rows 0 to 2 in one piece and expert 1 rows 3 to 5. For the way back,
-# token b's choices are 2 and 3, whose answers stand at inverse[2] = 1 and inverse[3] = 4: they
-# are added up.
+# Expert 0 now multiplies rows 0 to 2 in one piece and expert 1 rows 3 to 5. Then the answers go
+# back to their tokens: token b's choices are 2 and 3, whose answers stand at inverse[2] = 1 and
+# inverse[3] = 4. These are added up.
 
 
 def sort_by_expert(experts: Tensor, n_experts: int):
@@ -400,7 +403,7 @@ class ToExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, token, inverse, top_k):
-        # inverse and top_k are for the way back alone.
+        # inverse and top_k are for the backward pass alone.
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
         return copy_to_experts(x, token)

@@ -22,9 +22,9 @@ rows, where an image has four slots (in CuMo 576):
 The features are written over the slots of all rows at once, so nothing loops over the samples.
 
 Letters for shapes, in all of this file: B batch, T tokens in a sequence, V vocabulary, n images,
-S side of an image in pixels, N patches of an image or states of a sound, m chunks of sound, Q slots
-of a chunk, D width, H heads (H_kv of keys and values), d width of a head, E experts, K experts a
-token.
+S x S pixels of an image, N its patches (inside the tower CLS is one more; behind a pixel shuffle
+there are fewer, and the slots are as many) or states of a sound, m chunks of sound, Q slots of a
+chunk, D width, H heads (H_kv of keys and values), d width of a head, E experts, K experts a token.
 
 `python model.py` prints the number of parameters of every preset.
 """
@@ -239,7 +239,7 @@ def merge_heads(x):
 
 
 class SenseBlock(nn.Module):
-    """A transformer block for what is there all at once, so each token looks at all others.
+    """A transformer block in which every token looks at all tokens, before it and behind it.
 
     `config` is a VisionConfig or an AudioConfig. CLIP and SigLIP have biases everywhere, Whisper
     everywhere but in the keys.
@@ -259,7 +259,8 @@ class SenseBlock(nn.Module):
                                 renormalise=config.renormalise)
 
     def attention(self, x, seen):
-        """Each of x (n, N, D) looks at all of seen (n, N_seen, D) -> (n, N, D)."""
+        """Each of x (n, N, D) looks at all of seen (n, N_seen, D) -> (n, N, D). Here x and seen are
+        the same; in the Resampler they are not."""
         q = split_heads(self.q(x), self.n_heads)  # (n, H, N, d)
         k = split_heads(self.k(seen), self.n_heads)  # (n, H, N_seen, d)
         v = split_heads(self.v(seen), self.n_heads)  # (n, H, N_seen, d)
@@ -290,6 +291,7 @@ class VisionTransformer(nn.Module):
         if config.pre_norm:
             self.pre_norm = nn.LayerNorm(dim, eps=config.norm_eps)
 
+        # n_experts is a list by now (fill_in, section 12).
         self.layers = nn.ModuleList(SenseBlock(config, n) for n in config.n_experts)
         self.post_norm = nn.Identity()
         if config.post_norm:
@@ -312,12 +314,16 @@ class VisionTransformer(nn.Module):
                 features.append(encode_enlarged(self, images, scale, routings))  # (n, N, D)
         return torch.cat(features, -1)
 
-    def encode(self, images, routings=None, both=False):
-        """images (n, 3, S, S) -> the patches' hidden states at the select layer (n, N, D).
+    def encode(self, images, routings=None):
+        """images (n, 3, S, S) -> features of their patches (n, N, D), at one scale."""
+        # A layer runs if the features or the losses need it. With select_layer -2, nobody reads
+        # what the last layer makes; but if it has experts, its router counts in the losses.
+        n_layers = n_needed_layers(self.config, routings is not None)
+        return self.run_layers(images, n_layers, routings)[1]
 
-        both=True gives (the last hidden states, with CLS in front; those features), for the
-        contrastive training of assets/backbones.py.
-        """
+    def run_layers(self, images, n_layers, routings=None):
+        """images (n, 3, S, S) -> the last of n_layers hidden states, with CLS in front (n, 1 + N,
+        D), and the features: the patches' hidden states at the select layer (n, N, D)."""
         # A convolution whose stride is its width cuts the image into patches and projects each.
         # (n, D, side, side), then (n, D, N), then (n, N, D):
         x = self.patch(images).flatten(2).transpose(1, 2)
@@ -327,11 +333,8 @@ class VisionTransformer(nn.Module):
             x = torch.cat([cls, x], 1)  # (n, 1 + N, D)
         x = self.pre_norm(x + self.pos.to(x.dtype))
 
-        # A layer runs if the features or the losses need it. With select_layer -2, nobody reads
-        # what the last layer makes; but if it has experts, its router counts in the losses.
-        n_run = self.config.n_layers if both else n_needed_layers(self.config, routings is not None)
-        selected = x
-        for i in range(n_run):
+        selected = x  # if the select layer lies before all layers
+        for i in range(n_layers):
             # This is layer(x). With checkpointing it keeps no activations (section 9).
             x, routing = run_block(self, self.layers[i], x)
             collect(routing, routings)
@@ -339,28 +342,27 @@ class VisionTransformer(nn.Module):
                 selected = x
 
         # Without the CLS token: LLaVA gives the decoder patches only.
-        features = self.post_norm(selected[:, n_prefix:])  # (n, N, D)
-        if both:
-            return x, features
-        return features
+        return x, self.post_norm(selected[:, n_prefix:])
 
 
 class Connector(nn.Module):
-    """Features (n, N, D_vision) -> the decoder's width (n, N, D).
+    """Features (n, N, D_in) -> the decoder's width (n, N, D). D_in = D_vision * number of scales.
 
-    LLaVA-1.5's MLP of two layers, or experts of that shape. With a pixel shuffle N becomes smaller.
+    LLaVA-1.5's MLP of two layers, or experts of that shape. With a pixel shuffle by a factor, N
+    becomes N / factor^2.
     """
 
     def __init__(self, config, dim_in, dim_out):
         super().__init__()
         self.factor = config.pixel_shuffle
         dim_in = dim_in * self.factor ** 2
+        # Inside, the MLP is as wide as the decoder.
         self.ffn = feed_forward(dim_in, dim_out, config.act, config.n_experts, config.top_k,
                                 dim_out=dim_out, bias=True, renormalise=config.renormalise)
 
     def forward(self, x, routings=None):
         if self.factor > 1:
-            x = pixel_shuffle(x, self.factor)  # (n, N / factor^2, factor^2 * D_vision)
+            x = pixel_shuffle(x, self.factor)  # (n, N / factor^2, factor^2 * D_in)
         y, routing = self.ffn(x)  # (n, N, D)
         collect(routing, routings)
         return y
@@ -430,8 +432,8 @@ class DecoderBlock(nn.Module):
         """x (B, T, D) -> the same shape, and the Routing (None where the FFN is dense).
 
         rope (cos, sin); real (B, T) is False at PAD; attend as from visible_keys, or None for
-        plain causal attention, which has a faster kernel. cache: this layer's (k, v), to which x
-        is written first.
+        plain causal attention, which has a faster kernel. cache: this layer's (k, v), to which the
+        keys and values of x are written first.
         """
         # 1. Attention.
         h = self.norm1(x)  # (B, T, D)
@@ -498,7 +500,8 @@ class Decoder(nn.Module):
             # (B or 1, 1, T, keys)
             attend = visible_keys(positions, n_keys, window, sample_positions)
 
-        # Samples that share a row count from 0, each for itself.
+        # Samples that share a row bring their own positions. One that has a row for itself counts
+        # as the row does.
         if sample_positions is None:
             sample_positions = positions  # (B or 1, T)
         rope = rope_table(sample_positions, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -546,7 +549,7 @@ def total_loss(parts, balance_coef, z_coef, portions=None):
     then add up to the batch's, however it is cut. (Not the decoder's balance, which is a product of
     two means over a micro-batch; nor what a capacity drops, since tokens queue by micro-batches.)
     """
-    # Two sums, added at the end. (In another order, the last digit would be another.)
+    # Two sums, added at the end. (Another order would change the last digit.)
     task = 0.0
     auxiliary = 0.0
     for name, value in parts.items():
@@ -620,6 +623,7 @@ class CuMo(nn.Module):
 
         # 2. In training, blank images and sounds stand in where there are none: the released code
         #    counts them in the losses, and every process must run every module (add_blank_images).
+        #    (slots is None on meta, and while torch.compile traces.)
         n_images = count_images(images, frames)  # those that were given
         if labels is not None and slots is not None:
             if image_embeds is None:

@@ -44,7 +44,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -91,8 +91,8 @@ from model import (IGNORE, PAD, PRESETS, Config, Connector, CuMo, MoE, SenseBloc
 from upcycle import (assemble, copy_into_shard, expert_counts, load, load_backbones, read_json,
                      read_scales, save, upcycle, write_json)
 
-# Names mean the same everywhere: args is an Args (section 5), stage a Stage (section 1), name the
-# stage's name (1, 2 or 3; of Uni-MoE's also "2 sound" and so on), device a torch.device.
+# Throughout: args is an Args (section 5), stage a Stage (section 1), device a torch.device. A
+# stage's name is 1, 2 or 3; Uni-MoE's are also called "2 sound" and so on.
 
 # Set by torchrun. A single process that torchrun started forms a group, too.
 RANK = int(os.environ.get("RANK", 0))
@@ -115,7 +115,7 @@ class Stage:
     routing_losses: bool = True   # do the routers' losses count?
     lora: list | None = None      # adapters on the decoder: [rank, alpha, "ffn" or "all"]
     steps: int | None = None      # None: one epoch of --data
-    name: int | str = 0           # these four are filled in by `settings`
+    name: int | str = 0           # this one and the next three are filled in by `settings`
     part_lrs: dict = field(default_factory=dict)  # parts whose peak is another one
     has_experts: bool = False
     micro_batch: int = 1          # samples in one forward pass of one process
@@ -123,7 +123,7 @@ class Stage:
 
 
 EVERYTHING = ("vision", "connector", "text")
-CUMO = {
+CUMO_STAGES = {
     #        trains, drawn samples, template, learning rate, batch, tokens
     1: Stage(("connector",), "caption", "plain", 1e-3, 256, 2048, routing_losses=False),
     2: Stage(EVERYTHING, "caption", None, 2e-6, 128, 4096, routing_losses=False),
@@ -146,11 +146,12 @@ def lr_at(step: int, steps: int, peak: float, warmup: float) -> float:
 # 2. The loop
 
 
-def train(args, stage, model, loader, device, later=(), held_out=()):
+def train(args, stage, model, batches_from, device, later=(), held_out=()):
     """Train for stage.steps steps -> the whole weights (on process 0), and whether to stop now.
 
-    model(**batch).parts is {name of a loss: its value}. loader(first) gives micro-batches without
-    end, from step `first` on. later: weights that FSDP fills in. held_out: data to measure only.
+    model(**batch).parts is {name of a loss: its value}. batches_from(first) gives micro-batches
+    without end, from step `first` on. later: weights that FSDP fills in. held_out: data to measure
+    only.
     """
     # wrapped: the model inside DDP or FSDP, or itself. experts: those that are dealt out, if any.
     experts, wrapped, optimizer = set_up(args, stage, model, device, later)
@@ -158,15 +159,11 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
     n_micro = stage.batch_size // (stage.micro_batch * WORLD)
     coefs = routing_coefs(stage, model)
 
-    batches = iter(loader(first))
-
-    def next_step():
-        return list(islice(batches, n_micro))
-
-    # A thread reads the next step's batches while the device computes.
+    # While the device computes a step, a thread reads the next one's micro-batches. (iter() draws a
+    # random number: here it is before the seeds of all steps.)
+    data_of_steps = read_ahead(iter(batches_from(first)), n_micro, stage.steps - first)
     with (closing(Log(args.out, stage, first)) as log, catch_signals() as signals,
-          ThreadPoolExecutor(1) as reader):
-        ahead = reader.submit(next_step)
+          closing(data_of_steps)):
         for step in range(first, stage.steps):
             begin = time.perf_counter()
             lr = set_lr(optimizer, step, stage.steps, args.warmup)
@@ -176,16 +173,16 @@ def train(args, stage, model, loader, device, later=(), held_out=()):
 
             # 1. Data. What does not fit into memory at once comes as several micro-batches. The
             #    losses will be means over the labels and images of all of them, in all processes,
-            #    so these are counted first.
-            micro_batches = ahead.result()
+            #    so these are counted first. (Ctrl-C is counted, too: where one process is told to
+            #    stop, all stop behind the same step.)
+            micro_batches = next(data_of_steps)
             waited = time.perf_counter() - begin
             totals = count(micro_batches, len(signals), device)
             add_to_counts(counts, totals, stage.batch_size)
-            if step < stage.steps - 1:
-                ahead = reader.submit(next_step)
 
             # 2. Forward and backward.
-            begin_gradients(args, model)
+            if args.cuda_graphs:
+                zero_replayed_gradients(model)
             losses, loads = compute_gradients(model, wrapped, micro_batches, totals, coefs, device)
 
             # 3. Clip the gradients; then look at the numbers, which is to wait for the device.
@@ -223,7 +220,7 @@ def compute_gradients(model, wrapped, micro_batches, totals, coefs, device):
 
     wrapped: the model inside DDP or FSDP, or the model itself.
     """
-    losses = Counter()
+    losses = defaultdict(float)
     loads = {}
     for i, batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
@@ -232,6 +229,7 @@ def compute_gradients(model, wrapped, micro_batches, totals, coefs, device):
             # How much of the step's batch, over all processes, is this micro-batch?
             portions = {term: portion_of(term, batch, totals, len(micro_batches))
                         for term in out.parts}
+            # Not out.loss, which takes the micro-batch for all of the batch.
             loss = total_loss(out.parts, *coefs, portions)
             # backward() adds to the gradients of the micro-batches before. The losses of all
             # processes are portions of one sum, too. But DDP and FSDP take the mean of their
@@ -268,11 +266,11 @@ def run_stage(args, name, source, device):
 
     # 3. The data.
     samples, order, held_out = load_samples(args, stage, model.config, tokenizer)
-    batches = loader(samples, stage, args, choose_collate(args, stage), order)
+    batches_from = make_loader(samples, stage, args, choose_collate(args, stage), order)
 
     # 4. Train, and save the model.
     print_stage(args, stage, model, source)
-    weights, stopped = train(args, stage, model, batches, device, later or (), held_out)
+    weights, stopped = train(args, stage, model, batches_from, device, later or (), held_out)
     if RANK == 0:
         save(model, result_path(args, name), tokenizer, merge_state(weights, model))
     finish_stage(args, stopped)
@@ -326,21 +324,21 @@ def run_stages(args):
 # MoE-LLaVA (arXiv 2401.15947, section 3.3): the connector; then a dense LLaVA; then the decoder's
 # FFNs become experts. Its paper trains the layers with experts then ("text.moe"); its released
 # scripts, which this follows, all FFNs of the decoder and the connector.
-MOE_LLAVA = {
-    1: CUMO[1],
+MOE_LLAVA_STAGES = {
+    1: CUMO_STAGES[1],
     2: Stage(("connector", "text"), "chat", None, 2e-5, 128, 2048),
     3: Stage(("connector", "text.ffn"), "chat", None, 2e-5, 128, 2048),
 }
 # Uni-MoE (arXiv 2405.11273, section 3.3) also hears: the connectors of both senses; then one set of
 # FFNs for each sense, each apart, by LoRA; then these are the experts of one decoder.
-UNI_MOE = {
+UNI_MOE_STAGES = {
     1: Stage(("connector", "resampler"), "mixed caption", "plain", 2e-5, 32, 2048,
              routing_losses=False),
     2: Stage((), "chat", None, 4e-5, 16, 2048, routing_losses=False, lora=[64, 16, "ffn"]),
     3: Stage(("connector", "resampler", "text.router"), "mixed chat", None, 4e-5, 16, 2048,
              lora=[8, 16, "all"]),
 }
-RECIPES = {"cumo": CUMO, "moe-llava": MOE_LLAVA, "uni-moe": UNI_MOE}
+RECIPES = {"cumo": CUMO_STAGES, "moe-llava": MOE_LLAVA_STAGES, "uni-moe": UNI_MOE_STAGES}
 
 # Models two thousand times smaller want larger steps, and fewer.
 TINY = {
@@ -850,17 +848,31 @@ def set_up(args, stage, model, device, later):
     return experts, wrapped, optimizer
 
 
-def begin_gradients(args, model):
-    """With --cuda-graphs, some gradients begin as zeros instead of as nothing.
+def read_ahead(batches, n_micro, n_steps):
+    """The micro-batches of n_steps steps, a list for each. A thread reads the next list before it
+    is asked for."""
+    def next_step():
+        return list(islice(batches, n_micro))
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(next_step)
+        for step in range(n_steps):
+            micro_batches = ahead.result()
+            if step < n_steps - 1:
+                ahead = reader.submit(next_step)
+            yield micro_batches
+
+
+def zero_replayed_gradients(model):
+    """With --cuda-graphs, the gradients of replayed blocks begin as zeros instead of as nothing.
 
     A replayed graph writes its gradients to the same place each time. A weight without a gradient
     would take that place for its own, and the next micro-batch would write over it; to zeros the
     gradient is added.
     """
-    if args.cuda_graphs:
-        for block in blocks_to_replay(model):
-            for p in block.parameters():
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
+    for block in blocks_to_replay(model):
+        for p in block.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
 
 
 def set_lr(optimizer, step, steps, warmup):
@@ -954,19 +966,19 @@ def add_to_counts(counts, totals, batch_size):
                          "mend the data (listed above)")
 
 
-def portion_of(name, batch, totals, n_micro):
-    """How much of the step's batch a micro-batch is, for the loss of this name.
+def portion_of(term, batch, totals, n_micro):
+    """How much of the step's batch a micro-batch is, for this term of the loss.
 
     The language loss is a mean over labels, a router's loss in tower and connector a mean over
     images, and in the decoder one over tokens. Say one micro-batch has 10 labels and another has
     30. The mean of both means would count a label of the first three times as much; portions of
     1/4 and 3/4 count all labels alike, however the batch is cut.
     """
-    if name == "lm":
+    if term == "lm":
         return batch["n_labels"] / max(1, totals.labels)
-    if name.startswith(("vision/", "connector/")):
+    if term.startswith(("vision/", "connector/")):
         return batch["n_images"] / max(1, totals.images)
-    if name.startswith("text/"):
+    if term.startswith("text/"):
         return batch["n_tokens"] / max(1, totals.tokens)
     return 1 / (n_micro * WORLD)  # the losses of assets/backbones.py
 
@@ -1282,7 +1294,7 @@ def end_workers():
         worker.kill()
 
 
-def loader(samples, stage, args, collate, order=None):
+def make_loader(samples, stage, args, collate, order=None):
     """-> a function: the first step -> micro-batches without end, as `train` wants it.
 
     order: of data.Batches, the lengths, sources and shares.
@@ -1435,8 +1447,8 @@ def apply_flags(args, stage, model):
 
 
 def load_samples(args, stage, config, tokenizer):
-    """-> the data set, what `loader` needs to know of the order of its samples, and the data set
-    that is held out, if any.
+    """-> the data set, what `make_loader` needs to know of the order of its samples, and the data
+    set that is held out, if any.
 
     Where stage.steps is an epoch, it becomes a number here.
     """

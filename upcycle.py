@@ -12,7 +12,7 @@ The second part of this file reads and writes model folders: this project's own 
 model.safetensors, tokenizer.json) and those of other programs. `python upcycle.py --help` says how
 to convert one into another.
 
-Shapes: N tokens, D width, F FFN width, E experts.
+Shapes: N tokens, D width (D_out behind the FFN), F FFN width, E experts.
 """
 import argparse
 import contextlib
@@ -65,7 +65,7 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
         moe = MoE(dim, ffn_dim, dense.act, n_experts, top_k, dim_out=len(dense.w_out),
                   gated=dense.w_gate is not None, bias=dense.b_in is not None, **limits)
 
-    # Every expert is a copy: (F, D) -> (E, F, D).
+    # Every expert is a copy, so each weight gets E in front: w_in (F, D) becomes (E, F, D).
     state = {name: torch.stack([w] * n_experts) for name, w in dense.named_parameters()}
 
     # Only the router is new, and small, so that in the beginning no expert is preferred by much.
@@ -84,8 +84,8 @@ def experts_from(dense: FFN, n_experts, top_k, generator, real_router=False, **l
 
 
 def assert_same_output(dense, moe, x):
-    """Stop if the MoE does not give what the dense FFN gives for x (N, D); where a token's weights
-    are not rescaled to sum to 1, times their sum."""
+    """Assert that the MoE gives what the dense FFN gives for x (N, D). Where a token's weights are
+    not rescaled to sum to 1, it must give that, times the sum of the weights."""
     # There is nothing to compare on meta, and experts with a capacity may drop tokens.
     if dense.w_in.is_meta or moe.capacity_factor or moe.eval_capacity_factor:
         return
@@ -2047,9 +2047,9 @@ def warn_of_weights(config, counts, top_k):
     """Say that upcycling changes the output, where the weights of a token's experts do not sum to
     1: where the config says so, or where it gets one expert of several.
 
-    That one's weight is the router's probability, at first about 1 / E; if it were 1, the router would
-    learn from the auxiliary losses alone (kernels.route). The price is that training begins worse
-    than the dense model ended. The released CuMo has the weight 1: to have that too, set
+    That one's weight is the router's probability, at first about 1 / E; if it were 1, the router
+    would learn from the auxiliary losses alone (kernels.route). The price is that training begins
+    worse than the dense model ended. The released CuMo has the weight 1: to have that too, set
     `renormalise` in the part's config to True before.
     """
     for part, numbers in counts.items():

@@ -139,7 +139,8 @@ class Contrastive(nn.Module):
     def forward(self, tokens, labels, images, captions):
         """tokens (P, T) the batch's different phrases, labels (B, 1 + N) the phrase of each patch
         (the first label is unused), images (B, 3, S, S), captions (B, T)."""
-        last, features = self.vision.encode(images, both=True)
+        n_layers = self.vision.config.n_layers
+        last, features = self.vision.run_layers(images, n_layers)
         patches = F.normalize(self.patch_head(features).float(), dim=-1)  # (B, N, dim)
         whole = F.normalize(self.image_head(last[:, 0]).float(), dim=-1)  # (B, dim)
         # at most 100, as in CLIP
@@ -492,8 +493,8 @@ def run_stage(args: train.Args, name: str, device):
     n_samples = stage.steps * stage.batch_size
     trained, samples = objective(args, name, model, tokenizer, n_samples)
     say(f"stage {name}: {TITLES[name]}; {stage.steps} steps of {stage.batch_size}, lr {stage.lr:g}")
-    loader = train.loader(samples, stage, args, samples.collate)
-    _, stopped = train.train(args, stage, trained, loader, device)
+    batches_from = train.make_loader(samples, stage, args, samples.collate)
+    _, stopped = train.train(args, stage, trained, batches_from, device)
 
     if train.RANK == 0:
         save_backbones(model, path_of(args, name), tokenizer)

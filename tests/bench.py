@@ -367,7 +367,8 @@ def step_runs(name: str, config: Config, stage: train.Stage, args, batch: dict, 
     slots = CuMo.count_slots(batch["tokens"])
 
     def step():
-        train.begin_gradients(args, model)
+        if args.cuda_graphs:
+            train.zero_replayed_gradients(model)
         for _ in range(n_micro):
             with torch.autocast("cuda", torch.bfloat16, enabled=on_cuda):
                 loss = call(**batch, slots=slots).loss

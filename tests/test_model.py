@@ -199,7 +199,7 @@ def test_features_are_the_select_layers_without_cls(tiny_model, select, n_expert
     want = hidden_states(tower, images)[select][:, 1:]
     for aux in (None, []):                                                   # collecting runs more layers, and changes nothing
         torch.testing.assert_close(tower(images, aux), want, rtol=1e-4, atol=1e-5)
-    last, features = tower.encode(images, both=True)
+    last, features = tower.run_layers(images, tower.config.n_layers)
     torch.testing.assert_close(last, hidden_states(tower, images)[-1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(features, want, rtol=1e-4, atol=1e-5)
 

@@ -393,7 +393,7 @@ def test_text_moe_alone_begins_where_dense_ended(run, tmp_path):
     s = train.settings(args, 3)
     encoded = d.Encoded(d.Drawn(s.kind, s.steps * s.batch_size, args.seed + 3), tokenizer, s.template or c.template,
                         c.vision.image_size, c.n_image_tokens, s.max_length, False)
-    batch = next(iter(train.loader(encoded, s, args, d.collate)(0)))
+    batch = next(iter(train.make_loader(encoded, s, args, d.collate)(0)))
     lm = before.train()(batch["tokens"], batch["images"], labels=batch["labels"]).parts["lm"]
     assert rows(tmp_path / "out")[0]["lm"] == pytest.approx(lm.item(), abs=2e-6)
 

@@ -439,6 +439,6 @@ def test_a_template_is_for_what_is_talked_to_and_fits_before_stage_1(base, tower
 
 
 def test_a_stages_row_is_not_changed_by_a_run():
-    rows_before = {n: dataclasses.replace(stage) for n, stage in train.CUMO.items()}
+    rows_before = {n: dataclasses.replace(stage) for n, stage in train.CUMO_STAGES.items()}
     train.settings(train.parse(["--lr", "connector=1"]), 1).part_lrs["x"] = 1
-    assert train.CUMO == rows_before and train.CUMO[1].part_lrs == {}
+    assert train.CUMO_STAGES == rows_before and train.CUMO_STAGES[1].part_lrs == {}

@@ -679,11 +679,11 @@ def test_the_log_has_the_learning_rate_of_each_step(whole):
 def test_flags_go_over_the_tiny_preset_and_that_over_the_recipe(monkeypatch):
     s = train.settings(train.parse([]), 1)
     assert s.trains == ("connector",) and s.template == "plain" and not s.has_experts                # recipe
-    assert s.lr == train.TINY[1]["lr"] != train.CUMO[1].lr and s.batch_size == train.TINY[1]["batch_size"]
+    assert s.lr == train.TINY[1]["lr"] != train.CUMO_STAGES[1].lr and s.batch_size == train.TINY[1]["batch_size"]
     s = train.settings(train.parse("--lr 0.5 --steps 7 --batch-size 12 --max-length 99 --template vicuna".split()), 1)
     assert (s.lr, s.steps, s.batch_size, s.max_length, s.template) == (0.5, 7, 12, 99, "vicuna")
     s = train.settings(train.parse(["--preset", "cumo-mistral-7b"]), 3)
-    assert s == dataclasses.replace(train.CUMO[3], name=3, has_experts=True, micro_batch=4) and s.lr == 4e-6 and s.batch_size == 256
+    assert s == dataclasses.replace(train.CUMO_STAGES[3], name=3, has_experts=True, micro_batch=4) and s.lr == 4e-6 and s.batch_size == 256
     assert s.routing_losses and not train.settings(train.parse([]), 2).routing_losses
     assert train.settings(train.parse([]), 3).has_experts and not train.settings(train.parse(["--dense"]), 3).has_experts
     micro = lambda *argv: train.settings(train.parse([*argv]), 3).micro_batch
@@ -713,7 +713,7 @@ def test_exactly_what_trains_gets_a_gradient(batch, stage, moe, select):
     reached = small(select, moe)                                                   # all that the loss can reach, by experiment
     reached.train()(**batch).loss.backward()
     reached = {n for n, p in reached.named_parameters() if p.grad is not None}
-    trains = train.CUMO[stage].trains
+    trains = train.CUMO_STAGES[stage].trains
     want = {n for n in reached if n.split(".")[0] in trains}
     model = small(select, moe)
     m.choose_trainable(model, trains)
