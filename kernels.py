@@ -468,9 +468,12 @@ def moe_ffn(x: Tensor, r: Routing, w_in: Tensor, w_out: Tensor, w_gate: Tensor |
     (`moe_parallel`).
 
     ValueError for an unknown backend or activation, a routing of other tokens or over another
-    number of experts, and for "grouped" with another type than bfloat16.
+    number of experts, and for "grouped" with another type than bfloat16. (torch.func's transforms
+    take the loop alone.)
     """
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+    # (float64 stays what it is, as in nn.Linear.)
+    under_autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if under_autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if backend is None:
         backend = "sorted"

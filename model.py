@@ -329,9 +329,9 @@ class VisionTransformer(nn.Module):
         x = self.patch(images).flatten(2).transpose(1, 2)
         n_prefix = self.config.n_prefix_tokens
         if n_prefix:
-            cls = self.cls.to(x.dtype).expand(len(x), 1, -1)  # (n, 1, D)
-            x = torch.cat([cls, x], 1)  # (n, 1 + N, D)
-        x = self.pre_norm(x + self.pos.to(x.dtype))
+            x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1)  # (n, 1 + N, D)
+        # (Under autocast the patches are bfloat16. The sum is float32, as are the positions.)
+        x = self.pre_norm(x + self.pos)
 
         selected = x  # if the select layer lies before all layers
         for i in range(n_layers):
@@ -477,12 +477,13 @@ class Decoder(nn.Module):
         self.checkpointing = False
 
     def forward(self, x, real, routings=None, sample_positions=None, cache=None, positions=None,
-                n_keys=None, run=None):
+                n_keys=None, run=None, last=None):
         """x (B, T, D), real (B, T) False at PAD -> logits (B, T, V). `routings` collects Routings.
 
         With a cache, x is written to it from position 0 on; or to `positions` (B, T), where each
         row has its own, all of them below n_keys. sample_positions: see CuMo.forward. run:
-        run_block compiled, see section 9.
+        run_block compiled, see section 9. last (B,): the place of each row whose logits alone are
+        wanted, (B, V).
 
         Padding needs no attention mask: it lies to the right of every real token, and causal
         attention never looks to the right.
@@ -514,6 +515,8 @@ class Decoder(nn.Module):
         # Many small models have no head of their own: a word's logit is then the product with the
         # word's embedding.
         head = self.embed if self.head is None else self.head
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last]  # (B, D)
         return F.linear(self.norm(x), head.weight)  # (B, T, V)
 
     def apply_expert_limits(self):
@@ -580,8 +583,10 @@ class CuMo(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # A copy, since upcycling changes it and other models may have been built from the same.
+        # A copy, since upcycling changes it and other models may have been built from the same. It
+        # is checked once more, as whoever made it may have changed it since.
         config = copy.deepcopy(config)
+        config.__post_init__()
         vision = config.vision
         audio = config.audio
         dim = config.text.dim
@@ -610,10 +615,11 @@ class CuMo(nn.Module):
 
         The labels stand where the tokens stand; they are shifted here. image_embeds (n, N, D) and
         audio_embeds (m, Q, D): what was encoded before. frames: see average_frames. slots: what
-        count_slots gives; with it, nothing here waits for the device. sample_positions (B, T)
-        int64: each token's place in its sample, where several samples share a row
-        (data.collate_packed); each begins at 0, and none sees another. Its first label must be
-        IGNORE, since the token in front of it belongs to the sample before.
+        count_slots gives; with it, nothing here waits for the device. Give it to a compiled model:
+        while torch.compile traces nothing can be counted, so blanks would not be added.
+        sample_positions (B, T) int64: each token's place in its sample, where several samples share
+        a row (data.collate_packed); each begins at 0, and none sees another. Its first label must
+        be IGNORE, since the token in front of it belongs to the sample before.
         ValueError where the slots and the features do not match.
         """
         # 1. How many slots are there? To count on a GPU is to wait for it, so do it first.
@@ -748,6 +754,7 @@ class CuMo(nn.Module):
         check_prompt(tokens, max_new_tokens, self.config.text.max_positions, too_long)
 
         # 1. The senses see and hear once.
+        slots = self.count_slots(tokens)
         if images is not None and len(images):
             image_embeds = self.encode_images(images, None, frames)  # (n, N, D)
         if audio is not None and len(audio):
@@ -760,7 +767,8 @@ class CuMo(nn.Module):
         length = (tokens != PAD).sum(1)  # (B,)
         if compile:
             tokens, n_cache = pad_to_rungs(tokens, n_cache)
-        x = self.embed(tokens, image_embeds, audio_embeds)  # (B, T, D)
+        x = self.embed(tokens, image_embeds, audio_embeds, slots)  # (B, T, D)
+        check_all_met(self.config, slots, images, audio, frames)
         run_prompt, run_token, cache = prepare_steps(self, x, n_cache, compile)
 
         # 3. The whole prompt at once, then one token after the other.
@@ -913,7 +921,8 @@ class AudioConfig:
 
 def sinusoids(length, dim, device=None):
     """Whisper's positions (length, dim): sines, then cosines, wavelengths 2 pi to 20000 pi."""
-    freq = 1e4 ** -torch.linspace(0, 1, dim // 2, device=device)  # (dim / 2,)
+    exponent = torch.linspace(0, 1, dim // 2, device=device, dtype=torch.float32)
+    freq = 1e4 ** -exponent  # (dim / 2,)
     angle = torch.arange(length, device=device).unsqueeze(1) * freq  # (length, dim / 2)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
@@ -1156,8 +1165,7 @@ def write_keys(cache, positions, k, v, n_keys):
 def prefill(text, x, real, last, cache, run=None):
     """The prompt x (B, T, D), and last (B,), where each row's last token stands -> its logits
     (B, V)."""
-    logits = text(x, real, cache=cache, run=run)  # (B, T, V)
-    return logits[torch.arange(len(x), device=x.device), last]
+    return text(x, real, cache=cache, run=run, last=last)
 
 
 def decode(text, token, position, cache, n_keys, run=None, real=None):
@@ -1416,7 +1424,10 @@ def adapted(model):
 
 @torch.no_grad()
 def merge_lora(model, on=True):
-    """W += scale * B A, and the adapters rest. on=False takes that back, up to rounding."""
+    """W += scale * B A, and the adapters rest. on=False takes that back, up to rounding.
+
+    A state dict that is taken meanwhile counts BA twice in another model: take merge_state's.
+    """
     for module, name, lora in adapted(model):
         if lora.merged != on:
             w = module.parametrizations[name].original
@@ -1477,7 +1488,10 @@ def choose_trainable(model, trains):
     else.
 
     Weights that no loss reaches stay frozen even then: DDP insists on a gradient for all others.
+    ValueError for a model with LoRA adapters: add them afterwards, as they freeze what is below.
     """
+    if adapted(model):
+        raise ValueError("this model has LoRA adapters: choose what trains before add_lora")
     model.requires_grad_(False)
     for part in trains:
         for p in part_parameters(model, part):
@@ -1578,11 +1592,13 @@ def fill_in(config):
         setattr(config, name, part)
         check_fields(name + ".", kind, vars(part))
 
-        # The ear is dense. One number of experts holds for all layers.
-        if name == "audio":
-            part.n_experts = 0
+        # One number of experts holds for all layers.
         if name != "connector" and isinstance(part.n_experts, int):
             part.n_experts = [part.n_experts] * part.n_layers
+        if name == "audio":
+            if any(part.n_experts):
+                raise ValueError(f"audio.n_experts = {part.n_experts}: the ear is dense, so 0")
+            part.n_experts = [0] * part.n_layers
         check_experts(name, part)
     if config.text.head_dim is None:
         config.text.head_dim = config.text.dim // config.text.n_heads
@@ -1721,9 +1737,9 @@ def check_even(where, part, name):
 
 
 def check_shape(what, x, shape):
-    if x.shape[1:] != shape:
-        raise ValueError(f"{what} {tuple(x.shape)}, the model takes (n, "
-                         f"{', '.join(map(str, shape))})")
+    if x.shape[1:] != shape or not x.is_floating_point():
+        raise ValueError(f"{what} {tuple(x.shape)} {x.dtype}, the model takes (n, "
+                         f"{', '.join(map(str, shape))}) of a float type (see data.py)")
 
 
 def check_frames(frames, n_images):
@@ -1750,6 +1766,26 @@ def check_slots(config, slots, image_embeds, audio_embeds):
     if n_heard != n_audio_slots and (n_audio_slots or n_heard != config.n_audio_tokens):
         raise ValueError(f"tokens have {n_audio_slots} AUDIO slots, the sounds give {n_heard} "
                          f"features ({config.n_audio_tokens} a chunk)")
+
+
+def check_all_met(config, slots, images, audio, frames):
+    """In generation, what is given without slots must be blank: the answer would ignore it, without
+    a word."""
+    n_image_slots, _, n_audio_slots = slots
+    if images is not None and config.vision is not None:
+        n_met = n_image_slots // config.n_image_tokens
+        if frames is not None:
+            n_met = int(frames[:n_met].sum())
+        if len(images) > n_met and images[n_met:].any():
+            raise ValueError(f"{len(images)} images were given, and the tokens have slots for "
+                             f"{n_met}: each wants {config.n_image_tokens} times IMAGE where the "
+                             "text speaks of it")
+    if audio is not None and config.audio is not None:
+        n_met = n_audio_slots // config.n_audio_tokens
+        if len(audio) > n_met and audio[n_met:].any():
+            raise ValueError(f"{len(audio)} chunks of sound were given, and the tokens have slots "
+                             f"for {n_met}: each wants {config.n_audio_tokens} times AUDIO where "
+                             "the text speaks of it")
 
 
 def misplaced(tokens):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels import FFN
-from model import MoE, CuMo, adapted, add_lora, count_parameters, drop_lora, merge_lora, merge_state, plain_name, rope_table
+from model import MoE, CuMo, adapted, add_lora, choose_trainable, count_parameters, drop_lora, merge_lora, merge_state, plain_name, rope_table
 from upcycle import load, save, upcycle
 
 TOKENS = torch.tensor([[7, 1, 2, 30, 9, 3], [5, 6, 2, 2, 11, 8]])
@@ -189,3 +189,9 @@ def test_errors(tiny_model):
         upcycle(model, text=4)
     drop_lora(model)
     assert isinstance(upcycle(model, text=4).text.layers[0].ffn, MoE) and not isinstance(model.text.layers[0].ffn, FFN)
+
+
+def test_what_trains_is_chosen_before_the_adapters_are_added(tiny_model):
+    model = add_lora(tiny_model(), 2, 4)
+    with pytest.raises(ValueError, match="choose what trains before add_lora"):
+        choose_trainable(model, ["text.ffn"])

@@ -801,3 +801,68 @@ def test_tall_matrices_by_columns_are_the_same_model(tiny_model):
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
     torch.testing.assert_close(model(tokens).logits, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(tokens, max_new_tokens=5), said)
+
+
+def test_a_picture_or_sound_that_has_no_slots_is_not_ignored_by_an_answer(tiny_model):
+    model = tiny_model(audio=dict(n_mels=5, n_frames=12, dim=16, n_layers=1, n_heads=2, ffn_dim=24, n_queries=3))
+    text, images, mel = tokens_of([7, 8, 9]), torch.randn(2, 3, 16, 16), torch.randn(1, 5, 12)
+    one = tokens_of([5, 6], ["I", 3])                                        # one picture a row, as elsewhere: the second row's is the second
+    for tokens, kw, words in ((text, dict(images=images[:1]), "1 images were given, and the tokens have slots for 0"),
+                              (one, dict(images=images), "2 images were given, and the tokens have slots for 1"),
+                              (one, dict(images=torch.cat([images, images]), frames=torch.tensor([3, 1])), "4 images .* slots for 3"),
+                              (text, dict(audio=mel), "1 chunks of sound were given, and the tokens have slots for 0")):
+        with pytest.raises(ValueError, match=words):
+            model.generate(tokens, max_new_tokens=2, **kw)
+    model.generate(text, torch.zeros(1, 3, 16, 16), torch.zeros(1, 5, 12), max_new_tokens=2)
+    model.generate(one, torch.cat([images[:1], torch.zeros(1, 3, 16, 16)]), max_new_tokens=2)
+
+
+def test_pictures_whose_values_were_not_normalised_are_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"torch.uint8, the model takes \(n, 3, 16, 16\) of a float type"):
+        tiny_model()(tokens_of(["I"]), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_under_autocast_the_towers_stream_is_float32_as_the_decoders(tiny_model, pre_norm):
+    model, seen = tiny_model(vision=dict(pre_norm=pre_norm, select_layer=-1)), {}
+    for name, block in (("tower", model.vision.layers[0]), ("decoder", model.text.layers[0])):
+        block.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens_of(["I", 3]), torch.randn(1, 3, 16, 16))
+    assert seen["decoder"] == torch.float32 and (pre_norm or seen["tower"] == torch.float32)
+
+
+def test_a_configuration_that_was_changed_is_checked_when_a_model_is_built(tiny_config):
+    config = tiny_config()
+    config.text.n_layers += 1
+    with pytest.raises(ValueError, match="text.n_experts lists"):
+        CuMo(config)
+    config = tiny_config()
+    config.text.n_experts = 4
+    assert all(isinstance(layer.ffn, M.MoE) for layer in CuMo(config).text.layers)
+
+
+def test_experts_in_the_ear_are_refused(tiny_config):
+    with pytest.raises(ValueError, match=r"audio.n_experts = \[4\]: the ear is dense"):
+        tiny_config(audio=dict(n_mels=5, n_frames=12, dim=16, n_layers=1, n_heads=2, ffn_dim=24, n_queries=3, n_experts=4))
+
+
+def test_an_ears_positions_are_exact_whatever_type_weights_have_by_default():
+    want = M.sinusoids(1500, 64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(M.sinusoids(1500, 64), want) and want.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_prompts_logits_are_made_for_its_last_place_alone(tiny_model, monkeypatch):
+    model, real, sizes = tiny_model(vision=None), F.linear, []
+
+    def linear(x, w, *args):
+        if w is model.text.head.weight:
+            sizes.append(tuple(x.shape[:-1]))
+        return real(x, w, *args)
+    monkeypatch.setattr(F, "linear", linear)
+    model.generate(tokens_of([7, 8, 9, 3], [5, 6]), max_new_tokens=2)
+    assert sizes == [(2,), (2, 1)]
