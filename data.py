@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 # `tokens` holds ids of text, which are >= 0, and these. (model.py knows the same numbers.)
@@ -286,7 +286,7 @@ class Encoded(torch.utils.data.Dataset):
 
 def collate(samples):
     """Items of `Encoded` -> {"tokens" (B, T), "labels" (B, T), "images" (n, 3, S, S), "broken":
-    [messages], "truncated": how many}. The images of all samples follow each other.
+    [messages], "replaced" and "truncated": how many}. The images of all samples follow each other.
 
     For a model that hears there is also "audio", and with a video "frames": see `add_sounds` and
     `add_frames`.
@@ -303,6 +303,8 @@ def collate(samples):
         "labels": pad_rows([sample["labels"] for sample in samples], IGNORE),
         "images": torch.cat(images + blanks),
         "broken": [message for sample in samples for message in sample["broken"]],
+        # Where several broken ones follow each other, an item has the messages of all of them.
+        "replaced": sum(len(sample["broken"]) > 0 for sample in samples),
         "truncated": sum(sample["truncated"] for sample in samples),
     }
     add_sounds(batch, samples)
@@ -661,6 +663,7 @@ def tokenize(pieces, tokenizer):
     text = "".join(piece.text for piece in pieces)
     typed = [piece.typed for piece in pieces for _ in piece.text]  # one a character
     specials = special_tokens(tokenizer)
+    unknown = unknown_token(tokenizer)
 
     spans = []
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -671,9 +674,10 @@ def tokenize(pieces, tokenizer):
             last = first + 1
 
         # A "</s>" that somebody typed is a word, and does not end anything. (Its span may begin
-        # with a blank. So look where the mark itself begins.)
+        # with a blank. So look where the mark itself begins.) And "<unk>" is no mark: it stands for
+        # a character that the tokenizer does not know.
         ids = [token]
-        if token in specials:
+        if token in specials and specials[token] != unknown:
             span = text[first:last]
             begin = first + max(0, span.find(specials[token]))
             if typed[begin]:
@@ -687,6 +691,15 @@ def special_tokens(tokenizer):
     # Some tokenizers do not say so of their templates' marks.
     added = tokenizer.get_added_tokens_decoder().items()
     return {i: token.content for i, token in added if token.special or token.content in MARKS}
+
+
+@functools.lru_cache(4)
+def unknown_token(tokenizer):
+    """The text of the token for characters that it does not know, "<unk>"; or None."""
+    described = json.loads(tokenizer.to_str())["model"]
+    if described.get("unk_id") is not None:
+        return described["vocab"][described["unk_id"]][0]
+    return described.get("unk_token")
 
 
 @functools.lru_cache(4)
@@ -709,7 +722,8 @@ def spell_out(text, tokenizer):
     transformers' tokenizers take them for marks, unless told split_special_tokens.)
     """
     ids = without_marks(tokenizer).encode(text, add_special_tokens=False).ids
-    if special_tokens(tokenizer).keys() & set(ids):
+    marks = special_tokens(tokenizer)
+    if any(marks.get(token, unknown_token(tokenizer)) != unknown_token(tokenizer) for token in ids):
         raise ValueError(f"{text!r} is a mark, which this tokenizer cannot write as text; leave it "
                          "out")
     return ids
@@ -1133,7 +1147,10 @@ def frames_in(folder, where):
     def text_and_numbers(name):
         return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        names = []
     names = [name for name in names if name.lower().endswith(FRAMES)]
     if not names:
         raise ValueError(f"{where}: {folder}: no folder of frames; `ffmpeg -i FILE -r 1 "
@@ -2091,7 +2108,10 @@ def check_file(path):
         return
     if os.path.exists(path):
         raise ValueError(f"{path}: is a folder, a pipe or a device; a file is wanted")
-    raise ValueError(f"{path}: no such file; check the path, and --images")
+    if str(path).startswith(("data:", "http:", "https:")):
+        raise ValueError(f"{path!s:.60}: pictures and sounds are read from files; save it as one, "
+                         "and give its path")
+    raise ValueError(f"{path!s:.300}: no such file; check the path, and --images")
 
 
 def check_picture_size(width, height):
@@ -2106,14 +2126,31 @@ def check_picture_size(width, height):
                          "30,000 pixels; cut it into parts")
 
 
+# What EXIF calls 2 to 8, undone.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def turn_upright(image):
-    """Cameras store the picture as they were held, and in the EXIF data how to turn it."""
+    """Cameras store the picture as they were held, and in the EXIF data how to turn it.
+
+    (ImageOps.exif_transpose also writes these data anew, and fails where any other entry is odd.)
+    """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return image if orientation == 1 else ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
         # Damaged EXIF data, of which Pillow has errors of many kinds, say nothing.
         return image
+    if orientation not in TURNS:
+        return image
+    return image.transpose(TURNS[orientation])
 
 
 def with_8_bits(image, opened):
@@ -2130,6 +2167,10 @@ def with_8_bits(image, opened):
         # A PNG may say which gray is clear: that becomes white.
         gray = np.where(gray == opened.info.get("transparency"), 2 ** bits - 1, gray)
         return Image.fromarray((gray >> (bits - 8)).astype(np.uint8))
+    # Of a PNG with 16 bits a color, Pillow keeps the upper 8, but all of the color that is clear.
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     # Nothing says which of these numbers is black and which is white.
     if image.mode in ("I", "F"):
         raise ValueError("its pixels are signed or have 32 bits, which does not say what is white; "

@@ -946,7 +946,7 @@ def count(micro_batches, n_signals, device):
         for message in batch["broken"]:
             tqdm.write(f"broken sample replaced: {message}", file=sys.stdout)
         total += torch.tensor([batch["n_labels"], batch["n_images"], batch["n_tokens"],
-                               len(batch["broken"]), batch["truncated"], 0])
+                               batch["replaced"], batch["truncated"], 0])
     # The same numbers in all processes; so they also agree on when to stop.
     return Totals(*sum_over_processes(total, device).tolist())
 

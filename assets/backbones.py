@@ -191,6 +191,7 @@ class Regions(torch.utils.data.Dataset):
             "images": torch.stack([data.load_image(s["images"][0], self.wanted) for s in samples]),
             "captions": data.pad_rows([ids + end for ids in captions], PAD),
             "broken": [],
+            "replaced": 0,
             "truncated": 0,
         }
 
@@ -362,6 +363,7 @@ class Described(torch.utils.data.Dataset):
             "bags": bags(images, self.n),
             "images": [],
             "broken": [],
+            "replaced": 0,
             "truncated": 0,
         }
         if self.n_audio:
@@ -418,6 +420,7 @@ class Sounds(torch.utils.data.Dataset):
             "audio": torch.cat(audio),
             "images": [],
             "broken": [],
+            "replaced": 0,
             "truncated": 0,
         }
 

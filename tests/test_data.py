@@ -99,11 +99,12 @@ GRAY = {"PNG": lambda: stored(Image.fromarray(RAMP), "PNG"), "TIFF": lambda: sto
         "in memory": lambda: Image.fromarray(RAMP), "16-bit RGB": lambda: Image.open(io.BytesIO(png(RAMP)))}
 
 
-def png(gray, clear=None):
-    """A PNG of 16 bits a color, which Pillow cannot write; or with a level that is clear, of 16 bits of gray."""
+def png(gray, clear=None, colors=False):
+    """A PNG of 16 bits a color, which Pillow cannot write; or with a level that is clear, of 16 bits of gray (or of each of three equal colors)."""
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    kind, repeats, marked = (2, 3, b"") if clear is None else (0, 1, chunk(b"tRNS", struct.pack(">H", clear)))
+    kind, repeats = (2, 3) if clear is None or colors else (0, 1)
+    marked = b"" if clear is None else chunk(b"tRNS", struct.pack(">H", clear) * repeats)
     rows = b"".join(b"\0" + np.repeat(row, repeats).astype(">u2").tobytes() for row in gray)
     header = struct.pack(">IIBBBBB", *gray.shape, 16, kind, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + marked + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -138,6 +139,12 @@ def test_clear_gray_of_16_bits_becomes_white():
     assert np.abs(got[0, 0] - 255).max() < 1e-3 and np.abs(got[0, 1] - (RAMP[0, 1] >> 8)).max() < 1e-3
 
 
+def test_a_clear_color_of_16_bits_becomes_white():
+    pixels = np.array([[0x1234, 0x0034, 0x3412, 0xff00]] * 4, np.uint16)
+    got = levels(Image.open(io.BytesIO(png(pixels, clear=0x1234, colors=True))), 4)[0, :, 0]
+    assert np.abs(got - (255, 0x00, 0x34, 0xff)).max() < 1e-3
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Failed to decode frame 0"), NotImplementedError("pixel format"), struct.error("too short")])
 def test_whatever_pillow_raises_is_a_value_error(error, monkeypatch, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
@@ -154,6 +161,19 @@ def test_32_bits_a_pixel_are_refused_by_name(pixels, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "depth.tiff")
     with pytest.raises(ValueError, match="depth.tiff: .*32 bits.*save it with 8 or 16"):
         d.load_image(tmp_path / "depth.tiff", 16)
+
+
+def test_a_picture_is_turned_though_another_entry_of_its_exif_data_is_odd(tmp_path):
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHIHHHHI", 8, 2, 274, 3, 1, 6, 0, 282, 2, 3) + b"72\0\0" + bytes(4)
+    Image.new("RGB", (40, 20)).save(tmp_path / "odd.jpg", exif=exif)
+    assert d.open_image(tmp_path / "odd.jpg").size == (20, 40)
+
+
+@pytest.mark.parametrize("name", ["data:image/png;base64," + "A" * 10_000, "https://x.org/a.png"])
+def test_a_picture_that_is_no_file_is_refused_in_few_words(name):
+    with pytest.raises(ValueError, match="read from files; save it as one") as e:
+        d.load_image(name, 16)
+    assert len(str(e.value)) < 200
 
 
 # How EXIF's eight orientations are made of an upright picture: what undoes each.
@@ -541,6 +561,22 @@ def test_marks_that_somebody_types_are_text(template, kind, tokenizer):
     assert not t.encode_special_tokens
 
 
+@pytest.mark.parametrize("kind", ["BPE", "WordLevel", "Unigram"])
+def test_a_character_that_the_tokenizer_does_not_know_is_no_mark(kind):
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "BPE":
+        t, trainer = Tokenizer(models.BPE(unk_token="<unk>")), trainers.BpeTrainer(vocab_size=60, special_tokens=special)
+    elif kind == "WordLevel":
+        t, trainer = Tokenizer(models.WordLevel(unk_token="<unk>")), trainers.WordLevelTrainer(special_tokens=special)
+    else:
+        t, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(vocab_size=40, special_tokens=special, unk_token="<unk>")
+    t.pre_tokenizer = pre_tokenizers.Metaspace()
+    t.train_from_iterator(["USER: What is it? ASSISTANT: A red ring."] * 5, trainer)
+    ids, labels = d.encode_chat(turns(["What is 猫?", "A 猫 ring."]), t, "vicuna", 1)
+    assert ids.count(t.token_to_id("<unk>")) >= 2 and t.token_to_id("<unk>") in labels
+    assert ids.count(t.token_to_id("</s>")) == 1 and labels[-1] == t.token_to_id("</s>")       # the template's own
+
+
 def test_a_mark_is_a_mark_while_another_thread_spells_it_out(tokenizer):
     stop = []
 
@@ -880,6 +916,21 @@ def test_broken_sample_is_reported_and_replaced_by_its_successor(kind, tokenizer
         encoded([good, bad], tokenizer, strict=True)[1]
     with pytest.raises(ValueError, match=f"in a row are broken.*{message}"):
         encoded([bad], tokenizer)[0]
+
+
+def test_broken_ones_that_follow_each_other_are_counted_once_each(tokenizer):
+    good, bad = item([BLUE], ("<image>\nWhat?", "Blue.")), BROKEN[min(BROKEN)][0]
+    data = encoded([good, bad, bad, bad, good], tokenizer)
+    batch = d.collate([data[i] for i in range(5)])
+    assert batch["replaced"] == 3 and len(batch["broken"]) == 1 + 2 + 3
+
+
+def test_a_folder_of_frames_that_may_not_be_read_is_a_broken_sample(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(ValueError, match="sample 3: .*no folder of frames"):
+        d.frames_in(str(tmp_path), "sample 3")
 
 
 def test_broken_json_sample_is_reported_by_file_and_place(tmp_path, tokenizer):
