@@ -2955,8 +2955,11 @@ def check_given(args):
             raise ValueError(f"{name} is about experts, and this run makes none: leave it out (or "
                              "--dense, or see --stage)")
 
-    if args.lora_alpha and not args.lora_rank and args.recipe != "uni-moe":
+    has_rank = args.lora_rank or (args.lora_rank is None and args.recipe == "uni-moe")
+    if args.lora_alpha and not has_rank:
         raise ValueError("--lora-alpha does nothing without --lora-rank")
+    if args.noisy_gate and args.top_k == 1:
+        raise ValueError("--noisy-gate draws the choices after the first, and --top-k 1 has none")
     hearing = {"audio", "resampler"} & set((args.trains or "").split(","))
     from_scratch = args.stage is None and args.init is None
     if hearing and from_scratch and args.recipe != "uni-moe":

@@ -22,6 +22,8 @@ import math
 import os
 import pickle
 import re
+import shutil
+import stat
 import sys
 import warnings
 import zipfile
@@ -114,7 +116,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     decoder's experts (`mix_experts`). Without `text`, in all layers. real_routers: a model on meta,
     whose other weights come later, gets its routers now.
     With top_k=1, or renormalise=False in the config, the output changes: see warn_of_weights.
-    Raises ValueError for what cannot be done, before anything changes.
+    Raises ValueError for what cannot be done, before anything changes; of `experts`, whose tensors
+    are read one by one, a damaged folder may be noticed later.
     """
     # Uni-MoE: as many experts as there are models to put together.
     sources = []
@@ -128,6 +131,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     # A generator of its own: the same routers in every process.
     generator = torch.Generator().manual_seed(seed)
     for part, numbers in counts.items():
+        if not any(numbers):
+            continue
         config = getattr(model.config, part)
         # Only the decoder's experts can have a capacity.
         limits = {"renormalise": config.renormalise}
@@ -225,7 +230,7 @@ def ffn_owners(model, part):
 def open_sources(model, experts, average):
     """For each model to be put together, a stream of (our name, None, tensor).
 
-    All of them are compared with the model before the first tensor is read.
+    The sizes of all of them are compared with the model's before the first tensor is read.
     """
     on_meta = next(model.parameters()).is_meta
     if not experts or on_meta or any(model.config.text.n_experts):
@@ -603,8 +608,9 @@ def rescaled(top_k):
 def rotary_fields(theirs, kind):
     """rope_theta and rope_scaling, from the older style of config (rope_theta and rope_scaling
     apart) or the current one (rope_parameters)."""
+    # Where both are there, transformers takes the older one, too: somebody has added it.
+    rope = read_object(theirs, "rope_scaling") or read_object(theirs, "rope_parameters")
     # The type had another key in early files.
-    rope = read_object(theirs, "rope_scaling") | read_object(theirs, "rope_parameters")
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling not in ("default", "llama3"):
         raise ValueError(f"rotary scaling {scaling!r} is not supported; known: default, llama3")
@@ -621,18 +627,20 @@ def sliding_window(theirs, kind, n_layers):
     if kind == "llama":
         return None
     window = theirs.get("sliding_window", None if kind == "mixtral" else 4096)
-    if kind not in ("qwen2", "qwen3"):
+    layers = theirs.get("layer_types")
+    is_qwen = kind in ("qwen2", "qwen3")
+    if not is_qwen and not (kind == "mistral" and layers):
         return window
 
     # Qwen switches it on by another key, and from some layer on.
+    is_on = theirs.get("use_sliding_window") if is_qwen else True
     first = theirs.get("max_window_layers", 28)
     said = f"max_window_layers = {first}"
-    layers = theirs.get("layer_types")
     if layers:
-        # The newer way to say it, layer by layer, which counts.
+        # The newer way to say it, layer by layer, which counts. (A Mistral with it is a Ministral.)
         first = layers.count("full_attention")
         said = "layer_types of both kinds"
-    if not theirs.get("use_sliding_window") or first >= n_layers:
+    if not is_on or first >= n_layers:
         return None
     if window and first > 0:
         raise ValueError(f"{said}: a sliding window in some layers only is not supported")
@@ -688,22 +696,25 @@ def read_transformers_llava(theirs, shapes, path):
     if kind not in DECODERS:
         raise ValueError(f"a decoder of type {kind} is not supported; supported: "
                          f"{', '.join(DECODERS.values())}")
-    # "default" drops the first token, which is CLIP's CLS.
     siglip = is_siglip(shapes)
-    strategy = theirs.get("vision_feature_select_strategy", "default")
-    if strategy != ("full" if siglip else "default"):
-        raise ValueError(PATCHES_ONLY)
-
     preprocessor = read_preprocessor(path)
     pads = preprocessor.get("do_pad") or not (preprocessor or siglip)
     pictures = picture_fields(preprocessor, "pad" if pads else "square", siglip)
     vision = vision_config(read_object(theirs, "vision_config"), shapes, post_norm=False,
                            select_layer=theirs.get("vision_feature_layer", -2), **pictures)
+    # "default" drops the first token, which is CLIP's CLS.
+    strategy = theirs.get("vision_feature_select_strategy", "default")
+    if strategy != ("full" if siglip else "default"):
+        raise ValueError(PATCHES_ONLY)
     connector = ConnectorConfig(act=theirs.get("projector_hidden_act", "gelu"))
 
-    # The whole model decides whether the head is tied, whatever the decoder's own config says.
+    # A head that is there counts, whatever is said of it.
     text = text | read_keys(theirs, START_AND_END)
-    text["tie_word_embeddings"] = "lm_head.weight" not in shapes
+    is_tied = theirs.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    text["tie_word_embeddings"] = bool(is_tied) and "lm_head.weight" not in shapes
+    # In a LLaVA, transformers heeds no layer_types of a Mistral.
+    if kind == "mistral":
+        text.pop("layer_types", None)
     # BakLLaVA is a LLaVA-1.5 around a Mistral, and is asked as LLaVA-1.5 is.
     template = "vicuna" if kind == "mistral" else TEMPLATE_OF[kind]
     return Config(vision, connector, text_config(text, shapes, kind), template=template)
@@ -895,6 +906,11 @@ def read_config(theirs, shapes, path, tokenizer):
     if is_own(theirs):
         return read_own(theirs)
 
+    quantized = theirs.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"quantization_config: this model is quantized ({method}); dequantize it "
+                         "first, and save it as bfloat16 without that key")
     file = join(path, "generation_config.json")
     if exists(file):
         theirs = theirs | read_keys(read_json(file), START_AND_END)
@@ -908,6 +924,7 @@ def read_config(theirs, shapes, path, tokenizer):
     config = reader(theirs, shapes, path)
     if not isinstance(config, Config):
         return config
+    drop_unknown_marks(config.text)
 
     # Our own key in the configs that section 4 writes. Without it, the marks that the tokenizer
     # knows tell more than the architecture: SmolLM2 is a LLaMA that ends answers with <|im_end|>.
@@ -916,6 +933,18 @@ def read_config(theirs, shapes, path, tokenizer):
     if tokenizer is not None:
         config.template = data.template_for(tokenizer, config.template)
     return config
+
+
+def drop_unknown_marks(text):
+    """A start or end token that has no row in the embedding never comes. (Small models that were
+    cut out of larger ones still name it.)"""
+    unknown = [token for token in [text.start_token, *text.end_tokens]
+               if token is not None and token >= text.vocab_size]
+    if unknown:
+        warnings.warn(f"config.json names {unknown} as start and end tokens, and the embedding has "
+                      f"{text.vocab_size} rows: they are left out")
+        text.end_tokens = [token for token in text.end_tokens if token not in unknown]
+        text.start_token = None if text.start_token in unknown else text.start_token
 
 
 def read_json(file):
@@ -1332,12 +1361,46 @@ def save(model: CuMo, folder: str, tokenizer=None, state=None, layout: str = "ow
 
     # A layout that cannot hold the model has raised its error by now.
     os.makedirs(folder, exist_ok=True)
-    save_tensors(folder, tensors)
-    if tokenizer is not None and layout != "hf-clip":
-        save_tokenizer(tokenizer, folder)
-    for file, described in files.items():
-        write_json(join(folder, file), described)
+    with staged(folder) as new:
+        save_tensors(new, tensors)
+        if tokenizer is not None and layout != "hf-clip":
+            save_tokenizer(tokenizer, new)
+        for file, described in files.items():
+            write_json(join(new, file), described)
     return sum(tensor.numel() for tensor in tensors.values())
+
+
+@contextlib.contextmanager
+def staged(folder):
+    """A new folder inside of `folder` to write a model into. Its files then take their places at
+    once, so that a kill before leaves an older model whole, and never the weights of one with the
+    configuration of another."""
+    new = join(folder, f"new.{os.getpid()}.tmp")
+    remove_leftovers(join(folder, "new"))
+    os.mkdir(new)
+    try:
+        yield new
+        # Without config.json, nobody takes what is there in between for a model.
+        Path(folder, "config.json").unlink(missing_ok=True)
+        names = os.listdir(new)
+        for name in os.listdir(folder):
+            if is_of_older_model(name, names):
+                os.remove(join(folder, name))
+        for name in sorted(names, key="config.json".__eq__):  # that as the last one
+            remove_leftovers(join(folder, name))
+            os.replace(join(new, name), join(folder, name))
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def is_of_older_model(name, names):
+    """A file beside those of a new model that somebody would read: weights, an index of shards, or
+    how a picture is prepared."""
+    if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name):
+        return name not in names
+    # Transformers reads it before preprocessor_config.json.
+    return (name == "processor_config.json" and name not in names
+            and "preprocessor_config.json" in names)
 
 
 # What transformers keeps beside a tokenizer.json. Nothing of it is used here, but it goes along.
@@ -1381,14 +1444,10 @@ def save_tensors(folder, tensors):
         weight_map |= dict.fromkeys(shard, file)
 
     # Which file holds a tensor.
-    index = join(folder, "model.safetensors.index.json")
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    # What is there of the other kind belongs to an older model.
-    other = index if len(shards) == 1 else join(folder, "model.safetensors")
-    if exists(other):
-        os.remove(other)
+        write_json(join(folder, "model.safetensors.index.json"),
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_tensors(file, tensors, **header):
@@ -1405,24 +1464,27 @@ def write_atomically(path, write):
     remove_leftovers(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
+        # Who may read it? As of any new file. (Safetensors writes files that others cannot read.)
+        Path(temporary).touch()
+        mode = stat.S_IMODE(os.stat(temporary).st_mode)
         write(temporary)
         # The content must be on the disk before the name points to it.
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        # Safetensors writes files that others cannot read.
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
 def remove_leftovers(path):
-    """Remove the temporary files of processes that were killed while they wrote this file."""
+    """Remove what processes left that were killed while they wrote this file or folder."""
     folder, file = os.path.split(path)
     for name in os.listdir(folder or "."):
         match = re.fullmatch(re.escape(file) + r"\.(\d{1,9})\.tmp", name)
         if match and not is_alive(int(match[1])):
             # Another process may have been faster.
+            shutil.rmtree(join(folder, name), ignore_errors=True)
             with contextlib.suppress(OSError):
                 os.remove(join(folder, name))
 
@@ -1672,11 +1734,19 @@ def copy_into_shard(param, expert, tensor):
         here[i].copy_(source[i])
 
 
+UNMERGED = ("adapters alone (adapter_config.json); merge them into their model first (peft's "
+            "merge_and_unload), and name the folder of that")
+# Of a repository on the hub: what lies in its folders, and weights in other forms.
+OTHER_FORMS = ["*/*", "consolidated*", "model.fp*", "pytorch_model.fp*"]
+
+
 def local_folder(path, with_weights=True):
     """The folder itself, or where huggingface_hub keeps a model that it has downloaded for a name
     on the hub ("shi-labs/CuMo-mistral-7b")."""
     if os.path.isfile(join(path, "config.json")):
         return path
+    if os.path.isfile(join(path, "adapter_config.json")):
+        raise ValueError(f"{path}: {UNMERGED}")
     # Nobody's models on the hub are called out/...; that is where train.py writes.
     if exists(path) or not re.fullmatch(r"(?!out/)[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no model folder (no config.json in it); train one with `python "
@@ -1686,10 +1756,12 @@ def local_folder(path, with_weights=True):
     from huggingface_hub import snapshot_download
     try:
         if not with_weights:
-            return snapshot_download(path, allow_patterns=["*.json"])
-        folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-        if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-            folder = snapshot_download(path, allow_patterns=["*.json", "*.bin", "*.jinja"])
+            return snapshot_download(path, allow_patterns=["*.json"], ignore_patterns=OTHER_FORMS)
+        for weights in ("*.safetensors", "*.bin"):
+            folder = snapshot_download(path, allow_patterns=["*.json", "*.jinja", weights],
+                                       ignore_patterns=OTHER_FORMS)
+            if any(name.endswith(weights[1:]) for name in os.listdir(folder)):
+                break
         return folder
     except Exception as e:
         # No network, no such repository, no permission...
@@ -1711,7 +1783,12 @@ def weight_files(path, theirs):
     files = main_files(path)
     if not files:
         hint = ""
-        if is_multimodal(theirs):
+        others = [name for name in sorted(os.listdir(path)) if name.endswith(".safetensors")]
+        if exists(join(path, "adapter_config.json")):
+            hint = f"; it holds {UNMERGED}"
+        elif others and not is_multimodal(theirs):
+            hint = f"; there is {others[0]}: rename it, if these are the weights that are meant"
+        elif is_multimodal(theirs):
             hint = "; adapters, or a connector alone, must first be merged with their decoder"
         raise ValueError(f"{join(path, 'model.safetensors')}: missing{hint}")
     if not is_multimodal(theirs):
@@ -1854,7 +1931,8 @@ def check_vocabulary(tokenizer, config, where):
     if highest >= config.text.vocab_size:
         raise ValueError(f"{where}: its ids go up to {highest}, the decoder's embedding has "
                          f"{config.text.vocab_size} rows (text.vocab_size), from 0 on; this "
-                         "tokenizer belongs to another model")
+                         "tokenizer belongs to another model, or got tokens for which the "
+                         "embedding must be enlarged first")
 
 
 # -------------------------------------------------------------------------------------------------

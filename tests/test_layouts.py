@@ -325,6 +325,55 @@ def test_where_qwen_lists_its_layers_the_list_counts(hf, kinds, tmp_path):
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kinds", [["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]])
+@torch.no_grad()
+def test_a_mistral_that_lists_its_layers_is_a_ministral(hf, kinds, tmp_path):
+    reference = hf("mistral")
+    store(reference.model, tmp_path, STORES[0])
+    edit_json(tmp_path / "config.json", lambda cfg: cfg.update(layer_types=kinds))
+    if len(set(kinds)) > 1:
+        with pytest.raises(ValueError, match="in some layers only"):
+            load(tmp_path)
+        return
+    t = sys.modules["transformers"]
+    theirs, tokens = t.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), torch.arange(20)[None] % 30
+    torch.testing.assert_close(load(tmp_path)[0](tokens).logits, theirs(tokens).logits, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2"])
+@torch.no_grad()
+def test_rope_scaling_that_somebody_added_counts_as_in_transformers(hf, name, tmp_path):
+    reference = hf(name)
+    store(reference.model, tmp_path, STORES[0])
+    edit_json(tmp_path / "config.json", lambda cfg: cfg.update(rope_scaling={"rope_type": "yarn", "factor": 4.0}))
+    with pytest.raises(ValueError, match="'yarn' is not supported"):
+        load(tmp_path)
+    edit_json(tmp_path / "config.json", lambda cfg: cfg.update(rope_scaling=LLAMA3 | {"rope_type": "llama3"}))
+    theirs = type(reference.model).from_pretrained(tmp_path).eval()
+    assert (load(tmp_path)[0](reference.tokens).logits[0] - reference.ask(theirs, n_new=0)[0][0]).abs().max() < 1e-4
+
+
+def test_a_llava_without_its_head_is_refused_unless_it_is_tied(hf, tmp_path):
+    store(hf("llava").model, tmp_path, STORES[0])
+    tensors = read(tmp_path)
+    write(tmp_path, {name: t for name, t in tensors.items() if "lm_head" not in name}, "safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight is missing"):
+        load(tmp_path)
+    edit_json(tmp_path / "config.json", lambda cfg: cfg.update(tie_word_embeddings=True))
+    assert load(tmp_path)[0].text.head is None
+
+
+def test_end_tokens_beyond_the_embedding_are_left_out_and_what_is_saved_loads(hf, tmp_path):
+    store(hf("llama3").model, tmp_path / "a", STORES[0])
+    edit_json(tmp_path / "a/config.json", lambda cfg: cfg.update(bos_token_id=1, eos_token_id=[2, 128009]))
+    (tmp_path / "a/generation_config.json").unlink(missing_ok=True)
+    with pytest.warns(UserWarning, match=r"names \[128009\] as start and end tokens"):
+        model, _ = load(tmp_path / "a")
+    assert model.config.text.end_tokens == [2] and model.config.text.start_token == 1
+    save(model, tmp_path / "b")
+    assert same(load(tmp_path / "b")[0], model)
+
+
 @pytest.mark.parametrize("begin", [0, 1, 2, 28])
 @torch.no_grad()
 def test_qwen2s_window_begins_at_its_layer_or_is_refused(hf, begin, tmp_path):
@@ -581,6 +630,11 @@ def test_adapters_alone_are_refused_before_anything_is_downloaded(tmp_path, monk
     (tmp_path / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match="model.safetensors: missing; adapters, or a connector alone, must first be merged"):
         load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for _ in range(2):                                                             # with a config.json and without
+        with pytest.raises(ValueError, match="adapters alone .*merge_and_unload"):
+            load(tmp_path)
+        (tmp_path / "config.json").unlink(missing_ok=True)
 
 
 def test_a_template_without_questions_is_no_chat_template(tiny_model, tmp_path):
@@ -1331,6 +1385,9 @@ BROKEN = {                                                       # name: (how to
                            ["pytorch_model.bin", "code", "refused"]),
     "architecture": (config(model_type="gpt2", architectures=["GPT2LMHeadModel"]),
                      ["config.json", "GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM", "CLIPModel", "LLaVA-1.5"]),
+    "quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}), ["config.json", "quantized (gptq)", "dequantize it first"]),
+    "weights of another name": (lambda f: (f / "model.safetensors").rename(f / "model.fp16.safetensors"),
+                                ["model.safetensors: missing", "there is model.fp16.safetensors: rename it"]),
     "architecture unnamed": (config(model_type="bloom", architectures=None), ["config.json", "bloom", "LlamaForCausalLM"]),
     "rope scaling": (config(rope_scaling={"type": "dynamic", "factor": 2.0}), ["config.json", "'dynamic'", "llama3"]),
     "rope scaling, current style": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), ["config.json", "'yarn'", "llama3"]),
@@ -1448,8 +1505,15 @@ def test_a_hub_name_is_downloaded_once_as_safetensors_and_else_as_bin(parts, tmp
     if ext == "bin":
         to_bin(tmp_path / "llm")
 
-    def download(name, allow_patterns):
-        asked.append(allow_patterns[1])
+    def download(name, allow_patterns, ignore_patterns):
+        from huggingface_hub.utils import filter_repo_objects
+        files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin", "consolidated.safetensors",
+                 "onnx/config.json", "checkpoint-500/model.safetensors", "model.fp16.safetensors", "tokenizer.json", "chat_template.jinja"]
+        got = set(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        weights = {file for file in got if file.endswith((".safetensors", ".bin"))}
+        assert got - weights == {"config.json", "tokenizer.json", "chat_template.jinja"}
+        assert weights in ({"model.safetensors", "model-00001-of-00002.safetensors"}, {"pytorch_model.bin"})
+        asked.append(allow_patterns[2])
         return str(tmp_path / "llm")
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     model, tokenizer = load("some-one/model_7b.v1")

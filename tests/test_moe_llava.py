@@ -579,3 +579,8 @@ def test_a_row_that_has_ended_takes_no_slot_from_those_that_go_on(tiny_model):
     alone = step(1, None)
     assert torch.allclose(step(3, torch.tensor([False, False, True])), alone, atol=1e-5)
     assert not torch.allclose(step(3, None), alone, atol=1e-5)                     # three at once do not find a slot each
+
+
+def test_noise_for_second_choices_is_refused_where_there_are_none():
+    with pytest.raises(ValueError, match="--top-k 1 has none"):
+        train.parse(["--recipe", "moe-llava", "--top-k", "1", "--noisy-gate"])

@@ -1,6 +1,8 @@
 """upcycle.py: dense -> experts without a change in the output, and model folders that come back bit for bit or say what is wrong."""
+import copy
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -223,6 +225,76 @@ def test_upcycling_twice_is_refused(tiny_model, name):
 def test_upcycling_a_part_that_is_not_there_is_refused(tiny_model, name):
     with pytest.raises(ValueError, match=name):
         upcycle(tiny_model(vision=None), **{name: 4})
+
+
+@torch.no_grad()
+def test_a_language_model_alone_is_upcycled(tiny_model, tmp_path):
+    model, tokens = tiny_model(vision=None), torch.randint(0, 40, (2, 9))
+    want = model(tokens).logits
+    for i in range(3):
+        save(model, tmp_path / str(i))
+    torch.testing.assert_close(upcycle(copy.deepcopy(model), text=4)(tokens).logits, want, rtol=1e-4, atol=1e-5)
+    mixed = upcycle(model, experts=[str(tmp_path / str(i)) for i in range(3)])
+    assert mixed.config.text.n_experts == [3, 3]
+    torch.testing.assert_close(mixed(tokens).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_a_model_that_is_saved_over_another_one_takes_its_place_at_once(tiny_model, tmp_path, monkeypatch, n_shards):
+    old, new = tiny_model(), tiny_model(text=dict(norm_eps=0.1))
+    for p in new.parameters():
+        p.data.neg_()
+    size = sum(p.nbytes for p in old.parameters())
+    monkeypatch.setattr(U, "SHARD_BYTES", size // (2 * n_shards))
+    save(old, tmp_path / "x")                                                      # more shards than the new one has
+    monkeypatch.setattr(U, "SHARD_BYTES", size if n_shards == 1 else size // n_shards + 1)
+    before = files(tmp_path / "x")
+    real, calls = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    # 1. Killed (no clean-up can be done) at each renaming in turn, also of those inside of the new folder.
+    def replace(a, b):
+        calls.append(b)
+        if len(calls) == n:
+            raise Killed
+        real(a, b)
+    monkeypatch.setattr(os, "replace", replace)
+    for n in range(1, 30):
+        calls.clear()
+        folder = shutil.copytree(tmp_path / "x", tmp_path / str(n))
+        try:
+            save(new, folder)
+        except Killed:
+            if (folder / "config.json").exists():
+                assert files(folder) == before
+            else:
+                with pytest.raises(ValueError, match="no config.json in it"):
+                    load(folder)
+            continue
+        break
+    monkeypatch.setattr(os, "replace", real)
+    assert n > 4
+
+    # 2. Whole: nothing of the old one is left.
+    save(new, tmp_path / "fresh")
+    assert files(folder) == files(tmp_path / "fresh")
+    again = load(folder)[0]
+    assert again.config == new.config and all(torch.equal(a, b) for a, b in zip(again.parameters(), new.parameters(), strict=True))
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_says(tiny_model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(tiny_model(), tmp_path / "x")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()} == {0o640}
 
 
 def test_upcycling_on_meta_makes_shapes_only(tiny_config):
