@@ -162,6 +162,7 @@ def train(args, stage, model, batches_from, device, later=(), held_out=()):
     # While the device computes a step, a thread reads the next one's micro-batches. (iter() draws a
     # random number: here it is before the seeds of all steps.)
     data_of_steps = read_ahead(iter(batches_from(first)), n_micro, stage.steps - first)
+    note_flags(args)  # what could be refused has been
     with (closing(Log(args.out, stage, first)) as log, catch_signals() as signals,
           closing(data_of_steps)):
         for step in range(first, stage.steps):
@@ -539,11 +540,11 @@ class Args:
         above=0, at_most=0.9, belongs_to=("data",))
     val_every: int | None = flag(
         None, "steps between two such measurements; one more follows the last step; default: "
-        "--save-every", at_least=1, belongs_to=("val", "val_fraction"))
+        "--save-every", at_least=1, belongs_to=("val", "val_fraction", "facts"))
     keep_best: bool = flag(
         False, "save the weights of the measurement with the lowest loss on held-out data, not the "
         "last ones; every measurement that is better than all before writes a checkpoint",
-        belongs_to=("val", "val_fraction"))
+        belongs_to=("val", "val_fraction", "facts"))
     facts: int | None = flag(
         None, "learn the names of so many pictures instead of the drawn scenes: how much can the "
         "model hold? (data.Facts)", at_least=1, at_most=N_FACTS, not_with="data")
@@ -787,11 +788,16 @@ def settings(args, name, world=None, preset=None):
     stage.has_experts = number >= begins_at and not args.dense
     stage.routing_losses = stage.routing_losses or stage.has_experts
 
-    # In a run of all stages, --trains and --lora-rank are about those with experts.
+    # In a run of all stages, these flags are about those with experts.
     is_meant = stage.has_experts or args.stage is not None
+    if is_meant and {"balance_coef", "z_coef"} & set(args.given):
+        stage.routing_losses = True
     if args.trains and is_meant:
         stage.trains = tuple(part for part in args.trains.split(",") if part != "none")
     stage.lora = choose_lora(args, stage.lora, is_meant)
+    if stage.lora and not args.trains:
+        # Adapters instead of the decoder's weights: of these, none but the routers.
+        stage.trains = tuple("text.router" if part == "text" else part for part in stage.trains)
     # Uni-MoE's stage 2 trains adapters on the decoder's FFNs; without them, the FFNs themselves.
     if not stage.trains and not stage.lora and args.trains is None:
         stage.trains = ("text.ffn",)
@@ -1504,9 +1510,10 @@ def load_files(args, stage, config):
 
     # 3. A resumed run must go on with the same data.
     contents = hashlib.sha256()
-    for file in [*files, args.val]:
-        if file:
-            contents.update(Path(file).read_bytes())
+    if args.keep_best and args.val:
+        files = [*files, args.val]  # it decides which weights are kept
+    for file in files:
+        contents.update(Path(file).read_bytes())
     stage.checksum = contents.hexdigest()
     fit_to_data(args, stage, len(samples))
     return samples, order, held_out
@@ -1549,7 +1556,7 @@ def hold_out(args, samples, order):
     if args.val_fraction is None:
         return samples, order, None
 
-    n = max(1, round(args.val_fraction * len(samples)))
+    n = n_held_out(args, len(samples))
     if n >= len(samples):
         raise ValueError(f"--val-fraction {args.val_fraction} of {len(samples)} samples in "
                          f"{' '.join(args.data)} leaves nothing to learn from")
@@ -1560,6 +1567,11 @@ def hold_out(args, samples, order):
     kept = sorted(shuffled[n:])
     order = {name: [values[i] for i in kept] for name, values in order.items()}
     return Subset(samples, kept), order, Subset(samples, held)
+
+
+def n_held_out(args, n):
+    """How many of n samples --val-fraction holds out."""
+    return max(1, round(args.val_fraction * n))
 
 
 def fit_to_data(args, stage, n):
@@ -1839,7 +1851,17 @@ def begin_run(args, done):
         return
     os.makedirs(args.out, exist_ok=True)
     lock_folder(args.out)
-    write_json(run_file(args.out), {"flags": args.given, "done": done})
+    flags = args.given
+    if args.resume and os.path.exists(run_file(args.out)):
+        flags = read_run(args.out)["flags"]  # until those of now have proved to fit, see `train`
+    write_json(run_file(args.out), {"flags": flags, "done": done})
+
+
+def note_flags(args):
+    """A resumed run goes on: the flags that it was given now are its own."""
+    file = run_file(args.out)
+    if RANK == 0 and os.path.exists(file):
+        write_json(file, read_run(args.out) | {"flags": args.given})
 
 
 LOCKS = []  # the folder that this process trains in, opened
@@ -1901,8 +1923,9 @@ def refuse_changes(file, before, now):
     differs = [f"{name} {before[name]} (now {value})" for name, value in now.items()
                if name in before and differ(name)]
     if any(text.startswith("checksum") for text in differs):
-        raise ValueError(f"{file}: what --data (or --val) names has other contents now; put the "
-                         "old ones back, or begin another run with another --out")
+        raise ValueError(f"{file}: what --data (or, with --keep-best, --val) names has other "
+                         "contents now; put the old ones back, or begin another run with another "
+                         "--out")
     if differs:
         hint = ""
         if "batch_size" in now:  # a checkpoint's values, not flags
@@ -1978,7 +2001,7 @@ def resume(args, stage, model, optimizer, experts):
     damage = None
     for path, saved in complete_checkpoints(args.out):
         if saved["identity"]["stage"] != stage.name:
-            return new
+            break
 
         refuse_changes(path, as_today(saved["identity"]), as_today(identity(args, stage)))
         try:
@@ -2729,6 +2752,8 @@ def planned_steps(args, stage):
     if args.data and not args.steps:
         files, _ = files_and_weights(args.data)
         n_samples = sum(len(data.LlavaJson(file)) for file in files)
+        if args.val_fraction:
+            n_samples -= n_held_out(args, n_samples)
     elif stage.steps is not None:
         return stage.steps
     else:
@@ -2805,7 +2830,8 @@ def smallest_fit(args, stage):
     """The smallest number of GPUs that does; with checkpointing only where it must be."""
     for exponent in range(12):
         gpus = 2**exponent
-        if stage.batch_size % gpus:
+        at_once = settings(args, stage.name, gpus).micro_batch
+        if stage.batch_size % (gpus * at_once):
             continue
         way = "1 GPU" if gpus == 1 else f"{gpus} GPUs with --fsdp"
         if not args.checkpointing and fits(args, stage, gpus, True, False):
@@ -2958,6 +2984,9 @@ def check_given(args):
     has_rank = args.lora_rank or (args.lora_rank is None and args.recipe == "uni-moe")
     if args.lora_alpha and not has_rank:
         raise ValueError("--lora-alpha does nothing without --lora-rank")
+    if args.facts and args.recipe == "uni-moe":
+        raise ValueError("--facts shows pictures alone, and --recipe uni-moe would train each of "
+                         "its senses on them: take --recipe moe-llava or cumo")
     if args.noisy_gate and args.top_k == 1:
         raise ValueError("--noisy-gate draws the choices after the first, and --top-k 1 has none")
     hearing = {"audio", "resampler"} & set((args.trains or "").split(","))

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import signal
 import shutil
 
 import pytest
@@ -235,8 +236,14 @@ def test_keep_best_saves_the_weights_of_the_lowest_held_out_loss_also_when_resum
     assert all(torch.equal(saved[name], w) for name, w in diverging[best].items()) and not same(saved, diverging[-1])
     assert not os.path.exists(os.path.join(whole, "checkpoint"))
 
+    real = train.Log.write
+
+    def write(self, step, *values):
+        real(self, step, *values)
+        if step == best:                                                           # the step after that is the last one
+            os.kill(os.getpid(), signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 8)                                                     # after the best step: its checkpoint stays
+        patch.setattr(train.Log, "write", write)
         run(base, tmp_path / "o", *argv)
     kept = sorted(int(path.name) for path in train.checkpoints(tmp_path / "o"))
     assert len(kept) == 2 and kept[0] == best + 1
@@ -442,3 +449,32 @@ def test_a_stages_row_is_not_changed_by_a_run():
     rows_before = {n: dataclasses.replace(stage) for n, stage in train.CUMO_STAGES.items()}
     train.settings(train.parse(["--lr", "connector=1"]), 1).part_lrs["x"] = 1
     assert train.CUMO_STAGES == rows_before and train.CUMO_STAGES[1].part_lrs == {}
+
+
+def test_adapters_come_in_the_place_of_the_decoders_weights_unless_trains_names_them():
+    argv = ["--preset", "cumo-mistral-7b", "--stage", "3", "--init", "x", "--lora-rank", "8"]
+    assert train.settings(train.parse(argv), 3).trains == ("vision", "connector", "text.router")
+    assert train.settings(train.parse([*argv, "--trains", "text"]), 3).trains == ("text",)
+    assert train.settings(train.parse(argv[:-2]), 3).trains == ("vision", "connector", "text")
+
+
+@pytest.mark.parametrize("flag", ["--balance-coef", "--z-coef"])
+def test_a_weight_of_the_routers_losses_that_is_given_counts_in_every_single_stage(flag):
+    argv = ["--stage", "2", "--init", "x"]
+    assert not train.settings(train.parse(argv), 2).routing_losses and train.settings(train.parse([*argv, flag, "5"]), 2).routing_losses
+    assert not train.settings(train.parse([flag, "5"]), 2).routing_losses       # of all stages, those with experts
+
+
+def test_a_plan_leaves_out_what_is_held_out_and_asks_for_gpus_that_the_batch_fits(tmp_path, monkeypatch, capsys):
+    argv = write_llava(tmp_path, mixture())
+    argv = [str(a) for a in ("--plan", "--stage", 3, *argv, "--val-fraction", 0.5, "--batch-size", 4)]
+    train.main(argv)
+    assert "\n2 steps of" in capsys.readouterr().out                              # of 16 samples, 8 are left
+    asked = []
+
+    def memory(args, name, gpus, fsdp, checkpointing):
+        asked.append(gpus)
+        return {"peak": 1e15 if gpus < 4 else 1.0}
+    monkeypatch.setattr(train, "memory", memory)
+    args = train.parse("--preset cumo-1b --stage 3 --batch-size 12 --micro-batch 4 --plan".split())
+    assert train.smallest_fit(args, train.settings(args, 3)) == "4 GPUs with --fsdp" and 2 not in asked

@@ -141,17 +141,33 @@ def test_a_flag_that_repeats_a_default_is_no_contradiction(stopped, tmp_path):
         train.parse(["--resume", "--out", str(stopped), "--lr", "2e-3"])
 
 
-@pytest.mark.parametrize("changed", ["data.json", "val.json"])
-def test_data_that_has_changed_is_another_run(base, tmp_path, changed):
+@pytest.mark.parametrize("changed, more", [("data.json", []), ("val.json", ["--keep-best"]), ("val.json", [])])
+def test_data_that_has_changed_is_another_run(base, tmp_path, changed, more):
+    """So are held-out data, if they decide which weights are kept. Else nothing is learnt from them."""
     argv = write_llava(tmp_path, mixture())
     (tmp_path / "val.json").write_bytes((tmp_path / "data.json").read_bytes())
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, 2)
-        run(base, tmp_path / "o", "--stage", 3, "--steps", 3, "--batch-size", 4, *argv, "--val", tmp_path / "val.json")
+        run(base, tmp_path / "o", "--stage", 3, "--steps", 3, "--batch-size", 4, *argv, "--val", tmp_path / "val.json", *more)
     samples = json.loads((tmp_path / changed).read_text())
     (tmp_path / changed).write_text(json.dumps(samples[::-1]))
+    if changed == "val.json" and not more:
+        resume(tmp_path / "o")
+        return
     with pytest.raises(ValueError, match="checkpoint/2: what --data .* names has other contents now"):
         resume(tmp_path / "o")
+
+
+def test_a_resumed_run_that_is_refused_stays_as_it_was(stopped, whole, tmp_path):
+    out = shutil.copytree(stopped, tmp_path / "o")
+    before = (out / "run.json").read_bytes()
+    for bad in (["--micro-batch", 3], ["--init", tmp_path]):
+        with pytest.raises(ValueError):
+            resume(out, *bad)
+        assert (out / "run.json").read_bytes() == before
+    resume(out, "--save-every", 3)
+    assert json.loads((out / "run.json").read_text())["flags"]["save_every"] == 3
+    assert_is(out, whole)
 
 
 def test_samples_are_no_longer_than_what_the_decoder_learnt_to_read(base, tmp_path):
@@ -282,9 +298,10 @@ REFUSED = {                                          # flags -> words that the m
     "--data x --epochs 2 --steps 3": "--epochs does nothing with --steps",
     "--data x --eval-questions 5": "--eval-questions does nothing with --data",
     "--val x": "--val does nothing without --data",
-    "--data x --val-every 5": "--val-every does nothing without --val or --val-fraction",
+    "--data x --val-every 5": "--val-every does nothing without --val or --val-fraction or --facts",
     "--data x --val y --val-fraction 0.1": "--val does nothing with --val-fraction",
     "--gpus 8": "--gpus does nothing without --plan",
+    "--recipe uni-moe --facts 5": "--facts shows pictures alone",
     "--mfu 0.5": "--mfu does nothing without --plan",
     "--trains audio": "a model of --recipe cumo hears nothing",
     "--lora-alpha 8": "--lora-alpha does nothing without --lora-rank",
