@@ -531,9 +531,9 @@ def question_files(row, kind, folder, where):
     files = data.files_of(row, kind, folder, where)
 
     # Find out now, and not after an hour of answers, that a file is missing or a mark too many.
-    # (Without sounds "<audio>" may be an HTML tag: check_questions knows the model.)
+    # (Without files "<audio>" and "<video>" may be HTML tags. check_questions knows the model.)
     n_marks = row["text"].count(f"<{kind}>")
-    may_be_a_tag = kind == "audio" and not files
+    may_be_a_tag = kind != "image" and not files
     if n_marks not in (0, len(files)) and not may_be_a_tag:
         raise ValueError(f"{where}: the text has {n_marks} <{kind}>, "
                          f"the question has {len(files)} {kind}s")
@@ -545,11 +545,33 @@ def question_files(row, kind, folder, where):
     return files
 
 
-def answered(out, questions, model_id):
-    """{key_of: answer's row} of `out` and its parts, as far as they exist.
+def author_of(args):
+    """What stands beside each answer: which model gave it, and how. ("metadata" is LLaVA's key.)"""
+    made = {"weights": checksum_of(args.model), "template": args.template,
+            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    if args.temperature:
+        made |= {"top_p": args.top_p, "seed": args.seed}
+    return {"model_id": os.path.basename(os.path.abspath(args.model)), "metadata": made}
 
-    Raises ValueError for anything but answers to these questions by this model: it would be mixed
-    in, or overwritten."""
+
+def checksum_of(folder):
+    """Of a model folder's weights and configuration; None of a model on the hub."""
+    if not os.path.isdir(folder):
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(folder)):
+        if name == "config.json" or name.endswith((".safetensors", ".bin")):
+            with open(f"{folder}/{name}", "rb") as f:
+                for piece in iter(partial(f.read, 2**24), b""):
+                    digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def answered(out, questions, author):
+    """{key_of: answer's row} of `out` and its parts, as far as they exist. author: see author_of.
+
+    Raises ValueError for anything but answers to these questions by this model, made in this way:
+    it would be mixed in, or overwritten."""
     done = {}
     for file in filter(os.path.exists, [out, *parts_of(out)]):
         for row in parse_lines(file):
@@ -559,10 +581,15 @@ def answered(out, questions, model_id):
             key = None
             if isinstance(row, dict) and isinstance(row.get("text"), str):
                 key = key_of(row, "prompt")
-            if key not in questions or row.get("model_id") != model_id:
+            if key not in questions or row.get("model_id") != author["model_id"]:
                 raise ValueError(
-                    f"{file} holds something else than answers of {model_id} to these questions; "
-                    f"choose another --out: {str(row)[:200]}")
+                    f"{file} holds something else than answers of {author['model_id']} to these "
+                    f"questions; choose another --out: {str(row)[:200]}")
+            # An earlier version, and LLaVA, do not say how an answer was made.
+            made = row.get("metadata") or author["metadata"]
+            if made != author["metadata"]:
+                raise ValueError(f"{file} holds answers that were made otherwise, {made}; now it "
+                                 f"is {author['metadata']}: choose another --out")
             done[key] = row
     return done
 
@@ -584,20 +611,20 @@ def parts_of(out):
     return sorted(file for file in files if re.search(r"\.part-\d+-of-\d+$", file))
 
 
-def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
+def answer_file(model, tokenizer, questions, out, author, batch, **options):
     """read_questions' samples -> `out`: for each a line {"question_id", "prompt", "text",
-    "model_id", and "image" if it has one}, in their order. Returns this process's share of them,
-    [(sample, reply), ...].
+    "model_id", "metadata", and "image" if it has one}, in their order. Returns this process's
+    share of them, [(sample, reply), ...].
 
     A question that cannot be answered, as its picture is broken, is reported and left out; the same
     command asks it again. options: as for `answer`. Under torchrun each process answers every
     WORLD-th question; the process group must be there."""
-    check_questions(model, model_id, questions)
+    check_questions(model, author["model_id"], questions)
 
     # 1. This process's share of the questions, without those that an earlier run has answered.
     # (Other processes may be writing already, but only answers to their own share).
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    done = answered(out, questions, model_id)
+    done = answered(out, questions, author)
     share = list(questions)[RANK::WORLD]
     todo = [questions[key] for key in share if key not in done]
 
@@ -608,19 +635,19 @@ def answer_file(model, tokenizer, questions, out, model_id, batch, **options):
     # 3. Answer them, into this process's part.
     part = f"{out}.part-{RANK}-of-{WORLD}"
     try:
-        errors = append_answers(model, tokenizer, todo, part, model_id, batch, **options)
+        errors = append_answers(model, tokenizer, todo, part, author, batch, **options)
     except KeyboardInterrupt:
         print(f"\nstopped; the answers so far are in {part}, "
               f"and the same command goes on from there", file=sys.stderr)
         raise
-    done = answered(out, questions, model_id)
+    done = answered(out, questions, author)
     asked = [(questions[key], done[key]["text"]) for key in share if key in done]
 
     # 4. When all parts are complete, process 0 merges them, in the order of the questions.
     if WORLD > 1:
         dist.barrier()
     if RANK == 0:
-        done = answered(out, questions, model_id)
+        done = answered(out, questions, author)
         if not done:
             raise ValueError(f"no question could be answered; {errors[-1]}")
         merge_answers(questions, done, out)
@@ -644,7 +671,7 @@ def size_of_question(sample):
     return n_pictures, len(sample["audio"]), len(sample["row"]["text"])
 
 
-def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
+def append_answers(model, tokenizer, todo, part, author, batch, **options):
     """Answer the samples `todo` in batches, and append each batch to the file `part` at once.
 
     Returns the errors since the last question that could be answered."""
@@ -658,7 +685,7 @@ def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
             for sample, reply in zip(group, answer_each(model, tokenizer, group, **options)):
                 if isinstance(reply, str):
                     errors.clear()
-                    f.write(json.dumps(row_of(sample, reply, model_id)) + "\n")
+                    f.write(json.dumps(row_of(sample, reply, author)) + "\n")
                     continue
 
                 # This one is left out. When all fail, it is not the questions that are broken.
@@ -670,11 +697,11 @@ def append_answers(model, tokenizer, todo, part, model_id, batch, **options):
     return errors
 
 
-def row_of(sample, reply, model_id):
+def row_of(sample, reply, author):
     """A line of the file of answers. (POPE's labels are found by the image.)"""
     question = sample["row"]
     row = {"question_id": question["question_id"], "prompt": question["text"], "text": reply,
-           "model_id": model_id}
+           **author}
     image = question.get(data.key_of_files(question, "image"))
     if image:
         row["image"] = image
@@ -739,6 +766,12 @@ def score_exact(row, reply):
     return {"accuracy": (right, 1)}
 
 
+def score_gqa(row, reply):
+    """row: {"answer": text, "type": optional}. GQA (arXiv 1902.09506) as LLaVA evaluates it: the
+    answers are lower case, and the reply is taken without capitals and its last period."""
+    return score_exact(row, reply.strip().rstrip(".").lower())
+
+
 def with_one_apostrophe_forgotten(words):
     """"can't couldn't've" -> {"cant": "can't", "couldnt've": "couldn't've", "couldn'tve": ...}."""
     forms = {}
@@ -800,8 +833,8 @@ def score_vqa(row, reply, form=None):
     (arXiv 1505.00468).
 
     form: what normalises answers. Without it, this follows the official code (GT-Vision-Lab/VQA),
-    which normalises only where the humans differ: else "Yes." is no "yes". LLaVA never sees that,
-    as it hands in answers in m4c's normal form, below. Raises ValueError where there are not ten.
+    which normalises only where the humans differ: else "Yes." is no "yes". Raises ValueError where
+    there are not ten.
     """
     humans = []
     for human in row["answers"]:
@@ -828,6 +861,11 @@ def m4c_form(text):
     """normalise, but commas and question marks are dropped before, and "'s" is a word by itself."""
     text = text.lower().replace(",", "").replace("?", "")
     return normalise(text.replace("'s", " 's"))
+
+
+def score_llavas_vqa(row, reply):
+    """row: as for score_vqa. LLaVA's numbers for VQA v2: it hands in answers in m4c's form."""
+    return score_vqa(row, m4c_form(reply))
 
 
 def score_textvqa(row, reply):
@@ -899,7 +937,8 @@ def plain(text):
 def score_choice(row, reply):
     """row: {"answer": letter or index from 0, "choices": [text, ...], "type": optional}.
 
-    A reply that names no option is wrong; "unparsed" counts them."""
+    A reply that names no option is wrong; "unparsed" counts them. "with an image": ScienceQA's
+    questions that have one, whose accuracy the papers quote."""
     # The right option, as an index.
     right = row.get("answer")
     if isinstance(right, str) and len(right) == 1:
@@ -908,7 +947,10 @@ def score_choice(row, reply):
         raise ValueError("'answer' must be the letter or the index of one of the 'choices', "
                          f"not {right!r}")
     said = choice_of(reply, row["choices"])
-    return {"accuracy": (said == right, 1), "unparsed": (said is None, 1)}
+    points = {"accuracy": (said == right, 1), "unparsed": (said is None, 1)}
+    if row.get("image"):
+        points["with an image"] = points["accuracy"]
+    return points
 
 
 def score_mme(row, reply):
@@ -968,7 +1010,9 @@ def mme_totals(pairs):
 # --score's name -> (scorer, the key that an annotation needs, its type).
 SCORERS = {
     "exact": (score_exact, "answer", (str, int, float, list)),
+    "gqa": (score_gqa, "answer", str),
     "vqa": (score_vqa, "answers", list),
+    "vqa-llava": (score_llavas_vqa, "answers", list),
     "textvqa": (score_textvqa, "answers", list),
     "pope": (score_pope, "label", str),
     "choice": (score_choice, "choices", list),
@@ -1200,9 +1244,11 @@ def write_drawn(folder, n):
 def annotations_of(kind, right, rng):
     """{scorer: annotation of a drawn question}, for those scorers that can judge it."""
     rows = {"exact": {"answer": right, "type": kind}}
+    rows["gqa"] = rows["exact"]
 
     # Ten humans who all say the same. To read is what TextVQA asks for, and POPE for yes or no.
     rows["vqa"] = {"answers": [{"answer": right}] * 10, "answer_type": kind}
+    rows["vqa-llava"] = {"answers": [m4c_form(right)] * 10, "answer_type": kind}
     if kind == "sign":
         rows["textvqa"] = {"answers": [right] * 10}
     if right in ("yes", "no"):
@@ -2439,9 +2485,10 @@ def add_file_flags(parser):
              "torchrun every process answers its share")
     command.add_argument(
         "--score", choices=SCORERS,
-        help="score a file of answers: exact match, VQA accuracy (ten humans), TextVQA's (the "
-             "same, words cleaned otherwise), POPE (yes or no), multiple choice, MME. Needs no "
-             "model")
+        help="score a file of answers: exact match; GQA (the same without capitals); VQA accuracy "
+             "(ten humans) by the official code, to which \"Yes.\" is no \"yes\" where all humans "
+             "agree, and as LLaVA reports it, from cleaned answers; TextVQA's; POPE (yes or no); "
+             "multiple choice; MME. Needs no model")
     command.add_argument(
         "--write-drawn", nargs="+", metavar=("DIR", "N"),
         help="write N (default: 500) drawn questions into DIR: questions.jsonl and images/ for "
@@ -2485,10 +2532,10 @@ def main(argv=None):
 
     # 2. A file of questions is read before the model is loaded: an error in it comes at once.
     args.device = own_device(args.device)
-    model_id = os.path.basename(os.path.abspath(args.model))
     if args.eval:
         questions = read_questions(args.eval, args.images, args.suffix)
-        n_done = len(answered(args.out, questions, model_id))
+        author = author_of(args)
+        n_done = len(answered(args.out, questions, author))
         other = args.routing or args.given & {"prompt", "eval_drawn"}
         if n_done == len(questions) and not parts_of(args.out) and not other:
             if RANK == 0:
@@ -2504,7 +2551,8 @@ def main(argv=None):
                "top_p": args.top_p, "compile": args.compile, "generator": generator}
 
     if args.serve is not None:
-        serve(model, tokenizer, model_id, args.serve, args.host, **options)
+        name = os.path.basename(os.path.abspath(args.model))
+        serve(model, tokenizer, name, args.serve, args.host, **options)
         return
 
     # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw.
@@ -2516,7 +2564,7 @@ def main(argv=None):
         asked = [(sample, reply)]
         talk = talk and reply is None
     if args.eval:
-        asked = answer_file(model, tokenizer, questions, args.out, model_id, args.batch, **options)
+        asked = answer_file(model, tokenizer, questions, args.out, author, args.batch, **options)
 
     # 5. Draw what the experts did.
     if args.routing:
@@ -2659,7 +2707,8 @@ def check_flags(args):
         raise ValueError(f"{flag(name)} acts with {acts_with} only{hint}")
     if args.serve is not None and args.temperature > 2:
         raise ValueError(f"--temperature {args.temperature}: the window's goes up to 2")
-    if WORLD > 1 and not args.eval and not args.score:
+    shared = args.eval and args.prompt is None and not args.eval_drawn
+    if WORLD > 1 and not shared and not args.score:
         raise ValueError("torchrun shares out the questions of --eval, and nothing else: start "
                          "this with python")
     if args.temperature == 0 and args.serve is None and args.given & {"top_p", "seed"}:
@@ -2707,6 +2756,7 @@ def check_model(args, model, tokenizer):
         decides = any(model.config.text.n_experts)
         if not decides and not sees_by_experts(model):
             raise ValueError(f"{args.model}: this model is dense: there is no routing to draw")
+        os.makedirs(os.path.dirname(args.routing) or ".", exist_ok=True)
         something = any(given.values()) or args.eval or args.eval_drawn
         if not something and not (decides and args.prompt):
             raise ValueError("--routing needs at least one --image (or --audio, --video or "

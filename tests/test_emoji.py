@@ -143,7 +143,7 @@ def test_what_is_written_can_be_trained_on_and_asked_and_right_answers_score_in_
     for name in ("questions", "seen"):
         asked = generate.read_questions(str(folder / f"{name}.jsonl"), str(folder))
         generate.write_lines(folder / "right.jsonl",
-                             [generate.row_of(sample, sample["row"]["answer"], "m") for sample in asked.values()])
+                             [generate.row_of(sample, sample["row"]["answer"], {"model_id": "m"}) for sample in asked.values()])
         points, unused = generate.score("exact", str(folder / f"{name}.jsonl"), str(folder / "right.jsonl"))
         assert unused == 0 and all(right == of for right, of in points.values())
 

@@ -2,6 +2,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data as d
 import generate
@@ -70,7 +72,7 @@ def test_answers_stand_in_the_order_of_the_questions_and_are_those_of_answer(wor
     questions = read(world / "questions.jsonl")
     rows = [json.loads(line) for line in alone.decode().splitlines()]
     assert [(r["question_id"], r["prompt"]) for r in rows] == [(q["question_id"], q["text"]) for q in questions]
-    assert all(set(r) - {"image"} == {"question_id", "prompt", "text", "model_id"} and r["model_id"] == "tiny" for r in rows)
+    assert all(set(r) - {"image"} == {"question_id", "prompt", "text", "model_id", "metadata"} and r["model_id"] == "tiny" for r in rows)
     assert [r.get("image") for r in rows] == [q.get("image") or None for q in questions]         # POPE's labels are found by it
     model, tokenizer = generate.load(str(world / "tiny"))
     ask = lambda text, *images: generate.answer(model, tokenizer, [{"images": images, "conversations": [{"from": "human", "value": text}]}],
@@ -230,6 +232,21 @@ def test_answers_of_other_questions_or_models_are_not_touched(where, change, wor
     assert (tmp_path / where).read_bytes() == before
 
 
+@pytest.mark.parametrize("where", ["a.jsonl", "a.jsonl.part-0-of-4"])
+@pytest.mark.parametrize("more", [["--max-new-tokens", 3], ["--temperature", 0.5], ["--template", "vicuna"], "weights"])
+def test_answers_that_were_made_otherwise_are_not_mixed_in(where, more, world, alone, tmp_path):
+    (tmp_path / where).write_bytes(alone)
+    if more == "weights":                                                          # trained on, in the same folder
+        model = shutil.copytree(world / "tiny", tmp_path / "x" / "tiny")
+        weights = load_file(model / "model.safetensors")
+        next(w for name, w in weights.items() if name.startswith("connector"))[:] += 1
+        save_file(weights, model / "model.safetensors")
+        more = ["--model", model]
+    with pytest.raises(ValueError, match=f"{where} holds answers that were made otherwise.*choose another --out"):
+        generate.main(flags(world, tmp_path / "a.jsonl", *more))
+    assert (tmp_path / where).read_bytes() == alone
+
+
 @pytest.mark.parametrize("text", ["my notes\n", '{"question_id": 7', "[]\n"])
 def test_a_file_that_holds_no_answers_is_not_overwritten(text, world, tmp_path):
     (tmp_path / "notes.txt").write_text(text)
@@ -377,6 +394,22 @@ def test_vqa_normalises_only_where_humans_differ_and_textvqa_always():
     assert score_all("vqa", agreed, {"1": "Yes."})["accuracy"] == [0, 1] != score_all("vqa", agreed, {"1": " yes\n"})["accuracy"]
     assert score_all("vqa", differ, {"1": "Yes."})["accuracy"] == [1, 1] == score_all("textvqa", agreed, {"1": "Yes."})["accuracy"]
     assert score_all("vqa", {"1": humans(two=2, **{"2": 2, "Two.": 6})}, {"1": "the two"})["accuracy"] == [1, 1]
+
+
+def test_vqa_as_llava_hands_it_in_cleans_the_reply_and_never_the_humans():
+    agreed = {"1": humans(yes=10), "2": humans(**{"2": 10}), "3": humans(Red=10)}
+    said = {"1": "Yes.", "2": "Two", "3": "Red"}
+    assert score_all("vqa", agreed, said)["accuracy"] == [1, 3] and score_all("vqa-llava", agreed, said)["accuracy"] == [2, 3]
+
+
+def test_gqa_takes_a_reply_without_capitals_and_its_last_period():
+    rows = {str(i): {"answer": answer} for i, answer in enumerate(["no", "left", "tv.", "No"])}
+    assert score_all("gqa", rows, {"0": "No.", "1": " Left\n", "2": "tv.", "3": "No"})["accuracy"] == [2, 4]
+
+
+def test_scienceqas_questions_with_an_image_have_a_number_of_their_own():
+    rows = {"1": {"answer": 0, "choices": ["a", "b"], "image": "image.png"}, "2": {"answer": 0, "choices": ["a", "b"], "image": None}}
+    assert score_all("choice", rows, {"1": "B", "2": "A"}) == {"accuracy": [1, 2], "unparsed": [0, 2], "with an image": [0, 1]}
 
 
 def test_textvqa_drops_commas_and_question_marks_and_parts_the_s():
@@ -664,7 +697,7 @@ def test_drawn_files_can_be_answered_and_scored_in_every_way(world, tmp_path, mo
     generate.main(flags(world, answers, "--eval", folder / "questions.jsonl", "--images", folder / "images"))
     scores = {kind: generate.score(kind, str(folder / f"{kind}.jsonl"), answers)[0] for kind in generate.SCORERS if kind != "mme"}
     assert scores["exact"]["accuracy"] == [72, 90] and scores["exact"]["color"] == [8, 10] and len(scores["exact"]) == 1 + len(d.TYPES)
-    assert scores["vqa"] == scores["exact"]                                        # all ten humans say the same
+    assert scores["vqa"] == scores["vqa-llava"] == scores["gqa"] == scores["exact"]                    # all ten humans say the same
     assert scores["textvqa"]["accuracy"] == [sum(k == "sign" and i % 5 != 4 for i, (_, k, _, _) in enumerate(drawn)), 10]   # the ten signs
     assert scores["pope"]["accuracy"][1] == sum(a in ("yes", "no") for a in right.values()) == 20
     n_choice = sum(a in d.COLORS or a in d.SHAPES for a in right.values())

@@ -733,8 +733,9 @@ def test_flags_of_a_wrong_kind_are_value_errors_in_words(flags, message, folder,
 
 def test_torchrun_is_for_files_of_questions(monkeypatch):
     monkeypatch.setattr(generate, "WORLD", 2)
-    with pytest.raises(ValueError, match="torchrun shares out the questions of --eval"):
-        generate.main(["--eval-drawn", "2"])
+    for more in ([], ["--eval", "q.jsonl", "--out", "a.jsonl"]):                    # which each process would ask anew
+        with pytest.raises(ValueError, match="torchrun shares out the questions of --eval"):
+            generate.main(["--eval-drawn", "2", *more])
 
 
 def test_drawn_pictures_are_kept_only_to_be_drawn_from(folder, monkeypatch, capsys):
@@ -761,3 +762,12 @@ def test_flags_that_are_given_reach_the_drawn_questions(folder, monkeypatch):
     assert n == 6 and default["max_new_tokens"] == 16 and default["temperature"] == 0 and not default["compile"]
     assert (first, second) == (4, 2) and given["max_new_tokens"] == 3 and given["temperature"] == 0.5 and given["compile"]
     assert given["generator"].initial_seed() == 2
+
+
+def test_the_folder_of_a_picture_of_the_routing_is_made_before_anything_is_asked(folder, tmp_path, monkeypatch):
+    def ask(*_, **__):
+        assert (tmp_path / "new").is_dir()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(generate, "evaluate_and_print", ask)
+    with pytest.raises(KeyboardInterrupt):
+        generate.main(["--model", folder, "--eval-drawn", "2", "--routing", str(tmp_path / "new" / "r.png"), "--device", "cpu"])
