@@ -2410,7 +2410,8 @@ def prepare_device(args):
         args.compile = name == "cuda" and (args.cuda_graphs or args.preset not in DRAWN)
     if args.cuda_graphs and not (name == "cuda" and args.compile):
         raise ValueError("--cuda-graphs replays what torch.compile wrote for a GPU: it goes with "
-                         "--device cuda and without --no-compile")
+                         "--device cuda and without --no-compile (a run that is resumed keeps the "
+                         "flag: --no-cuda-graphs)")
     return torch.device(name)
 
 

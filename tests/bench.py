@@ -466,8 +466,8 @@ def bench_step(args):
 # What a kernel is for, by a part of its name. The first that fits counts.
 KINDS = {
     "the experts' matrix products": "GroupProblemShape|prepare_grouped",
+    "attention": "sdpa|flash|fmha",  # some of these have cutlass in their names, too
     "other matrix products": "gemm|nvjet|cutlass",
-    "attention": "sdpa|flash|fmha|cudnn",
     "fused by torch.compile": "triton",
     "adding gradients up, AdamW": "multi_tensor|CUDAFunctor_add",
     "other kernels": "",

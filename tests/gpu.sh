@@ -34,9 +34,9 @@ wait
 rm -rf "$OUT"/tiny/stage* "$OUT"/tiny/*.safetensors "$OUT"/tiny/checkpoint*
 
 # 2. How fast is it?
-part 75 layers "${LAYERS[@]}" --repeat 3
-part 140 decode python3 tests/bench.py decode cumo-mistral-7b
-part 95 step python3 tests/bench.py step "${FLAGS[@]}" --steps 3
+part 65 layers "${LAYERS[@]}" --repeat 3
+part 130 decode python3 tests/bench.py decode cumo-mistral-7b
+part 115 step python3 tests/bench.py step "${FLAGS[@]}" --steps 3
 part 60 profile python3 tests/bench.py profile "${FLAGS[@]}"
 
 for name in default layers decode step profile; do
