@@ -1120,7 +1120,8 @@ def video_files(videos, folder, where):
     out = []
     for video in videos:
         if isinstance(video, str):
-            video = frames_in(os.path.join(folder, video), where)
+            out.append(frames_in(os.path.join(folder, video), where))
+            continue
         if not are_texts(video):
             raise ValueError(f"{where}: 'video' must be a folder, a list of frame files, or a list "
                              "of folders or such lists")
@@ -2336,3 +2337,8 @@ def check_wave(wave, sample_rate, seconds):
     # One NaN would silence its whole chunk.
     if not np.isfinite(wave).all():
         raise ValueError("the wave holds NaN or infinity: mend what made it")
+    # A little over 1 is a float that was not clipped.
+    loudest = float(np.abs(wave).max())
+    if loudest > 16:
+        raise ValueError(f"the wave's numbers go up to {loudest:g}, and should lie from -1 to 1: "
+                         "divide integers of 16 bits by 32768")

@@ -1382,10 +1382,8 @@ def join_experts(args, model, how):
     if args.fsdp:
         raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py "
                          "--experts A,B,C,D --out DIR`, and --init DIR")
-    upcycle(model, text=counts, experts=folders, average=args.average, **how)
     # The paper has no routing losses. --balance-coef has.
-    model.config.balance_coef = 0.0
-    model.config.z_coef = 0.0
+    upcycle(model, text=counts, experts=folders, average=args.average, **how)
 
 
 def mixture(args):
@@ -3118,7 +3116,9 @@ def check_experts(args, config):
         # A flag that was not given asks for nothing.
         differs = "experts" in args.given or ("experts_in" in args.given and not numbers)
         if "n_experts" in args.given:
-            differs |= {int(n) for n in args.n_experts.split(",")} != numbers
+            asked = [int(n) for n in args.n_experts.split(",")]
+            in_order = [n for n in numbers_of(part) if n > 0]
+            differs |= asked != in_order if len(asked) > 1 else set(asked) != numbers
         if "top_k" in args.given:
             differs |= args.top_k != part.top_k
         if "moe_layers" in args.given:

@@ -110,8 +110,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
 
     vision, connector, text: the number of experts, for all layers of the part or as a list with one
     for each layer; 0 leaves a layer dense. CuMo's third stage is upcycle(model, vision=4,
-    connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16); its losses and its capacity are
-    set by train.make_experts.
+    connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16), after which train.make_experts
+    also sets its losses in the config (balance_coef, z_coef, text.aux) and its capacity.
     experts: folders or CuMos of this architecture, fine-tuned apart, to be put together as the
     decoder's experts (`mix_experts`). Without `text`, in all layers. real_routers: a model on meta,
     whose other weights come later, gets its routers now.
@@ -152,6 +152,9 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
                 config.n_experts[layer] = n_experts
     if sources:
         mix_experts(model, sources, average)
+        # Uni-MoE's paper has no routing losses.
+        model.config.balance_coef = 0.0
+        model.config.z_coef = 0.0
     return model
 
 

@@ -649,3 +649,11 @@ def test_a_drawn_sample_goes_through_to_a_batch(tokenizer):
     batch = d.collate([data[i] for i in range(6)])
     assert batch["audio"].shape == (4, 80, 150) and batch["broken"] == [] and batch["truncated"] == 0
     assert (batch["tokens"] == d.AUDIO).sum(1).tolist() == [0, 4, 4] * 2 and (batch["tokens"] == d.IMAGE).sum(1).tolist() == [36, 0, 36] * 2
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+def test_a_wave_of_16_bit_integers_that_was_not_scaled_is_refused(kind):
+    wave = (12_000 * np.sin(np.arange(8000) / 5)).astype(kind)
+    with pytest.raises(ValueError, match="go up to 1[12].*divide integers of 16 bits by 32768"):
+        d.log_mel(wave, 16_000)
+    assert torch.isfinite(d.log_mel(1.5 * wave / 12_000, 16_000)).all()            # not clipped: let through

@@ -1076,3 +1076,13 @@ def test_pixels_are_those_of_pad_resize_and_normalise_one_after_the_other(size):
         want = (np.asarray(square) / 255 - d.CLIP_MEAN) / d.CLIP_STD
         got = d.load_image(Image.fromarray(pixels), size)
         assert got.is_contiguous() and np.abs(got.permute(1, 2, 0).numpy() - want).max() < 1e-6
+
+
+@pytest.mark.parametrize("video", ["clip", ["clip"], ["clip/f0.png", "clip/f1.png"]])
+def test_a_videos_folder_is_found_below_a_relative_folder_of_images(tmp_path, monkeypatch, video):
+    (tmp_path / "d" / "clip").mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "d" / "clip" / f"f{i}.png")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("d", str(tmp_path / "d")):
+        assert d.video_files(video, folder, "here") == [[os.path.join(folder, "clip", f"f{i}.png") for i in range(2)]]

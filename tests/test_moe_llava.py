@@ -584,3 +584,14 @@ def test_a_row_that_has_ended_takes_no_slot_from_those_that_go_on(tiny_model):
 def test_noise_for_second_choices_is_refused_where_there_are_none():
     with pytest.raises(ValueError, match="--top-k 1 has none"):
         train.parse(["--recipe", "moe-llava", "--top-k", "1", "--noisy-gate"])
+
+
+@pytest.mark.parametrize("flags, fits", [(["--n-experts", "4,2"], True), (["--n-experts", "2,4"], False), (["--n-experts", "4"], False), ([], True)])
+def test_numbers_of_experts_that_are_asked_for_are_held_against_the_layers_in_their_order(tiny_model, flags, fits):
+    model = upcycle(tiny_model(text=dict(n_layers=3)), text=[4, 0, 2])
+    args = train.parse(["--recipe", "moe-llava", "--stage", "3", "--init", "x", *flags])
+    if fits:
+        train.check_experts(args, model.config)
+    else:
+        with pytest.raises(ValueError, match="has experts already"):
+            train.check_experts(args, model.config)

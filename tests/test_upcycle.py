@@ -235,7 +235,7 @@ def test_a_language_model_alone_is_upcycled(tiny_model, tmp_path):
         save(model, tmp_path / str(i))
     torch.testing.assert_close(upcycle(copy.deepcopy(model), text=4)(tokens).logits, want, rtol=1e-4, atol=1e-5)
     mixed = upcycle(model, experts=[str(tmp_path / str(i)) for i in range(3)])
-    assert mixed.config.text.n_experts == [3, 3]
+    assert mixed.config.text.n_experts == [3, 3] and mixed.config.balance_coef == mixed.config.z_coef == 0.0       # as Uni-MoE's
     torch.testing.assert_close(mixed(tokens).logits, want, rtol=1e-4, atol=1e-5)
 
 
