@@ -663,7 +663,6 @@ def tokenize(pieces, tokenizer):
     text = "".join(piece.text for piece in pieces)
     typed = [piece.typed for piece in pieces for _ in piece.text]  # one a character
     specials = special_tokens(tokenizer)
-    unknown = unknown_token(tokenizer)
 
     spans = []
     tokens = tokenizer.encode(text, add_special_tokens=False)
@@ -674,10 +673,9 @@ def tokenize(pieces, tokenizer):
             last = first + 1
 
         # A "</s>" that somebody typed is a word, and does not end anything. (Its span may begin
-        # with a blank. So look where the mark itself begins.) And "<unk>" is no mark: it stands for
-        # a character that the tokenizer does not know.
+        # with a blank. So look where the mark itself begins.)
         ids = [token]
-        if token in specials and specials[token] != unknown:
+        if token in specials:
             span = text[first:last]
             begin = first + max(0, span.find(specials[token]))
             if typed[begin]:
@@ -696,10 +694,12 @@ def special_tokens(tokenizer):
 @functools.lru_cache(4)
 def unknown_token(tokenizer):
     """The text of the token for characters that it does not know, "<unk>"; or None."""
+    if not isinstance(tokenizer.model, models.Unigram):
+        return getattr(tokenizer.model, "unk_token", None)
     described = json.loads(tokenizer.to_str())["model"]
-    if described.get("unk_id") is not None:
-        return described["vocab"][described["unk_id"]][0]
-    return described.get("unk_token")
+    if described.get("unk_id") is None:
+        return None
+    return described["vocab"][described["unk_id"]][0]
 
 
 @functools.lru_cache(4)
@@ -722,8 +722,9 @@ def spell_out(text, tokenizer):
     transformers' tokenizers take them for marks, unless told split_special_tokens.)
     """
     ids = without_marks(tokenizer).encode(text, add_special_tokens=False).ids
-    marks = special_tokens(tokenizer)
-    if any(marks.get(token, unknown_token(tokenizer)) != unknown_token(tokenizer) for token in ids):
+    # "<unk>" is no mark: it stands for a character that the tokenizer does not know.
+    marks = {i for i, mark in special_tokens(tokenizer).items() if mark != unknown_token(tokenizer)}
+    if marks & set(ids):
         raise ValueError(f"{text!r} is a mark, which this tokenizer cannot write as text; leave it "
                          "out")
     return ids

@@ -531,9 +531,9 @@ def question_files(row, kind, folder, where):
     files = data.files_of(row, kind, folder, where)
 
     # Find out now, and not after an hour of answers, that a file is missing or a mark too many.
-    # (Without files "<audio>" and "<video>" may be HTML tags. check_questions knows the model.)
+    # (Without sounds "<audio>" may be an HTML tag: check_questions knows the model.)
     n_marks = row["text"].count(f"<{kind}>")
-    may_be_a_tag = kind != "image" and not files
+    may_be_a_tag = kind == "audio" and not files
     if n_marks not in (0, len(files)) and not may_be_a_tag:
         raise ValueError(f"{where}: the text has {n_marks} <{kind}>, "
                          f"the question has {len(files)} {kind}s")

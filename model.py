@@ -1313,9 +1313,11 @@ def recorded_step(text, cache, backend):
     of the recording were; and the logits always come to the same place, so read them before the
     next step.
     """
-    # A graph of the call before serves again, unless the weights have moved or the config changed.
+    # A graph of the call before serves again, unless the weights have moved, the config changed, or
+    # adapters were merged.
     weights = itertools.chain(text.parameters(), text.buffers())
-    decoder = [*(w.data_ptr() for w in weights), str(text.config), text.training, backend]
+    merged = [lora.merged for _, _, lora in adapted(text)]
+    decoder = [*(w.data_ptr() for w in weights), str(text.config), text.training, merged, backend]
     if cache.recorded_for != decoder:
         batch, n_keys, device, _ = cache.key
         run = compiled(backend, tuned=True)

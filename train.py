@@ -677,7 +677,7 @@ class Args:
 # stage but its micro-batch, must be as they were when the checkpoint was written. (Where a decoder
 # has experts, its balance loss and its capacity go by micro-batches: there, micro_batch and the
 # number of processes change the numbers a little.)
-FREE = {"out", "resume", "images", "val", "val_every", "strict", "workers",
+FREE = {"out", "resume", "images", "val_every", "strict", "workers",
         "eval_questions", "micro_batch", "device", "compile", "cuda_graphs", "checkpointing",
         "fsdp", "expert_parallel", "save_every", "plan", "gpus", "gpu_gb", "peak_tflops", "mfu"}
 
@@ -1508,10 +1508,9 @@ def load_files(args, stage, config):
 
     # 3. A resumed run must go on with the same data.
     contents = hashlib.sha256()
-    if args.keep_best and args.val:
-        files = [*files, args.val]  # it decides which weights are kept
-    for file in files:
-        contents.update(Path(file).read_bytes())
+    for file in [*files, args.val]:
+        if file:
+            contents.update(Path(file).read_bytes())
     stage.checksum = contents.hexdigest()
     fit_to_data(args, stage, len(samples))
     return samples, order, held_out
@@ -1921,9 +1920,8 @@ def refuse_changes(file, before, now):
     differs = [f"{name} {before[name]} (now {value})" for name, value in now.items()
                if name in before and differ(name)]
     if any(text.startswith("checksum") for text in differs):
-        raise ValueError(f"{file}: what --data (or, with --keep-best, --val) names has other "
-                         "contents now; put the old ones back, or begin another run with another "
-                         "--out")
+        raise ValueError(f"{file}: what --data (or --val) names has other contents now; put the "
+                         "old ones back, or begin another run with another --out")
     if differs:
         hint = ""
         if "batch_size" in now:  # a checkpoint's values, not flags

@@ -713,7 +713,7 @@ def read_transformers_llava(theirs, shapes, path):
 
     # A head that is there counts, whatever is said of it.
     text = text | read_keys(theirs, START_AND_END)
-    is_tied = theirs.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    is_tied = theirs.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     text["tie_word_embeddings"] = bool(is_tied) and "lm_head.weight" not in shapes
     # In a LLaVA, transformers heeds no layer_types of a Mistral.
     if kind == "mistral":
@@ -1380,20 +1380,25 @@ def staged(folder):
     configuration of another."""
     new = join(folder, f"new.{os.getpid()}.tmp")
     remove_leftovers(join(folder, "new"))
+    # In a container, one that was killed may have had this process's number.
+    shutil.rmtree(new, ignore_errors=True)
     os.mkdir(new)
     try:
         yield new
-        # Without config.json, nobody takes what is there in between for a model.
-        Path(folder, "config.json").unlink(missing_ok=True)
-        names = os.listdir(new)
-        for name in os.listdir(folder):
-            if is_of_older_model(name, names):
-                os.remove(join(folder, name))
-        for name in sorted(names, key="config.json".__eq__):  # that as the last one
-            remove_leftovers(join(folder, name))
-            os.replace(join(new, name), join(folder, name))
-    finally:
+    except BaseException:
         shutil.rmtree(new, ignore_errors=True)
+        raise
+
+    # Without config.json, nobody takes what is there in between for a model.
+    Path(folder, "config.json").unlink(missing_ok=True)
+    names = os.listdir(new)
+    for name in os.listdir(folder):
+        if is_of_older_model(name, names):
+            os.remove(join(folder, name))
+    for name in sorted(names, key="config.json".__eq__):  # that as the last one
+        remove_leftovers(join(folder, name))
+        os.replace(join(new, name), join(folder, name))
+    os.rmdir(new)
 
 
 def is_of_older_model(name, names):
@@ -1765,11 +1770,13 @@ def local_folder(path, with_weights=True):
                                        ignore_patterns=OTHER_FORMS)
             if any(name.endswith(weights[1:]) for name in os.listdir(folder)):
                 break
-        return folder
     except Exception as e:
         # No network, no such repository, no permission...
         raise ValueError(f"{path}: no such folder here, and downloading it from the Hugging Face "
                          f"hub failed: {first_line(e)}") from None
+    if not exists(join(folder, "config.json")) and exists(join(folder, "adapter_config.json")):
+        raise ValueError(f"{path}: {UNMERGED}")
+    return folder
 
 
 def first_line(error):
@@ -1789,6 +1796,8 @@ def weight_files(path, theirs):
         others = [name for name in sorted(os.listdir(path)) if name.endswith(".safetensors")]
         if exists(join(path, "adapter_config.json")):
             hint = f"; it holds {UNMERGED}"
+        elif others and re.search(r"-\d{5}-of-\d{5}\.", others[0]):
+            hint = f", and of {others[0]} and its like the index, model.safetensors.index.json"
         elif others and not is_multimodal(theirs):
             hint = f"; there is {others[0]}: rename it, if these are the weights that are meant"
         elif is_multimodal(theirs):

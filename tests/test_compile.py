@@ -319,6 +319,12 @@ def test_a_recorded_step_says_what_a_plain_one_says_and_is_recorded_again_only_w
     check(tokens[:1], 9, 6)
     model = copied
     check(tokens[:1], 9, 6)
+    m.add_lora(model, 2, 64.0)                                                     # new weights
+    for _, _, lora in m.adapted(model):
+        lora.b.data.normal_()
+    check(tokens[:1], 9, 7)
+    m.merge_lora(model)                                                            # the same ones, used otherwise
+    check(tokens[:1], 9, 8)
 
 
 @pytest.mark.parametrize("text, dtype, graphs", [({}, torch.float32, True), ({}, torch.bfloat16, True),

@@ -822,9 +822,9 @@ def test_pictures_whose_values_were_not_normalised_are_refused(tiny_model):
         tiny_model()(tokens_of(["I"]), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("pre_norm", [True, False])
-def test_under_autocast_the_towers_stream_is_float32_as_the_decoders(tiny_model, pre_norm):
-    model, seen = tiny_model(vision=dict(pre_norm=pre_norm, select_layer=-1)), {}
+@pytest.mark.parametrize("pre_norm, n_prefix_tokens", [(True, 1), (False, 1), (False, 0)])
+def test_under_autocast_the_towers_stream_is_float32_as_the_decoders(tiny_model, pre_norm, n_prefix_tokens):
+    model, seen = tiny_model(vision=dict(pre_norm=pre_norm, n_prefix_tokens=n_prefix_tokens, select_layer=-1)), {}
     for name, block in (("tower", model.vision.layers[0]), ("decoder", model.text.layers[0])):
         block.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):

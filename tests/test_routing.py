@@ -367,7 +367,7 @@ def test_question_files_hold_sounds_and_videos(world, tmp_path):
         assert [row["text"]] == generate.answer(model, tokenizer, [questions[str(row["question_id"]), row["prompt"]]], max_new_tokens=6)
     with pytest.raises(ValueError, match="cannot hear"):
         run(world, "tiny", *flags[:5], tmp_path / "b.jsonl")
-    (tmp_path / "q.jsonl").write_text('{"question_id": 2, "text": "An <audio> tag, or a <video>?"}')
+    (tmp_path / "q.jsonl").write_text('{"question_id": 2, "text": "An <audio> tag?"}')
     run(world, "tiny", *flags[:5], tmp_path / "c.jsonl")
     with pytest.raises(ValueError, match="'2'.*1 <audio>.*0 audios"):
         run(world, "ears", *flags[:5], tmp_path / "d.jsonl")
@@ -376,7 +376,7 @@ def test_question_files_hold_sounds_and_videos(world, tmp_path):
 @pytest.mark.parametrize("row, message", [
     ({"audio": "gone.wav"}, "gone.wav"), ({"audio": 5}, "'audio'"), ({"video": "0.png"}, "0.png.*folder"),
     ({"video": [["gone.png"]]}, "gone.png"), ({"video": 5}, "'video'"),
-    ({"audio": "a.wav", "text": "<audio> or <audio>"}, "2 <audio>.*1 audio"), ({"text": "<image>"}, "1 <image>.*0 images")])
+    ({"audio": "a.wav", "text": "<audio> or <audio>"}, "2 <audio>.*1 audio"), ({"text": "<image>"}, "1 <image>.*0 images"), ({"text": "<video>"}, "1 <video>.*0 video")])
 def test_bad_sounds_and_videos_are_told_by_name(row, message, world, tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "x"} | row))
     with pytest.raises(ValueError, match=message):
