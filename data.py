@@ -2273,7 +2273,8 @@ def first_usable(encoded, i):
     So a bad file does not end a run of days. The trainer prints and counts these messages.
     """
     broken = []
-    for j in range(i, i + 100):
+    n = min(100, len(encoded))
+    for j in range(i, i + n):
         # After the last sample comes the first.
         j = j % len(encoded)
         name = f"sample {j + 1}"
@@ -2286,7 +2287,7 @@ def first_usable(encoded, i):
             if encoded.strict:
                 raise ValueError(message) from None
             broken.append(message)
-    raise ValueError(f"100 samples in a row are broken; the last one: {broken[-1]}")
+    raise ValueError(f"{n} samples in a row are broken; the last one: {broken[-1]}")
 
 
 def check_marks(text, files, n_audio_tokens):

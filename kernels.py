@@ -125,8 +125,9 @@ def route(logits: Tensor, top_k: int, mask: Tensor | None = None,
         weights = sum_to_1(weights)
 
     # 7. All means so far are one for each image (in a decoder, one for all tokens).
-    balance = mean_over_images(balance, mask).squeeze(0)  # ()
-    z = mean_over_images(z, mask).squeeze(0)  # ()
+    #    (The sum is of one number. FSDP would warn of squeeze's result, which is a view.)
+    balance = mean_over_images(balance, mask).sum(0)  # ()
+    z = mean_over_images(z, mask).sum(0)  # ()
     load = mean_over_images(share, mask)  # (E,)
     return Routing(weights, experts, balance, z, load)
 

@@ -659,8 +659,9 @@ class CuMo(nn.Module):
             loss = total_loss(parts, self.config.balance_coef, self.config.z_coef)
 
         # Hand out the features of the images that were given, without those of blanks added here.
-        if images is not None:
-            image_embeds = image_embeds[:n_images] if n_images else None
+        # (As a copy: FSDP would warn of a view.)
+        if images is not None and len(images) and n_images < len(image_embeds):
+            image_embeds = image_embeds[:n_images].clone() if n_images else None
         return Output(logits, loss, parts, image_embeds, routings)
 
     @staticmethod

@@ -20,8 +20,8 @@ Each of the three stages begins with the folder that the stage before it left:
 
 --recipe moe-llava and --recipe uni-moe have other rows for these stages (section 4). A run writes
 to --out: run.json (its flags, and which stages are done), checkpoint/, stage1/, stage2/, at last
-the model itself, and log.jsonl, scores.jsonl, loss.png and routing.png. `torchrun --max-restarts 3
-... train.py` goes on by itself after a process died.
+the model itself, and log.jsonl, loss.png and (of drawn scenes) scores.jsonl and routing.png.
+`torchrun --max-restarts 3 ... train.py` goes on by itself after a process died.
 """
 from __future__ import annotations
 
@@ -1382,8 +1382,10 @@ def join_experts(args, model, how):
     if args.fsdp:
         raise ValueError("--fsdp cannot put experts together: do it first, with `python upcycle.py "
                          "--experts A,B,C,D --out DIR`, and --init DIR")
-    # The paper has no routing losses. --balance-coef has.
     upcycle(model, text=counts, experts=folders, average=args.average, **how)
+    # The paper has no routing losses. --balance-coef has.
+    model.config.balance_coef = 0.0
+    model.config.z_coef = 0.0
 
 
 def mixture(args):

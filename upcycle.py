@@ -113,7 +113,8 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16), after which train.make_experts
     also sets its losses in the config (balance_coef, z_coef, text.aux) and its capacity.
     experts: folders or CuMos of this architecture, fine-tuned apart, to be put together as the
-    decoder's experts (`mix_experts`). Without `text`, in all layers. real_routers: a model on meta,
+    decoder's experts (`mix_experts`); Uni-MoE then trains without routing losses (balance_coef and
+    z_coef 0 in the config). Without `text`, in all layers. real_routers: a model on meta,
     whose other weights come later, gets its routers now.
     With top_k=1, or renormalise=False in the config, the output changes: see warn_of_weights.
     Raises ValueError for what cannot be done, before anything changes; of `experts`, whose tensors
@@ -152,9 +153,6 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
                 config.n_experts[layer] = n_experts
     if sources:
         mix_experts(model, sources, average)
-        # Uni-MoE's paper has no routing losses.
-        model.config.balance_coef = 0.0
-        model.config.z_coef = 0.0
     return model
 
 
@@ -2385,6 +2383,9 @@ def put_together(args, listing):
     where = "every_other" if args.every_other else "all"
     counts = expert_counts(model.config.text.n_layers, where, str(len(folders)))
     upcycle(model, text=counts, seed=args.seed, experts=folders, average=args.average)
+    # Uni-MoE trains without routing losses, and so does train.py what begins here.
+    model.config.balance_coef = 0.0
+    model.config.z_coef = 0.0
     return model, tokenizer
 
 

@@ -235,8 +235,16 @@ def test_a_language_model_alone_is_upcycled(tiny_model, tmp_path):
         save(model, tmp_path / str(i))
     torch.testing.assert_close(upcycle(copy.deepcopy(model), text=4)(tokens).logits, want, rtol=1e-4, atol=1e-5)
     mixed = upcycle(model, experts=[str(tmp_path / str(i)) for i in range(3)])
-    assert mixed.config.text.n_experts == [3, 3] and mixed.config.balance_coef == mixed.config.z_coef == 0.0       # as Uni-MoE's
+    assert mixed.config.text.n_experts == [3, 3]
     torch.testing.assert_close(mixed(tokens).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_command_puts_together_trains_without_routing_losses_as_uni_moe(tiny_model, tmp_path):
+    for i in range(2):
+        save(tiny_model(vision=None), tmp_path / str(i))
+    U.main(["--experts", f"{tmp_path}/0,{tmp_path}/1", "--out", str(tmp_path / "mix")])
+    config = load(tmp_path / "mix")[0].config
+    assert config.text.n_experts == [2, 2] and config.balance_coef == config.z_coef == 0.0
 
 
 def files(folder):
