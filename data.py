@@ -162,6 +162,8 @@ def encode_chat(conversations: list, tokenizer, template: str, n_image_tokens: i
                 n_audio_tokens: int | list = 0) -> tuple[list[int], list[int]]:
     """Turns -> (ids, labels), two lists of int of one length.
 
+    tokenizer: of the library tokenizers (of one of transformers, its backend_tokenizer), set
+    neither to pad nor to truncate.
     Each "<image>" becomes n_image_tokens times IMAGE, each "<audio>" n_audio_tokens times AUDIO.
     A list gives a number for every single "<audio>", as a long sound takes more. With 0, for a
     model that hears nothing, "<audio>" is ordinary text. A label is the token's id, or IGNORE where
@@ -418,6 +420,8 @@ class Batches:
         if self.batch_size % (self.micro_batch * self.world) != 0:
             raise ValueError(f"batch size {self.batch_size} is not a multiple of {self.world} "
                              f"processes x {self.micro_batch} samples at a time")
+        if self.shares is not None and abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"shares = {self.shares} must sum to 1: divide weights by their sum")
         # The last, incomplete batch of an epoch is left out.
         self.per_epoch = max(1, self.n // self.batch_size)
 
@@ -842,7 +846,8 @@ def whisper_ear(n_mels=N_MELS):
     for i in range(n_mels):
         triangle = np.interp(frequencies, edges[i:i + 3], (0, 1, 0))
         filters[i] = triangle * 2 / (edges[i + 2] - edges[i])
-    return torch.hann_window(FFT), torch.from_numpy(filters).float()
+    window = torch.hann_window(FFT, dtype=torch.float32, device="cpu")
+    return window, torch.from_numpy(filters).float()
 
 
 def read_wav(path, max_seconds=math.inf, content=None):
@@ -996,7 +1001,7 @@ def load_senses(sample, size, n_audio_tokens=0, seconds=30.0, max_frames=8, aver
     # Load what belongs to each mark, in the order of the text: an image or a video's frames.
     waiting = {mark: iter(files[mark]) for mark in files}
     groups = [next(waiting[mark]) for mark in re.findall("<image>|<video>", text) if files[mark]]
-    none = torch.empty(0, 3, wanted.size, wanted.size)
+    none = torch.empty(0, 3, wanted.size, wanted.size, dtype=torch.float32)
     images = [load_image(picture, wanted)[None] for group in groups for picture in group]
     images = torch.cat([none, *images])  # (k, 3, S, S)
     check_frame_sizes(videos)

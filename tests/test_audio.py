@@ -657,3 +657,15 @@ def test_a_wave_of_16_bit_integers_that_was_not_scaled_is_refused(kind):
     with pytest.raises(ValueError, match="go up to 1[12].*divide integers of 16 bits by 32768"):
         d.log_mel(wave, 16_000)
     assert torch.isfinite(d.log_mel(1.5 * wave / 12_000, 16_000)).all()            # not clipped: let through
+
+
+def test_features_do_not_depend_on_the_type_that_weights_have_by_default():
+    wave = np.sin(np.arange(8000) / 5).astype(np.float32)
+    want = d.log_mel(wave, 16_000)
+    d.whisper_ear.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(d.log_mel(wave, 16_000), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        d.whisper_ear.cache_clear()

@@ -1086,3 +1086,8 @@ def test_a_videos_folder_is_found_below_a_relative_folder_of_images(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     for folder in ("d", str(tmp_path / "d")):
         assert d.video_files(video, folder, "here") == [[os.path.join(folder, "clip", f"f{i}.png") for i in range(2)]]
+
+
+def test_shares_that_are_weights_are_refused_as_a_source_would_never_be_drawn():
+    with pytest.raises(ValueError, match="must sum to 1"):
+        d.Batches(100, 10, 10, sources=[0] * 50 + [1] * 50, shares=[3, 1])
