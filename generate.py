@@ -545,13 +545,13 @@ def question_files(row, kind, folder, where):
     return files
 
 
-def author_of(args):
+def author_of(args, model_id):
     """What stands beside each answer: which model gave it, and how. ("metadata" is LLaVA's key.)"""
     made = {"weights": checksum_of(args.model), "template": args.template,
             "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     if args.temperature:
         made |= {"top_p": args.top_p, "seed": args.seed}
-    return {"model_id": os.path.basename(os.path.abspath(args.model)), "metadata": made}
+    return {"model_id": model_id, "metadata": made}
 
 
 def checksum_of(folder):
@@ -2532,9 +2532,10 @@ def main(argv=None):
 
     # 2. A file of questions is read before the model is loaded: an error in it comes at once.
     args.device = own_device(args.device)
+    model_id = os.path.basename(os.path.abspath(args.model))
     if args.eval:
         questions = read_questions(args.eval, args.images, args.suffix)
-        author = author_of(args)
+        author = author_of(args, model_id)
         n_done = len(answered(args.out, questions, author))
         other = args.routing or args.given & {"prompt", "eval_drawn"}
         if n_done == len(questions) and not parts_of(args.out) and not other:
@@ -2551,8 +2552,7 @@ def main(argv=None):
                "top_p": args.top_p, "compile": args.compile, "generator": generator}
 
     if args.serve is not None:
-        name = os.path.basename(os.path.abspath(args.model))
-        serve(model, tokenizer, name, args.serve, args.host, **options)
+        serve(model, tokenizer, model_id, args.serve, args.host, **options)
         return
 
     # 4. Ask. `asked` keeps the pairs (sample, reply) that --routing is to draw.

@@ -752,10 +752,10 @@ class CuMo(nn.Module):
         learnt to read. Each row's next token takes the row's own position, over its padding.
         """
         check_sampling(max_new_tokens, temperature, top_p)
+        slots = self.count_slots(tokens)
         check_prompt(tokens, max_new_tokens, self.config.text.max_positions, too_long)
 
         # 1. The senses see and hear once.
-        slots = self.count_slots(tokens)
         if images is not None and len(images):
             image_embeds = self.encode_images(images, None, frames)  # (n, N, D)
         if audio is not None and len(audio):
@@ -1775,20 +1775,18 @@ def check_all_met(config, slots, images, audio, frames):
     """In generation, what is given without slots must be blank: the answer would ignore it, without
     a word."""
     n_image_slots, _, n_audio_slots = slots
-    if images is not None and config.vision is not None:
-        n_met = n_image_slots // config.n_image_tokens
-        if frames is not None:
-            n_met = int(frames[:n_met].sum())
-        if len(images) > n_met and images[n_met:].any():
-            raise ValueError(f"{len(images)} images were given, and the tokens have slots for "
-                             f"{n_met}: each wants {config.n_image_tokens} times IMAGE where the "
-                             "text speaks of it")
-    if audio is not None and config.audio is not None:
-        n_met = n_audio_slots // config.n_audio_tokens
-        if len(audio) > n_met and audio[n_met:].any():
-            raise ValueError(f"{len(audio)} chunks of sound were given, and the tokens have slots "
-                             f"for {n_met}: each wants {config.n_audio_tokens} times AUDIO where "
-                             "the text speaks of it")
+    n_images = n_image_slots // max(1, config.n_image_tokens)
+    if frames is not None:
+        n_images = int(frames[:n_images].sum())
+    check_met("images", images, n_images, f"{config.n_image_tokens} times IMAGE")
+    n_chunks = n_audio_slots // max(1, config.n_audio_tokens)
+    check_met("chunks of sound", audio, n_chunks, f"{config.n_audio_tokens} times AUDIO")
+
+
+def check_met(what, given, n_met, slots):
+    if given is not None and len(given) > n_met and given[n_met:].any():
+        raise ValueError(f"{len(given)} {what} were given, and the tokens have slots for {n_met}: "
+                         f"each wants {slots} where the text speaks of it")
 
 
 def misplaced(tokens):
@@ -1824,13 +1822,11 @@ NOT_FINITE = (
 
 
 def check_prompt(tokens, max_new_tokens, limit, too_long):
-    """No row is empty, padding is on the right; and the prompt and its answer fit into what the
-    decoder learnt to read, if that is known. (Transformers goes on with a warning, and the answers
-    get worse.)"""
+    """No row is empty; and the prompt and its answer fit into what the decoder learnt to read, if
+    that is known. (Transformers goes on with a warning, and the answers get worse.)"""
     real = tokens != PAD  # (B, T)
     if not real.any(1).all():
         raise ValueError(f"a row of tokens is empty: it holds nothing but PAD = {PAD}")
-    refuse_misplaced(*misplaced(tokens))
     if too_long not in ("error", "warn"):
         raise ValueError(f"too_long = {too_long!r} must be 'error' or 'warn'")
     if limit is None:

@@ -1859,7 +1859,7 @@ def begin_run(args, done):
 def note_flags(args):
     """A resumed run goes on: the flags that it was given now are its own."""
     file = run_file(args.out)
-    if RANK == 0 and os.path.exists(file):
+    if args.resume and RANK == 0 and os.path.exists(file):
         write_json(file, read_run(args.out) | {"flags": args.given})
 
 

@@ -113,9 +113,9 @@ def upcycle(model: CuMo, vision=0, connector=0, text=0, top_k: int = 2, seed: in
     connector=4), MoE-LLaVA's is upcycle(model, text=[4, 0] * 16), after which train.make_experts
     also sets its losses in the config (balance_coef, z_coef, text.aux) and its capacity.
     experts: folders or CuMos of this architecture, fine-tuned apart, to be put together as the
-    decoder's experts (`mix_experts`); Uni-MoE then trains without routing losses (balance_coef and
-    z_coef 0 in the config). Without `text`, in all layers. real_routers: a model on meta,
-    whose other weights come later, gets its routers now.
+    decoder's experts (`mix_experts`), without `text` in all layers. Uni-MoE then trains without
+    routing losses: set balance_coef and z_coef to 0 in the config.
+    real_routers: a model on meta, whose other weights come later, gets its routers now.
     With top_k=1, or renormalise=False in the config, the output changes: see warn_of_weights.
     Raises ValueError for what cannot be done, before anything changes; of `experts`, whose tensors
     are read one by one, a damaged folder may be noticed later.
@@ -1796,10 +1796,10 @@ def weight_files(path, theirs):
             hint = f"; it holds {UNMERGED}"
         elif others and re.search(r"-\d{5}-of-\d{5}\.", others[0]):
             hint = f", and of {others[0]} and its like the index, model.safetensors.index.json"
-        elif others and not is_multimodal(theirs):
-            hint = f"; there is {others[0]}: rename it, if these are the weights that are meant"
         elif is_multimodal(theirs):
             hint = "; adapters, or a connector alone, must first be merged with their decoder"
+        elif others:
+            hint = f"; there is {others[0]}: rename it, if these are the weights that are meant"
         raise ValueError(f"{join(path, 'model.safetensors')}: missing{hint}")
     if not is_multimodal(theirs):
         return files
